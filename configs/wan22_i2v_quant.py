@@ -1,0 +1,21 @@
+"""Wan 2.2 image to video, A14B with two experts, 720p, 4 steps, int8 linear layers.
+
+    python scripts/generate.py --config=configs/wan22_i2v_quant.py --config.prompt="A cat surfing a wave at sunset"
+
+Files: TurboWan2.2-I2V-A14B-high-720P-quant.pth and -low-720P-quant.pth of
+huggingface.co/TurboDiffusion/TurboWan2.2-I2V-A14B-720P; VAE, text encoder and
+ tokenizer of huggingface.co/Wan-AI/Wan2.1-T2V-1.3B.
+The network is there; image-to-video conditioning and the change of experts are not yet, and generate.py says so.
+"""
+
+from turbojax.config import base_config
+
+
+def get_config():
+    return base_config(
+        model="wan2.2-i2v-a14b",
+        weights="TurboDiffusion/TurboWan2.2-I2V-A14B-720P",
+        resolution="720p",
+        sigma_max=200.0,
+        quant_linear=True,
+    )

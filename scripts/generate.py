@@ -1,0 +1,84 @@
+"""Makes a video from a prompt.
+
+    python scripts/generate.py --config=configs/demo.py
+    python scripts/generate.py --config=configs/wan1_3b.py --config.prompt="A cat surfing a wave" --config.seed=1
+
+Every setting of a configuration can be changed as --config.NAME=VALUE:
+"""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from absl import flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from turbojax import TurboVideoPipeline, UserError, cli
+from turbojax.config import describe_settings
+from turbojax.demo import demo_folder
+from turbojax.models.tokenizer import Tokenizer
+from turbojax.video import check_path, numbered, video_size
+
+CONFIG = config_flags.DEFINE_config_file("config", None, "file of settings, see configs/", lock_config=True)
+
+
+def main() -> None:
+    if CONFIG.value is None:
+        raise UserError("no settings; give --config=configs/NAME.py, for instance configs/demo.py")
+    generate(CONFIG.value)
+
+
+def generate(config: ConfigDict) -> list[Path]:
+    """Loads the pipeline, makes the videos and returns the files written."""
+    output = check_path(config.output)
+    width, height = video_size(config.resolution, config.aspect_ratio)
+    width, height = config.width or width, config.height or height
+    pipe = load_pipeline(config)
+    logging.info("Making %d x %d, %d frames, seed %d: %s", width, height, config.num_frames, config.seed, config.prompt)
+    result = pipe(
+        config.prompt,
+        negative_prompt=config.negative_prompt or None,
+        num_frames=config.num_frames,
+        height=height,
+        width=width,
+        num_inference_steps=config.num_inference_steps,
+        guidance_scale=config.guidance_scale,
+        sampler=config.sampler,
+        sigma_max=config.sigma_max,
+        ode=config.ode,
+        shift=config.shift,
+        seed=config.seed,
+        num_samples=config.num_samples,
+    )
+    written = []
+    for i, video in enumerate(result.videos):
+        written += pipe.save_video(video, numbered(output, i, len(result.videos)), config.fps)
+    logging.info("Wrote %s", ", ".join(str(path) for path in written[:4]) + (" ..." if len(written) > 4 else ""))
+    return written
+
+
+def load_pipeline(config: ConfigDict) -> TurboVideoPipeline:
+    if config.dtype not in ("bfloat16", "float32"):
+        raise UserError(f"dtype={config.dtype!r} is unknown; choose bfloat16 or float32")
+    options = {
+        "quant_linear": config.quant_linear,
+        "attention_type": config.attention_type,
+        "sla_topk": config.sla_topk,
+        "dtype": jnp.dtype(config.dtype),
+    }
+    if config.weights == "random":
+        tokenizer = Tokenizer.from_path(config.tokenizer or demo_folder() / "google" / "umt5-xxl")
+        return TurboVideoPipeline.random(config.model, tokenizer, **options)
+    if not config.weights:
+        raise UserError("no weights; give --config.weights= a file, a folder, a Hugging Face repository, or random")
+    weights = str(demo_folder()) if config.weights == "demo" else config.weights
+    if jax.default_backend() == "cpu" and config.weights != "demo":
+        logging.warning("No GPU was found; a real model takes hours on a CPU (pip install turbojax[cuda12])")
+    return TurboVideoPipeline.from_pretrained(
+        weights, vae=config.vae, text_encoder=config.text_encoder, tokenizer=config.tokenizer, **options
+    )
+
+
+if __name__ == "__main__":
+    flags.adopt_module_key_flags(cli)
+    cli.run(main, help_text=(__doc__ or "") + "\n" + describe_settings())

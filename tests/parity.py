@@ -1,0 +1,74 @@
+"""Recomputes golden fixtures with turbojax and compares every recorded output.
+
+    python tests/parity.py FOLDER
+
+Prints one line a key (file, key, largest absolute error, tolerance, ok or FAIL) and ends with "N passed, N failed";
+exit code 1 on a failure. A key that turbojax does not recompute is a failure.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from tests import parity_norms, parity_sampler, parity_umt5, parity_vae, parity_wan
+from tests.golden_io import load
+
+Recompute = Callable[[dict, dict[str, np.ndarray]], dict[str, tuple[np.ndarray, float]]]
+
+FIXTURES: dict[str, Recompute] = {
+    "norms": parity_norms.recompute,
+    "sampler": parity_sampler.recompute,
+    "umt5": parity_umt5.recompute,
+    "vae": parity_vae.recompute,
+    "wan21_i2v_clip": parity_wan.recompute,
+    "wan21_official": parity_wan.recompute,
+    "wan21_t2v": parity_wan.recompute,
+    "wan21_t2v_hd128": parity_wan.recompute,
+    "wan21_t2v_sla": parity_wan.recompute,
+    "wan22_i2v": parity_wan.recompute,
+}
+
+
+def check_file(path: Path) -> Iterator[tuple[str, float, float, bool]]:
+    """Key, largest absolute error, tolerance, and whether it is met, for every `out.*` key of a fixture."""
+    config, t = load(path)
+    values = FIXTURES[path.stem](config, t)
+    for key in sorted(name for name in t if name.startswith("out.")):
+        if key not in values:
+            yield key, float("nan"), 0.0, False
+            continue
+        value, tolerance = values[key]
+        expected = np.asarray(t[key], np.float64)
+        if value.shape != expected.shape:
+            yield key, float("inf"), tolerance, False
+            continue
+        error = float(np.abs(np.asarray(value, np.float64) - expected).max(initial=0.0))
+        yield key, error, tolerance, error <= tolerance
+
+
+def main(arguments: list[str]) -> int:
+    folder = Path(arguments[0]) if len(arguments) == 1 else None
+    files = sorted(folder.glob("*.safetensors")) if folder else []
+    if not files:
+        print(f"usage: python tests/parity.py FOLDER, a folder with fixtures (given: {' '.join(arguments)})")
+        return 2
+    passed = failed = 0
+    for path in files:
+        if path.stem not in FIXTURES:
+            print(f"{path.stem:18} not yet")
+            continue
+        for key, error, tolerance, ok in check_file(path):
+            print(f"{path.stem:18} {key:44} {error:8.1e} {tolerance:8.1e} {'ok' if ok else 'FAIL'}")
+            passed, failed = passed + ok, failed + (not ok)
+    print(f"{passed} passed, {failed} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    with jax.default_matmul_precision("highest"):
+        sys.exit(main(sys.argv[1:]))

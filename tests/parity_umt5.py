@@ -1,0 +1,79 @@
+"""Recomputes the umT5 fixture with our encoder, in float32."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from turbojax.models.umt5 import UMT5Encoder, embed_tokens, encode_text, position_buckets, relative_buckets
+from turbojax.weights.rules import Entry, assign
+from turbojax.weights.umt5 import detect_umt5_config, token_table, umt5_rules
+
+TOLERANCE = {
+    "out.block0": 5e-5,
+    "out.block1": 5e-5,
+    "out.block2": 1e-4,
+    "out.x": 5e-5,
+    "out.rel_buckets": 0.0,
+    "out.rel_buckets_far": 0.0,
+}
+
+
+def build(tensors: dict[str, np.ndarray], dtype=jnp.float32) -> UMT5Encoder:
+    """The encoder that a checkpoint in memory describes, with its weights."""
+    config = detect_umt5_config(tensors, dtype=dtype)
+    graph, state = nnx.split(nnx.eval_shape(lambda: UMT5Encoder(config, rngs=nnx.Rngs(0))))
+    expected: dict[Entry, tuple[int, ...]] = {}
+    for path, value in nnx.to_flat_state(state):
+        name = ".".join(path)
+        if path[0] == "blocks":
+            expected |= {Entry(name, layer): value.shape[1:] for layer in range(value.shape[0])}
+        else:
+            expected[Entry(name, None)] = value.shape
+    found = assign(tensors, umt5_rules(tensors), expected, what="umt5")
+    filled = []
+    for path, value in nnx.to_flat_state(state):
+        name = ".".join(path)
+        values = [found[entry] for entry in expected if entry.target == name]
+        array = np.stack(values) if path[0] == "blocks" else values[0]
+        filled.append((path, value.replace(jnp.asarray(array, value.dtype))))
+    return nnx.merge(graph, nnx.from_flat_state(filled))
+
+
+def recompute(config: dict, t: dict[str, np.ndarray]) -> dict[str, tuple[np.ndarray, float]]:
+    """Every `out.*` of the fixture: our value and the absolute tolerance."""
+    weights = {name[2:]: value for name, value in t.items() if name.startswith("w.")}
+    with (
+        jax.default_matmul_precision("highest"),
+        jax.numpy_dtype_promotion("strict"),
+        jax.numpy_rank_promotion("raise"),
+    ):
+        encoder, table = build(weights), token_table(weights)
+        ours = run(encoder, table, t["in.ids"], t["in.mask"], config["text_len"])
+    sizes = dict(num_buckets=encoder.config.num_buckets, max_distance=encoder.config.max_distance)
+    ours["out.rel_buckets_far"] = relative_buckets(t["in.rel_pos"], **sizes)
+    expected = {name: value for name, value in t.items() if name.startswith("out.")}
+    return {name: (np.asarray(ours[name]), tolerance(name, value)) for name, value in expected.items()}
+
+
+def run(encoder: UMT5Encoder, table: np.ndarray, ids: np.ndarray, mask: np.ndarray, length: int) -> dict:
+    """The encoder's results; the intermediate ones layer by layer, the final ones from its own scan."""
+    x = jnp.asarray(embed_tokens(table, ids))
+    tokens = jnp.asarray(mask)
+    buckets = position_buckets(ids.shape[1], encoder.config)
+    out = {
+        "out.x": encoder(x, tokens),
+        "out.embedding": encode_text(encoder, table, ids, mask, length=length),
+        "out.rel_buckets": buckets,
+    }
+    graph, layers = nnx.split(encoder.blocks)
+    for layer in range(encoder.config.num_layers):
+        block = nnx.merge(graph, jax.tree.map(lambda a, layer=layer: a[layer], layers))
+        out[f"out.block{layer}.pos_bias"] = block.attn.bias(buckets)
+        x = block(x, tokens.astype(jnp.bool_), buckets)
+        out[f"out.block{layer}"] = x
+    return out
+
+
+def tolerance(name: str, expected: np.ndarray) -> float:
+    return TOLERANCE.get(name, 1e-5 * float(np.abs(expected).max()))

@@ -1,0 +1,61 @@
+"""What the scripts share: flags, --help, and errors as one sentence with exit code 2."""
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from absl import app, flags, logging
+
+from turbojax.errors import UserError
+
+USAGE = 2
+
+
+def run(main: Callable[[], None], *, help_text: str) -> None:
+    """Parses the flags and calls main; what the user can mend is printed without a traceback."""
+    if {"--help", "-h", "--helpfull", "--helpshort"} & set(sys.argv[1:]):
+        print(help_text.strip())
+        sys.exit(0)
+
+    def guarded(arguments: Sequence[str]) -> None:
+        try:
+            if len(arguments) > 1:
+                raise UserError(f"unexpected argument {arguments[1]!r}; flags start with --, see --help")
+            main()
+        except UserError as error:
+            fail(error)
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
+            sys.exit(130)
+
+    app.run(guarded, flags_parser=parse)
+
+
+def parse(arguments: Sequence[str]) -> list[str]:
+    """Parses the command line; whatever is wrong with it ends the program with one sentence."""
+    try:
+        check_config_file(arguments)
+        positional = flags.FLAGS(list(arguments))
+    except UserError as error:
+        fail(error)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, SyntaxError, OSError) as error:
+        fail(UserError(f"{' '.join(str(error).split())}; see --help"))
+    logging.use_absl_handler()
+    logging.set_verbosity(max(logging.get_verbosity(), logging.INFO))
+    logging.set_stderrthreshold("info")
+    return positional
+
+
+def check_config_file(arguments: Sequence[str]) -> None:
+    for i, argument in enumerate(arguments):
+        if argument in ("--config", "-config") and i + 1 < len(arguments):
+            argument = f"--config={arguments[i + 1]}"
+        if argument.startswith("--config="):
+            path = argument.partition("=")[2].partition(":")[0]
+            if not Path(path).is_file():
+                raise UserError(f"--config={path} is no file; give one of configs/*.py, for instance configs/demo.py")
+
+
+def fail(error: Exception) -> None:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(USAGE)

@@ -1,0 +1,69 @@
+"""The settings of `scripts/generate.py`: names, defaults and what they mean. Files in configs/ change a few of them."""
+
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+PROMPT = (
+    "A stylish woman walks down a Tokyo street filled with warm glowing neon and animated city signage. She wears "
+    "a black leather jacket, a long red dress, and black boots, and carries a black purse. The street is damp and "
+    "reflective, creating a mirror effect of the colorful lights. Many pedestrians walk about."
+)
+
+
+class Setting(NamedTuple):
+    """A setting's name, default (a type where there is none) and meaning."""
+
+    name: str
+    default: Any
+    meaning: str
+
+
+SETTINGS: tuple[Setting, ...] = (
+    Setting("prompt", PROMPT, "what the video shows; the models want long English descriptions"),
+    Setting("negative_prompt", "", "what it should not show; needs guidance_scale above 1"),
+    Setting("output", "outputs/video.mp4", "file to write: .mp4, .gif, or .png for numbered frames"),
+    Setting("num_samples", 1, "videos of the same prompt"),
+    Setting("seed", 0, "the same seed gives the same video"),
+    Setting("resolution", "480p", "480p or 720p"),
+    Setting("aspect_ratio", "16:9", "16:9, 9:16, 4:3, 3:4 or 1:1"),
+    Setting("height", int, "pixels, a multiple of 16; instead of resolution and aspect_ratio"),
+    Setting("width", int, "pixels, a multiple of 16"),
+    Setting("num_frames", 81, "4 n + 1"),
+    Setting("fps", 16, "frames a second"),
+    Setting("sampler", "rcm", "rcm for distilled models; euler or unipc for others"),
+    Setting("num_inference_steps", 4, "1 to 4 with rcm, about 50 with euler and unipc"),
+    Setting("sigma_max", 80.0, "first noise level of rcm; up to 1600: less diversity, sometimes better"),
+    Setting("ode", False, "deterministic rcm steps: sharper, less robust"),
+    Setting("guidance_scale", 1.0, "classifier-free guidance; 5 is usual with euler and unipc"),
+    Setting("shift", 5.0, "shift of the times of euler and unipc; 3 is usual at 480p"),
+    Setting("model", "wan2.1-t2v-1.3b", "network that weights=random builds: wan2.1-t2v-1.3b or wan2.1-t2v-14b"),
+    Setting("weights", str, "transformer: file, folder, Hugging Face repository, or random"),
+    Setting("vae", str, "file or folder; found beside the weights or downloaded if not given"),
+    Setting("text_encoder", str, "likewise"),
+    Setting("tokenizer", str, "likewise"),
+    Setting("quant_linear", bool, "int8 linear layers; as the checkpoint is if not given"),
+    Setting("attention_type", str, "original or sla; as the checkpoint is if not given"),
+    Setting("sla_topk", float, "share of key blocks that sla attends to; 0.1 if not given"),
+    Setting("dtype", "bfloat16", "bfloat16 or float32"),
+)
+
+
+def base_config(**changes: Any) -> ConfigDict:
+    """All settings with their defaults, `changes` on top; locked, so that an unknown name is an error."""
+    config = ConfigDict()
+    for name, default, _ in SETTINGS:
+        config[name] = placeholder(default) if isinstance(default, type) else default
+    config.lock()
+    config.update(changes)
+    return config
+
+
+def describe_settings() -> str:
+    """A line a setting for --help."""
+    lines = []
+    for name, default, meaning in SETTINGS:
+        shown = "" if isinstance(default, type) or default == "" else f" [{str(default)[:32]}]"
+        lines.append(f"  --config.{name}: {meaning}{shown}")
+    return "\n".join(lines)

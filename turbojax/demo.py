@@ -1,0 +1,74 @@
+"""A tiny model with random weights, as checkpoint files in the official layout.
+
+It makes noise, not videos. It is there so that the whole path (read, check, tokenize, encode, sample, decode, write)
+runs in a minute on any machine, without a download.
+"""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import jax.numpy as jnp
+from absl import logging
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from turbojax.models.umt5 import UMT5Config
+from turbojax.models.vae import VAEConfig
+from turbojax.models.wan import WanConfig
+from turbojax.weights.io import write_pth
+from turbojax.weights.published import generated, umt5_layout, vae_layout, wan_layout
+
+VERSION = 1  # part of the folder's name; raise it when the files change
+VOCABULARY = "a the of in on at to and with is are red green blue yellow cat dog bird car street city sea sky sun rain"
+
+
+def demo_configs() -> tuple[WanConfig, VAEConfig, UMT5Config]:
+    wan = WanConfig(dim=256, ffn_dim=512, num_heads=2, num_layers=2, text_dim=64)
+    vae = VAEConfig.wan2_1(dim=8)
+    t5 = UMT5Config(vocab_size=512, dim=64, attention_dim=64, ffn_dim=128, num_heads=4, num_layers=2)
+    return wan, vae, t5
+
+
+def demo_folder() -> Path:
+    """The folder with the demo's files, in the user's cache; written on the first call, whole or not at all."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = cache / "turbojax" / f"demo-{VERSION}"
+    if not folder.is_dir():
+        logging.info("Writing the demo's random checkpoint to %s", folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=folder.parent))
+        try:
+            write_demo(temporary)
+            temporary.rename(folder)
+        except OSError:
+            if not folder.is_dir():  # another process may have been first
+                raise
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def write_demo(folder: Path) -> None:
+    """Writes transformer, VAE, text encoder and tokenizer under their published names."""
+    wan, vae, t5 = demo_configs()
+    for name, layout in (
+        ("TurboWan-demo.pth", wan_layout(wan)),
+        ("Wan2.1_VAE.pth", vae_layout(vae)),
+        ("models_t5_umt5-xxl-enc-bf16.pth", umt5_layout(t5)),
+    ):
+        write_pth(folder / name, generated(layout, jnp.bfloat16))
+    (folder / "google" / "umt5-xxl").mkdir(parents=True)
+    demo_tokenizer().save(str(folder / "google" / "umt5-xxl" / "tokenizer.json"))
+
+
+def demo_tokenizer() -> Tokenizer:
+    """A Unigram tokenizer of a few words and single letters, laid out as umT5's: <pad> 0, </s> 1, <unk> 2."""
+    words = [f"\u2581{word}" for word in VOCABULARY.split()]
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -4.0)]
+    pieces += [(word, -2.0) for word in words]
+    pieces += [(chr(code), -6.0) for code in range(33, 127)]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2, byte_fallback=False))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    return tokenizer

@@ -1,0 +1,30 @@
+"""Noise schedules and samplers. They take a velocity function and import no model."""
+
+from turbojax.diffusion.samplers import RCM, Euler, Sampler, UniPC, Velocity, guide
+from turbojax.diffusion.schedules import (
+    expert_split,
+    flow_sigmas,
+    rcm_times,
+    rf_from_trig,
+    shift_time,
+    timesteps,
+    trig_from_rf,
+    unshift_time,
+)
+
+__all__ = [
+    "RCM",
+    "Euler",
+    "Sampler",
+    "UniPC",
+    "Velocity",
+    "expert_split",
+    "flow_sigmas",
+    "guide",
+    "rcm_times",
+    "rf_from_trig",
+    "shift_time",
+    "timesteps",
+    "trig_from_rf",
+    "unshift_time",
+]

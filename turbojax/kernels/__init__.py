@@ -1,0 +1,1 @@
+"""Operations: each a jnp reference and, where it exists, a GPU kernel behind one function that chooses."""

@@ -1,0 +1,59 @@
+"""Dense softmax attention, softmax(q k^T / sqrt(H)) v.
+
+B batch, L queries, S keys, N heads, H head dim. Neither form holds all scores `[N, L, S]` at once.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from turbojax.errors import UserError
+
+Implementation = Literal["cudnn", "reference"]
+
+SCORES_IN_MEMORY = 2**26  # float32 scores that the reference holds at once: 256 MiB
+CUDNN_HEAD_DIM = 128  # the largest that cuDNN takes on every generation with bf16
+
+
+def dot_product_attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, *, implementation: Implementation | None = None
+) -> jax.Array:
+    """q `[B, L, N, H]`, k and v `[B, S, N, H]` to `[B, L, N, H]` in q's dtype; softmax in float32.
+
+    implementation: "cudnn" or "reference"; None takes cuDNN where it can run. A named one runs or raises.
+    """
+    if implementation is None:
+        implementation = "cudnn" if cudnn_takes(q) else "reference"
+    if implementation == "cudnn":
+        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+    if implementation == "reference":
+        return attention_reference(q, k, v)
+    raise UserError(f"{implementation=} is unknown; choose 'cudnn' or 'reference'")
+
+
+def cudnn_takes(q: jax.Array) -> bool:
+    """Whether cuDNN's flash attention can run on arrays like q on the default device."""
+    half = q.dtype in (jnp.bfloat16, jnp.float16)
+    small = q.shape[-1] <= CUDNN_HEAD_DIM and q.shape[-1] % 8 == 0
+    return half and small and jax.default_backend() == "gpu"
+
+
+def attention_reference(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """The definition, one block of queries at a time."""
+    batch, length, heads, dim = q.shape
+    block = max(1, min(length, SCORES_IN_MEMORY // (batch * heads * k.shape[1])))
+
+    def attend(q: jax.Array) -> jax.Array:
+        scores = jnp.einsum("blnh,bsnh->bnls", q, k, preferred_element_type=jnp.float32) * dim**-0.5
+        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+        out = jnp.einsum("bnls,bsnh->blnh", weights, v, preferred_element_type=jnp.float32)
+        return out.astype(q.dtype)
+
+    if block == length:
+        return attend(q)
+    padded = jnp.pad(q, ((0, 0), (0, -length % block), (0, 0), (0, 0)))
+    blocks = jnp.moveaxis(padded.reshape(batch, -1, block, heads, dim), 1, 0)
+    out = jnp.moveaxis(lax.map(attend, blocks), 0, 1)
+    return out.reshape(batch, -1, heads, dim)[:, :length]

@@ -1,0 +1,491 @@
+"""The Wan 2.1 video autoencoder (arXiv 2503.20314, section 4.1): 1 + 4n frames to 1 + n latents at 1/8.
+
+Video and latents are `b t h w c`. Convolutions in time are causal, so a clip runs in chunks of any length:
+the frames that the next chunk looks back on, the cache, are a pytree of arrays that goes in and comes out.
+The first frame is a chunk of its own, because it takes no part in the resampling of time. Follows the public
+module `wan/modules/vae.py` (Wan 2.1, class WanVAE_ with its cached encode and decode).
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from turbojax.errors import UserError
+from turbojax.kernels.attention import dot_product_attention
+from turbojax.models.layers import Dense, along_last
+
+CHUNK = 4  # latents at once: 16 frames, five equal chunks for 81 frames
+Cache = Any  # a pytree of arrays `[b, frames, h, w, c]`
+
+# Statistics of the released latents, by channel (class WanVAE of the public module).
+# fmt: off
+LATENT_MEAN = (-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+               0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921)
+LATENT_STD = (2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+              3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160)
+# fmt: on
+
+
+@dataclasses.dataclass(frozen=True)
+class VAEConfig:
+    """Everything that decides the autoencoder's parameters and results.
+
+    dim_mult: width of each stage in units of `dim`, from full resolution down.
+    temporal_downsample: for each step between two stages, whether it halves the frames too.
+    mean, std: the latents handed out are `(mu - mean) / std`, one constant a channel.
+    """
+
+    dim: int = 96
+    z_dim: int = 16
+    dim_mult: tuple[int, ...] = (1, 2, 4, 4)
+    num_res_blocks: int = 2
+    temporal_downsample: tuple[bool, ...] = (False, True, True)
+    mean: tuple[float, ...] = LATENT_MEAN
+    std: tuple[float, ...] = LATENT_STD
+    dtype: Any = jnp.bfloat16
+
+    def __post_init__(self):
+        if len(self.temporal_downsample) != len(self.dim_mult) - 1:
+            raise UserError(
+                f"temporal_downsample={self.temporal_downsample} must have {len(self.dim_mult) - 1} flags, "
+                f"one less than dim_mult={self.dim_mult}"
+            )
+        if not len(self.mean) == len(self.std) == self.z_dim:
+            raise UserError(f"mean and std must have z_dim={self.z_dim} values")
+
+    @property
+    def spatial_factor(self) -> int:
+        """Pixels a latent, along height and along width."""
+        return 2 ** len(self.temporal_downsample)
+
+    @property
+    def temporal_factor(self) -> int:
+        """Frames a latent, after the first."""
+        return 2 ** sum(self.temporal_downsample)
+
+    @classmethod
+    def wan2_1(cls, **changes) -> "VAEConfig":
+        """The released autoencoder (Wan2.1_VAE.pth), which Wan 2.2 A14B uses too."""
+        return cls(**changes)
+
+
+def conv_over_space(x: jax.Array, kernel: jax.Array, bias: jax.Array, *, stride: int = 1) -> jax.Array:
+    """2-D convolution of x `[n, h, w, in]` with kernel `[h, w, in, out]` to `[n, h, w, out]`.
+
+    Pads evenly with zeros; with stride 2 only one row at the bottom and one column at the right.
+    """
+    padding = [(size // 2 - (stride - 1), size // 2) for size in kernel.shape[:2]]
+    dims = ("NHWC", "HWIO", "NHWC")
+    y = lax.conv_general_dilated(x, kernel.astype(x.dtype), (stride, stride), padding, dimension_numbers=dims)
+    return y + along_last(bias, y)
+
+
+def conv_over_time(x: jax.Array, kernel: jax.Array, bias: jax.Array, *, stride: int = 1) -> jax.Array:
+    """y[t] = bias + sum over i of conv2d(x[stride t + i], kernel[i]): unpadded in time, padded in space.
+
+    x `[b, t, h, w, in]`, kernel `[k, h, w, in, out]` to `[b, (t - k) // stride + 1, h, w, out]`. The sum is
+    one 2-D convolution of k frames joined on channels: on Hopper faster than cuDNN's 3-D convolution.
+    """
+    batch, frames = x.shape[:2]
+    size, height, width, _, features_out = kernel.shape
+    steps = (frames - size) // stride + 1
+    seen = [x[:, i : i + stride * (steps - 1) + 1 : stride] for i in range(size)]
+    joined = jnp.concatenate(seen, axis=-1).reshape(batch * steps, *x.shape[2:4], -1)
+    kernel = jnp.moveaxis(kernel, 0, 2).reshape(height, width, -1, features_out)
+    return conv_over_space(joined, kernel, bias).reshape(batch, steps, *x.shape[2:4], features_out)
+
+
+def init_kernel(shape: tuple[int, ...], config: VAEConfig, rngs: nnx.Rngs) -> nnx.Param:
+    return nnx.Param(jax.random.normal(rngs.params(), shape, config.dtype) / math.sqrt(math.prod(shape[:-1])))
+
+
+class Conv2d(nnx.Module):
+    """A 3 x 3 convolution of each frame alone, `[b, t, h, w, in]` to `[b, t, h, w, out]`."""
+
+    def __init__(self, features_in: int, features_out: int, *, stride: int = 1, config, rngs):
+        self.stride = stride
+        self.kernel = init_kernel((3, 3, features_in, features_out), config, rngs)
+        self.bias = nnx.Param(jnp.zeros(features_out, config.dtype))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = conv_over_space(x.reshape(-1, *x.shape[2:]), self.kernel[...], self.bias[...], stride=self.stride)
+        return y.reshape(*x.shape[:2], *y.shape[1:])
+
+
+class CausalConv3d(nnx.Module):
+    """Convolution over time and space that looks back only: `past` frames come before x, zeros at the start.
+
+    size: kernel in time, height and width. stride: in time. The cache holds the last size - stride frames.
+    """
+
+    def __init__(self, features_in: int, features_out: int, *, size=(3, 3, 3), stride: int = 1, config, rngs):
+        self.stride, self.dtype = stride, config.dtype
+        self.kernel = init_kernel((*size, features_in, features_out), config, rngs)
+        self.bias = nnx.Param(jnp.zeros(features_out, config.dtype))
+
+    def init_cache(self, batch: int, height: int, width: int) -> jax.Array:
+        size, _, _, features_in, _ = self.kernel.shape
+        return jnp.zeros((batch, size - self.stride, height, width, features_in), self.dtype)
+
+    def __call__(self, x: jax.Array, past: jax.Array) -> tuple[jax.Array, jax.Array]:
+        x = jnp.concatenate((past, x), axis=1)
+        y = conv_over_time(x, self.kernel[...], self.bias[...], stride=self.stride)
+        return y, x[:, x.shape[1] - past.shape[1] :]
+
+
+class ChannelNorm(nnx.Module):
+    """x / |x| * sqrt(C) * gamma over the last axis, in float32; the length |x| is at least 1e-12."""
+
+    def __init__(self, features: int):
+        self.gamma = nnx.Param(jnp.ones(features, jnp.float32))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        f = x.astype(jnp.float32)
+        length = jnp.sqrt(jnp.sum(f * f, axis=-1, keepdims=True))
+        f = f / jnp.maximum(length, 1e-12) * math.sqrt(x.shape[-1])
+        return (f * along_last(self.gamma[...], f)).astype(x.dtype)
+
+
+class Block(nnx.Module):
+    """A piece of the encoder or decoder: x and its cache in, x and its cache out.
+
+    first (static): x is the first frame of the clip, one frame.
+    """
+
+    scale = 1.0  # height and width are multiplied by it
+
+    def init_cache(self, batch: int, height: int, width: int) -> Cache:
+        """Zeros, as before the first frame; height and width are those of the input."""
+        return ()
+
+    def __call__(self, x: jax.Array, cache: Cache, *, first: bool) -> tuple[jax.Array, Cache]:
+        raise NotImplementedError
+
+
+class ResidualBlock(Block):
+    """shortcut(x) + conv2(silu(norm2(conv1(silu(norm1(x))))))."""
+
+    def __init__(self, features_in: int, features_out: int, *, config: VAEConfig, rngs: nnx.Rngs):
+        self.norm1 = ChannelNorm(features_in)
+        self.conv1 = CausalConv3d(features_in, features_out, config=config, rngs=rngs)
+        self.norm2 = ChannelNorm(features_out)
+        self.conv2 = CausalConv3d(features_out, features_out, config=config, rngs=rngs)
+        changes = features_in != features_out
+        self.shortcut = Dense(features_in, features_out, dtype=config.dtype, rngs=rngs) if changes else None
+
+    def init_cache(self, batch: int, height: int, width: int) -> Cache:
+        return self.conv1.init_cache(batch, height, width), self.conv2.init_cache(batch, height, width)
+
+    def __call__(self, x: jax.Array, cache: Cache, *, first: bool) -> tuple[jax.Array, Cache]:
+        past1, past2 = cache
+        y, past1 = self.conv1(jax.nn.silu(self.norm1(x)), past1)
+        y, past2 = self.conv2(jax.nn.silu(self.norm2(y)), past2)
+        return y + (x if self.shortcut is None else self.shortcut(x)), (past1, past2)
+
+
+class AttentionBlock(Block):
+    """x + proj(attention(norm(x))) over the pixels of each frame alone, one head as wide as the channels."""
+
+    def __init__(self, features: int, *, config: VAEConfig, rngs: nnx.Rngs):
+        self.norm = ChannelNorm(features)
+        self.to_qkv = Dense(features, 3 * features, dtype=config.dtype, rngs=rngs)
+        self.proj = Dense(features, features, dtype=config.dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array, cache: Cache, *, first: bool) -> tuple[jax.Array, Cache]:
+        batch, frames, height, width, features = x.shape
+        qkv = self.to_qkv(self.norm(x)).reshape(batch * frames, height * width, 1, 3 * features)
+        y = dot_product_attention(*jnp.split(qkv, 3, axis=-1))
+        return x + self.proj(y.reshape(x.shape)), cache
+
+
+class Downsample(Block):
+    """Halves height and width and, if `temporal`, the frames after the first."""
+
+    scale = 0.5
+
+    def __init__(self, features: int, *, temporal: bool, config: VAEConfig, rngs: nnx.Rngs):
+        make = functools.partial(CausalConv3d, size=(3, 1, 1), stride=2, config=config, rngs=rngs)
+        self.conv = Conv2d(features, features, stride=2, config=config, rngs=rngs)
+        self.time_conv = make(features, features) if temporal else None
+
+    def init_cache(self, batch: int, height: int, width: int) -> Cache:
+        return () if self.time_conv is None else self.time_conv.init_cache(batch, height // 2, width // 2)
+
+    def __call__(self, x: jax.Array, cache: Cache, *, first: bool) -> tuple[jax.Array, Cache]:
+        x = self.conv(x)
+        if self.time_conv is None:
+            return x, cache
+        if first:
+            return x, x  # goes on as it is, and is what the next chunk looks back on
+        return self.time_conv(x, cache)
+
+
+class Upsample(Block):
+    """Doubles height and width, halves channels and, if `temporal`, doubles the frames after the first."""
+
+    scale = 2.0
+
+    def __init__(self, features: int, *, temporal: bool, config: VAEConfig, rngs: nnx.Rngs):
+        make = functools.partial(CausalConv3d, size=(3, 1, 1), config=config, rngs=rngs)
+        self.time_conv = make(features, 2 * features) if temporal else None
+        self.conv = Conv2d(features, features // 2, config=config, rngs=rngs)
+
+    def init_cache(self, batch: int, height: int, width: int) -> Cache:
+        return () if self.time_conv is None else self.time_conv.init_cache(batch, height, width)
+
+    def __call__(self, x: jax.Array, cache: Cache, *, first: bool) -> tuple[jax.Array, Cache]:
+        if self.time_conv is not None and not first:  # the next chunk looks back on zeros, not on the first frame
+            x, cache = self.time_conv(x, cache)
+            x = jnp.stack(jnp.split(x, 2, axis=-1), axis=2)  # the first half of the channels is the earlier frame
+            x = x.reshape(x.shape[0], -1, *x.shape[3:])
+        batch, frames, height, width, features = x.shape
+        x = jnp.broadcast_to(x[:, :, :, None, :, None], (batch, frames, height, 2, width, 2, features))
+        return self.conv(x.reshape(batch, frames, 2 * height, 2 * width, features)), cache
+
+
+def middle(features: int, *, config: VAEConfig, rngs: nnx.Rngs) -> nnx.List:
+    ends = [ResidualBlock(features, features, config=config, rngs=rngs) for _ in range(2)]
+    return nnx.List([ends[0], AttentionBlock(features, config=config, rngs=rngs), ends[1]])
+
+
+class Coder(nnx.Module):
+    """What encoder and decoder share: conv_in, blocks, then conv_out(silu(norm(x)))."""
+
+    conv_in: CausalConv3d
+    norm: ChannelNorm
+    conv_out: CausalConv3d
+
+    @property
+    def blocks(self) -> list[Block]:
+        raise NotImplementedError
+
+    def init_cache(self, batch: int, height: int, width: int) -> Cache:
+        conv_in, blocks = self.conv_in.init_cache(batch, height, width), []
+        for block in self.blocks:
+            blocks.append(block.init_cache(batch, height, width))
+            height, width = int(height * block.scale), int(width * block.scale)
+        return conv_in, blocks, self.conv_out.init_cache(batch, height, width)
+
+    def __call__(self, x: jax.Array, cache: Cache, *, first: bool) -> tuple[jax.Array, Cache]:
+        past_in, pasts, past_out = cache
+        x, past_in = self.conv_in(x, past_in)
+        after = []
+        for block, past in zip(self.blocks, pasts, strict=True):
+            x, past = block(x, past, first=first)
+            after.append(past)
+        x, past_out = self.conv_out(jax.nn.silu(self.norm(x)), past_out)
+        return x, (past_in, after, past_out)
+
+
+class Encoder(Coder):
+    """Frames `[b, t, h, w, 3]` to `[b, t / 4, h / 8, w / 8, 2 z_dim]`."""
+
+    def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
+        make: dict[str, Any] = dict(config=config, rngs=rngs)
+        widths = [config.dim * m for m in config.dim_mult]
+        down: list[Block] = []
+        for stage, (before, width) in enumerate(itertools.pairwise((config.dim, *widths))):
+            down.append(ResidualBlock(before, width, **make))
+            down += [ResidualBlock(width, width, **make) for _ in range(config.num_res_blocks - 1)]
+            if stage < len(widths) - 1:
+                down.append(Downsample(width, temporal=config.temporal_downsample[stage], **make))
+        self.conv_in = CausalConv3d(3, config.dim, **make)
+        self.downsamples = nnx.List(down)
+        self.middle = middle(widths[-1], **make)
+        self.norm = ChannelNorm(widths[-1])
+        self.conv_out = CausalConv3d(widths[-1], 2 * config.z_dim, **make)
+
+    @property
+    def blocks(self) -> list[Block]:
+        return [*self.downsamples, *self.middle]
+
+
+class Decoder(Coder):
+    """`[b, t, h, w, z_dim]` to frames `[b, 4 t, 8 h, 8 w, 3]`."""
+
+    def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
+        make: dict[str, Any] = dict(config=config, rngs=rngs)
+        widths = [config.dim * m for m in reversed(config.dim_mult)]
+        temporal = config.temporal_downsample[::-1]
+        before = widths[0]
+        up: list[Block] = []
+        for stage, width in enumerate(widths):
+            up.append(ResidualBlock(before, width, **make))
+            up += [ResidualBlock(width, width, **make) for _ in range(config.num_res_blocks)]
+            if stage < len(widths) - 1:
+                up.append(Upsample(width, temporal=temporal[stage], **make))
+            before = width // 2
+        self.conv_in = CausalConv3d(config.z_dim, widths[0], **make)
+        self.middle = middle(widths[0], **make)
+        self.upsamples = nnx.List(up)
+        self.norm = ChannelNorm(widths[-1])
+        self.conv_out = CausalConv3d(widths[-1], 3, **make)
+
+    @property
+    def blocks(self) -> list[Block]:
+        return [*self.middle, *self.upsamples]
+
+
+class WanVAE(nnx.Module):
+    """Encoder and decoder, one chunk at a time; `encode` and `decode` below run whole clips.
+
+    The first chunk of a clip is one frame (one latent) with `first=True` (static), each further one 4n frames
+    (n latents) for any n. The result does not depend on how the clip was cut.
+    """
+
+    def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
+        self.config = config
+        self.encoder = Encoder(config, rngs=rngs)
+        self.quant = Dense(2 * config.z_dim, 2 * config.z_dim, dtype=config.dtype, rngs=rngs)
+        self.post_quant = Dense(config.z_dim, config.z_dim, dtype=config.dtype, rngs=rngs)
+        self.decoder = Decoder(config, rngs=rngs)
+
+    def init_encode_cache(self, batch: int, height: int, width: int) -> Cache:
+        """The cache before the first frame: zeros. height and width in pixels."""
+        return self.encoder.init_cache(batch, height, width)
+
+    def init_decode_cache(self, batch: int, height: int, width: int) -> Cache:
+        """The cache before the first latent: zeros. height and width in latents, an eighth of the pixels."""
+        return self.decoder.init_cache(batch, height, width)
+
+    def encode_chunk(self, video: jax.Array, cache: Cache, *, first: bool) -> tuple[jax.Array, Cache]:
+        """video `[b, 4n, h, w, 3]` in [-1, 1] to latents, float32 `[b, n, h/8, w/8, z_dim]`, and cache."""
+        x, cache = self.encoder(video.astype(self.config.dtype), cache, first=first)
+        mu = self.quant(x)[..., : self.config.z_dim].astype(jnp.float32)
+        mean, std = self.statistics(mu)
+        return (mu - mean) / std, cache
+
+    def decode_chunk(self, latents: jax.Array, cache: Cache, *, first: bool) -> tuple[jax.Array, Cache]:
+        """latents `[b, n, h, w, z_dim]` to frames, `[b, 4n, 8h, 8w, 3]` in the model's dtype, and the cache.
+
+        Frames lie about [-1, 1] and are not clamped.
+        """
+        mu = latents.astype(jnp.float32)
+        mean, std = self.statistics(mu)
+        mu = mu * std + mean
+        return self.decoder(self.post_quant(mu.astype(self.config.dtype)), cache, first=first)
+
+    def statistics(self, like: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Mean and std of the latents, with leading axes of one."""
+        mean, std = (along_last(jnp.asarray(a, jnp.float32), like) for a in (self.config.mean, self.config.std))
+        return mean, std
+
+
+# Module-level, so that a second clip of a size compiles nothing; the donated cache is updated in place.
+@functools.partial(jax.jit, static_argnames=("graph", "first"), donate_argnames="cache")
+def _encode_chunk(graph, state, video: jax.Array, cache: Cache, *, first: bool) -> tuple[jax.Array, Cache]:
+    return nnx.merge(graph, state).encode_chunk(video, cache, first=first)
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "first", "as_uint8"), donate_argnames="cache")
+def _decode_chunk(
+    graph, state, latents: jax.Array, cache: Cache, *, first: bool, as_uint8: bool
+) -> tuple[jax.Array, Cache]:
+    frames, cache = nnx.merge(graph, state).decode_chunk(latents, cache, first=first)
+    return to_uint8(frames) if as_uint8 else frames, cache
+
+
+def to_uint8(frames: jax.Array) -> jax.Array:
+    """Frames in [-1, 1] to levels: round((x + 1) * 127.5), clamped to 0..255."""
+    f = jnp.clip(frames.astype(jnp.float32), -1, 1)
+    return jnp.round((f + 1) * 127.5).astype(jnp.uint8)
+
+
+def encode(vae: WanVAE, video: jax.Array | np.ndarray, *, chunk: int = CHUNK) -> jax.Array:
+    """Video `[b, 1 + 4n, h, w, 3]` in [-1, 1] to latents `[b, 1 + n, h/8, w/8, z_dim]`, float32.
+
+    The latents are (mu - mean) / std, without sampling.
+
+    video: any float dtype; may lie on the host, one chunk at a time goes to the device.
+    chunk: latents computed at once. It decides memory, not the result.
+
+    Raises UserError unless frames are 1 + 4n and height and width (pixels) are multiples of 8.
+    """
+    check_video(video.shape, vae.config)
+    graph, state = nnx.split(vae)
+    cache = vae.init_encode_cache(video.shape[0], *video.shape[2:4])
+    factor, start, latents = vae.config.temporal_factor, 0, []
+    for size in (1, *(factor * n for n in chunk_sizes((video.shape[1] - 1) // factor, chunk))):
+        piece = jnp.asarray(video[:, start : start + size], vae.config.dtype)
+        z, cache = _encode_chunk(graph, state, piece, cache, first=start == 0)
+        latents.append(z)
+        start += size
+    return jnp.concatenate(latents, axis=1)
+
+
+def decode(vae: WanVAE, latents: jax.Array | np.ndarray, **options) -> jax.Array:
+    """Latents `[b, 1 + n, h, w, z_dim]` to the video `[b, 1 + 4n, 8h, 8w, 3]`; options of `decode_chunks`."""
+    return jnp.concatenate(list(decode_chunks(vae, latents, **options)), axis=1)
+
+
+def decode_chunks(
+    vae: WanVAE, latents: jax.Array | np.ndarray, *, chunk: int = CHUNK, as_uint8: bool = False
+) -> Iterator[jax.Array]:
+    """Yields the video piece by piece, in memory that does not grow with its length.
+
+    latents: `[b, 1 + n, h, w, z_dim]`, as `encode` returns them.
+    chunk: latents computed at once. It decides memory, not the result.
+    as_uint8: yield levels 0..255 instead of unclamped values about [-1, 1] in the model's dtype.
+
+    The first piece has one frame, further ones four a latent: `[b, t, 8h, 8w, 3]`. When a piece is handed
+    out, the next one is already under way on the device, so that copying to the host costs no time. Raises
+    UserError at the call for other shapes.
+    """
+    check_latents(latents.shape, vae.config)
+    sizes = (1, *chunk_sizes(latents.shape[1] - 1, chunk))
+
+    def pieces() -> Iterator[jax.Array]:
+        graph, state = nnx.split(vae)
+        cache = vae.init_decode_cache(latents.shape[0], *latents.shape[2:4])
+        waiting: list[jax.Array] = []
+        start = 0
+        for size in sizes:
+            z = jnp.asarray(latents[:, start : start + size], jnp.float32)
+            frames, cache = _decode_chunk(graph, state, z, cache, first=start == 0, as_uint8=as_uint8)
+            yield from waiting
+            waiting = [frames]
+            start += size
+        yield from waiting
+
+    return pieces()
+
+
+def chunk_sizes(n: int, chunk: int) -> tuple[int, ...]:
+    """Cuts n latents into pieces of at most `chunk`, all equal where a size above chunk / 2 allows it."""
+    if chunk < 1:
+        raise UserError(f"{chunk=} must be at least 1 latent")
+    size = next((s for s in range(chunk, chunk // 2, -1) if n % s == 0), chunk)
+    return (size,) * (n // size) + ((n % size,) if n % size else ())
+
+
+def check_video(shape: tuple[int, ...], config: VAEConfig) -> None:
+    if len(shape) != 5 or shape[-1] != 3:
+        raise UserError(f"video has shape {list(shape)}; give [batch, frames, height, width, 3]")
+    _, frames, height, width, _ = shape
+    check_step("frames", frames, config.temporal_factor, offset=1)
+    check_step("height", height, config.spatial_factor)
+    check_step("width", width, config.spatial_factor)
+
+
+def check_step(name: str, value: int, step: int, *, offset: int = 0) -> None:
+    """Raises UserError unless value is offset + n * step (n from 0, and from 1 without an offset)."""
+    least = offset or step
+    if value < least or (value - offset) % step:
+        low = max(least, value - (value - offset) % step)
+        nearest = f"{low}, {low + step}" if value > low else f"{low}"
+        kind = f"{offset} + a multiple of {step}" if offset else f"a multiple of {step}"
+        raise UserError(f"{name}={value} must be {kind}; nearest: {nearest}")
+
+
+def check_latents(shape: tuple[int, ...], config: VAEConfig) -> None:
+    if len(shape) != 5 or shape[-1] != config.z_dim or 0 in shape:
+        raise UserError(f"latents have shape {list(shape)}; give [batch, latents, height, width, {config.z_dim}]")

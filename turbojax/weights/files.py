@@ -1,0 +1,142 @@
+"""Which file holds which component, in a folder or in a Hugging Face repository.
+
+Names are those that Wan, TurboDiffusion and diffusers publish; see docs/checkpoints.md.
+"""
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from turbojax.errors import CheckpointError, UserError
+
+# Has the VAE, the text encoder and the tokenizer that all Wan 2.1 models and Wan 2.2 A14B share.
+SHARED_REPOSITORY = "Wan-AI/Wan2.1-T2V-1.3B"
+
+CONVERTED = "turbojax.json"  # marks a folder written by `scripts/convert.py --format=orbax`
+
+# Relative paths by component, the first pattern that matches anything decides.
+PATTERNS: dict[str, tuple[str, ...]] = {
+    "transformer": (
+        r"(transformer/)?turbojax\.json",
+        r"(transformer/)?diffusion_pytorch_model\.safetensors\.index\.json",
+        r"(transformer/)?diffusion_pytorch_model\.safetensors",
+        r"transformer\.safetensors",
+        r"(?!models_|Wan2\.\d_VAE|vae\.|text_encoder\.)[^/]+\.(pth|safetensors)",
+    ),
+    "vae": (
+        r"Wan2\.1_VAE\.(pth|safetensors)",
+        r"vae\.safetensors",
+        r"vae/diffusion_pytorch_model\.safetensors",
+    ),
+    "text_encoder": (
+        r"models_t5_umt5-xxl-enc-bf16\.(pth|safetensors)",
+        r"text_encoder\.safetensors",
+        r"text_encoder/model\.safetensors\.index\.json",
+        r"text_encoder/model\.safetensors",
+    ),
+    "tokenizer": (
+        r"(google/umt5-xxl/|tokenizer/)?tokenizer\.json",
+        r"(google/umt5-xxl/|tokenizer/)?spiece\.model",
+    ),
+}
+
+
+class Repository(NamedTuple):
+    """Files by relative path, local or remote; `get` gives a local path, downloading where needed."""
+
+    name: str
+    files: Sequence[str]
+    get: Callable[[str], Path]
+
+
+def open_repository(path_or_repo: str | Path) -> Repository:
+    """A folder, the folder of a file, or a Hugging Face repository "owner/name"."""
+    path = Path(path_or_repo).expanduser()
+    if path.is_file():
+        path = path.parent
+    if path.is_dir():
+        files = sorted(str(p.relative_to(path).as_posix()) for p in path.glob("*") if p.is_file())
+        files += sorted(str(p.relative_to(path).as_posix()) for p in path.glob("*/*") if p.is_file())
+        files += sorted(str(p.relative_to(path).as_posix()) for p in path.glob("google/*/*") if p.is_file())
+        return Repository(str(path), files, lambda name: path / name)
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_repo)):
+        raise UserError(
+            f"{str(path_or_repo)!r} is neither a file, a folder nor a repository such as {SHARED_REPOSITORY}"
+        )
+    return open_hub(str(path_or_repo))
+
+
+def open_hub(name: str) -> Repository:
+    """A Hugging Face repository; downloads go to its cache folder and resume."""
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError
+
+    def download(file: str) -> Path:
+        try:
+            return Path(huggingface_hub.hf_hub_download(name, file))
+        except (HfHubHTTPError, OSError, ValueError) as error:
+            raise UserError(unreachable(f"{file} of {name}", error)) from error
+
+    try:
+        files = huggingface_hub.list_repo_files(name)
+    except Exception as error:  # offline, refused, or no such repository: the libraries below have no common class
+        cached = cached_files(name)
+        if not cached:
+            raise UserError(unreachable(name, error)) from error
+        files = cached
+    return Repository(name, sorted(files), download)
+
+
+def cached_files(name: str) -> list[str]:
+    """Files of a repository that were downloaded before, for use without a network."""
+    import huggingface_hub
+
+    try:
+        folder = Path(huggingface_hub.snapshot_download(name, local_files_only=True))
+    except Exception:
+        return []
+    return [str(p.relative_to(folder).as_posix()) for p in folder.rglob("*") if p.is_file()]
+
+
+def unreachable(what: str, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return f"{what} could not be downloaded ({reason[:160]}); check the name and the network, or give a local path"
+
+
+def find(repository: Repository, component: str, *, quantized: bool | None = None) -> Path | None:
+    """The local path of a component's file, or None if the repository has none.
+
+    quantized: where a repository has both forms (NAME.pth and NAME-quant.pth), which one; None takes the plain one.
+    """
+    for pattern in PATTERNS[component]:
+        matches = [name for name in repository.files if re.fullmatch(pattern, name)]
+        if len(matches) > 1:
+            matches = [name for name in matches if ("-quant." in name) == bool(quantized)] or matches
+        if len(matches) > 1:
+            raise CheckpointError(
+                f"{repository.name} holds several {component}s: {', '.join(matches)}; give one as the path"
+            )
+        if matches:
+            return fetch(repository, matches[0])
+    return None
+
+
+def fetch(repository: Repository, name: str) -> Path:
+    """A file with what belongs to it: the shards of an index, the configuration beside it."""
+    path = repository.get(name)
+    folder = name.rpartition("/")[0]
+    beside = [n for n in repository.files if n.rpartition("/")[0] == folder]
+    for other in beside:
+        if other.endswith("/config.json") or other == "config.json":
+            repository.get(other)
+    if name.endswith(".index.json"):
+        try:
+            shards = set(json.loads(path.read_text())["weight_map"].values())
+        except (ValueError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{path} is no index of a sharded checkpoint; download it again") from error
+        for shard in sorted(shards):
+            if (sibling := f"{folder}/{shard}".lstrip("/")) in beside:
+                repository.get(sibling)
+    return path.parent if path.name == CONVERTED else path

@@ -1,0 +1,138 @@
+"""Names of Wan transformer checkpoints: official Wan 2.1 / 2.2, TurboDiffusion, diffusers.
+
+TurboDiffusion's files differ from the official ones by a linear patch embedding, SLA's `proj_l`, `int8_weight` and
+`scale` in place of `weight`, a `net.` prefix in training checkpoints and `_checkpoint_wrapped_module.` inside names.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from turbojax.errors import CheckpointError
+from turbojax.models.wan import WanConfig
+from turbojax.weights.rules import Entry, Rule, describe, shorten
+
+# Prefixes of training checkpoints, and what PyTorch's remat and compiler wrappers leave inside names.
+DECORATION = re.compile(
+    r"^(?:net\.|module\.|model\.|diffusion_model\.|transformer\.)+|_checkpoint_wrapped_module\.|_orig_mod\."
+)
+
+
+def as_linear(weight: np.ndarray) -> np.ndarray:
+    """A Conv3d patch embedding [D, C, pt, ph, pw] as the linear layer [D, C pt ph pw]."""
+    return weight.reshape(weight.shape[0], -1)
+
+
+def without_batch(weight: np.ndarray) -> np.ndarray:
+    """[1, n, D] to [n, D]."""
+    return weight.reshape(weight.shape[-2:])
+
+
+BOOKKEEPING = Rule(r"(?:.*\.)?_extra_state|accum_\w+", None)  # left by training, no weights of the network
+
+_BLOCK = r"blocks\.(?P<layer>\d+)\."
+_PART = r"(?P<part>weight|bias|scale)"
+
+OFFICIAL: tuple[Rule, ...] = (
+    BOOKKEEPING,
+    Rule(r"patch_embedding\.(weight|bias)", r"patch_embedding.\1", as_linear),
+    Rule(r"(text|time)_embedding\.0\.(weight|bias)", r"\1_embedding.fc1.\2"),
+    Rule(r"(text|time)_embedding\.2\.(weight|bias)", r"\1_embedding.fc2.\2"),
+    Rule(r"time_projection\.1\.(weight|bias)", r"time_projection.\1"),
+    Rule(r"img_emb\.proj\.0\.(weight|bias)", r"image_embedding.norm_in.\1"),
+    Rule(r"img_emb\.proj\.1\.(weight|bias)", r"image_embedding.mlp.fc1.\1"),
+    Rule(r"img_emb\.proj\.3\.(weight|bias)", r"image_embedding.mlp.fc2.\1"),
+    Rule(r"img_emb\.proj\.4\.(weight|bias)", r"image_embedding.norm_out.\1"),
+    Rule(r"head\.modulation", "head.modulation", without_batch),
+    Rule(r"head\.head\.(weight|bias)", r"head.proj.\1"),
+    Rule(_BLOCK + "modulation", "blocks.modulation", without_batch),
+    Rule(_BLOCK + r"norm3\.(weight|bias)", r"blocks.norm3.\2"),
+    Rule(_BLOCK + r"(self_attn|cross_attn)\.(norm_\w+)\.weight", r"blocks.\2.\3.weight"),
+    Rule(_BLOCK + r"self_attn\.attn_op\.local_attn\.proj_l\." + _PART, r"blocks.self_attn.proj_l.\g<part>"),
+    Rule(_BLOCK + r"(self_attn|cross_attn)\.([qkvo]|k_img|v_img)\.(?:int8_)?" + _PART, r"blocks.\2.\3.\g<part>"),
+    Rule(_BLOCK + r"ffn\.0\.(?:int8_)?" + _PART, r"blocks.ffn.fc1.\g<part>"),
+    Rule(_BLOCK + r"ffn\.2\.(?:int8_)?" + _PART, r"blocks.ffn.fc2.\g<part>"),
+)
+
+_DIFFUSERS_ATTENTION = {"attn1": "self_attn", "attn2": "cross_attn"}
+_DIFFUSERS_LINEAR = {
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    r"to_out\.0": "o",
+    "add_k_proj": "k_img",
+    "add_v_proj": "v_img",
+}
+_DIFFUSERS_NORM = {"norm_q": "norm_q", "norm_k": "norm_k", "norm_added_k": "norm_k_img"}
+
+DIFFUSERS: tuple[Rule, ...] = (
+    Rule(r"patch_embedding\.(weight|bias)", r"patch_embedding.\1", as_linear),
+    Rule(r"condition_embedder\.(text|time)_embedder\.linear_(1|2)\.(weight|bias)", r"\1_embedding.fc\2.\3"),
+    Rule(r"condition_embedder\.time_proj\.(weight|bias)", r"time_projection.\1"),
+    Rule(r"condition_embedder\.image_embedder\.norm1\.(weight|bias)", r"image_embedding.norm_in.\1"),
+    Rule(r"condition_embedder\.image_embedder\.ff\.net\.0\.proj\.(weight|bias)", r"image_embedding.mlp.fc1.\1"),
+    Rule(r"condition_embedder\.image_embedder\.ff\.net\.2\.(weight|bias)", r"image_embedding.mlp.fc2.\1"),
+    Rule(r"condition_embedder\.image_embedder\.norm2\.(weight|bias)", r"image_embedding.norm_out.\1"),
+    Rule("scale_shift_table", "head.modulation", without_batch),
+    Rule(r"proj_out\.(weight|bias)", r"head.proj.\1"),
+    Rule(_BLOCK + "scale_shift_table", "blocks.modulation", without_batch),
+    Rule(_BLOCK + r"norm2\.(weight|bias)", r"blocks.norm3.\2"),
+    *(
+        Rule(_BLOCK + rf"{theirs}\.{layer}\.{_PART}", rf"blocks.{ours}.{name}.\g<part>")
+        for theirs, ours in _DIFFUSERS_ATTENTION.items()
+        for layer, name in (_DIFFUSERS_LINEAR | _DIFFUSERS_NORM).items()
+    ),
+    Rule(_BLOCK + r"attn1\.(?:.*\.)?proj_l\." + _PART, r"blocks.self_attn.proj_l.\g<part>"),
+    Rule(_BLOCK + r"ffn\.net\.0\.proj\." + _PART, r"blocks.ffn.fc1.\g<part>"),
+    Rule(_BLOCK + r"ffn\.net\.2\." + _PART, r"blocks.ffn.fc2.\g<part>"),
+)
+
+
+def clean_name(name: str) -> str:
+    """A name without training prefixes and wrappers."""
+    return DECORATION.sub("", name)
+
+
+def wan_rules(names: Iterable[str], *, what: str) -> tuple[Rule, ...]:
+    """The table for a checkpoint with these (cleaned) names."""
+    names = set(names)
+    if "time_embedding.0.weight" in names or "blocks.0.self_attn.q.bias" in names:
+        return OFFICIAL
+    if any(name.startswith("condition_embedder.") for name in names):
+        return DIFFUSERS
+    raise CheckpointError(
+        f"{what} is not a Wan transformer: it holds {shorten(sorted(names))}. "
+        "Give the file of the diffusion model, not of the VAE or the text encoder."
+    )
+
+
+def detect_wan_config(shapes: Mapping[Entry, tuple[int, ...]], *, num_heads: int | None, what: str) -> WanConfig:
+    """The configuration that parameters of these shapes belong to.
+
+    num_heads: from the checkpoint's own configuration; None takes SLA's head_dim, else 128 as all released sizes have.
+    """
+
+    def shape(name: str, layer: int | None = None) -> tuple[int, ...]:
+        if (entry := Entry(name, layer)) not in shapes:
+            raise CheckpointError(f"{what} has no {describe(entry)}, so the model's size cannot be told")
+        return shapes[entry]
+
+    dim, patch_inputs = shape("patch_embedding.weight")
+    proj_l = shapes.get(Entry("blocks.self_attn.proj_l.weight", 0))
+    head_dim = proj_l[0] if proj_l else 128
+    image = shapes.get(Entry("image_embedding.norm_in.weight", None))
+    defaults = WanConfig(dim=2, ffn_dim=1, num_heads=1, num_layers=1)
+    return WanConfig(
+        dim=dim,
+        ffn_dim=shape("blocks.ffn.fc1.weight", 0)[0],
+        num_heads=num_heads or max(1, dim // head_dim),
+        num_layers=1 + max(entry.layer for entry in shapes if entry.layer is not None),
+        in_channels=patch_inputs // defaults.patch_features,
+        out_channels=shape("head.proj.weight")[0] // defaults.patch_features,
+        freq_dim=shape("time_embedding.fc1.weight")[1],
+        text_dim=shape("text_embedding.fc1.weight")[1],
+        clip_dim=image[0] if image else None,
+        attention_type="sla" if proj_l else "original",
+        quant="block128" if Entry("blocks.ffn.fc1.scale", 0) in shapes else None,
+    )
