@@ -1,6 +1,7 @@
 """Generated parameters: the full-size network without a download, for benchmarks and for the demo's files."""
 
 import functools
+import math
 import zlib
 from typing import Any
 
@@ -8,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from turbojax.kernels.int8 import BLOCK
 from turbojax.weights.load import Skeleton, describe, place
 from turbojax.weights.rules import Entry
 
@@ -20,32 +22,30 @@ def random_module(skeleton: Skeleton, *, seed: int = 0, what: str = "random weig
     def generate(entry: Entry) -> jax.Array:
         spec = specs[entry]
         own_key = jax.random.fold_in(key, zlib.crc32(describe(entry).encode()))
-        return random_parameter(own_key, entry.target, spec.shape, spec.dtype)
+        if spec.dtype == jnp.int8:
+            return jax.random.randint(own_key, spec.shape, -127, 128, jnp.int8)
+        if entry.target.endswith(".scale"):  # of an int8 weight of uniform values, whose rms is 127 / sqrt(3)
+            return jnp.full(spec.shape, 3**0.5 / 127 / (spec.shape[-1] * BLOCK) ** 0.5, spec.dtype)
+        return normal(own_key, *center_and_spread(entry.target, spec.shape), spec.shape, spec.dtype)
 
     return skeleton.fill(place(skeleton, generate, what=what))
 
 
-@functools.partial(jax.jit, static_argnums=(1, 2, 3))
-def random_parameter(key: jax.Array, name: str, shape: tuple[int, ...], dtype: Any) -> jax.Array:
-    """Values that keep activations near unit size: fan-in scaled weights, norm scales near 1, small biases."""
-    if dtype == jnp.int8:
-        return jax.random.randint(key, shape, -127, 128, jnp.int8)
-    if name.endswith(".scale"):  # of an int8 weight of uniform values, whose rms is 127 / sqrt(3)
-        return jnp.full(shape, 3**0.5 / 127 / (shape[-1] * 128) ** 0.5, dtype)
-    normal = jax.random.normal(key, shape, jnp.float32)
-    if name.endswith(("gamma", "norm.weight")) or ("norm" in name and name.endswith("weight")):
-        return (1 + 0.1 * normal).astype(dtype)
+def center_and_spread(entry: str, shape: tuple[int, ...]) -> tuple[float, float]:
+    """Mean and standard deviation that keep activations near unit size: norm scales near 1, fan-in scaled weights.
+
+    Linear weights are [out, in], convolutions [..., in, out], modulation [n, D].
+    """
+    if entry.endswith(("gamma", "norm.weight")) or ("norm" in entry and entry.endswith("weight")):
+        return 1.0, 0.1
     if len(shape) < 2:
-        return (0.02 * normal).astype(dtype)
-    return (normal * fan_in(name, shape) ** -0.5).astype(dtype)
+        return 0.0, 0.02
+    return 0.0, math.prod(shape[:-1] if len(shape) > 2 else shape[1:]) ** -0.5
 
 
-def fan_in(name: str, shape: tuple[int, ...]) -> int:
-    """Inputs of one output: linear weights are [out, in], convolutions [..., in, out], modulation [n, D]."""
-    size = 1
-    for n in shape[:-1] if len(shape) > 2 else shape[1:]:
-        size *= n
-    return size
+@functools.partial(jax.jit, static_argnums=(3, 4))
+def normal(key: jax.Array, center: float, spread: float, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    return (center + spread * jax.random.normal(key, shape, jnp.float32)).astype(dtype)
 
 
 def random_token_table(vocab: int, dim: int, dtype: Any, *, seed: int = 0) -> np.ndarray:

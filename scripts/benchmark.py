@@ -1,0 +1,66 @@
+"""Measures turbojax and writes JSON: device, versions, command, date and figures.
+
+    python scripts/benchmark.py --case=text_to_video --model=wan2.1-t2v-1.3b --out=benchmarks/t2v.json
+    python scripts/benchmark.py --case=vae
+    python scripts/benchmark.py --case=compile --model=wan2.1-t2v-14b
+
+Cases: text_to_video (random weights at full size, prompt to mp4, cold and warm), vae (decoding in chunks),
+compile (seconds by number of layers). Peak memory has no reset, so run one case a process.
+
+"""
+
+import json
+import tempfile
+from pathlib import Path
+
+import jax
+from absl import flags
+
+from turbojax import UserError, benchmark, cli
+from turbojax.demo import demo_folder
+from turbojax.models.tokenizer import Tokenizer
+from turbojax.video import video_size
+
+CASE = flags.DEFINE_enum("case", "text_to_video", ["text_to_video", "vae", "compile"], "what to measure")
+MODEL = flags.DEFINE_string("model", "wan2.1-t2v-1.3b", "network, with random weights")
+RESOLUTION = flags.DEFINE_string("resolution", "480p", "480p or 720p, 16:9")
+FRAMES = flags.DEFINE_integer("num_frames", 81, "4 n + 1")
+STEPS = flags.DEFINE_integer("num_inference_steps", 4, "1 to 4")
+ATTENTION = flags.DEFINE_string("attention_type", "original", "original or sla")
+TOPK = flags.DEFINE_float("sla_topk", 0.1, "share of key blocks")
+QUANT = flags.DEFINE_bool("quant_linear", False, "int8 linear layers")
+OUT = flags.DEFINE_string("out", None, "JSON file to write; printed only if not given")
+
+
+def main() -> None:
+    width, height = video_size(RESOLUTION.value, "16:9")
+    if CASE.value == "text_to_video":
+        tokenizer = Tokenizer.from_path(demo_folder() / "google" / "umt5-xxl")
+        with tempfile.TemporaryDirectory() as folder:
+            result = benchmark.text_to_video(
+                tokenizer,
+                model=MODEL.value,
+                num_frames=FRAMES.value,
+                height=height,
+                width=width,
+                num_inference_steps=STEPS.value,
+                attention_type=ATTENTION.value,
+                sla_topk=TOPK.value,
+                quant_linear=QUANT.value,
+                output=Path(folder) / "video.mp4",
+            )
+    elif CASE.value == "vae":
+        result = benchmark.vae_decoding(height=height, width=width, chunks=(1, 2, 4))
+    else:
+        result = benchmark.compile_seconds(model=MODEL.value, layers=(4, 40), height=height, width=width)
+    settings = {flag.name: flag.value for flag in flags.FLAGS.flags_by_module_dict()["scripts/benchmark.py"]}
+    result = {"case": CASE.value, "settings": settings, "result": result}
+    print(json.dumps(benchmark.environment() | result, indent=1))
+    if OUT.value:
+        benchmark.save(result, Path(OUT.value))
+
+
+if __name__ == "__main__":
+    if jax.default_backend() != "gpu":
+        cli.fail(UserError("benchmarks need a GPU; none was found (pip install -e '.[cuda12]')"))
+    cli.run(main, help_text=__doc__ or "")
