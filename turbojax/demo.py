@@ -6,7 +6,6 @@ runs in a minute on any machine, without a download.
 
 import os
 import shutil
-import tempfile
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -36,8 +35,8 @@ def demo_folder() -> Path:
     folder = cache / "turbojax" / f"demo-{VERSION}"
     if not folder.is_dir():
         logging.info("Writing the demo's random checkpoint to %s", folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=folder.parent))
+        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+        temporary.mkdir(parents=True)
         try:
             write_demo(temporary)
             temporary.rename(folder)

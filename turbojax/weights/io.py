@@ -6,6 +6,7 @@ tensor is read from disk when it is used. Every bad file gives one CheckpointErr
 
 import contextlib
 import json
+import mmap
 import os
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
@@ -301,6 +302,26 @@ def load_orbax(path: str | os.PathLike, abstract_tree: Any) -> Any:
         _check_same(target, _described(saved.tree), _described(abstract_tree))
         args = ocp.args.PyTreeRestore(item=abstract_tree, restore_args=jax.tree.map(restore_args, abstract_tree))
         return checkpointer.restore(target, args=args)
+
+
+def release(tensor: np.ndarray) -> None:
+    """Gives the memory of a memory-mapped tensor's file back to the system; it is read again when used again.
+
+    Called after each tensor, so that reading a 28 GB file does not fill 28 GB of this process.
+    """
+    base: Any = tensor
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, mmap.mmap):
+        base.madvise(mmap.MADV_DONTNEED)
+
+
+def file_metadata(path: str | os.PathLike) -> dict[str, str]:
+    """The text entries in the header of a safetensors file; empty for other files."""
+    if Path(path).suffix != ".safetensors":
+        return {}
+    with _one_sentence(Path(path)), safe_open(path, "np") as file:
+        return file.metadata() or {}
 
 
 def _described_leaf(leaf: ShapeDtype) -> str:

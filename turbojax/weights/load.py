@@ -26,13 +26,12 @@ from turbojax.kernels import int8
 from turbojax.models.umt5 import UMT5Config, UMT5Encoder
 from turbojax.models.vae import VAEConfig, WanVAE
 from turbojax.models.wan import WanConfig, WanModel
-from turbojax.weights.io import load_orbax, read_tensors
+from turbojax.weights.files import CONVERTED
+from turbojax.weights.io import file_metadata, load_orbax, read_tensors, release
 from turbojax.weights.rules import Entry, Rule, assign, describe, relaid, rename
 from turbojax.weights.umt5 import detect_umt5_config, token_table, umt5_rules
 from turbojax.weights.vae import detect_vae_config, vae_rules
 from turbojax.weights.wan import clean_name, detect_wan_config, wan_rules
-
-CONFIG_FILE = "turbojax.json"  # beside the arrays in a folder written by `scripts/convert.py --format=orbax`
 
 
 class Skeleton(NamedTuple):
@@ -114,8 +113,10 @@ def renamed_shapes(tensors: Mapping[str, np.ndarray], rules: Iterable[Rule]) -> 
 
 
 def published_num_heads(path: str | os.PathLike) -> int | None:
-    """The number of heads in the config.json beside the weights, which their shapes do not tell; None without."""
+    """The number of heads, which shapes do not tell, from a converted file or the config.json beside the weights."""
     path = Path(path)
+    if path.is_file() and (heads := file_metadata(path).get("num_heads", "")).isdigit():
+        return int(heads)
     file = (path if path.is_dir() else path.parent) / "config.json"
     if not file.is_file():
         return None
@@ -150,7 +151,7 @@ def load_wan(
     options: dict[str, Any] = dict(
         quant_linear=quant_linear, attention_type=attention_type, sla_topk=sla_topk, dtype=dtype
     )
-    if (Path(path) / CONFIG_FILE).is_file():
+    if (Path(path) / CONVERTED).is_file():
         return load_converted(Path(path), options)
     return build_wan(open_wan(path), **options)
 
@@ -223,10 +224,13 @@ def place(skeleton: Skeleton, piece: Callable[[Entry], Any], *, what: str) -> di
             layers = range(spec.shape[0]) if is_stacked(name) else [None]
             array = jnp.zeros(spec.shape if is_stacked(name) else (), spec.dtype)
             for layer in layers:
-                value = jnp.asarray(piece(Entry(name, layer)))
+                stored = piece(Entry(name, layer))
+                value = jnp.asarray(stored)
                 if jnp.issubdtype(value.dtype, jnp.floating):
                     finite[Entry(name, layer)] = all_finite(value)
                 array = value.astype(spec.dtype) if layer is None else write_layer(array, value, layer)
+                if isinstance(stored, np.ndarray):
+                    release(stored)
                 bar.update(spec.size * spec.dtype.itemsize // len(layers))
             arrays[name] = array
     bad = [describe(entry) for entry, ok in finite.items() if not ok]
@@ -236,22 +240,24 @@ def place(skeleton: Skeleton, piece: Callable[[Entry], Any], *, what: str) -> di
 
 
 def load_converted(path: Path, options: dict[str, Any]) -> WanModel:
-    """Loads a transformer that `scripts/convert.py --format=orbax` wrote."""
+    """Loads a transformer that `scripts/convert.py --format=orbax` wrote, straight to the device where it fits."""
     try:
-        fields = json.loads((path / CONFIG_FILE).read_text())
+        fields = json.loads((path / CONVERTED).read_text())
         stored = WanConfig(**{**fields, "patch": tuple(fields["patch"]), "dtype": jnp.dtype(fields["dtype"])})
     except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{path / CONFIG_FILE} is damaged: {error}; convert the checkpoint again") from error
+        raise CheckpointError(f"{path / CONVERTED} is damaged: {error}; convert the checkpoint again") from error
+    config = with_options(stored, **options)
     skeleton = wan_skeleton(stored)
+    if wan_skeleton(config).specs == skeleton.specs:
+        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        specs = {n: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=device) for n, s in skeleton.specs.items()}
+        return wan_skeleton(config).fill(load_orbax(path / "arrays", specs))
     arrays = load_orbax(path / "arrays", skeleton.specs)
     tensors = {
         entry: arrays[entry.target] if entry.layer is None else arrays[entry.target][entry.layer]
         for entry in skeleton.entries()
     }
-    config = with_options(stored, **options)
-    if config == stored:
-        return skeleton.fill(arrays)
-    return wan_skeleton(config).fill(place(wan_skeleton(config), Pieces(tensors, config, path.name), what=path.name))
+    return build_wan(WanCheckpoint(stored, tensors, path.name), **options)
 
 
 def load_vae(path: str | os.PathLike, *, dtype: Any = jnp.bfloat16) -> WanVAE:
@@ -270,8 +276,15 @@ def load_umt5(path: str | os.PathLike, *, dtype: Any = jnp.bfloat16) -> tuple[UM
     return load_plain(skeleton, tensors, umt5_rules(tensors), what=Path(path).name), token_table(tensors)
 
 
+def check_plain(
+    skeleton: Skeleton, tensors: Mapping[str, np.ndarray], rules: Iterable[Rule], *, what: str
+) -> dict[Entry, np.ndarray]:
+    """Every parameter's tensor; raises CheckpointError with all that is missing, unknown or misshapen."""
+    expected = {entry: spec.shape for entry, spec in skeleton.entries().items()}
+    return assign(tensors, rules, expected, what=what)
+
+
 def load_plain(skeleton: Skeleton, tensors: Mapping[str, np.ndarray], rules: Iterable[Rule], *, what: str) -> Any:
     """A module whose parameters are the checkpoint's tensors as they are."""
-    expected = {entry: spec.shape for entry, spec in skeleton.entries().items()}
-    found = assign(tensors, rules, expected, what=what)
+    found = check_plain(skeleton, tensors, rules, what=what)
     return skeleton.fill(place(skeleton, found.__getitem__, what=what))

@@ -1,0 +1,176 @@
+"""Rewrites checkpoints: checked, cast or quantized, as safetensors in the official names or as an Orbax folder.
+
+Tensors go through one at a time, so host memory stays at the largest tensor, plus what Orbax writes at once.
+"""
+
+import dataclasses
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from flax import nnx
+from tqdm import tqdm
+
+from turbojax.errors import UserError
+from turbojax.models.umt5 import UMT5Encoder
+from turbojax.models.vae import WanVAE
+from turbojax.models.wan import WanConfig
+from turbojax.weights.files import CONVERTED
+from turbojax.weights.io import read_tensors, release, save_orbax, write_safetensors
+from turbojax.weights.load import Pieces, Skeleton, check_plain, open_wan, wan_skeleton, with_options
+from turbojax.weights.published import wan_layout
+from turbojax.weights.rules import Entry, rename
+from turbojax.weights.umt5 import detect_umt5_config, umt5_rules
+from turbojax.weights.vae import detect_vae_config, vae_rules
+from turbojax.weights.wan import OFFICIAL
+
+FORMATS = ("safetensors", "orbax")
+
+
+class Summary(NamedTuple):
+    """What was written: the component, the number of tensors and their bytes."""
+
+    component: str
+    tensors: int
+    bytes: int
+
+
+def convert(
+    source: str | os.PathLike,
+    output: str | os.PathLike,
+    *,
+    quantize: str | None = None,
+    dtype: Any = jnp.bfloat16,
+    format: str = "safetensors",
+    overwrite: bool = False,
+) -> Summary:
+    """Converts a transformer, VAE or text encoder, told apart by the names of its tensors.
+
+    quantize: "block128" for int8 linear layers in a transformer's blocks; None keeps what the file has.
+    dtype: of everything that is not int8 or a scale.
+    format: "safetensors" (a file) or "orbax" (a folder; transformers only).
+
+    Raises CheckpointError for files that do not fit, UserError for settings that cannot be. What was there before is
+    only replaced with overwrite=True, and only once the new one is whole.
+    """
+    if format not in FORMATS:
+        raise UserError(f"format={format!r} is unknown; choose {' or '.join(FORMATS)}")
+    output = Path(output)
+    if output.exists() and not overwrite:
+        raise UserError(f"{output} already exists; choose another output or allow it with --overwrite")
+    if format == "safetensors" and output.suffix != ".safetensors":
+        raise UserError(f"{output} must end in .safetensors")
+    component = component_of(read_tensors(source))
+    if component == "transformer":
+        return convert_wan(source, output, quantize=quantize, dtype=dtype, format=format)
+    if quantize or format != "safetensors":
+        raise UserError(
+            f"{Path(source).name} is a {component}: only a transformer can be quantized or written by Orbax"
+        )
+    return convert_plain(source, output, component, dtype=dtype)
+
+
+def component_of(tensors: Mapping[str, np.ndarray]) -> str:
+    """Which of the three a checkpoint is; "transformer" unless its names say otherwise, so that errors name one."""
+    if any(name.endswith(("token_embedding.weight", "shared.weight")) for name in tensors):
+        return "text encoder"
+    if any(name.startswith("decoder.") for name in tensors):
+        return "VAE"
+    return "transformer"
+
+
+def convert_wan(source: Any, output: Path, *, quantize: str | None, dtype: Any, format: str) -> Summary:
+    checkpoint = open_wan(source)
+    changes = {"dtype": dtype} | ({"quant": quantize} if quantize else {})
+    config = with_options(checkpoint.config, **changes)
+    pieces = Pieces(checkpoint.tensors, config, checkpoint.what)
+    if config.quant and not checkpoint.config.quant:
+        logging.info("Quantizing %s (%s)", checkpoint.what, config.quant)
+    if format == "orbax":
+        return write_orbax(output, config, pieces)
+    layout = wan_layout(config)
+    specs = {name: jax.ShapeDtypeStruct(shape, stored_dtype(name, dtype)) for name, shape in layout.items()}
+    metadata = {"format": "turbojax", "num_heads": str(config.num_heads)}
+
+    def tensors() -> Iterator[tuple[str, np.ndarray]]:
+        for name, spec in progress(specs):
+            hit = rename(name, OFFICIAL)
+            assert hit is not None, name
+            value = np.asarray(pieces(hit[0]))
+            yield name, value.reshape(spec.shape).astype(spec.dtype)
+            release(value)
+
+    write_safetensors(output, tensors(), specs, metadata=metadata)
+    return Summary("transformer", len(specs), total_bytes(specs))
+
+
+def stored_dtype(name: str, dtype: Any) -> np.dtype:
+    if name.endswith("int8_weight"):
+        return np.dtype(np.int8)
+    return np.dtype(np.float32) if name.endswith(".scale") else jnp.dtype(dtype)
+
+
+def progress(specs: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    with tqdm(total=total_bytes(specs), unit="B", unit_scale=True, desc="Converting", disable=None, leave=False) as bar:
+        for name, spec in specs.items():
+            yield name, spec
+            bar.update(spec.size * spec.dtype.itemsize)
+
+
+def total_bytes(specs: Mapping[str, Any]) -> int:
+    return sum(spec.size * spec.dtype.itemsize for spec in specs.values())
+
+
+def write_orbax(output: Path, config: WanConfig, pieces: Pieces) -> Summary:
+    """A folder with the arrays as the module holds them, blocks stacked, and the configuration."""
+    specs = wan_skeleton(config).specs
+    arrays = {}
+    for name, spec in progress(specs):
+        array = np.empty(spec.shape, spec.dtype)
+        for index in range(spec.shape[0]) if name.startswith("blocks.") else (None,):
+            value = np.asarray(pieces(Entry(name, index)))
+            array[... if index is None else index] = value.astype(spec.dtype)
+            release(value)
+        arrays[name] = array
+    temporary = output.with_name(f".{output.name}.{os.getpid()}.part")
+    temporary.mkdir(parents=True)
+    try:
+        save_orbax(temporary / "arrays", arrays)
+        fields = {**dataclasses.asdict(config), "dtype": jnp.dtype(config.dtype).name}
+        (temporary / CONVERTED).write_text(json.dumps(fields, indent=1) + "\n")
+        if output.exists():
+            shutil.rmtree(output)
+        temporary.rename(output)
+    except OSError as error:
+        raise UserError(f"{output} cannot be written: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return Summary("transformer", len(specs), total_bytes(specs))
+
+
+def convert_plain(source: Any, output: Path, component: str, *, dtype: Any) -> Summary:
+    """A VAE or a text encoder under the names it has, cast; checked against the module first."""
+    tensors = read_tensors(source)
+    what = Path(source).name
+    if component == "VAE":
+        vae = detect_vae_config(tensors)
+        check_plain(Skeleton.of(lambda: WanVAE(vae, rngs=nnx.Rngs(0))), tensors, vae_rules(tensors), what=what)
+    else:
+        t5 = detect_umt5_config(tensors)
+        check_plain(Skeleton.of(lambda: UMT5Encoder(t5, rngs=nnx.Rngs(0))), tensors, umt5_rules(tensors), what=what)
+    specs = {name: jax.ShapeDtypeStruct(tensor.shape, jnp.dtype(dtype)) for name, tensor in tensors.items()}
+
+    def cast() -> Iterator[tuple[str, np.ndarray]]:
+        for name, spec in progress(specs):
+            yield name, np.asarray(tensors[name]).astype(spec.dtype)
+            release(tensors[name])
+
+    write_safetensors(output, cast(), specs, metadata={"format": "turbojax"})
+    return Summary(component, len(specs), total_bytes(specs))
