@@ -3,9 +3,14 @@
     python scripts/benchmark.py --case=text_to_video --model=wan2.1-t2v-1.3b --out=benchmarks/t2v.json
     python scripts/benchmark.py --case=vae
     python scripts/benchmark.py --case=compile --model=wan2.1-t2v-14b
+    python scripts/benchmark.py --case=linear
+    python scripts/benchmark.py --case=block --model=wan2.1-t2v-14b --resolution=720p
+    python scripts/benchmark.py --case=diffusion --model=wan2.1-t2v-14b --resolution=720p --quant_scheme=block128
 
 Cases: text_to_video (random weights at full size, prompt to mp4, cold and warm), vae (decoding in chunks),
-compile (seconds by number of layers). Peak memory has no reset, so run one case a process.
+linear (int8 layers beside bfloat16), block (one transformer block without attention), diffusion (that stage alone),
+compile (seconds for --num_layers=N; a second one in the same process would find its kernels tuned).
+Peak memory has no reset, so run one case a process.
 
 """
 
@@ -18,17 +23,21 @@ from absl import flags
 
 from turbojax import UserError, benchmark, cli
 from turbojax.demo import demo_folder
+from turbojax.kernels.int8 import QUANT_SCHEMES
 from turbojax.models.tokenizer import Tokenizer
 from turbojax.video import video_size
 
-CASE = flags.DEFINE_enum("case", "text_to_video", ["text_to_video", "vae", "compile"], "what to measure")
+CASE = flags.DEFINE_enum(
+    "case", "text_to_video", ["text_to_video", "vae", "compile", "linear", "block", "diffusion"], "what to measure"
+)
 MODEL = flags.DEFINE_string("model", "wan2.1-t2v-1.3b", "network, with random weights")
 RESOLUTION = flags.DEFINE_string("resolution", "480p", "480p or 720p, 16:9")
 FRAMES = flags.DEFINE_integer("num_frames", 81, "4 n + 1")
 STEPS = flags.DEFINE_integer("num_inference_steps", 4, "1 to 4")
 ATTENTION = flags.DEFINE_string("attention_type", "original", "original or sla")
 TOPK = flags.DEFINE_float("sla_topk", 0.1, "share of key blocks")
-QUANT = flags.DEFINE_bool("quant_linear", False, "int8 linear layers")
+LAYERS = flags.DEFINE_integer("num_layers", 40, "layers, of the case compile")
+QUANT = flags.DEFINE_enum("quant_scheme", None, list(QUANT_SCHEMES), "int8 linear layers")
 OUT = flags.DEFINE_string("out", None, "JSON file to write; printed only if not given")
 
 
@@ -46,14 +55,33 @@ def main() -> None:
                 num_inference_steps=STEPS.value,
                 attention_type=ATTENTION.value,
                 sla_topk=TOPK.value,
-                quant_linear=QUANT.value,
+                quant_linear=QUANT.value is not None,
+                quant_scheme=QUANT.value,
                 output=Path(folder) / "video.mp4",
             )
     elif CASE.value == "vae":
         result = benchmark.vae_decoding(height=height, width=width, chunks=(1, 2, 4))
+    elif CASE.value == "linear":
+        result = benchmark.linear_layers(schemes=tuple(QUANT_SCHEMES))
+    elif CASE.value == "block":
+        tokens = (1 + (FRAMES.value - 1) // 4, height // 16, width // 16)
+        result = benchmark.one_block(model=MODEL.value, tokens=tokens, schemes=(None, "block128", "channel"))
+    elif CASE.value == "diffusion":
+        result = benchmark.diffusion(
+            model=MODEL.value,
+            num_frames=FRAMES.value,
+            height=height,
+            width=width,
+            num_inference_steps=STEPS.value,
+            attention_type=ATTENTION.value,
+            sla_topk=TOPK.value,
+            quant_linear=QUANT.value is not None,
+            quant_scheme=QUANT.value,
+        )
     else:
-        result = benchmark.compile_seconds(model=MODEL.value, layers=(4, 40), height=height, width=width)
-    settings = {flag.name: flag.value for flag in flags.FLAGS.flags_by_module_dict()["scripts/benchmark.py"]}
+        result = benchmark.compile_seconds(model=MODEL.value, layers=(LAYERS.value,), height=height, width=width)
+    own = (CASE, MODEL, RESOLUTION, FRAMES, STEPS, ATTENTION, TOPK, LAYERS, QUANT)
+    settings = {flag.name: flag.value for flag in own}
     result = {"case": CASE.value, "settings": settings, "result": result}
     print(json.dumps(benchmark.environment() | result, indent=1))
     if OUT.value:

@@ -6,7 +6,8 @@
 
 --input is a file, an index of shards or a folder: transformer (official, TurboDiffusion or diffusers names), VAE or
 text encoder. --output is a .safetensors file, or a folder with --format=orbax. Further flags: --dtype=bfloat16 (or
-float16, float32), --quantize=block128 (int8 linear layers), --overwrite. Files named transformer.safetensors,
+float16, float32), --quantize=block128 (or channel: int8 linear layers),
+--overwrite. Files named transformer.safetensors,
 vae.safetensors and text_encoder.safetensors in one folder, with the tokenizer's folder, load as
 --config.weights=FOLDER.
 """
@@ -19,7 +20,7 @@ from turbojax.weights.convert import convert
 
 INPUT = flags.DEFINE_string("input", None, "checkpoint to read")
 OUTPUT = flags.DEFINE_string("output", None, "file or folder to write")
-QUANTIZE = flags.DEFINE_enum("quantize", "none", ["none", "block128"], "int8 linear layers in the blocks")
+QUANTIZE = flags.DEFINE_enum("quantize", "none", ["none", "block128", "channel"], "int8 linear layers in the blocks")
 DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float16", "float32"], "of all other tensors")
 FORMAT = flags.DEFINE_enum("format", "safetensors", ["safetensors", "orbax"], "what to write")
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "replace an output that exists")

@@ -14,10 +14,12 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from turbojax import TurboVideoPipeline, UserError, cli
-from turbojax.config import describe_settings
+from turbojax.config import SETTINGS, describe_settings
 from turbojax.demo import demo_folder
 from turbojax.models.tokenizer import Tokenizer
-from turbojax.video import check_path, numbered, video_size
+from turbojax.models.vae import VAEConfig
+from turbojax.pipeline import latent_shape, make_sampler
+from turbojax.video import check_fps, check_path, numbered, video_size
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "file of settings, see configs/", lock_config=True)
 
@@ -25,14 +27,16 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "file of settings, see 
 def main() -> None:
     if CONFIG.value is None:
         raise UserError("no settings; give --config=configs/NAME.py, for instance configs/demo.py")
+    missing = [setting.name for setting in SETTINGS if setting.name not in CONFIG.value]
+    if missing or not isinstance(CONFIG.value, ConfigDict):
+        raise UserError(f"get_config() must return turbojax.config.base_config(...); missing: {', '.join(missing)}")
     generate(CONFIG.value)
 
 
 def generate(config: ConfigDict) -> list[Path]:
     """Loads the pipeline, makes the videos and returns the files written."""
     output = check_path(config.output)
-    width, height = video_size(config.resolution, config.aspect_ratio)
-    width, height = config.width or width, config.height or height
+    width, height = check_settings(config)
     pipe = load_pipeline(config)
     logging.info("Making %d x %d, %d frames, seed %d: %s", width, height, config.num_frames, config.seed, config.prompt)
     result = pipe(
@@ -57,11 +61,23 @@ def generate(config: ConfigDict) -> list[Path]:
     return written
 
 
+def check_settings(config: ConfigDict) -> tuple[int, int]:
+    """Width and height; raises UserError for what can be told before minutes of loading."""
+    width, height = video_size(config.resolution, config.aspect_ratio)
+    width = width if config.width is None else config.width
+    height = height if config.height is None else config.height
+    latent_shape(VAEConfig.wan2_1(), config.num_frames, height, width)
+    make_sampler(config.sampler, num_steps=config.num_inference_steps, sigma_max=config.sigma_max, shift=config.shift)
+    check_fps(config.fps)
+    return width, height
+
+
 def load_pipeline(config: ConfigDict) -> TurboVideoPipeline:
     if config.dtype not in ("bfloat16", "float32"):
         raise UserError(f"dtype={config.dtype!r} is unknown; choose bfloat16 or float32")
     options = {
         "quant_linear": config.quant_linear,
+        "quant_scheme": config.quant_scheme,
         "attention_type": config.attention_type,
         "sla_topk": config.sla_topk,
         "dtype": jnp.dtype(config.dtype),

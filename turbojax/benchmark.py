@@ -1,5 +1,6 @@
 """Measurements: what ran where, how long and in how much memory, as JSON under benchmarks/."""
 
+import contextlib
 import datetime
 import importlib.metadata
 import json
@@ -7,7 +8,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import lax
 
+from turbojax.kernels import int8
+from turbojax.kernels.int8 import QUANT_SCHEMES, QuantConfig
 from turbojax.models import vae as vae_model
+from turbojax.models import wan
+from turbojax.models.layers import contract, rotary_table
 from turbojax.models.tokenizer import Tokenizer
 from turbojax.models.vae import VAEConfig, WanVAE
 from turbojax.models.wan import WanConfig, WanModel
-from turbojax.pipeline import MODELS, TurboVideoPipeline, latent_shape
+from turbojax.pipeline import MODELS, TurboVideoPipeline, bytes_by_dtype, latent_shape, make_sampler, sample
 from turbojax.video import whole_file
-from turbojax.weights.load import Skeleton, wan_skeleton
+from turbojax.weights.load import Skeleton, wan_skeleton, with_options
 from turbojax.weights.random import random_module
 
 
@@ -35,7 +41,7 @@ def environment() -> dict[str, Any]:
         "device_memory_limit": (device.memory_stats() or {}).get("bytes_limit"),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in packages},
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python", *(a for a in sys.argv if not a.startswith("--out="))]),
         "date": datetime.date.today().isoformat(),
     }
 
@@ -120,16 +126,18 @@ def vae_decoding(*, height: int, width: int, chunks: tuple[int, ...]) -> dict[st
 
         video = clip(long[:, :21])
         peak_21 = peak_bytes()
-        start = time.perf_counter()
-        for part in vae_model.decode_chunks(vae, long[:, :21], chunk=chunk, as_uint8=True):
-            np.asarray(part)
-        seconds = time.perf_counter() - start
+        seconds = []
+        for _ in range(3):  # the first compiles
+            start = time.perf_counter()
+            for part in vae_model.decode_chunks(vae, long[:, :21], chunk=chunk, as_uint8=True):
+                np.asarray(part)
+            seconds.append(time.perf_counter() - start)
         if first is None:
             first = video
         for part in vae_model.decode_chunks(vae, long, chunk=chunk, as_uint8=True):
             np.asarray(part)
         result[f"chunk_{chunk}"] = {
-            "seconds_81_frames_to_host": seconds,
+            "seconds_81_frames_to_host": min(seconds[1:]),
             "peak_bytes_21_latents": peak_21,
             "peak_bytes_41_latents": peak_bytes(),
             "max_difference_over_range": float(np.abs(video - first).max() / (first.max() - first.min())),
@@ -166,3 +174,148 @@ def compile_seconds(*, model: str, layers: tuple[int, ...], height: int, width: 
             "temporary_bytes": getattr(memory, "temp_size_in_bytes", None),
         }
     return result
+
+
+# Rows, out-features and in-features of the linear layers: 1.3B at 480p, 14B at 720p.
+LINEAR_SHAPES = (
+    (32768, 1536, 1536),
+    (32768, 8960, 1536),
+    (32768, 1536, 8960),
+    (75648, 5120, 5120),
+    (75648, 13824, 5120),
+    (75648, 5120, 13824),
+)
+CHECKED_ROWS = 1024  # rows compared with float32
+
+
+def linear_layers(*, schemes: tuple[str, ...], shapes=LINEAR_SHAPES) -> dict[str, Any]:
+    """int8 linear layers beside bfloat16 through XLA (cuBLAS): ms, TOPS, and relative error against float32.
+
+    full: quantization of the activations, matmul and bias. matmul: from activations that are quantized already.
+    """
+    result: dict[str, Any] = {}
+    for m, n, k in shapes:
+        keys = jax.random.split(jax.random.key(m + n + k), 4)
+        inputs = [jax.random.normal(key, (m, k), jnp.bfloat16) for key in keys[:2]]  # in turn: no reuse of the cache
+        weight = jax.random.normal(keys[2], (n, k), jnp.bfloat16) * k**-0.5
+        bias = jax.random.normal(keys[3], (n,), jnp.bfloat16)
+        exact = jnp.dot(
+            inputs[0][:CHECKED_ROWS].astype(jnp.float32), weight.T.astype(jnp.float32), precision=lax.Precision.HIGHEST
+        )
+        exact = exact + bias.astype(jnp.float32)[None]
+        operations = 2 * m * n * k
+        rows: dict[str, Any] = {}
+        dense = jax.jit(lambda x, w, b: contract(x, w) + b[None])
+        rows["bfloat16"] = measured(dense, [(x, weight, bias) for x in inputs], operations, exact)
+        for name in schemes:
+            rows[name] = int8_layer(QUANT_SCHEMES[name], inputs, weight, bias, operations, exact)
+            rows[name]["speed_over_bfloat16"] = rows["bfloat16"]["ms"] / rows[name]["full"]["ms"]
+        result[f"{m} x {n} x {k}"] = rows
+    return result
+
+
+def int8_layer(quant: QuantConfig, inputs, weight, bias, operations: int, exact) -> dict[str, Any]:
+    w_q, w_scale = jax.jit(int8.quantize_weight, static_argnums=1)(weight, quant.scheme)
+    if quant.weight_only:
+        full = jax.jit(lambda x: int8.dequantizing_matmul(x, w_q, w_scale, bias, quant))
+        return {"full": measured(full, [(x,) for x in inputs], operations, exact)}
+    quantize = jax.jit(lambda x: int8.quantize(x, quant))
+    full = jax.jit(lambda x: int8.matmul(int8.quantize(x, quant), w_q, w_scale, bias, quant))
+    matmul = jax.jit(lambda x: int8.matmul(x, w_q, w_scale, bias, quant))
+    quantized = [(quantize(x),) for x in inputs]
+    return {
+        "full": measured(full, [(x,) for x in inputs], operations, exact),
+        "matmul": measured(matmul, quantized, operations, exact),
+        "quantize_ms": 1e3 * seconds_a_call(quantize, [(x,) for x in inputs]),
+    }
+
+
+def measured(function: Callable, arguments: list[tuple], operations: int, exact: jax.Array) -> dict[str, float]:
+    seconds = seconds_a_call(function, arguments)
+    error = function(*arguments[0])[: len(exact)].astype(jnp.float32) - exact
+    relative = float(jnp.linalg.norm(error) / jnp.linalg.norm(exact))
+    return {"ms": 1e3 * seconds, "tops": operations / seconds / 1e12, "relative_error": relative}
+
+
+def seconds_a_call(function: Callable, arguments: list[tuple], *, calls: int = 10) -> float:
+    """Median over repeats of a run of calls that go to the device without waiting, after a warm-up."""
+
+    def run() -> Any:
+        return [function(*arguments[i % len(arguments)]) for i in range(calls)][-1]
+
+    return median_seconds(run) / calls
+
+
+def one_block(*, model: str, tokens: tuple[int, int, int], schemes: tuple[str | None, ...]) -> dict[str, Any]:
+    """One transformer block without its attention: linear layers, norms, rotary, gates. Milliseconds and bytes."""
+    result = {}
+    for name in schemes:
+        config = with_options(MODELS[model](num_layers=1), quant_linear=name is not None, quant_scheme=name)
+        block = wan.Block(config, rngs=nnx.Rngs(0))
+        graph, state = nnx.split(block)
+        length = tokens[0] * tokens[1] * tokens[2]
+        keys = jax.random.split(jax.random.key(0), 3)
+        x = jax.random.normal(keys[0], (1, length, config.dim), config.dtype)
+        e0 = 0.1 * jax.random.normal(keys[1], (1, 6, config.dim), jnp.float32)
+        text = jax.random.normal(keys[2], (1, config.text_len, config.dim), config.dtype)
+
+        @jax.jit
+        def run(state, x, graph=graph, e0=e0, text=text, config=config):
+            table = rotary_table(tokens, config.head_dim)
+            with without_attention():
+                return nnx.merge(graph, state)(x, e0, text, None, table)
+
+        weights = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state))
+        memory = run.lower(state, x).compile().memory_analysis()
+        temporary = getattr(memory, "temp_size_in_bytes", None)
+        seconds = seconds_a_call(run, [(state, x)], calls=5)
+        result[name or "bfloat16"] = {"ms": 1e3 * seconds, "weight_bytes": weights, "temporary_bytes": temporary}
+    for row in result.values():
+        row["speed_over_bfloat16"] = result["bfloat16"]["ms"] / row["ms"]
+        row["weights_over_bfloat16"] = row["weight_bytes"] / result["bfloat16"]["weight_bytes"]
+    return result
+
+
+@contextlib.contextmanager
+def without_attention() -> Iterator[None]:
+    """While a network is traced, attention is a sum of its operands: nothing else of the block changes."""
+    original = wan.dot_product_attention
+
+    def stand_in(q, k, v):
+        return q + jnp.mean(k + v, axis=1, keepdims=True)
+
+    wan.dot_product_attention = stand_in  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        wan.dot_product_attention = original
+
+
+def diffusion(
+    *, model: str, num_frames: int, height: int, width: int, num_inference_steps: int, **options: Any
+) -> dict[str, Any]:
+    """The diffusion stage alone, random weights at full size: seconds and peak memory."""
+    config = with_options(MODELS[model](), **options)
+    transformer = random_module(wan_skeleton(config), what=f"random {model}")
+    graph, state = nnx.split(transformer)
+    loaded = peak_bytes()
+    shape = (1, *latent_shape(VAEConfig.wan2_1(), num_frames, height, width))
+    steps = make_sampler("rcm", num_steps=num_inference_steps, sigma_max=80.0)
+    keys = jax.random.split(jax.random.key(0), 3)
+    noise = jax.random.normal(keys[0], shape, jnp.float32)
+    text = jax.random.normal(keys[1], (1, config.text_len, config.text_dim), config.dtype)
+    arguments = (steps.initial(noise), text, None, jnp.float32(1), keys[2], None)
+    run = jax.jit(sample, static_argnums=(0, 1))
+    seconds = []
+    for _ in range(2):
+        start = time.perf_counter()
+        latents = jax.block_until_ready(run(graph, steps, state, *arguments))
+        seconds.append(time.perf_counter() - start)
+    return {
+        "seconds_cold": seconds[0],
+        "seconds_warm": seconds[1],
+        "loaded_peak_bytes": loaded,
+        "peak_bytes": peak_bytes(),
+        "finite": bool(jnp.isfinite(latents).all()),
+        "weights": bytes_by_dtype(state),
+    }

@@ -30,7 +30,7 @@ from turbojax.models.umt5 import UMT5Config, UMT5Encoder, encode_text
 from turbojax.models.vae import VAEConfig, WanVAE
 from turbojax.models.wan import WanConfig, WanModel
 from turbojax.weights import files
-from turbojax.weights.load import Skeleton, load_umt5, load_vae, load_wan, wan_skeleton
+from turbojax.weights.load import Skeleton, load_umt5, load_vae, load_wan, wan_skeleton, with_options
 from turbojax.weights.random import random_module, random_token_table
 
 SamplerName = Literal["rcm", "euler", "unipc"]
@@ -156,7 +156,7 @@ def sample(
     return sampler.sample(velocity, latents, key=key, noise=noise)
 
 
-def decode(vae: WanVAE, latents: jax.Array, *, chunk: int = 4) -> np.ndarray:
+def decode(vae: WanVAE, latents: jax.Array, *, chunk: int = vae_model.CHUNK) -> np.ndarray:
     """Latents `[B, t, h, w, c]` to uint8 videos `[B, T, H, W, 3]`, a video and a chunk of latent frames at a time."""
     videos = []
     for latent in latents:
@@ -169,10 +169,23 @@ def decode(vae: WanVAE, latents: jax.Array, *, chunk: int = 4) -> np.ndarray:
     return np.stack(videos)
 
 
+def bytes_by_dtype(arrays: Any) -> dict[str, int]:
+    totals: dict[str, int] = {}
+    for array in jax.tree.leaves(arrays):
+        name = jnp.dtype(array.dtype).name
+        totals[name] = totals.get(name, 0) + array.size * array.dtype.itemsize
+    return totals
+
+
 class TurboVideoPipeline:
     """Text encoder, transformer and VAE, loaded once and used for many videos."""
 
     def __init__(self, transformer: WanModel, vae: WanVAE, text: TextEncoder, *, load_seconds: float = 0.0):
+        if transformer.config.text_dim != text.encoder.config.dim:
+            raise UserError(
+                f"the text encoder gives {text.encoder.config.dim} features and the transformer takes "
+                f"{transformer.config.text_dim}; give the text encoder that belongs to it"
+            )
         self.transformer, self.vae, self.text = transformer, vae, text
         self.load_seconds = load_seconds
         self._clock = Stopwatch()
@@ -187,6 +200,7 @@ class TurboVideoPipeline:
         text_encoder: str | Path | None = None,
         tokenizer: str | Path | None = None,
         quant_linear: bool | None = None,
+        quant_scheme: str | None = None,
         attention_type: str | None = None,
         sla_topk: float | None = None,
         dtype: Any = jnp.bfloat16,
@@ -197,6 +211,7 @@ class TurboVideoPipeline:
           repositories have the transformer alone) comes from vae, text_encoder and tokenizer, or else from
           Wan-AI/Wan2.1-T2V-1.3B.
         quant_linear: True for int8 linear layers in the blocks, quantizing while loading where the file is not.
+        quant_scheme: a name of `turbojax.kernels.int8.QUANT_SCHEMES`, "block128" unless the checkpoint has another.
         attention_type: "original" or "sla". sla_topk: share of key blocks that SLA attends to.
 
         Raises UserError or CheckpointError with one sentence for what cannot be found or does not fit.
@@ -211,21 +226,21 @@ class TurboVideoPipeline:
             if found is None:
                 raise UserError(f"{own.name} holds no transformer checkpoint; give the file's path")
             transformer_path = found
-        for name in given.keys() - where.keys():
+        for name in [name for name in given if name not in where]:
             path = files.find(own, name) or files.find(files.open_repository(files.SHARED_REPOSITORY), name)
             if path is None:
                 raise UserError(f"no {name} was found in {own.name} or {files.SHARED_REPOSITORY}; give {name}=PATH")
             where[name] = path
-        text = TextEncoder(Tokenizer.from_path(where["tokenizer"]), *load_umt5(where["text_encoder"], dtype=dtype))
-        decoder = load_vae(where["vae"], dtype=dtype)
-        transformer = load_wan(
+        transformer = load_wan(  # the most likely not to fit, so it comes before the 11 GB text encoder
             transformer_path,
             quant_linear=quant_linear,
+            quant_scheme=quant_scheme,
             attention_type=attention_type,
             sla_topk=sla_topk,
             dtype=dtype,
         )
-        pipe = cls(transformer, decoder, text)
+        text = TextEncoder(Tokenizer.from_path(where["tokenizer"]), *load_umt5(where["text_encoder"], dtype=dtype))
+        pipe = cls(transformer, load_vae(where["vae"], dtype=dtype), text)
         return pipe._loaded(transformer_path.name, start)
 
     @classmethod
@@ -235,6 +250,7 @@ class TurboVideoPipeline:
         tokenizer: Tokenizer,
         *,
         quant_linear: bool | None = None,
+        quant_scheme: str | None = None,
         attention_type: str | None = None,
         sla_topk: float | None = None,
         dtype: Any = jnp.bfloat16,
@@ -245,9 +261,8 @@ class TurboVideoPipeline:
             raise UserError(f"{model=} is unknown; choose one of {', '.join(MODELS)}")
         start = time.perf_counter()
         logging.warning("Weights are random: %s at full size, for measuring. The video will be noise.", model)
-        options = {"attention_type": attention_type, "sla_topk": sla_topk}
-        options = {name: value for name, value in options.items() if value is not None}
-        config = MODELS[model](dtype=dtype, quant="block128" if quant_linear else None, **options)
+        options = {"attention_type": attention_type, "sla_topk": sla_topk, "dtype": dtype}
+        config = with_options(MODELS[model](), quant_linear=quant_linear, quant_scheme=quant_scheme, **options)
         t5, vae = UMT5Config.xxl(dtype=dtype), VAEConfig.wan2_1(dtype=dtype)
         build_t5 = Skeleton.of(lambda: UMT5Encoder(t5, rngs=nnx.Rngs(0)))
         build_vae = Skeleton.of(lambda: WanVAE(vae, rngs=nnx.Rngs(0)))
@@ -273,7 +288,7 @@ class TurboVideoPipeline:
             self.load_seconds,
             c.num_layers,
             c.dim,
-            "int8" if c.quant else jnp.dtype(c.dtype).name,
+            f"int8 ({c.quant.scheme})" if c.quant else jnp.dtype(c.dtype).name,
             c.attention_type + (f" (topk {c.sla_topk})" if c.attention_type == "sla" else ""),
         )
         return self
@@ -314,6 +329,8 @@ class TurboVideoPipeline:
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts or num_samples < 1:
             raise UserError(f"{len(prompts)} prompts and {num_samples=} ask for no video; give at least one of each")
+        if not 0 <= seed < 2**32:
+            raise UserError(f"{seed=} must be in 0..{2**32 - 1}")
         if self.transformer.config.in_channels != self.vae.config.z_dim:
             raise UserError("this transformer makes videos from images; give a text-to-video checkpoint")
         steps = make_sampler(sampler, num_steps=num_inference_steps, sigma_max=sigma_max, ode=ode, shift=shift)
@@ -328,6 +345,7 @@ class TurboVideoPipeline:
             if value is not None and value.shape != expected:
                 raise UserError(f"{name} has the shape {value.shape} and must have {expected}")
 
+        self._clock.take()  # what a call that failed has left
         with self._clock.stage("text"):
             text = jnp.repeat(encode_prompt(self.text, prompts), num_samples, axis=0)
             negative = None
@@ -373,6 +391,12 @@ class TurboVideoPipeline:
             function = jax.jit(sample, static_argnums=(0, 1))
             self._compiled[name] = function.lower(graph, sampler, state, *arguments).compile()
         return self._compiled[name](state, *arguments)
+
+    def memory_report(self) -> dict[str, dict[str, int]]:
+        """Bytes by component and dtype, measured from the arrays; "host" is the text encoder's token table."""
+        modules = {"transformer": self.transformer, "vae": self.vae, "text_encoder": self.text.encoder}
+        report = {name: bytes_by_dtype(nnx.state(module)) for name, module in modules.items()}
+        return report | {"host": bytes_by_dtype(self.text.table)}
 
     def save_video(self, video: np.ndarray, path: str | Path, fps: int = 16) -> list[Path]:
         """Writes one video, uint8 `[T, H, W, 3]`, as .mp4, .gif or numbered .png; see `turbojax.video.save_video`."""

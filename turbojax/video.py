@@ -55,6 +55,11 @@ def check_path(path: str | os.PathLike) -> Path:
     return path
 
 
+def check_fps(fps: int) -> None:
+    if fps <= 0:
+        raise UserError(f"{fps=} must be positive; Wan's videos have 16")
+
+
 def save_video(video: np.ndarray, path: str | os.PathLike, fps: int = 16) -> list[Path]:
     """Writes one video and returns the files written.
 
@@ -65,8 +70,7 @@ def save_video(video: np.ndarray, path: str | os.PathLike, fps: int = 16) -> lis
     video = np.asarray(video)
     if video.dtype != np.uint8 or video.ndim != 4 or video.shape[-1] != 3 or video.size == 0:
         raise UserError(f"a video is uint8 [T, H, W, 3], not {video.dtype} {list(video.shape)}")
-    if fps <= 0:
-        raise UserError(f"{fps=} must be positive; Wan's videos have 16")
+    check_fps(fps)
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix.lower() == ".png":
         return [save_frame(frame, numbered(path, i, len(video))) for i, frame in enumerate(video)]

@@ -28,19 +28,60 @@ class Dense(nnx.Module):
         y = contract(x, self.weight[...].astype(x.dtype))
         return y if self.bias is None else y + along_last(self.bias[...], y)
 
+    # The next three are what a layer and its int8 form have in common: the block is written once for both.
+
+    def prepare(self, x: jax.Array) -> jax.Array:
+        """x in the form that the layer multiplies, for use by several layers: as it is, or quantized."""
+        return x
+
+    def prepare_normed(self, x: jax.Array, shift: jax.Array, scale: jax.Array, *, eps: float) -> jax.Array:
+        """`modulated_norm` of x in that form."""
+        return modulated_norm(x, shift, scale, eps=eps)
+
+    def gelu(self, x: jax.Array) -> jax.Array:
+        """The layer's result through GELU (tanh), in the form that a following layer of its kind takes."""
+        return jax.nn.gelu(self(x))
+
 
 class Int8Dense(nnx.Module):
-    """Dense with an int8 weight and one float32 scale per 128 x 128 block (TurboDiffusion's checkpoint format)."""
+    """Dense with an int8 weight `[out, in]` that is dequantized inside the matmul, see `turbojax.kernels.int8`."""
 
-    def __init__(self, features_in: int, features_out: int, *, dtype, rngs: nnx.Rngs):
+    def __init__(self, features_in: int, features_out: int, *, quant: int8.QuantConfig, dtype, rngs: nnx.Rngs):
+        self.quant, self.dtype = quant, dtype
         weight = jax.random.normal(rngs.params(), (features_out, features_in), jnp.float32)
-        q, scale = int8.quantize_blocks(weight / math.sqrt(features_in))
+        q, scale = int8.quantize_weight(weight / math.sqrt(features_in), quant.scheme)
         self.weight, self.scale = nnx.Param(q), nnx.Param(scale)
         self.bias = nnx.Param(jnp.zeros(features_out, dtype))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = int8.matmul(x, self.weight[...], self.scale[...])
-        return y + along_last(self.bias[...], y)
+    def prepare(self, x: jax.Array) -> jax.Array | int8.Quantized:
+        return x if self.quant.weight_only else int8.quantize(x, self.quant)
+
+    def prepare_normed(
+        self, x: jax.Array, shift: jax.Array, scale: jax.Array, *, eps: float
+    ) -> jax.Array | int8.Quantized:
+        if self.quant.weight_only:
+            return modulated_norm(x, shift, scale, eps=eps)
+        return int8.norm_quantize(x, shift, scale, self.quant, eps=eps)
+
+    def __call__(self, x: jax.Array | int8.Quantized) -> jax.Array:
+        return self._multiply(x, gelu=False)
+
+    def gelu(self, x: jax.Array | int8.Quantized) -> jax.Array | int8.Quantized:
+        if self.quant.weight_only:
+            return self._multiply(x, gelu=True)
+        return int8.matmul_requantize(self._quantized(x), *self._parameters(), self.quant, gelu=True, dtype=self.dtype)
+
+    def _multiply(self, x: jax.Array | int8.Quantized, *, gelu: bool) -> jax.Array:
+        if self.quant.weight_only:
+            assert isinstance(x, jax.Array)
+            return int8.dequantizing_matmul(x, *self._parameters(), self.quant, gelu=gelu)
+        return int8.matmul(self._quantized(x), *self._parameters(), self.quant, gelu=gelu, dtype=self.dtype)
+
+    def _quantized(self, x: jax.Array | int8.Quantized) -> int8.Quantized:
+        return x if isinstance(x, int8.Quantized) else int8.quantize(x, self.quant)
+
+    def _parameters(self) -> tuple[jax.Array, jax.Array, jax.Array]:
+        return self.weight[...], self.scale[...], self.bias[...]
 
 
 class RMSNorm(nnx.Module):
@@ -69,11 +110,11 @@ class LayerNorm(nnx.Module):
 class MLP(nnx.Module):
     """fc2(activation(fc1(x)))."""
 
-    def __init__(self, sizes: tuple[int, int, int], activation, *, linear=Dense, dtype, rngs: nnx.Rngs):
+    def __init__(self, sizes: tuple[int, int, int], activation, *, dtype, rngs: nnx.Rngs):
         features_in, hidden, features_out = sizes
         self.activation = activation
-        self.fc1 = linear(features_in, hidden, dtype=dtype, rngs=rngs)
-        self.fc2 = linear(hidden, features_out, dtype=dtype, rngs=rngs)
+        self.fc1 = Dense(features_in, hidden, dtype=dtype, rngs=rngs)
+        self.fc2 = Dense(hidden, features_out, dtype=dtype, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return self.fc2(self.activation(self.fc1(x)))
@@ -112,6 +153,11 @@ def layer_norm(
     if bias is not None:
         f = f + along_last(bias, f)
     return f.astype(x.dtype)
+
+
+def modulated_norm(x: jax.Array, shift: jax.Array, scale: jax.Array, *, eps: float) -> jax.Array:
+    """norm(x) (1 + scale) + shift in float32, cast back; x `[B, L, D]`, shift and scale `[B, 1, D]`."""
+    return (layer_norm(x.astype(jnp.float32), eps=eps) * (1 + scale) + shift).astype(x.dtype)
 
 
 def rotary_pairs(head_dim: int) -> tuple[int, int, int]:

@@ -23,7 +23,7 @@ from turbojax.errors import UserError
 from turbojax.kernels.attention import dot_product_attention
 from turbojax.models.layers import Dense, along_last
 
-CHUNK = 4  # latents at once: 16 frames, five equal chunks for 81 frames
+CHUNK = 1  # latents at once; more takes memory and no less time (docs/performance.md)
 Cache = Any  # a pytree of arrays `[b, frames, h, w, c]`
 
 # Statistics of the released latents, by channel (class WanVAE of the public module).

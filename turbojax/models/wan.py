@@ -5,6 +5,7 @@ B batch, L tokens, N heads, H head dim, D width, F ffn width; latents are `b t h
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from jax import lax
 
 from turbojax.errors import UserError
 from turbojax.kernels.attention import dot_product_attention
+from turbojax.kernels.int8 import QuantConfig, Quantized
 from turbojax.kernels.sla import sparse_linear_attention
 from turbojax.models.layers import (
     MLP,
@@ -22,7 +24,7 @@ from turbojax.models.layers import (
     Int8Dense,
     LayerNorm,
     RMSNorm,
-    layer_norm,
+    modulated_norm,
     rotary_table,
     rotate,
     time_sinusoid,
@@ -30,9 +32,9 @@ from turbojax.models.layers import (
 
 AttentionType = Literal["original", "sla"]
 ATTENTION_TYPES: tuple[str, ...] = ("original", "sla")
-QUANTIZATIONS: tuple[str, ...] = ("block128",)
 
 Table = tuple[jax.Array, jax.Array]
+Activation = jax.Array | Quantized
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +44,7 @@ class WanConfig:
     in_channels: latent channels (16), with mask (4) and condition latent (16) put behind them for image to video.
     clip_dim: width of the CLIP image tokens (Wan 2.1 image to video), None without.
     attention_type: self-attention, "original" (dense) or "sla"; sla_topk and the block sizes are SLA's.
-    quant: "block128" for int8 linear layers inside the blocks, None for `dtype`.
+    quant: how the linear layers inside the blocks hold int8 weights; None for `dtype`.
     """
 
     dim: int
@@ -61,14 +63,12 @@ class WanConfig:
     sla_topk: float = 0.1
     sla_block_q: int = 128
     sla_block_k: int = 64
-    quant: str | None = None
+    quant: QuantConfig | None = None
     dtype: Any = jnp.bfloat16
 
     def __post_init__(self):
         if self.attention_type not in ATTENTION_TYPES:
             raise UserError(f"attention_type={self.attention_type!r} is unknown; choose {' or '.join(ATTENTION_TYPES)}")
-        if self.quant not in (None, *QUANTIZATIONS):
-            raise UserError(f"quant={self.quant!r} is unknown; choose None or {' or '.join(QUANTIZATIONS)}")
         if self.dim % self.num_heads or self.head_dim % 2:
             raise UserError(f"dim={self.dim} does not give num_heads={self.num_heads} heads of an even width")
         if not 0 < self.sla_topk <= 1:
@@ -113,8 +113,8 @@ class SelfAttention(nnx.Module):
         if config.attention_type == "sla":
             self.proj_l = Dense(config.head_dim, config.head_dim, dtype=config.dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, table: Table) -> jax.Array:
-        """x `[B, L, D]` to `[B, L, D]`."""
+    def __call__(self, x: Activation, table: Table) -> jax.Array:
+        """x `[B, L, D]`, quantized where the layers are, to `[B, L, D]`."""
         c = self.config
         q, k = self.norm_q(self.q(x)), self.norm_k(self.k(x))
         q, k, v = (split_heads(a, c.num_heads) for a in (q, k, self.v(x)))
@@ -132,7 +132,7 @@ class SelfAttention(nnx.Module):
             )
         else:
             out = dot_product_attention(q, k, v)
-        return self.o(out.reshape(x.shape))
+        return self.o(out.reshape(*out.shape[:2], c.dim))
 
 
 class CrossAttention(nnx.Module):
@@ -150,15 +150,30 @@ class CrossAttention(nnx.Module):
         """x `[B, L, D]`, text `[B, 512, D]`, image `[B, 257, D]` or None to `[B, L, D]`."""
         heads = self.config.num_heads
         q = split_heads(self.norm_q(self.q(x)), heads)
-        k, v = split_heads(self.norm_k(self.k(text)), heads), split_heads(self.v(text), heads)
+        keys = self.k.prepare(text)
+        k, v = split_heads(self.norm_k(self.k(keys)), heads), split_heads(self.v(keys), heads)
         out = dot_product_attention(q, k, v)
         if image is not None:
+            image = self.k_img.prepare(image)
             k, v = (
                 split_heads(self.norm_k_img(self.k_img(image)), heads),
                 split_heads(self.v_img(image), heads),
             )
             out = out + dot_product_attention(q, k, v)
         return self.o(out.reshape(x.shape))
+
+
+class FeedForward(nnx.Module):
+    """fc2(gelu(fc1(x)))."""
+
+    def __init__(self, config: WanConfig, *, rngs: nnx.Rngs):
+        linear = linear_kind(config)
+        self.fc1 = linear(config.dim, config.ffn_dim, dtype=config.dtype, rngs=rngs)
+        self.fc2 = linear(config.ffn_dim, config.dim, dtype=config.dtype, rngs=rngs)
+
+    def __call__(self, x: Activation) -> jax.Array:
+        """x `[B, L, D]`, quantized where the layers are, to `[B, L, D]`."""
+        return self.fc2(self.fc1.gelu(x))
 
 
 class Block(nnx.Module):
@@ -171,16 +186,18 @@ class Block(nnx.Module):
         self.self_attn = SelfAttention(c, rngs=rngs)
         self.norm3 = LayerNorm(c.dim, eps=c.eps)
         self.cross_attn = CrossAttention(c, rngs=rngs)
-        self.ffn = MLP((c.dim, c.ffn_dim, c.dim), jax.nn.gelu, linear=linear_kind(c), dtype=c.dtype, rngs=rngs)
+        self.ffn = FeedForward(c, rngs=rngs)
 
     def __call__(
         self, x: jax.Array, e0: jax.Array, text: jax.Array, image: jax.Array | None, table: Table
     ) -> jax.Array:
         """x `[B, L, D]`, e0 `[B, 6, D]` float32 to `[B, L, D]`."""
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation(self.modulation[...], e0)
-        x = gated_sum(x, self.self_attn(modulated_norm(x, shift1, scale1, eps=self.eps), table), gate1)
+        h = self.self_attn.q.prepare_normed(x, shift1, scale1, eps=self.eps)
+        x = gated_sum(x, self.self_attn(h, table), gate1)
         x = x + self.cross_attn(self.norm3(x), text, image)
-        return gated_sum(x, self.ffn(modulated_norm(x, shift2, scale2, eps=self.eps)), gate2)
+        h = self.ffn.fc1.prepare_normed(x, shift2, scale2, eps=self.eps)
+        return gated_sum(x, self.ffn(h), gate2)
 
 
 class ImageEmbedding(nnx.Module):
@@ -288,7 +305,7 @@ class WanModel(nnx.Module):
 
 
 def linear_kind(config: WanConfig):
-    return Int8Dense if config.quant == "block128" else Dense
+    return Dense if config.quant is None else functools.partial(Int8Dense, quant=config.quant)
 
 
 def block_linear(config: WanConfig, rngs: nnx.Rngs):
@@ -304,11 +321,6 @@ def modulation(own: jax.Array, e: jax.Array) -> list[jax.Array]:
     """A block's own modulation `[n, D]` plus the timestep's `[B, n or 1, D]`, as n arrays `[B, 1, D]`, float32."""
     both = own.astype(jnp.float32)[None] + e
     return jnp.split(both, both.shape[1], axis=1)
-
-
-def modulated_norm(x: jax.Array, shift: jax.Array, scale: jax.Array, *, eps: float) -> jax.Array:
-    """norm(x) (1 + scale) + shift in float32, cast back; x `[B, L, D]`, shift and scale `[B, 1, D]`."""
-    return (layer_norm(x.astype(jnp.float32), eps=eps) * (1 + scale) + shift).astype(x.dtype)
 
 
 def gated_sum(x: jax.Array, branch: jax.Array, gate: jax.Array) -> jax.Array:

@@ -14,21 +14,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
-from flax import nnx
 from tqdm import tqdm
 
 from turbojax.errors import UserError
-from turbojax.models.umt5 import UMT5Encoder
-from turbojax.models.vae import WanVAE
 from turbojax.models.wan import WanConfig
 from turbojax.weights.files import CONVERTED
 from turbojax.weights.io import read_tensors, release, save_orbax, write_safetensors
-from turbojax.weights.load import Pieces, Skeleton, check_plain, open_wan, wan_skeleton, with_options
+from turbojax.weights.load import Pieces, open_umt5, open_vae, open_wan, wan_skeleton, with_options
 from turbojax.weights.published import wan_layout
 from turbojax.weights.rules import Entry, rename
-from turbojax.weights.umt5 import detect_umt5_config, umt5_rules
-from turbojax.weights.vae import detect_vae_config, vae_rules
 from turbojax.weights.wan import OFFICIAL
 
 FORMATS = ("safetensors", "orbax")
@@ -53,7 +47,7 @@ def convert(
 ) -> Summary:
     """Converts a transformer, VAE or text encoder, told apart by the names of its tensors.
 
-    quantize: "block128" for int8 linear layers in a transformer's blocks; None keeps what the file has.
+    quantize: "block128" or "channel" for int8 linear layers in a transformer's blocks; None keeps what the file has.
     dtype: of everything that is not int8 or a scale.
     format: "safetensors" (a file) or "orbax" (a folder; transformers only).
 
@@ -65,15 +59,17 @@ def convert(
     output = Path(output)
     if output.exists() and not overwrite:
         raise UserError(f"{output} already exists; choose another output or allow it with --overwrite")
-    if format == "safetensors" and output.suffix != ".safetensors":
-        raise UserError(f"{output} must end in .safetensors")
+    if format == "safetensors" and (output.suffix != ".safetensors" or output.is_dir()):
+        raise UserError(f"{output} must be a file that ends in .safetensors")
+    if format == "orbax" and output.exists() and not (output / CONVERTED).is_file():
+        raise UserError(f"{output} is no converted model, so it is not replaced; choose another output")
     component = component_of(read_tensors(source))
-    if component == "transformer":
-        return convert_wan(source, output, quantize=quantize, dtype=dtype, format=format)
-    if quantize or format != "safetensors":
+    if component != "transformer" and (quantize or format != "safetensors"):
         raise UserError(
             f"{Path(source).name} is a {component}: only a transformer can be quantized or written by Orbax"
         )
+    if component == "transformer":
+        return convert_wan(source, output, quantize=quantize, dtype=dtype, format=format)
     return convert_plain(source, output, component, dtype=dtype)
 
 
@@ -88,11 +84,10 @@ def component_of(tensors: Mapping[str, np.ndarray]) -> str:
 
 def convert_wan(source: Any, output: Path, *, quantize: str | None, dtype: Any, format: str) -> Summary:
     checkpoint = open_wan(source)
-    changes = {"dtype": dtype} | ({"quant": quantize} if quantize else {})
-    config = with_options(checkpoint.config, **changes)
-    pieces = Pieces(checkpoint.tensors, config, checkpoint.what)
-    if config.quant and not checkpoint.config.quant:
-        logging.info("Quantizing %s (%s)", checkpoint.what, config.quant)
+    config = with_options(
+        checkpoint.config, quant_linear=True if quantize else None, quant_scheme=quantize, dtype=dtype
+    )
+    pieces = Pieces(checkpoint, config)
     if format == "orbax":
         return write_orbax(output, config, pieces)
     layout = wan_layout(config)
@@ -107,8 +102,16 @@ def convert_wan(source: Any, output: Path, *, quantize: str | None, dtype: Any, 
             yield name, value.reshape(spec.shape).astype(spec.dtype)
             release(value)
 
+    make_parent(output)
     write_safetensors(output, tensors(), specs, metadata=metadata)
     return Summary("transformer", len(specs), total_bytes(specs))
+
+
+def make_parent(output: Path) -> None:
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{output} cannot be written: {error.strerror or error}") from error
 
 
 def stored_dtype(name: str, dtype: Any) -> np.dtype:
@@ -139,9 +142,10 @@ def write_orbax(output: Path, config: WanConfig, pieces: Pieces) -> Summary:
             array[... if index is None else index] = value.astype(spec.dtype)
             release(value)
         arrays[name] = array
+    make_parent(output)
     temporary = output.with_name(f".{output.name}.{os.getpid()}.part")
-    temporary.mkdir(parents=True)
     try:
+        temporary.mkdir()
         save_orbax(temporary / "arrays", arrays)
         fields = {**dataclasses.asdict(config), "dtype": jnp.dtype(config.dtype).name}
         (temporary / CONVERTED).write_text(json.dumps(fields, indent=1) + "\n")
@@ -157,14 +161,8 @@ def write_orbax(output: Path, config: WanConfig, pieces: Pieces) -> Summary:
 
 def convert_plain(source: Any, output: Path, component: str, *, dtype: Any) -> Summary:
     """A VAE or a text encoder under the names it has, cast; checked against the module first."""
+    open_vae(source) if component == "VAE" else open_umt5(source)
     tensors = read_tensors(source)
-    what = Path(source).name
-    if component == "VAE":
-        vae = detect_vae_config(tensors)
-        check_plain(Skeleton.of(lambda: WanVAE(vae, rngs=nnx.Rngs(0))), tensors, vae_rules(tensors), what=what)
-    else:
-        t5 = detect_umt5_config(tensors)
-        check_plain(Skeleton.of(lambda: UMT5Encoder(t5, rngs=nnx.Rngs(0))), tensors, umt5_rules(tensors), what=what)
     specs = {name: jax.ShapeDtypeStruct(tensor.shape, jnp.dtype(dtype)) for name, tensor in tensors.items()}
 
     def cast() -> Iterator[tuple[str, np.ndarray]]:
@@ -172,5 +170,6 @@ def convert_plain(source: Any, output: Path, component: str, *, dtype: Any) -> S
             yield name, np.asarray(tensors[name]).astype(spec.dtype)
             release(tensors[name])
 
+    make_parent(output)
     write_safetensors(output, cast(), specs, metadata={"format": "turbojax"})
     return Summary(component, len(specs), total_bytes(specs))

@@ -5,11 +5,13 @@ Names are those that Wan, TurboDiffusion and diffusers publish; see docs/checkpo
 
 import json
 import re
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from turbojax.errors import CheckpointError, UserError
+from turbojax.weights.io import PTH_SUFFIXES
 
 # Has the VAE, the text encoder and the tokenizer that all Wan 2.1 models and Wan 2.2 A14B share.
 SHARED_REPOSITORY = "Wan-AI/Wan2.1-T2V-1.3B"
@@ -61,7 +63,8 @@ def open_repository(path_or_repo: str | Path) -> Repository:
         files += sorted(str(p.relative_to(path).as_posix()) for p in path.glob("*/*") if p.is_file())
         files += sorted(str(p.relative_to(path).as_posix()) for p in path.glob("google/*/*") if p.is_file())
         return Repository(str(path), files, lambda name: path / name)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_repo)):
+    is_file_name = path.suffix in (*PTH_SUFFIXES, ".safetensors", ".json")
+    if is_file_name or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_repo)):
         raise UserError(
             f"{str(path_or_repo)!r} is neither a file, a folder nor a repository such as {SHARED_REPOSITORY}"
         )
@@ -101,8 +104,8 @@ def cached_files(name: str) -> list[str]:
 
 
 def unreachable(what: str, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    return f"{what} could not be downloaded ({reason[:160]}); check the name and the network, or give a local path"
+    reason = textwrap.shorten(str(error), 160, placeholder=" ...") or type(error).__name__
+    return f"{what} could not be downloaded ({reason}); check the name and the network, or give a local path"
 
 
 def find(repository: Repository, component: str, *, quantized: bool | None = None) -> Path | None:

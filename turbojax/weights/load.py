@@ -10,7 +10,8 @@ import functools
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +29,8 @@ from turbojax.models.vae import VAEConfig, WanVAE
 from turbojax.models.wan import WanConfig, WanModel
 from turbojax.weights.files import CONVERTED
 from turbojax.weights.io import file_metadata, load_orbax, read_tensors, release
-from turbojax.weights.rules import Entry, Rule, assign, describe, relaid, rename
+from turbojax.weights.published import Layout, umt5_layout, vae_layout, wan_layout
+from turbojax.weights.rules import Entry, Rule, assign, describe, relaid, rename, shorten
 from turbojax.weights.umt5 import detect_umt5_config, token_table, umt5_rules
 from turbojax.weights.vae import detect_vae_config, vae_rules
 from turbojax.weights.wan import clean_name, detect_wan_config, wan_rules
@@ -97,9 +99,12 @@ def check_wan(tensors: Mapping[str, np.ndarray], *, num_heads: int | None, what:
     """Names and shapes of a transformer's tensors, checked as a whole; see `open_wan`."""
     tensors = {clean_name(name): tensor for name, tensor in tensors.items()}
     rules = wan_rules(tensors, what=what)
-    config = detect_wan_config(renamed_shapes(tensors, rules), num_heads=num_heads, what=what)
+    quantized = any(name.endswith((".int8_weight", ".scale")) for name in tensors)
+    shapes = renamed_shapes(tensors, rules)
+    config = detect_wan_config(shapes, quantized=quantized, num_heads=num_heads, what=what)
     expected = {entry: spec.shape for entry, spec in wan_skeleton(config).entries().items()}
-    return WanCheckpoint(config, assign(tensors, rules, expected, what=what), what)
+    found = assign(tensors, rules, expected, what=what, published=wan_layout(config))
+    return WanCheckpoint(config, found, what)
 
 
 def renamed_shapes(tensors: Mapping[str, np.ndarray], rules: Iterable[Rule]) -> dict[Entry, tuple[int, ...]]:
@@ -128,11 +133,16 @@ def published_num_heads(path: str | os.PathLike) -> int | None:
     return heads if isinstance(heads, int) else None
 
 
-def with_options(config: WanConfig, *, quant_linear: bool | None = None, **changes: Any) -> WanConfig:
+def with_options(
+    config: WanConfig, *, quant_linear: bool | None = None, quant_scheme: str | None = None, **changes: Any
+) -> WanConfig:
     """The checkpoint's configuration with what the user asked for; None keeps what the checkpoint says."""
     changes = {name: value for name, value in changes.items() if value is not None}
-    if quant_linear is not None:
-        changes["quant"] = (config.quant or "block128") if quant_linear else None
+    if quant_linear is False:
+        changes["quant"] = None
+    elif quant_linear or config.quant:
+        named = int8.quant_scheme(quant_scheme) if quant_scheme else None
+        changes["quant"] = named or config.quant or int8.QuantConfig()
     return dataclasses.replace(config, **changes)
 
 
@@ -140,6 +150,7 @@ def load_wan(
     path: str | os.PathLike,
     *,
     quant_linear: bool | None = None,
+    quant_scheme: str | None = None,
     attention_type: str | None = None,
     sla_topk: float | None = None,
     dtype: Any = jnp.bfloat16,
@@ -147,9 +158,14 @@ def load_wan(
     """Loads a transformer; options that are None follow the checkpoint.
 
     quant_linear: True quantizes a bfloat16 checkpoint while it loads, False dequantizes an int8 one.
+    quant_scheme: a name of `int8.QUANT_SCHEMES`; "block128" unless the checkpoint has another.
     """
     options: dict[str, Any] = dict(
-        quant_linear=quant_linear, attention_type=attention_type, sla_topk=sla_topk, dtype=dtype
+        quant_linear=quant_linear,
+        quant_scheme=quant_scheme,
+        attention_type=attention_type,
+        sla_topk=sla_topk,
+        dtype=dtype,
     )
     if (Path(path) / CONVERTED).is_file():
         return load_converted(Path(path), options)
@@ -160,46 +176,75 @@ def build_wan(checkpoint: WanCheckpoint, **options: Any) -> WanModel:
     """The network of a checked checkpoint; options as `load_wan` takes them."""
     config = with_options(checkpoint.config, **options)
     skeleton = wan_skeleton(config)
-    pieces = Pieces(checkpoint.tensors, config, checkpoint.what)
-    return skeleton.fill(place(skeleton, pieces, what=checkpoint.what))
+    model = skeleton.fill(place(skeleton, Pieces(checkpoint, config), what=checkpoint.what))
+    log_quantization(checkpoint.config, config, skeleton)
+    return model
+
+
+def log_quantization(stored: WanConfig, config: WanConfig, skeleton: Skeleton) -> None:
+    """What was done to the linear layers, with the bytes of the whole network before and after."""
+    if scheme(stored) == scheme(config):
+        return
+    before = sum(
+        s.size * s.dtype.itemsize for s in wan_skeleton(dataclasses.replace(config, quant=None)).specs.values()
+    )
+    after = sum(s.size * s.dtype.itemsize for s in skeleton.specs.values())
+    count = sum(
+        s.shape[0] for name, s in skeleton.specs.items() if QUANTIZED.fullmatch(name) and name.endswith("weight")
+    )
+    if config.quant is None:
+        logging.info("Dequantized %d linear layers to %s", count, jnp.dtype(config.dtype).name)
+    else:
+        sizes = (config.quant.scheme, before / 1e9, after / 1e9)
+        logging.info("Quantized %d linear layers (%s): %.1f GB -> %.1f GB", count, *sizes)
 
 
 @dataclasses.dataclass(frozen=True)
 class Pieces:
     """The checkpoint's tensors in the form that a configuration wants: quantized, dequantized, with or without SLA."""
 
-    tensors: Mapping[Entry, np.ndarray]
+    checkpoint: WanCheckpoint
     config: WanConfig
-    what: str
 
     def __call__(self, entry: Entry) -> Any:
-        stored = self.tensors.get(entry)
-        name, layer = entry
-        scale_entry = Entry(name.removesuffix("weight") + "scale", layer)
-        if ".proj_l." in name and stored is None:
-            if layer == 0 and name.endswith("weight"):
-                logging.warning("%s was not trained with SLA: proj_l starts at zero", self.what)
-            size = self.config.head_dim
-            return np.zeros((size, size) if name.endswith("weight") else size, np.float32)
-        if name.endswith(".scale") and stored is None:
-            return quantize(self.tensors[Entry(name.removesuffix("scale") + "weight", layer)])[1]
-        assert stored is not None, describe(entry)
-        if stored.dtype == np.int8 and not self.config.quant:
-            return int8.dequantize_blocks(jnp.asarray(stored), jnp.asarray(self.tensors[scale_entry]))
-        if self.config.quant and stored.dtype != np.int8 and is_quantized(name, self.config):
-            return quantize(stored)[0]
-        return stored
+        if ".proj_l." in entry.target and entry not in self.checkpoint.tensors:
+            return self.untrained_projection(entry)
+        linear = QUANTIZED.fullmatch(entry.target)
+        if linear is None or scheme(self.checkpoint.config) == scheme(self.config):
+            return self.checkpoint.tensors[entry]
+        weight = self.weight(linear["name"], entry.layer)
+        if self.config.quant is None:
+            return weight
+        q, scale = quantize_weight(weight, self.config.quant.scheme)
+        if linear["part"] == "scale":
+            return scale
+        logging.debug("Quantized %s (%s)", describe(entry), self.config.quant.scheme)
+        return q
+
+    def weight(self, name: str, layer: int | None) -> Any:
+        """A linear layer's weight as numbers."""
+        stored = self.checkpoint.tensors[Entry(f"{name}.weight", layer)]
+        if self.checkpoint.config.quant is None:
+            return stored
+        return dequantize_weight(stored, self.checkpoint.tensors[Entry(f"{name}.scale", layer)])
+
+    def untrained_projection(self, entry: Entry) -> np.ndarray:
+        if entry == Entry("blocks.self_attn.proj_l.weight", 0):
+            logging.warning("%s was not trained with SLA: proj_l starts at zero", self.checkpoint.what)
+        size = self.config.head_dim
+        return np.zeros((size, size) if entry.target.endswith("weight") else size, np.float32)
 
 
-def is_quantized(name: str, config: WanConfig) -> bool:
-    """Whether this parameter is the weight of an int8 linear layer: all in the blocks but `proj_l` and norms."""
-    pattern = r"blocks\.(self_attn|cross_attn|ffn)\.(?!norm|proj_l)\w+\.weight"
-    return config.quant is not None and re.fullmatch(pattern, name) is not None
+# Weights and scales of the int8 linear layers: all in the blocks but `proj_l`.
+QUANTIZED = re.compile(r"(?P<name>blocks\.(self_attn|cross_attn|ffn)\.(?!norm|proj_l)\w+)\.(?P<part>weight|scale)")
 
 
-@jax.jit
-def quantize(weight: jax.Array) -> tuple[jax.Array, jax.Array]:
-    return int8.quantize_blocks(weight)
+def scheme(config: WanConfig) -> str | None:
+    return None if config.quant is None else config.quant.scheme
+
+
+quantize_weight = jax.jit(int8.quantize_weight, static_argnums=1)
+dequantize_weight = jax.jit(int8.dequantize_weight)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
@@ -235,7 +280,7 @@ def place(skeleton: Skeleton, piece: Callable[[Entry], Any], *, what: str) -> di
             arrays[name] = array
     bad = [describe(entry) for entry, ok in finite.items() if not ok]
     if bad:
-        raise CheckpointError(f"{what} holds NaN or infinity in {bad[0]} and {len(bad) - 1} others; download it again")
+        raise CheckpointError(f"{what} holds NaN or infinity in {shorten(bad)}; download it again")
     return arrays
 
 
@@ -243,7 +288,9 @@ def load_converted(path: Path, options: dict[str, Any]) -> WanModel:
     """Loads a transformer that `scripts/convert.py --format=orbax` wrote, straight to the device where it fits."""
     try:
         fields = json.loads((path / CONVERTED).read_text())
-        stored = WanConfig(**{**fields, "patch": tuple(fields["patch"]), "dtype": jnp.dtype(fields["dtype"])})
+        quant = int8.QuantConfig(**fields["quant"]) if fields["quant"] else None
+        changes = {"patch": tuple(fields["patch"]), "dtype": jnp.dtype(fields["dtype"]), "quant": quant}
+        stored = WanConfig(**(fields | changes))
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{path / CONVERTED} is damaged: {error}; convert the checkpoint again") from error
     config = with_options(stored, **options)
@@ -260,31 +307,60 @@ def load_converted(path: Path, options: dict[str, Any]) -> WanModel:
     return build_wan(WanCheckpoint(stored, tensors, path.name), **options)
 
 
+class PlainCheckpoint(NamedTuple):
+    """A VAE or text encoder, checked against its own configuration; nothing has been read yet."""
+
+    skeleton: Skeleton
+    tensors: dict[Entry, np.ndarray]
+
+
+@contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """Puts the file's name in front of what is wrong with it."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{Path(path).name}: {error}") from error
+
+
+def open_vae(path: str | os.PathLike, *, dtype: Any = jnp.bfloat16) -> PlainCheckpoint:
+    """Opens a Wan 2.1 VAE, official or diffusers names; raises CheckpointError with all that does not fit."""
+    tensors = read_tensors(path)
+    with naming(path):
+        config: VAEConfig = dataclasses.replace(detect_vae_config(tensors), dtype=dtype)
+        skeleton = Skeleton.of(lambda: WanVAE(config, rngs=nnx.Rngs(0)))
+        return check_plain(skeleton, tensors, vae_rules(tensors), vae_layout(config))
+
+
+def open_umt5(path: str | os.PathLike, *, dtype: Any = jnp.bfloat16) -> PlainCheckpoint:
+    """Opens a umT5 encoder, official or transformers' names; raises CheckpointError with all that does not fit."""
+    tensors = read_tensors(path)
+    with naming(path):
+        config: UMT5Config = dataclasses.replace(detect_umt5_config(tensors), dtype=dtype)
+        skeleton = Skeleton.of(lambda: UMT5Encoder(config, rngs=nnx.Rngs(0)))
+        return check_plain(skeleton, tensors, umt5_rules(tensors), umt5_layout(config))
+
+
+def check_plain(
+    skeleton: Skeleton, tensors: Mapping[str, np.ndarray], rules: Iterable[Rule], layout: Layout
+) -> PlainCheckpoint:
+    """Every parameter's tensor; raises CheckpointError with all that is missing, unknown or misshapen."""
+    expected = {entry: spec.shape for entry, spec in skeleton.entries().items()}
+    return PlainCheckpoint(skeleton, assign(tensors, rules, expected, what="the checkpoint", published=layout))
+
+
 def load_vae(path: str | os.PathLike, *, dtype: Any = jnp.bfloat16) -> WanVAE:
     """Loads a Wan 2.1 VAE, official or diffusers names."""
-    tensors = read_tensors(path)
-    config: VAEConfig = dataclasses.replace(detect_vae_config(tensors), dtype=dtype)
-    skeleton = Skeleton.of(lambda: WanVAE(config, rngs=nnx.Rngs(0)))
-    return load_plain(skeleton, tensors, vae_rules(tensors), what=Path(path).name)
+    return load_plain(open_vae(path, dtype=dtype), what=Path(path).name)
 
 
 def load_umt5(path: str | os.PathLike, *, dtype: Any = jnp.bfloat16) -> tuple[UMT5Encoder, np.ndarray]:
     """Loads a umT5 encoder; returns it and its token table `[vocab, D]`, which stays in the memory-mapped file."""
-    tensors = read_tensors(path)
-    config: UMT5Config = dataclasses.replace(detect_umt5_config(tensors), dtype=dtype)
-    skeleton = Skeleton.of(lambda: UMT5Encoder(config, rngs=nnx.Rngs(0)))
-    return load_plain(skeleton, tensors, umt5_rules(tensors), what=Path(path).name), token_table(tensors)
+    encoder = load_plain(open_umt5(path, dtype=dtype), what=Path(path).name)
+    return encoder, token_table(read_tensors(path))
 
 
-def check_plain(
-    skeleton: Skeleton, tensors: Mapping[str, np.ndarray], rules: Iterable[Rule], *, what: str
-) -> dict[Entry, np.ndarray]:
-    """Every parameter's tensor; raises CheckpointError with all that is missing, unknown or misshapen."""
-    expected = {entry: spec.shape for entry, spec in skeleton.entries().items()}
-    return assign(tensors, rules, expected, what=what)
-
-
-def load_plain(skeleton: Skeleton, tensors: Mapping[str, np.ndarray], rules: Iterable[Rule], *, what: str) -> Any:
+def load_plain(checkpoint: PlainCheckpoint, *, what: str) -> Any:
     """A module whose parameters are the checkpoint's tensors as they are."""
-    found = check_plain(skeleton, tensors, rules, what=what)
-    return skeleton.fill(place(skeleton, found.__getitem__, what=what))
+    skeleton, tensors = checkpoint
+    return skeleton.fill(place(skeleton, tensors.__getitem__, what=what))

@@ -3,6 +3,7 @@
 This is what `scripts/convert.py` writes, and what files with generated values are made of (the demo, tests).
 """
 
+import functools
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -20,11 +21,11 @@ def linear(name: str, features_in: int, features_out: int, *, bias: bool = True)
     return layout | {f"{name}.bias": (features_out,)} if bias else layout
 
 
-def int8_linear(name: str, features_in: int, features_out: int) -> Layout:
+def int8_linear(name: str, features_in: int, features_out: int, *, scheme: str) -> Layout:
     blocks = (-(-features_out // BLOCK), -(-features_in // BLOCK))
     return {
         f"{name}.int8_weight": (features_out, features_in),
-        f"{name}.scale": blocks,
+        f"{name}.scale": blocks if scheme == "block128" else (features_out,),
         f"{name}.bias": (features_out,),
     }
 
@@ -51,7 +52,7 @@ def wan_layout(config: WanConfig) -> Layout:
 
 def wan_block_layout(block: str, config: WanConfig) -> Layout:
     c = config
-    quantizable = int8_linear if c.quant else linear
+    quantizable = functools.partial(int8_linear, scheme=c.quant.scheme) if c.quant else linear
     layout: Layout = {f"{block}.modulation": (1, 6, c.dim)}
     for attention in ("self_attn", "cross_attn"):
         image = attention == "cross_attn" and c.clip_dim is not None
@@ -158,7 +159,8 @@ def generated(layout: Mapping[str, tuple[int, ...]], dtype, *, seed: int = 0) ->
         if name.endswith("int8_weight"):
             yield name, rng.integers(-127, 128, shape, np.int8)
         elif name.endswith(".scale"):
-            yield name, np.full(shape, 3**0.5 / 127 / (BLOCK * shape[-1]) ** 0.5, np.float32)
+            features_in = layout[name.removesuffix("scale") + "int8_weight"][1]
+            yield name, np.full(shape, 3**0.5 / 127 / features_in**0.5, np.float32)
         else:
             normal = rng.standard_normal(shape, np.float32)
             yield name, (value_of(name, normal)).astype(dtype)

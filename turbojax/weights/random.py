@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from turbojax.kernels.int8 import BLOCK
 from turbojax.weights.load import Skeleton, describe, place
 from turbojax.weights.rules import Entry
 
@@ -25,7 +24,8 @@ def random_module(skeleton: Skeleton, *, seed: int = 0, what: str = "random weig
         if spec.dtype == jnp.int8:
             return jax.random.randint(own_key, spec.shape, -127, 128, jnp.int8)
         if entry.target.endswith(".scale"):  # of an int8 weight of uniform values, whose rms is 127 / sqrt(3)
-            return jnp.full(spec.shape, 3**0.5 / 127 / (spec.shape[-1] * BLOCK) ** 0.5, spec.dtype)
+            features_in = specs[Entry(entry.target.removesuffix("scale") + "weight", entry.layer)].shape[1]
+            return jnp.full(spec.shape, 3**0.5 / 127 / features_in**0.5, spec.dtype)
         return normal(own_key, *center_and_spread(entry.target, spec.shape), spec.shape, spec.dtype)
 
     return skeleton.fill(place(skeleton, generate, what=what))

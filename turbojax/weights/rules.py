@@ -73,12 +73,14 @@ def assign(
     expected: Mapping[Entry, tuple[int, ...]],
     *,
     what: str,
+    published: Iterable[str] = (),
 ) -> dict[Entry, np.ndarray]:
     """Sends every tensor to its parameter.
 
     tensors: the checkpoint, by name; only shapes are looked at, nothing is read from a memory-mapped file.
     expected: the shape of each parameter (of one layer of it, where it is stacked).
     what: names the checkpoint in the error, for instance "transformer.safetensors".
+    published: the names that the whole checkpoint should hold, to tell what is missing in its own words.
 
     Raises CheckpointError with all missing, unknown, misshapen and doubled names.
     """
@@ -103,16 +105,17 @@ def assign(
             found[entry], origin[entry] = value, name
             if value.shape != expected[entry]:
                 misshapen.append(f"{name} {list(value.shape)} instead of {list(expected[entry])}")
-    missing = [describe(entry) for entry in expected if entry not in found]
+    missing = [entry for entry in expected if entry not in found]
+    names = {hit[0]: name for name in published if missing and (hit := rename(name, rules))}
     problems = [
-        f"{len(names)} {kind}: {shorten(names)}"
-        for kind, names in (
-            ("missing", missing),
+        f"{len(listed)} {kind}: {shorten(listed)}"
+        for kind, listed in (
+            ("missing", [names.get(entry) or describe(entry) for entry in missing]),
             ("unknown", unknown),
             ("misshapen", misshapen),
             ("given twice", doubled),
         )
-        if names
+        if listed
     ]
     if problems:
         raise CheckpointError(

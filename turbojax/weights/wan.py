@@ -5,13 +5,15 @@ TurboDiffusion's files differ from the official ones by a linear patch embedding
 """
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 import numpy as np
 
 from turbojax.errors import CheckpointError
+from turbojax.kernels.int8 import QuantConfig
 from turbojax.models.wan import WanConfig
-from turbojax.weights.rules import Entry, Rule, describe, shorten
+from turbojax.weights.rules import Entry, Rule, shorten
 
 # Prefixes of training checkpoints, and what PyTorch's remat and compiler wrappers leave inside names.
 DECORATION = re.compile(
@@ -107,32 +109,50 @@ def wan_rules(names: Iterable[str], *, what: str) -> tuple[Rule, ...]:
     )
 
 
-def detect_wan_config(shapes: Mapping[Entry, tuple[int, ...]], *, num_heads: int | None, what: str) -> WanConfig:
+def detect_wan_config(
+    shapes: Mapping[Entry, tuple[int, ...]], *, quantized: bool, num_heads: int | None, what: str
+) -> WanConfig:
     """The configuration that parameters of these shapes belong to.
 
+    A size is what most of the tensors that show it say, so that one that is missing or misshapen is found out later.
     num_heads: from the checkpoint's own configuration; None takes SLA's head_dim, else 128 as all released sizes have.
     """
 
-    def shape(name: str, layer: int | None = None) -> tuple[int, ...]:
-        if (entry := Entry(name, layer)) not in shapes:
-            raise CheckpointError(f"{what} has no {describe(entry)}, so the model's size cannot be told")
-        return shapes[entry]
+    def size(*axes: tuple[str, int]) -> int | None:
+        lengths = Counter(
+            shape[axis]
+            for entry, shape in shapes.items()
+            for target, axis in axes
+            if entry.target == target and axis < len(shape) and shape[axis] > 0
+        )
+        return lengths.most_common(1)[0][0] if lengths else None
 
-    dim, patch_inputs = shape("patch_embedding.weight")
-    proj_l = shapes.get(Entry("blocks.self_attn.proj_l.weight", 0))
-    head_dim = proj_l[0] if proj_l else 128
-    image = shapes.get(Entry("image_embedding.norm_in.weight", None))
+    def needed(*axes: tuple[str, int]) -> int:
+        if (found := size(*axes)) is None:
+            raise CheckpointError(f"{what} has no {axes[0][0]}, so the model's size cannot be told; download it again")
+        return found
+
     defaults = WanConfig(dim=2, ffn_dim=1, num_heads=1, num_layers=1)
+    dim = needed(("blocks.norm3.weight", 0), ("blocks.norm3.bias", 0), ("patch_embedding.bias", 0))
+    head_dim = size(("blocks.self_attn.proj_l.weight", 0), ("blocks.self_attn.proj_l.bias", 0))
+    tensors_in = Counter(entry.layer for entry in shapes if entry.layer is not None)
+    most = max(tensors_in.values(), default=0)
     return WanConfig(
         dim=dim,
-        ffn_dim=shape("blocks.ffn.fc1.weight", 0)[0],
-        num_heads=num_heads or max(1, dim // head_dim),
-        num_layers=1 + max(entry.layer for entry in shapes if entry.layer is not None),
-        in_channels=patch_inputs // defaults.patch_features,
-        out_channels=shape("head.proj.weight")[0] // defaults.patch_features,
-        freq_dim=shape("time_embedding.fc1.weight")[1],
-        text_dim=shape("text_embedding.fc1.weight")[1],
-        clip_dim=image[0] if image else None,
-        attention_type="sla" if proj_l else "original",
-        quant="block128" if Entry("blocks.ffn.fc1.scale", 0) in shapes else None,
+        ffn_dim=needed(("blocks.ffn.fc1.weight", 0), ("blocks.ffn.fc1.bias", 0), ("blocks.ffn.fc2.weight", 1)),
+        num_heads=num_heads or max(1, dim // (head_dim or 128)),
+        num_layers=1 + max(layer for layer, count in tensors_in.items() if 2 * count > most),
+        in_channels=(size(("patch_embedding.weight", 1)) or 0) // defaults.patch_features or defaults.in_channels,
+        out_channels=(size(("head.proj.bias", 0)) or 0) // defaults.patch_features or defaults.out_channels,
+        freq_dim=size(("time_embedding.fc1.weight", 1)) or defaults.freq_dim,
+        text_dim=size(("text_embedding.fc1.weight", 1)) or defaults.text_dim,
+        clip_dim=size(("image_embedding.norm_in.weight", 0), ("image_embedding.norm_in.bias", 0)),
+        attention_type="sla" if head_dim else "original",
+        quant=detect_quantization(shapes) if quantized else None,
     )
+
+
+def detect_quantization(shapes: Mapping[Entry, tuple[int, ...]]) -> QuantConfig:
+    """By the scales: a matrix for 128 x 128 blocks, a vector for channels."""
+    axes = Counter(len(shape) for entry, shape in shapes.items() if entry.target.endswith(".scale"))
+    return QuantConfig("channel" if axes[1] > axes[2] else "block128")

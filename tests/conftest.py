@@ -1,0 +1,36 @@
+"""What all tests share: strict JAX settings, no network, a cache folder of their own, and the demo's pipeline."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from turbojax import TurboVideoPipeline
+from turbojax.demo import demo_folder
+
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory):
+    """The user's cache folder (XDG_CACHE_HOME) for this session, here and in subprocesses."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def demo(own_cache):
+    """The folder with the demo's checkpoint files."""
+    return demo_folder()
+
+
+@pytest.fixture(scope="session")
+def demo_pipe(demo):
+    """The demo's pipeline in float32, loaded once."""
+    return TurboVideoPipeline.from_pretrained(demo, dtype=jnp.float32)

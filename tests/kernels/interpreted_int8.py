@@ -1,0 +1,134 @@
+"""The Triton kernels of the int8 linear layer in the interpreter, against the reference.
+
+Collected by test_int8_triton.py in a process of its own, with TRITON_INTERPRET=1.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.kernels import interpreter
+from turbojax.kernels import int8, triton_call
+from turbojax.kernels.int8 import QUANT_SCHEMES
+
+BF16 = jnp.bfloat16
+SCHEMES = ["block128", "block128_rows", "channel"]
+
+
+@pytest.fixture(autouse=True)
+def launcher(monkeypatch):
+    monkeypatch.setattr(triton_call, "override", interpreter.launch)
+
+
+def arrays(m: int, n: int, k: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    keys = jax.random.split(jax.random.key(m + n + k), 3)
+    x, w, bias = (jax.random.normal(key, shape, BF16) for key, shape in zip(keys, ((m, k), (n, k), (n,)), strict=True))
+    return x, w, bias
+
+
+def assert_bfloat16_close(got, expected):
+    """One rounding at 99.9 %, two at all elements, counted in steps of a value of that size (1 at least)."""
+    got, expected = np.asarray(got, np.float32), np.asarray(expected, np.float32)
+    step = 2.0 ** (np.floor(np.log2(np.maximum(np.abs(expected), 1e-6))) - 7)
+    steps = np.abs(got - expected) / np.maximum(step, 2.0**-7)
+    assert (steps <= 1).mean() >= 0.999
+    assert steps.max() <= 2
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("m", [1, 127, 129])
+def test_quantize(scheme, m):
+    x = arrays(m, 8, 256)[0]
+    got = int8.quantize(x, QUANT_SCHEMES[scheme], implementation="triton")
+    expected = int8.quantize(x, QUANT_SCHEMES[scheme], implementation="reference")
+    np.testing.assert_array_equal(got.q, expected.q)
+    np.testing.assert_array_equal(got.scale, expected.scale)
+
+
+def test_quantize_ties_and_extremes():
+    """Ties round to even, the positive extreme saturates to 127, the negative one is -128, zeros stay zeros."""
+    x = (jnp.arange(128 * 128) % 256 - 128).reshape(128, 128).astype(BF16) / 2
+    x = jnp.concatenate((x.at[0, 0].set(64.0), jnp.zeros((128, 128), BF16)), axis=1)
+    got, expected = (int8.quantize(x, QUANT_SCHEMES["block128"], implementation=i) for i in ("triton", "reference"))
+    np.testing.assert_array_equal(got.q, expected.q)
+    assert got.q[0, 0] == 127
+    assert got.q.min() == -128
+    assert not got.q[:, 128:].any()
+
+
+@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize(("m", "n", "k"), [(1, 128, 128), (129, 136, 256)])
+def test_matmul(scheme, gelu, m, n, k):
+    quant = QUANT_SCHEMES[scheme]
+    x, w, bias = arrays(m, n, k)
+    x_q = int8.quantize(x, quant, implementation="reference")
+    weight = int8.quantize_weight(w, quant.scheme)
+    got, expected = (
+        int8.matmul(x_q, *weight, bias, quant, gelu=gelu, implementation=i) for i in ("triton", "reference")
+    )
+    assert_bfloat16_close(got, expected)
+
+
+def test_matmul_without_bias_and_with_leading_axes():
+    quant = QUANT_SCHEMES["block128"]
+    x, w, _ = arrays(2 * 67, 128, 128)
+    x_q = int8.quantize(x.reshape(2, 67, 128), quant, implementation="triton")
+    got, expected = (
+        int8.matmul(x_q, *int8.quantize_weight(w, "block128"), None, quant, implementation=i)
+        for i in ("triton", "reference")
+    )
+    assert got.shape == (2, 67, 128)
+    assert_bfloat16_close(got, expected)
+
+
+@pytest.mark.parametrize("m", [100, 200])
+def test_requantizing_epilogue(m):
+    quant = QUANT_SCHEMES["block128"]
+    x, w, bias = arrays(m, 256, 128)
+    x_q = int8.quantize(x, quant, implementation="reference")
+    weight = int8.quantize_weight(w, "block128")
+    got, expected = (
+        int8.matmul_requantize(x_q, *weight, bias, quant, gelu=True, implementation=i) for i in ("triton", "reference")
+    )
+    values = [int8.dequantize_weight(a.q, a.scale) for a in (got, expected)]
+    np.testing.assert_allclose(got.scale, expected.scale, rtol=1e-2)
+    np.testing.assert_allclose(values[0], values[1], atol=2 * float(expected.scale.max()))
+
+
+@pytest.mark.parametrize("scheme", ["block128", "channel"])
+@pytest.mark.parametrize("m", [1, 129])
+def test_dequantizing_matmul(scheme, m):
+    quant = QUANT_SCHEMES[scheme + "_weights"]
+    x, w, bias = arrays(m, 136, 256)
+    weight = int8.quantize_weight(w, quant.scheme)
+    got, expected = (
+        int8.dequantizing_matmul(x, *weight, bias, quant, implementation=i) for i in ("triton", "reference")
+    )
+    assert_bfloat16_close(got, expected)
+
+
+@pytest.mark.parametrize("scheme", ["block128", "block128_rows"])
+def test_norm_quantize(scheme):
+    """Two samples of 150 tokens, so that a block holds rows of both."""
+    x = arrays(300, 8, 384)[0].reshape(2, 150, 384) * 3 + 1
+    shift, scale = (jax.random.normal(jax.random.key(i), (2, 1, 384)) for i in (1, 2))
+    got, expected = (
+        int8.norm_quantize(x, shift, scale, QUANT_SCHEMES[scheme], eps=1e-6, implementation=i)
+        for i in ("triton", "reference")
+    )
+    np.testing.assert_allclose(got.scale, expected.scale, rtol=1e-2)
+    difference = np.abs(np.asarray(got.q, np.int32) - np.asarray(expected.q, np.int32))
+    assert difference.max() <= 1
+    assert (difference == 0).mean() > 0.99
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_nan_in_gives_nan_out(scheme):
+    quant = QUANT_SCHEMES[scheme]
+    x, w, bias = arrays(130, 128, 128)
+    x_q = int8.quantize(x.at[3, 5].set(jnp.nan), quant, implementation="triton")
+    y = int8.matmul(x_q, *int8.quantize_weight(w, quant.scheme), bias, quant, implementation="triton")
+    assert bool(jnp.isnan(y[3]).all())
+    assert not bool(jnp.isnan(y[129]).any())

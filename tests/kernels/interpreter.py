@@ -1,0 +1,105 @@
+"""Runs Triton kernels on a CPU: the Triton interpreter on NumPy arrays, in the launcher's place.
+
+Import with TRITON_INTERPRET=1 in the environment, before any kernel.
+"""
+
+import os
+
+import jax
+import ml_dtypes
+import numpy as np
+import triton.language as tl
+from triton.runtime import interpreter
+
+assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1 before kernels are imported"
+
+TYPES = {
+    np.dtype(np.int8): tl.int8,
+    np.dtype(np.int32): tl.int32,
+    np.dtype(np.float32): tl.float32,
+    np.dtype(ml_dtypes.bfloat16): tl.bfloat16,
+}
+
+
+class HostTensor:
+    """As much of a tensor as the interpreter asks for; host and device are the same memory."""
+
+    def __init__(self, array: np.ndarray):
+        self.array = array
+        self.dtype = TYPES[array.dtype]
+
+    def data_ptr(self) -> int:
+        return self.array.ctypes.data
+
+    def untyped_storage(self) -> "HostTensor":
+        return self
+
+    def cpu(self) -> "HostTensor":
+        return self
+
+    def new_empty(self, size: int, device: str) -> "HostTensor":
+        return HostTensor(np.empty(size, self.array.dtype))
+
+    def set_(self, storage: "HostTensor", *_) -> None:
+        self.array = storage.array
+
+    def storage_offset(self) -> int:
+        return 0
+
+    def size(self) -> tuple[int, ...]:
+        return self.array.shape
+
+    def stride(self) -> tuple[int, ...]:
+        return tuple(s // self.array.itemsize for s in self.array.strides)
+
+    def copy_(self, other: "HostTensor") -> None:
+        assert other.array is self.array
+
+
+def launch(kernel, *arrays, out_shape, grid, num_warps, num_stages, **constants):
+    """As `turbojax.kernels.triton_call.triton_call`; outputs start as poison, so that a hole shows."""
+
+    def run(*arrays):
+        inputs = [np.ascontiguousarray(a) for a in arrays]
+        outputs = [poisoned(s) for s in out_shape]
+        kernel[grid](*map(HostTensor, inputs + outputs), **constants)
+        return tuple(outputs)
+
+    return jax.pure_callback(run, tuple(out_shape), *arrays)
+
+
+def poisoned(spec: jax.ShapeDtypeStruct) -> np.ndarray:
+    integer = np.issubdtype(spec.dtype, np.integer)
+    return np.full(spec.shape, 77 if integer else 7e7, spec.dtype)
+
+
+def as_float32(handle):
+    """A bfloat16 operand as float32: the interpreter's own dot multiplies its raw bits."""
+    if handle.dtype.scalar != tl.bfloat16:
+        return handle
+    data = handle.data.view(np.uint16).astype(np.uint32) << 16
+    return interpreter.TensorHandle(data.view(np.float32), tl.float32)
+
+
+original_dot = interpreter.InterpreterBuilder.create_dot
+
+
+def create_dot(self, a, b, d, *settings):
+    return original_dot(self, as_float32(a), as_float32(b), d, *settings)
+
+
+interpreter.InterpreterBuilder.create_dot = create_dot
+
+
+original_cast = interpreter.InterpreterBuilder.cast_impl
+
+
+def cast_impl(self, value, target):
+    """To bfloat16 by rounding to the nearest, as hardware does; the interpreter truncates, and copies integer bits."""
+    source = value.dtype.scalar
+    if target.scalar == tl.bfloat16 and source != tl.bfloat16:
+        return interpreter.TensorHandle(value.data.astype(ml_dtypes.bfloat16).view(np.uint16), tl.bfloat16)
+    return original_cast(self, value, target)
+
+
+interpreter.InterpreterBuilder.cast_impl = cast_impl

@@ -1,0 +1,100 @@
+"""The Triton kernels without a GPU: run in the interpreter, and compiled ahead of time for each generation."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from turbojax.kernels import int8_triton
+
+ROOT = Path(__file__).parents[2]
+SHARED_MEMORY = {80: 163, 89: 99, 90: 227, 120: 99}  # KiB a block may have, by compute capability
+
+BF16, INT8, F32 = "*bf16", "*i8", "*fp32"
+MATMUL = {"x": INT8, "x_scale": F32, "w": INT8, "w_scale": F32, "bias": BF16, "y": BF16, "y_scale": F32}
+SHAPE = {"M": 75600, "N": 5120, "K": 5120}
+BLOCK, CHANNEL, WEIGHTS = int8_triton.BLOCK_TILES, int8_triton.CHANNEL_TILES, int8_triton.DEQUANTIZING_TILES
+
+
+def tile_constants(tiles: int8_triton.Tiles) -> dict[str, int]:
+    return {"TILE_M": tiles.rows, "TILE_N": tiles.columns, "BAND": tiles.band}
+
+
+def matmul(scheme: str, tiles, *, group=128, gelu=False, requantize=False):
+    constants = {"SCHEME": scheme, "GROUP": group, "HAS_BIAS": True, "GELU": gelu, "REQUANTIZE": requantize}
+    pointers = MATMUL | ({"y": INT8} if requantize else {})
+    return int8_triton.int8_matmul_kernel, pointers, SHAPE | constants | tile_constants(tiles), tiles
+
+
+KERNELS = {
+    "block128": matmul("block128", BLOCK),
+    "block128_rows": matmul("block128", BLOCK, group=1),
+    "block128_gelu": matmul("block128", BLOCK, gelu=True),
+    "block128_requantize": matmul("block128", BLOCK, gelu=True, requantize=True),
+    "channel": matmul("channel", CHANNEL),
+    "dequantizing": (
+        int8_triton.dequantizing_matmul_kernel,
+        {"x": BF16, "w": INT8, "w_scale": F32, "bias": BF16, "y": BF16},
+        SHAPE | {"SCHEME": "block128", "HAS_BIAS": True, "GELU": False} | tile_constants(WEIGHTS),
+        WEIGHTS,
+    ),
+    "quantize_blocks": (
+        int8_triton.quantize_blocks_kernel,
+        {"x": BF16, "q": INT8, "scale": F32},
+        {"M": 75600, "K": 5120, "GROUP": 128},
+        int8_triton.Tiles(128, 128, 4, 1),
+    ),
+    "norm_quantize": (
+        int8_triton.norm_quantize_kernel,
+        {"x": BF16, "statistics": F32, "shift": F32, "scale": F32, "q": INT8, "q_scale": F32},
+        {"M": 75600, "L": 75600, "D": 5120, "GROUP": 128},
+        int8_triton.Tiles(128, 128, 4, 1),
+    ),
+}
+
+
+def test_kernels_in_the_interpreter():
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/interpreted_int8.py"],
+        cwd=ROOT,
+        env=os.environ | {"TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-3000:]
+
+
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+@pytest.mark.parametrize("name", KERNELS)
+def test_kernel_compiles_within_limits(name, capability):
+    """No spilled registers, and no more shared memory than a block may have."""
+    kernel, pointers, constants, tiles = KERNELS[name]
+    arguments = kernel.arg_names
+    source = ASTSource(
+        fn=kernel,
+        signature={a: pointers.get(a, "constexpr") for a in arguments},
+        constexprs={(arguments.index(a),): value for a, value in constants.items()},
+        attrs={(i,): [["tt.divisibility", 16]] for i, a in enumerate(arguments) if a in pointers},
+    )
+    options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    assert compiled.metadata.shared <= SHARED_MEMORY[capability] * 1024
+    assert stack_bytes(compiled.asm["cubin"]) == 0
+
+
+def stack_bytes(cubin: bytes) -> int:
+    """Stack a thread, where spilled registers go; from the disassembler that Triton ships."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    return int(usage.split("STACK:")[1].split()[0])

@@ -1,0 +1,36 @@
+"""Recomputes the fixture of the int8 linear layer."""
+
+import jax.numpy as jnp
+import numpy as np
+
+from turbojax.kernels import int8
+
+
+def recompute(config: dict, t: dict[str, np.ndarray]) -> dict[str, tuple[np.ndarray, float]]:
+    """Every `out.*` key with our own value and its absolute tolerance; quantized values and scales are exact.
+
+    The float32 sum is not fused here: a rounding of it to bfloat16 may differ by one step, which the tolerance allows.
+    """
+    x, w, bias = (jnp.asarray(t[f"in.{name}"], jnp.bfloat16) for name in ("x", "w", "bias"))
+    quant = int8.QuantConfig()
+    x_q = int8.quantize(x, quant, implementation="reference")
+    w_q, w_scale = int8.quantize_weight(w, quant.scheme)
+    y_f32 = int8.matmul_blocks(x_q.q, x_q.scale, w_q, w_scale)
+    y_bf16, y = (
+        int8.matmul(x_q, w_q, w_scale, b, quant, implementation="reference").astype(jnp.float32) for b in (None, bias)
+    )
+    out = {
+        "out.w_q": (w_q, 0.0),
+        "out.w_s": (w_scale, 0.0),
+        "out.x_q": (x_q.q, 0.0),
+        "out.x_s": (x_q.scale, 0.0),
+        "out.y_f32": (y_f32, 5e-5),
+        "out.y_bf16": (y_bf16, bfloat16_steps(t["out.y_bf16"])),
+        "out.y": (y, bfloat16_steps(t["out.y"])),
+    }
+    return {name: (np.asarray(value), tolerance) for name, (value, tolerance) in out.items() if name in t}
+
+
+def bfloat16_steps(expected: np.ndarray) -> float:
+    """One bfloat16 step of the largest element."""
+    return float(2.0 ** (np.floor(np.log2(np.abs(expected).max())) - 7))

@@ -1,0 +1,30 @@
+"""The one place that touches jax-triton.
+
+`import jax_triton` fails where jax has no CUDA and changes the environment, so it is imported at the first launch.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+
+# Takes the launcher's place in tests (the Triton interpreter on a CPU): launch(kernel, *arrays, **settings).
+override: Callable[..., Any] | None = None
+
+
+def triton_call(
+    kernel: Any,
+    *arrays: jax.Array,
+    out_shape: Sequence[jax.ShapeDtypeStruct],
+    grid: tuple[int, ...],
+    num_warps: int,
+    num_stages: int,
+    **constants: Any,
+) -> Any:
+    """Launches a `triton.jit` kernel: pointers to `arrays`, then to the outputs, then the constants by name."""
+    settings = dict(out_shape=tuple(out_shape), grid=grid, num_warps=num_warps, num_stages=num_stages, **constants)
+    if override is not None:
+        return override(kernel, *arrays, **settings)
+    import jax_triton
+
+    return jax_triton.triton_call(*arrays, kernel=kernel, name=kernel.__name__, **settings)
