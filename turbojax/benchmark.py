@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from flax import nnx
 from jax import lax
 
@@ -191,7 +192,7 @@ CHECKED_ROWS = 1024  # rows compared with float32
 def linear_layers(*, schemes: tuple[str, ...], shapes=LINEAR_SHAPES) -> dict[str, Any]:
     """int8 linear layers beside bfloat16 through XLA (cuBLAS): ms, TOPS, and relative error against float32.
 
-    full: quantization of the activations, matmul and bias. matmul: from activations that are quantized already.
+    ms and tops: quantization of the activations, matmul and bias; matmul_*: from activations quantized already.
     """
     result: dict[str, Any] = {}
     for m, n, k in shapes:
@@ -209,8 +210,9 @@ def linear_layers(*, schemes: tuple[str, ...], shapes=LINEAR_SHAPES) -> dict[str
         rows["bfloat16"] = measured(dense, [(x, weight, bias) for x in inputs], operations, exact)
         for name in schemes:
             rows[name] = int8_layer(QUANT_SCHEMES[name], inputs, weight, bias, operations, exact)
-            rows[name]["speed_over_bfloat16"] = rows["bfloat16"]["ms"] / rows[name]["full"]["ms"]
+            rows[name]["speed_over_bfloat16"] = rows["bfloat16"]["ms"] / rows[name]["ms"]
         result[f"{m} x {n} x {k}"] = rows
+        logging.info("%d x %d x %d: %s", m, n, k, {name: round(row["ms"], 3) for name, row in rows.items()})
     return result
 
 
@@ -218,14 +220,15 @@ def int8_layer(quant: QuantConfig, inputs, weight, bias, operations: int, exact)
     w_q, w_scale = jax.jit(int8.quantize_weight, static_argnums=1)(weight, quant.scheme)
     if quant.weight_only:
         full = jax.jit(lambda x: int8.dequantizing_matmul(x, w_q, w_scale, bias, quant))
-        return {"full": measured(full, [(x,) for x in inputs], operations, exact)}
+        return measured(full, [(x,) for x in inputs], operations, exact)
     quantize = jax.jit(lambda x: int8.quantize(x, quant))
     full = jax.jit(lambda x: int8.matmul(int8.quantize(x, quant), w_q, w_scale, bias, quant))
     matmul = jax.jit(lambda x: int8.matmul(x, w_q, w_scale, bias, quant))
     quantized = [(quantize(x),) for x in inputs]
-    return {
-        "full": measured(full, [(x,) for x in inputs], operations, exact),
-        "matmul": measured(matmul, quantized, operations, exact),
+    matmul_seconds = seconds_a_call(matmul, quantized)
+    return measured(full, [(x,) for x in inputs], operations, exact) | {
+        "matmul_ms": 1e3 * matmul_seconds,
+        "matmul_tops": operations / matmul_seconds / 1e12,
         "quantize_ms": 1e3 * seconds_a_call(quantize, [(x,) for x in inputs]),
     }
 
@@ -237,7 +240,7 @@ def measured(function: Callable, arguments: list[tuple], operations: int, exact:
     return {"ms": 1e3 * seconds, "tops": operations / seconds / 1e12, "relative_error": relative}
 
 
-def seconds_a_call(function: Callable, arguments: list[tuple], *, calls: int = 10) -> float:
+def seconds_a_call(function: Callable, arguments: list[tuple], *, calls: int = 6) -> float:
     """Median over repeats of a run of calls that go to the device without waiting, after a warm-up."""
 
     def run() -> Any:
