@@ -1,8 +1,7 @@
-"""What all tests share: strict JAX settings, no network, a cache folder of their own, and the demo's pipeline."""
+"""What all tests share: strict JAX settings, the CPU, no network, a cache folder of their own, the demo's pipeline."""
 
 import os
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
 
 import jax
@@ -14,6 +13,13 @@ from turbojax.demo import demo_folder
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+def pytest_configure(config):
+    """On a machine with a GPU, too, only tests/gpu uses it: tolerances elsewhere are those of a CPU's float32."""
+    if not any("gpu" in argument for argument in config.args):
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")  # for subprocesses
+        jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
 
 
 @pytest.fixture(scope="session", autouse=True)

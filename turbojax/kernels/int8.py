@@ -74,15 +74,26 @@ class Quantized(NamedTuple):
     scale: jax.Array
 
 
-def choose(implementation: Implementation | None, *, dtype, features_out: int | None = None) -> Implementation:
-    """The implementation that runs: the named one, or the fastest one that can."""
+def choose(
+    implementation: Implementation | None, *, dtype, rows: int | None = None, features_out: int | None = None
+) -> Implementation:
+    """The implementation that runs: the named one, or the fastest one that can.
+
+    rows and features_out are a matmul's M and N; without them the choice is between Triton and the reference.
+    """
     if implementation is not None:
         return implementation
     capability = compute_capability()
     if capability is None or capability < (8, 0) or dtype != jnp.bfloat16:
         return "reference"
-    hopper = capability == (9, 0) and features_out is not None and features_out % BLOCK == 0
-    return "mosaic" if hopper else "triton"
+    if capability != (9, 0) or rows is None or features_out is None:
+        return "triton"
+    return "mosaic" if mosaic_takes(rows, features_out) else "triton"
+
+
+def mosaic_takes(rows: int, features_out: int) -> bool:
+    """Whether the Hopper kernel's tiles fit: Mosaic drops rows behind the last full group of 8."""
+    return rows % 8 == 0 and features_out % BLOCK == 0
 
 
 def check_features(k: int) -> None:
@@ -103,15 +114,21 @@ def quantize_blocks(x: jax.Array, *, group: int = BLOCK) -> tuple[jax.Array, jax
     m, k = x.shape
     f = jnp.pad(x.astype(jnp.float32), ((0, -m % group), (0, -k % BLOCK)))
     blocks = f.reshape(f.shape[0] // group, group, f.shape[1] // BLOCK, BLOCK)
-    amax = jnp.maximum(jnp.max(jnp.abs(blocks), axis=(1, 3), keepdims=True), SMALLEST_AMAX)
+    amax = largest(blocks, axis=(1, 3))
     return to_int8(blocks, amax).reshape(f.shape)[:m, :k], (amax / 128.0)[:, 0, :, 0]
 
 
 def quantize_rows(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """x `[M, K]` to int8 `[M, K]` and float32 scales `[M]`; the reference."""
     f = x.astype(jnp.float32)
-    amax = jnp.maximum(jnp.max(jnp.abs(f), axis=1, keepdims=True), SMALLEST_AMAX)
+    amax = largest(f, axis=(1,))
     return to_int8(f, amax), (amax / 128.0)[:, 0]
+
+
+def largest(f: jax.Array, *, axis: tuple[int, ...]) -> jax.Array:
+    """max |f|, at least 1e-8, axes kept; NaN if any is, which XLA's maximum on CPUs does not promise."""
+    amax = jnp.maximum(jnp.max(jnp.abs(f), axis=axis, keepdims=True), SMALLEST_AMAX)
+    return jnp.where(jnp.isnan(f).any(axis=axis, keepdims=True), jnp.nan, amax)
 
 
 def to_int8(f: jax.Array, amax: jax.Array) -> jax.Array:
@@ -253,9 +270,9 @@ def matmul(
     n, k = w_q.shape
     check_features(k)
     x_q = x.q.reshape(-1, k)
-    chosen = choose(implementation, dtype=dtype, features_out=n)
-    if chosen == "mosaic" and quant.group == 1 and quant.scheme == "block128":
-        chosen = "triton"
+    chosen = choose(implementation, dtype=dtype, rows=len(x_q), features_out=n)
+    if implementation is None and chosen == "mosaic" and quant.group == 1 and quant.scheme == "block128":
+        chosen = "triton"  # the Hopper kernel takes one scale a block of 128 rows
     if chosen == "reference":
         if quant.scheme == "block128":
             total = matmul_blocks(x_q, x.scale, w_q, w_scale, group=quant.group)
@@ -287,11 +304,11 @@ def matmul_requantize(
     With 128 x 128 blocks a tile of the result is a block of the next input: it leaves the kernel as int8.
     """
     n, k = w_q.shape
-    chosen = choose(implementation, dtype=dtype, features_out=n)
+    x_q = x.q.reshape(-1, k)
+    chosen = choose(implementation, dtype=dtype, rows=len(x_q), features_out=n)
     if chosen == "reference" or quant.scheme == "channel" or quant.group == 1 or n % BLOCK:
         y = matmul(x, w_q, w_scale, bias, quant, gelu=gelu, dtype=dtype, implementation=implementation)
         return quantize(y, quant, implementation=implementation)
-    x_q = x.q.reshape(-1, k)
     if chosen == "mosaic":
         from turbojax.kernels import int8_mosaic
 

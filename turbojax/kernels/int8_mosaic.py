@@ -14,6 +14,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from turbojax.errors import UserError
+
 BLOCK = 128
 CONSUMERS = 2  # warp groups that compute
 
@@ -53,6 +55,10 @@ def matmul(
     requantize (block128, K / 128 above the number of stages): the result as int8 and its scales `[M / 128, N / 128]`.
     """
     (m, k), n = x_q.shape, w_q.shape[0]
+    if m % 8 or n % BLOCK or k % BLOCK:
+        raise UserError(f"the Hopper int8 kernel takes rows in eights and features in {BLOCK}s, not {m} x {n} x {k}")
+    if scheme == "block128" and len(x_scale) != pl.cdiv(m, BLOCK):
+        raise UserError(f"the Hopper int8 kernel takes one scale per {BLOCK} rows, not {len(x_scale)} for {m} rows")
     num_sms = num_sms or jax.devices()[0].core_count
     tiles = tiles or (BLOCK_TILES if scheme == "block128" else CHANNEL_TILES)
     has_bias = bias is not None
@@ -146,7 +152,7 @@ def kernel(x, x_scale, w, w_scale, *rest, m, n, k, tiles: Tiles, scheme: str, ha
             own_rows = pl.ds(wg * tiles.rows, tiles.rows)
 
             def multiply(idxs, x_smem, w_smem, acc):
-                operands = x_smem.at[own_rows], plgpu.transpose_ref(w_smem, (1, 0))
+                operands = x_smem.at[own_rows], w_smem.transpose((1, 0))
                 if scheme == "channel":
                     plgpu.wgmma(acc, *operands)
                     plgpu.wgmma_wait(0)

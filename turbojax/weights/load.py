@@ -243,7 +243,13 @@ def scheme(config: WanConfig) -> str | None:
     return None if config.quant is None else config.quant.scheme
 
 
-quantize_weight = jax.jit(int8.quantize_weight, static_argnums=1)
+@functools.partial(jax.jit, static_argnums=1)
+def quantize_weight(weight: jax.Array, scheme: int8.Scheme) -> tuple[jax.Array, jax.Array]:
+    """int8 weight and scales; scales are NaN where any weight is NaN or infinite, which XLA's maximum may hide."""
+    q, scale = int8.quantize_weight(weight, scheme)
+    return q, jnp.where(all_finite(weight), scale, jnp.nan)
+
+
 dequantize_weight = jax.jit(int8.dequantize_weight)
 
 

@@ -4,9 +4,11 @@ TurboDiffusion's files differ from the official ones by a linear patch embedding
 `scale` in place of `weight`, a `net.` prefix in training checkpoints and `_checkpoint_wrapped_module.` inside names.
 """
 
+import dataclasses
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import numpy as np
 
@@ -91,6 +93,9 @@ DIFFUSERS: tuple[Rule, ...] = (
 )
 
 
+RELEASED = {(c.dim, c.ffn_dim, c.num_layers) for c in (WanConfig.t2v_1_3b(), WanConfig.t2v_14b())}
+
+
 def clean_name(name: str) -> str:
     """A name without training prefixes and wrappers."""
     return DECORATION.sub("", name)
@@ -114,7 +119,8 @@ def detect_wan_config(
 ) -> WanConfig:
     """The configuration that parameters of these shapes belong to.
 
-    A size is what most of the tensors that show it say, so that one that is missing or misshapen is found out later.
+    A size is what most of the tensors that show it say, and a released model is known by a few of them, so that a
+    missing or misshapen tensor does not pass for another model.
     num_heads: from the checkpoint's own configuration; None takes SLA's head_dim, else 128 as all released sizes have.
     """
 
@@ -127,29 +133,31 @@ def detect_wan_config(
         )
         return lengths.most_common(1)[0][0] if lengths else None
 
-    def needed(*axes: tuple[str, int]) -> int:
-        if (found := size(*axes)) is None:
-            raise CheckpointError(f"{what} has no {axes[0][0]}, so the model's size cannot be told; download it again")
-        return found
-
-    defaults = WanConfig(dim=2, ffn_dim=1, num_heads=1, num_layers=1)
-    dim = needed(("blocks.norm3.weight", 0), ("blocks.norm3.bias", 0), ("patch_embedding.bias", 0))
+    dim = size(("blocks.norm3.weight", 0), ("blocks.norm3.bias", 0), ("patch_embedding.bias", 0))
+    ffn_dim = size(("blocks.ffn.fc1.weight", 0), ("blocks.ffn.fc1.bias", 0), ("blocks.ffn.fc2.weight", 1))
+    if dim is None or ffn_dim is None:
+        raise CheckpointError(f"{what} has no blocks.0.norm3 or blocks.0.ffn, so the model's size cannot be told")
     head_dim = size(("blocks.self_attn.proj_l.weight", 0), ("blocks.self_attn.proj_l.bias", 0))
     tensors_in = Counter(entry.layer for entry in shapes if entry.layer is not None)
-    most = max(tensors_in.values(), default=0)
-    return WanConfig(
+    config = WanConfig(
         dim=dim,
-        ffn_dim=needed(("blocks.ffn.fc1.weight", 0), ("blocks.ffn.fc1.bias", 0), ("blocks.ffn.fc2.weight", 1)),
+        ffn_dim=ffn_dim,
         num_heads=num_heads or max(1, dim // (head_dim or 128)),
-        num_layers=1 + max(layer for layer, count in tensors_in.items() if 2 * count > most),
-        in_channels=(size(("patch_embedding.weight", 1)) or 0) // defaults.patch_features or defaults.in_channels,
-        out_channels=(size(("head.proj.bias", 0)) or 0) // defaults.patch_features or defaults.out_channels,
-        freq_dim=size(("time_embedding.fc1.weight", 1)) or defaults.freq_dim,
-        text_dim=size(("text_embedding.fc1.weight", 1)) or defaults.text_dim,
+        num_layers=1 + max(i for i, count in tensors_in.items() if 2 * count > max(tensors_in.values())),
         clip_dim=size(("image_embedding.norm_in.weight", 0), ("image_embedding.norm_in.bias", 0)),
         attention_type="sla" if head_dim else "original",
         quant=detect_quantization(shapes) if quantized else None,
     )
+    channels_in = (size(("patch_embedding.weight", 1)) or 0) // config.patch_features
+    changes: dict[str, Any] = {
+        "in_channels": channels_in,
+        "out_channels": (size(("head.proj.weight", 0), ("head.proj.bias", 0)) or 0) // config.patch_features,
+        "freq_dim": size(("time_embedding.fc1.weight", 1)),
+        "text_dim": size(("text_embedding.fc1.weight", 1)),
+    }
+    if (dim, ffn_dim, config.num_layers) in RELEASED:  # all the rest is known, too
+        changes = {"in_channels": 36 if channels_in == 36 or config.clip_dim else 16}
+    return dataclasses.replace(config, **{name: value for name, value in changes.items() if value})
 
 
 def detect_quantization(shapes: Mapping[Entry, tuple[int, ...]]) -> QuantConfig:

@@ -1,0 +1,411 @@
+"""Transformer checkpoints: every arrangement gives the same network, and what does not fit is told in one sentence."""
+
+import dataclasses
+import json
+import logging as python_logging
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from tests.golden_io import GOLDEN, load
+from tests.weights.checkpoints import diffusers, official, save, save_shards, small, training, turbo
+from turbojax.errors import CheckpointError, UserError
+from turbojax.kernels.int8 import QuantConfig
+from turbojax.models.umt5 import UMT5Config, UMT5Encoder
+from turbojax.models.vae import VAEConfig, WanVAE
+from turbojax.models.wan import WanConfig, WanModel
+from turbojax.weights import convert, published
+from turbojax.weights.io import read_tensors
+from turbojax.weights.load import (
+    Skeleton,
+    check_plain,
+    check_wan,
+    load_umt5,
+    load_vae,
+    load_wan,
+    open_wan,
+    wan_skeleton,
+)
+from turbojax.weights.umt5 import umt5_rules
+from turbojax.weights.vae import vae_rules
+
+BLOCK128 = QuantConfig("block128")  # as TurboDiffusion publishes them
+
+
+def parameters(model: nnx.Module) -> dict[str, np.ndarray]:
+    flat = nnx.to_flat_state(nnx.state(model))
+    return {".".join(map(str, path)): np.asarray(variable.get_value()) for path, variable in flat}
+
+
+def assert_same(model: nnx.Module, expected: nnx.Module):
+    ours, theirs = parameters(model), parameters(expected)
+    assert ours.keys() == theirs.keys()
+    for name, value in theirs.items():
+        assert ours[name].dtype == value.dtype, name
+        np.testing.assert_array_equal(ours[name], value, err_msg=name)
+
+
+def run(model: WanModel) -> np.ndarray:
+    """The network's result for fixed inputs."""
+    c = model.config
+    keys = jax.random.split(jax.random.key(1), 3)
+    x = jax.random.normal(keys[0], (1, 2, 4, 6, c.in_channels))
+    text = jax.random.normal(keys[1], (1, 16, c.text_dim))
+    clip = jax.random.normal(keys[2], (1, 257, c.clip_dim)) if c.clip_dim else None
+    return np.asarray(jax.jit(model.__call__)(x, jnp.full(1, 500.0), text, clip=clip))
+
+
+def one_sentence(error: pytest.ExceptionInfo) -> str:
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.fixture(scope="module")
+def tensors():
+    return turbo()
+
+
+@pytest.fixture(scope="module")
+def file(tensors, tmp_path_factory):
+    return save(tmp_path_factory.mktemp("turbo") / "transformer.pth", tensors)
+
+
+@pytest.fixture(scope="module")
+def model(file):
+    return load_wan(file, dtype=jnp.float32)
+
+
+@pytest.fixture(scope="module")
+def quantized_file(tmp_path_factory):
+    config = small(quant=BLOCK128)
+    return save(tmp_path_factory.mktemp("quant") / "transformer-quant.pth", turbo(config, seed=3))
+
+
+# The same network from every arrangement.
+
+
+def test_parameters_are_the_tensors_of_the_file(tensors, model):
+    ours = parameters(model)
+    assert sum(value.size for value in ours.values()) == sum(value.size for value in tensors.values())
+    np.testing.assert_array_equal(ours["patch_embedding.weight"], tensors["patch_embedding.weight"])
+    np.testing.assert_array_equal(ours["head.modulation"], tensors["head.modulation"][0])
+    for layer in (0, 1):
+        for theirs, name in (
+            ("self_attn.q.weight", "self_attn.q.weight"),
+            ("cross_attn.norm_k.weight", "cross_attn.norm_k.weight"),
+            ("ffn.2.bias", "ffn.fc2.bias"),
+        ):
+            np.testing.assert_array_equal(ours[f"blocks.{name}"][layer], tensors[f"blocks.{layer}.{theirs}"])
+    assert np.isfinite(run(model)).all()
+
+
+@pytest.mark.parametrize("arrange", [official, diffusers, training], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_names_and_files(tmp_path, tensors, model, arrange, suffix):
+    path = save(tmp_path / f"model{suffix}", arrange(tensors))
+    assert open_wan(path).config == dataclasses.replace(small(), dtype=jnp.bfloat16)
+    assert_same(load_wan(path, dtype=jnp.float32), model)
+
+
+@pytest.mark.parametrize("arrange", [official, diffusers], ids=lambda f: f.__name__)
+def test_shards_by_index_and_by_folder(tmp_path, tensors, model, arrange):
+    index = save_shards(tmp_path / "shards", arrange(tensors))
+    assert_same(load_wan(index, dtype=jnp.float32), model)
+    assert_same(load_wan(index.parent, dtype=jnp.float32), model)
+
+
+@pytest.mark.parametrize("output", ["converted.safetensors", "folder"])
+def test_converted(tmp_path, file, model, output):
+    kind = "safetensors" if "." in output else "orbax"
+    convert.convert(file, tmp_path / output, dtype=jnp.float32, format=kind)
+    assert_same(load_wan(tmp_path / output, dtype=jnp.float32), model)
+    half = parameters(load_wan(tmp_path / output, dtype=jnp.bfloat16))
+    assert half["blocks.ffn.fc1.weight"].dtype == jnp.bfloat16
+    assert half["blocks.norm3.weight"].dtype == np.float32
+    np.testing.assert_array_equal(
+        half["blocks.ffn.fc1.weight"], parameters(model)["blocks.ffn.fc1.weight"].astype(jnp.bfloat16)
+    )
+
+
+@pytest.mark.parametrize("arrange", [official, diffusers], ids=lambda f: f.__name__)
+def test_image_to_video_with_clip(tmp_path, arrange):
+    config = small(in_channels=36, clip_dim=128)
+    path = save(tmp_path / "i2v.safetensors", arrange(turbo(config)))
+    assert open_wan(path).config == dataclasses.replace(config, dtype=jnp.bfloat16)
+    expected = load_wan(save(tmp_path / "turbo.pth", turbo(config)), dtype=jnp.float32)
+    assert_same(load_wan(path, dtype=jnp.float32), expected)
+
+
+# What the shapes tell.
+
+
+@pytest.mark.parametrize("name", ["t2v", "t2v_hd128", "t2v_sla", "official", "i2v_clip"])
+def test_configuration_of_the_golden_fixtures(name):
+    described, t = load(GOLDEN / f"wan21_{name}.safetensors")
+    weights = {key.removeprefix("w."): value for key, value in t.items() if key.startswith("w.")}
+    args = described["args"]
+    config = check_wan(weights, num_heads=args["num_heads"], what=name).config
+    for ours, theirs in (
+        *(("dim", "dim"), ("ffn_dim", "ffn_dim"), ("num_heads", "num_heads"), ("num_layers", "num_layers")),
+        *(("in_channels", "in_dim"), ("out_channels", "out_dim"), ("freq_dim", "freq_dim"), ("text_dim", "text_dim")),
+    ):
+        assert getattr(config, ours) == args[theirs], ours
+    assert config.attention_type == ("sla" if "sla" in name else "original")
+    assert (config.clip_dim is not None) == ("clip" in name)
+    assert config.quant is None
+
+
+def skeleton_of_zeros(layout) -> dict[str, np.ndarray]:
+    """Arrays of full size that take no memory."""
+    return {name: np.broadcast_to(np.zeros((), np.float16), shape) for name, shape in layout.items()}
+
+
+@pytest.mark.parametrize(
+    ("config", "count"),
+    [
+        (WanConfig.t2v_1_3b(), 825),
+        (WanConfig.t2v_1_3b(attention_type="sla"), 885),
+        (WanConfig.t2v_14b(), 1095),
+        (WanConfig.i2v_14b(), 1303),
+        (WanConfig.i2v_a14b(attention_type="sla"), 1175),
+        (WanConfig.t2v_1_3b(quant=BLOCK128, attention_type="sla"), 885 + 30 * 10),
+    ],
+    ids=["1.3B", "1.3B sla", "14B", "I2V 14B", "I2V A14B sla", "1.3B sla int8"],
+)
+def test_full_size_layouts_fill_every_parameter_once(config, count):
+    layout = published.wan_layout(config)
+    assert len(layout) == count
+    checkpoint = check_wan(skeleton_of_zeros(layout), num_heads=None, what="full size")
+    assert checkpoint.config == config
+    assert len(checkpoint.tensors) == count
+
+
+def test_full_size_layouts_of_the_others():
+    for module, config, rules, layout, count in (
+        (UMT5Encoder, UMT5Config.xxl(), umt5_rules, published.umt5_layout, 241),
+        (WanVAE, VAEConfig.wan2_1(), vae_rules, published.vae_layout, 194),
+    ):
+        skeleton = Skeleton.of(lambda module=module, config=config: module(config, rngs=nnx.Rngs(0)))
+        tensors = skeleton_of_zeros(layout(config))
+        found = check_plain(skeleton, tensors, rules(tensors), layout(config))
+        table = 1 if module is UMT5Encoder else 0  # stays on the host
+        assert len(found.tensors) == len(skeleton.entries()) == len(tensors) - table == count
+
+
+def test_number_of_heads(tmp_path, tensors):
+    plain = save(tmp_path / "plain" / "model.pth", tensors)
+    assert open_wan(plain).config.num_heads == 2  # 128 wide, as all released models have them
+    for key in ("num_heads", "num_attention_heads"):
+        (plain.parent / "config.json").write_text(json.dumps({key: 4, "dim": 256}))
+        assert open_wan(plain).config.num_heads == 4
+    converted = tmp_path / "converted.safetensors"
+    convert.convert(plain, converted)
+    assert open_wan(converted).config.num_heads == 4
+    convert.convert(plain, tmp_path / "folder", format="orbax")
+    assert load_wan(tmp_path / "folder").config.num_heads == 4
+    for bad in ("<html>", "[1]"):
+        (plain.parent / "config.json").write_text(bad)
+        with pytest.raises(CheckpointError, match=r"config\.json is not a model configuration") as error:
+            open_wan(plain)
+        one_sentence(error)
+    (plain.parent / "config.json").write_text(json.dumps({"num_heads": 7}))
+    with pytest.raises(UserError, match="num_heads=7"):
+        open_wan(plain)
+
+
+# int8.
+
+
+def test_quantized_checkpoint(quantized_file):
+    checkpoint = open_wan(quantized_file)
+    assert checkpoint.config.quant == BLOCK128
+    model = load_wan(quantized_file, dtype=jnp.float32)
+    ours = parameters(model)
+    assert ours["blocks.self_attn.q.weight"].dtype == ours["blocks.ffn.fc2.weight"].dtype == np.int8
+    assert ours["blocks.ffn.fc2.scale"].shape == (2, 2, 3)
+    assert ours["blocks.ffn.fc2.scale"].dtype == ours["head.proj.weight"].dtype == np.float32
+    plain = load_wan(quantized_file, quant_linear=False, dtype=jnp.float32)
+    assert plain.config.quant is None
+    q, scale = ours["blocks.ffn.fc2.weight"][1], ours["blocks.ffn.fc2.scale"][1]
+    by_hand = q * np.kron(scale, np.ones((128, 128)))[: q.shape[0], : q.shape[1]]
+    np.testing.assert_allclose(parameters(plain)["blocks.ffn.fc2.weight"][1], by_hand, rtol=1e-6)
+    error = run(model) - run(plain)  # the int8 network rounds its activations too
+    assert np.linalg.norm(error) / np.linalg.norm(run(plain)) < 2e-2
+
+
+@pytest.mark.parametrize("output", ["int8.safetensors", "folder"])
+def test_quantizing_while_loading_equals_converting_before(tmp_path, file, output):
+    kind = "safetensors" if "." in output else "orbax"
+    convert.convert(file, tmp_path / output, quantize="block128", dtype=jnp.float32, format=kind)
+    before = load_wan(tmp_path / output, dtype=jnp.float32)
+    assert before.config.quant == BLOCK128
+    assert_same(load_wan(file, quant_linear=True, dtype=jnp.float32), before)
+    again = load_wan(tmp_path / output, quant_linear=False, dtype=jnp.float32)
+    assert again.config.quant is None
+
+
+# SLA.
+
+
+def test_dense_attention_on_an_sla_checkpoint(tmp_path, tensors):
+    sla = turbo(small(attention_type="sla"))
+    path = save(tmp_path / "sla.pth", sla)
+    assert open_wan(path).config.attention_type == "sla"
+    dense = load_wan(path, attention_type="original", dtype=jnp.float32)
+    assert not [name for name in parameters(dense) if "proj_l" in name]
+    sparse = load_wan(path, sla_topk=0.3)
+    assert (sparse.config.attention_type, sparse.config.sla_topk) == ("sla", 0.3)
+    convert.convert(path, tmp_path / "folder", format="orbax")
+    assert load_wan(tmp_path / "folder", attention_type="original").config.attention_type == "original"
+    assert load_wan(tmp_path / "folder", sla_topk=0.3).config.sla_topk == 0.3
+
+
+def test_sla_on_a_checkpoint_without(file, model, caplog):
+    with caplog.at_level(python_logging.WARNING, logger="absl"):
+        sparse = load_wan(file, attention_type="sla", sla_topk=1.0, dtype=jnp.float32)
+    assert [record.message for record in caplog.records] == [
+        "transformer.pth was not trained with SLA: proj_l starts at zero"
+    ]
+    assert not parameters(sparse)["blocks.self_attn.proj_l.weight"].any()
+    np.testing.assert_allclose(run(sparse), run(model), atol=2e-5)  # all blocks chosen, no linear branch
+
+
+# What does not fit.
+
+BROKEN = [
+    ("blocks.1.cross_attn.k.weight", "blocks.0.self_attn.norm_q.weight"),
+    ("head.head.bias", "patch_embedding.bias"),
+    ("patch_embedding.bias", "blocks.0.ffn.0.weight"),
+    ("blocks.0.ffn.0.weight", "time_projection.1.weight"),
+    ("time_embedding.0.weight", "blocks.1.norm3.weight"),
+    ("blocks.0.norm3.weight", "text_embedding.2.weight"),
+    ("blocks.0.self_attn.q.bias", "head.head.weight"),
+    ("text_embedding.0.weight", "blocks.1.modulation"),
+    ("blocks.1.modulation", "head.modulation"),
+]
+
+
+@pytest.mark.parametrize(("missing", "misshapen"), BROKEN)
+@pytest.mark.parametrize("unknown", ["blocks.1.self_attn.surprise", "blocks.7.norm3.weight"])
+def test_one_error_lists_everything(tmp_path, tensors, missing, misshapen, unknown):
+    broken = dict(tensors)
+    del broken[missing]
+    shape = broken[misshapen].shape
+    broken |= {misshapen: np.zeros((*shape[:-1], shape[-1] + 4), np.float32), unknown: np.zeros(256, np.float32)}
+    with pytest.raises(CheckpointError) as error:
+        open_wan(save(tmp_path / "broken.pth", broken))
+    message = one_sentence(error)
+    assert message.startswith("broken.pth does not fit this model")
+    assert f"1 missing: {missing};" in message
+    assert f"; 1 unknown: {unknown}; 1 misshapen: {misshapen} [" in message
+
+
+FULL_SIZE = published.wan_layout(WanConfig.t2v_1_3b(attention_type="sla"))
+
+
+@pytest.mark.parametrize("misshapen", [name for name in FULL_SIZE if re.match(r"blocks\.0\.|(?!blocks)", name)])
+def test_any_tensor_of_a_released_model(misshapen):
+    """Even those that show the model's size."""
+    tensors = skeleton_of_zeros(FULL_SIZE)
+    shape = FULL_SIZE[misshapen]
+    wrong = {misshapen: np.broadcast_to(np.zeros((), np.float16), (*shape[:-1], shape[-1] + 8))}
+    others = [name for name in FULL_SIZE if name != misshapen]
+    missing = others[len(misshapen) * 7919 % len(others)]
+    del tensors[missing]
+    with pytest.raises(CheckpointError) as error:
+        check_wan(tensors | wrong | {"surprise": np.zeros(3)}, num_heads=None, what="full size")
+    expected = f"; 1 missing: {missing}; 1 unknown: surprise; 1 misshapen: {misshapen} ["
+    assert expected in one_sentence(error)
+
+
+def test_axes_too_few_or_too_many_are_misshapen(tmp_path, tensors):
+    for name, shape in (
+        ("patch_embedding.weight", (5,)),
+        ("head.head.weight", ()),
+        ("blocks.0.modulation", (6,)),
+        ("head.modulation", (2, 2, 2, 2)),
+        ("blocks.0.self_attn.q.weight", (256, 256, 1)),
+        ("blocks.0.ffn.0.bias", (0,)),
+    ):
+        broken = tensors | {name: np.zeros(shape, np.float32)}
+        with pytest.raises(CheckpointError, match=f"; 1 misshapen: {name}"):
+            open_wan(save(tmp_path / "broken.pth", broken))
+
+
+def test_a_doubled_parameter(tmp_path, tensors):
+    twice = tensors | {"net.head.head.bias": tensors["head.head.bias"]}
+    twice = twice | {"blocks.0.self_attn.q.int8_weight": np.zeros((256, 256), np.int8)}
+    with pytest.raises(CheckpointError, match=r"given twice: |missing"):
+        open_wan(save(tmp_path / "twice.pth", twice))
+
+
+def test_int8_weights_without_scales(tmp_path, quantized_file):
+    stored = {name: tensor for name, tensor in read_tensors(quantized_file).items() if not name.endswith("scale")}
+    with pytest.raises(CheckpointError, match=r"20 missing: blocks\.0\.\w+\.\w+\.scale, "):
+        open_wan(save(tmp_path / "broken.pth", stored))
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_nan_is_named(tmp_path, tensors, value):
+    weight = tensors["blocks.1.ffn.2.weight"].copy()
+    weight[3, 5] = value
+    path = save(tmp_path / "nan.pth", tensors | {"blocks.1.ffn.2.weight": weight})
+    for quant_linear in (None, True):
+        with pytest.raises(
+            CheckpointError, match=r"nan\.pth holds NaN or infinity in blocks\.ffn\.fc2\.\w+\[layer 1\];"
+        ):
+            load_wan(path, quant_linear=quant_linear)
+
+
+def test_another_components_file(demo, file):
+    vae, t5 = demo / "Wan2.1_VAE.pth", demo / "models_t5_umt5-xxl-enc-bf16.pth"
+    for path in (vae, t5):
+        with pytest.raises(CheckpointError, match=f"{path.name} is not a Wan transformer") as error:
+            load_wan(path)
+        one_sentence(error)
+    for path in (file, t5):
+        with pytest.raises(CheckpointError, match=rf"{path.name}: this is no Wan 2\.1 autoencoder") as error:
+            load_vae(path)
+        one_sentence(error)
+    for path in (file, vae):
+        with pytest.raises(CheckpointError, match=f"{path.name}: no umT5 encoder") as error:
+            load_umt5(path)
+        one_sentence(error)
+
+
+def test_errors_of_the_others_name_file_and_tensors(tmp_path, demo):
+    for name, open_file, missing in (
+        ("Wan2.1_VAE.pth", load_vae, "decoder.head.2.bias"),
+        ("models_t5_umt5-xxl-enc-bf16.pth", load_umt5, "blocks.1.ffn.gate.0.weight"),
+    ):
+        stored = dict(read_tensors(demo / name))
+        del stored[missing]
+        stored["surprise"] = np.zeros(2, np.float32)
+        with pytest.raises(CheckpointError, match=rf"broken\.pth: .*1 missing: {missing}; 1 unknown: surprise\."):
+            open_file(save(tmp_path / "broken.pth", stored))
+
+
+def test_damaged_converted_folder(tmp_path, file):
+    convert.convert(file, tmp_path / "folder", format="orbax")
+    marker = tmp_path / "folder" / "turbojax.json"
+    for text in ("{", "{}", "[]", json.dumps(json.loads(marker.read_text()) | {"surprise": 1})):
+        marker.write_text(text)
+        with pytest.raises(CheckpointError, match="is damaged") as error:
+            load_wan(tmp_path / "folder")
+        one_sentence(error)
+
+
+def test_unknown_options(file):
+    for option in ({"attention_type": "flash"}, {"attention_type": "sla", "sla_topk": 0.0}):
+        with pytest.raises(UserError):
+            load_wan(file, **option)
+
+
+def test_entries_count_layers():
+    entries = wan_skeleton(small()).entries()
+    assert len(entries) == len(published.wan_layout(small()))
