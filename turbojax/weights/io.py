@@ -16,6 +16,7 @@ from typing import Any, BinaryIO, Protocol
 import jax
 import ml_dtypes
 import numpy as np
+from absl import logging
 from safetensors import safe_open
 
 from turbojax.errors import CheckpointError
@@ -263,6 +264,17 @@ def write_pth(path: str | os.PathLike, tensors: Iterable[tuple[str, np.ndarray]]
         pth.write(file, tensors)
 
 
+@contextlib.contextmanager
+def _without_messages() -> Iterator[None]:
+    """Orbax reports some 25 lines for every file it touches, through the logger of the application."""
+    before = logging.get_verbosity()
+    logging.set_verbosity(min(before, logging.WARNING))
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
 def save_orbax(path: str | os.PathLike, tree: Any) -> None:
     """Saves a pytree of arrays as the Orbax checkpoint folder `path`, which appears only when complete.
 
@@ -274,7 +286,7 @@ def save_orbax(path: str | os.PathLike, tree: Any) -> None:
     if target.exists():
         raise CheckpointError(f"{path} already exists; remove it or choose another path")
     try:
-        with ocp.PyTreeCheckpointer() as checkpointer:
+        with _without_messages(), ocp.PyTreeCheckpointer() as checkpointer:
             checkpointer.save(target, tree)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written: {_first_line(error)}") from error
@@ -297,7 +309,7 @@ def load_orbax(path: str | os.PathLike, abstract_tree: Any) -> Any:
             return ocp.RestoreArgs(restore_type=np.ndarray)
         return ocp.ArrayRestoreArgs(sharding=leaf.sharding)
 
-    with _one_sentence(target), ocp.PyTreeCheckpointer() as checkpointer:
+    with _without_messages(), _one_sentence(target), ocp.PyTreeCheckpointer() as checkpointer:
         saved = checkpointer.metadata(target).item_metadata
         _check_same(target, _described(saved.tree), _described(abstract_tree))
         args = ocp.args.PyTreeRestore(item=abstract_tree, restore_args=jax.tree.map(restore_args, abstract_tree))

@@ -303,14 +303,25 @@ def load_converted(path: Path, options: dict[str, Any]) -> WanModel:
     skeleton = wan_skeleton(stored)
     if wan_skeleton(config).specs == skeleton.specs:
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        specs = {n: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=device) for n, s in skeleton.specs.items()}
-        return wan_skeleton(config).fill(load_orbax(path / "arrays", specs))
-    arrays = load_orbax(path / "arrays", skeleton.specs)
+        return wan_skeleton(config).fill(load_arrays(path, skeleton, device))
+    arrays = load_arrays(path, skeleton, None)
     tensors = {
         entry: arrays[entry.target] if entry.layer is None else arrays[entry.target][entry.layer]
         for entry in skeleton.entries()
     }
     return build_wan(WanCheckpoint(stored, tensors, path.name), **options)
+
+
+def load_arrays(path: Path, skeleton: Skeleton, sharding: jax.sharding.Sharding | None) -> dict[str, Any]:
+    """The arrays of a converted folder, one after the other: on the host, or where `sharding` says."""
+    total = sum(spec.size * spec.dtype.itemsize for spec in skeleton.specs.values())
+    arrays: dict[str, Any] = {}
+    with tqdm(total=total, unit="B", unit_scale=True, desc=f"Loading {path.name}", disable=None, leave=False) as bar:
+        for name, spec in skeleton.specs.items():
+            wanted = jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding)
+            arrays |= load_orbax(path / "arrays" / name, {name: wanted})
+            bar.update(spec.size * spec.dtype.itemsize)
+    return arrays
 
 
 class PlainCheckpoint(NamedTuple):
