@@ -19,7 +19,7 @@ from turbojax.demo import demo_folder
 from turbojax.models.tokenizer import Tokenizer
 from turbojax.models.vae import VAEConfig
 from turbojax.pipeline import latent_shape, make_sampler
-from turbojax.video import check_fps, check_path, numbered, video_size
+from turbojax.video import check_fps, check_path, make_parent, numbered, video_size
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "file of settings, see configs/", lock_config=True)
 
@@ -36,6 +36,7 @@ def main() -> None:
 def generate(config: ConfigDict) -> list[Path]:
     """Loads the pipeline, makes the videos and returns the files written."""
     output = check_path(config.output)
+    make_parent(output)
     width, height = check_settings(config)
     pipe = load_pipeline(config)
     logging.info("Making %d x %d, %d frames, seed %d: %s", width, height, config.num_frames, config.seed, config.prompt)

@@ -30,7 +30,16 @@ from turbojax.models.umt5 import UMT5Config, UMT5Encoder, encode_text
 from turbojax.models.vae import VAEConfig, WanVAE
 from turbojax.models.wan import WanConfig, WanModel
 from turbojax.weights import files
-from turbojax.weights.load import Skeleton, load_umt5, load_vae, load_wan, wan_skeleton, with_options
+from turbojax.weights.load import (
+    Skeleton,
+    is_converted,
+    load_umt5,
+    load_vae,
+    load_wan,
+    open_wan,
+    wan_skeleton,
+    with_options,
+)
 from turbojax.weights.random import random_module, random_token_table
 
 SamplerName = Literal["rcm", "euler", "unipc"]
@@ -226,12 +235,14 @@ class TurboVideoPipeline:
             if found is None:
                 raise UserError(f"{own.name} holds no transformer checkpoint; give the file's path")
             transformer_path = found
+        if not is_converted(transformer_path):
+            open_wan(transformer_path)  # reads names only: a bad file shows before anything is downloaded
         for name in [name for name in given if name not in where]:
             path = files.find(own, name) or files.find(files.open_repository(files.SHARED_REPOSITORY), name)
             if path is None:
                 raise UserError(f"no {name} was found in {own.name} or {files.SHARED_REPOSITORY}; give {name}=PATH")
             where[name] = path
-        transformer = load_wan(  # the most likely not to fit, so it comes before the 11 GB text encoder
+        transformer = load_wan(
             transformer_path,
             quant_linear=quant_linear,
             quant_scheme=quant_scheme,

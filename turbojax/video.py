@@ -60,6 +60,13 @@ def check_fps(fps: int) -> None:
         raise UserError(f"{fps=} must be positive; Wan's videos have 16")
 
 
+def make_parent(path: Path) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the folder {str(path.parent)!r} cannot be made: {error.strerror or error}") from error
+
+
 def save_video(video: np.ndarray, path: str | os.PathLike, fps: int = 16) -> list[Path]:
     """Writes one video and returns the files written.
 
@@ -71,7 +78,7 @@ def save_video(video: np.ndarray, path: str | os.PathLike, fps: int = 16) -> lis
     if video.dtype != np.uint8 or video.ndim != 4 or video.shape[-1] != 3 or video.size == 0:
         raise UserError(f"a video is uint8 [T, H, W, 3], not {video.dtype} {list(video.shape)}")
     check_fps(fps)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_parent(path)
     if path.suffix.lower() == ".png":
         return [save_frame(frame, numbered(path, i, len(video))) for i, frame in enumerate(video)]
     with whole_file(path) as temporary:

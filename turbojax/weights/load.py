@@ -146,6 +146,11 @@ def with_options(
     return dataclasses.replace(config, **changes)
 
 
+def is_converted(path: str | os.PathLike) -> bool:
+    """Whether this is a folder that `scripts/convert.py --format=orbax` wrote."""
+    return (Path(path) / CONVERTED).is_file()
+
+
 def load_wan(
     path: str | os.PathLike,
     *,
@@ -167,7 +172,7 @@ def load_wan(
         sla_topk=sla_topk,
         dtype=dtype,
     )
-    if (Path(path) / CONVERTED).is_file():
+    if is_converted(path):
         return load_converted(Path(path), options)
     return build_wan(open_wan(path), **options)
 
