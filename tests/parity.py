@@ -15,7 +15,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tests import parity_int8, parity_norms, parity_sampler, parity_umt5, parity_vae, parity_wan
+from tests import parity_int8, parity_norms, parity_sampler, parity_sla, parity_umt5, parity_vae, parity_wan
 from tests.golden_io import load
 
 Recompute = Callable[[dict, dict[str, np.ndarray]], dict[str, tuple[np.ndarray, float]]]
@@ -24,6 +24,7 @@ FIXTURES: dict[str, Recompute] = {
     "int8_linear": parity_int8.recompute,
     "norms": parity_norms.recompute,
     "sampler": parity_sampler.recompute,
+    "sla": parity_sla.recompute,
     "umt5": parity_umt5.recompute,
     "vae": parity_vae.recompute,
     "wan21_i2v_clip": parity_wan.recompute,

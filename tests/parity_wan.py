@@ -5,6 +5,7 @@ import re
 import jax.numpy as jnp
 import numpy as np
 
+from tests.parity_sla import as_map
 from turbojax.kernels import sla
 from turbojax.models import layers, wan
 from turbojax.weights.load import WanModel, build_wan, check_wan
@@ -141,9 +142,7 @@ def block_map(block: wan.Block, x, e0, table) -> dict:
     )
     scores = sla.pooled_scores(q, k, block_q=c.sla_block_q, block_k=c.sla_block_k)
     chosen = sla.block_table(q, k, topk=c.sla_topk, block_q=c.sla_block_q, block_k=c.sla_block_k)
-    sparse_map = np.zeros(scores.shape, np.int8)
-    np.put_along_axis(sparse_map, np.asarray(chosen), 1, axis=-1)
-    return {"pooled_score": scores, "sparse_map": sparse_map}
+    return {"pooled_score": scores, "sparse_map": as_map(chosen, scores.shape[-1])}
 
 
 def rope_table(head_dim: int, positions: int) -> dict[str, np.ndarray]:
