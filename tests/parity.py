@@ -15,7 +15,16 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tests import parity_int8, parity_norms, parity_sampler, parity_sla, parity_umt5, parity_vae, parity_wan
+from tests import (
+    parity_int8,
+    parity_norms,
+    parity_sage,
+    parity_sampler,
+    parity_sla,
+    parity_umt5,
+    parity_vae,
+    parity_wan,
+)
 from tests.golden_io import load
 
 Recompute = Callable[[dict, dict[str, np.ndarray]], dict[str, tuple[np.ndarray, float]]]
@@ -23,6 +32,7 @@ Recompute = Callable[[dict, dict[str, np.ndarray]], dict[str, tuple[np.ndarray, 
 FIXTURES: dict[str, Recompute] = {
     "int8_linear": parity_int8.recompute,
     "norms": parity_norms.recompute,
+    "sagesla": parity_sage.recompute,
     "sampler": parity_sampler.recompute,
     "sla": parity_sla.recompute,
     "umt5": parity_umt5.recompute,

@@ -43,13 +43,12 @@ def case_values(name: str, case: dict, t: dict[str, np.ndarray]) -> dict[str, np
 
     o, gradient = jax.vjp(attention, q, k, v, weight, bias)
     table = sla.block_table(q, k, topk=case["topk"], **blocks)
-    linear = jnp.einsum("blnh,dh->blnd", sla.linear_attention(q, k, v), weight) + bias[None, None, None]
     other = sla.block_table(q, k, topk=0.67, block_q=64, block_k=128)
     names = ("dq", "dk", "dv", "dproj_weight", "dproj_bias")
     return dict(zip(names, gradient(do), strict=True)) | {
         "o": o,
         "o_s": sla.sparse_softmax(q, k, v, table, **blocks),
-        "o_l": linear,
+        "o_l": sla.linear_branch(q, k, v, weight, bias),
         "pooled_score": sla.pooled_scores(q, k, **blocks),
         "lut_sorted": table,
         "sparse_map": as_map(table, -(-k.shape[1] // case["BLKK"])),

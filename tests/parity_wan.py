@@ -29,8 +29,7 @@ def build(config: dict, t: dict[str, np.ndarray], **options) -> WanModel:
         config = wan.dataclasses.replace(
             checkpoint.config,
             sla_topk=sparse["topk"],
-            sla_block_q=sparse["BLKQ"],
-            sla_block_k=sparse["BLKK"],
+            sla_blocks=(sparse["BLKQ"], sparse["BLKK"]),
         )
         checkpoint = checkpoint._replace(config=config)
     return build_wan(checkpoint, **({"dtype": jnp.float32} | options))
@@ -140,8 +139,9 @@ def block_map(block: wan.Block, x, e0, table) -> dict:
         layers.rotate(wan.split_heads(norm(linear(h)), c.num_heads), table)
         for norm, linear in ((attn.norm_q, attn.q), (attn.norm_k, attn.k))
     )
-    scores = sla.pooled_scores(q, k, block_q=c.sla_block_q, block_k=c.sla_block_k)
-    chosen = sla.block_table(q, k, topk=c.sla_topk, block_q=c.sla_block_q, block_k=c.sla_block_k)
+    blocks = {"block_q": c.blocks[0], "block_k": c.blocks[1]}
+    scores = sla.pooled_scores(q, k, **blocks)
+    chosen = sla.block_table(q, k, topk=c.sla_topk, **blocks)
     return {"pooled_score": scores, "sparse_map": as_map(chosen, scores.shape[-1])}
 
 

@@ -221,7 +221,7 @@ class TurboVideoPipeline:
           Wan-AI/Wan2.1-T2V-1.3B.
         quant_linear: True for int8 linear layers in the blocks, quantizing while loading where the file is not.
         quant_scheme: a name of `turbojax.kernels.int8.QUANT_SCHEMES`, "block128" unless the checkpoint has another.
-        attention_type: "original" or "sla". sla_topk: share of key blocks that SLA attends to.
+        attention_type: "original", "sla" or "sagesla". sla_topk: share of key blocks that SLA attends to.
 
         Raises UserError or CheckpointError with one sentence for what cannot be found or does not fit.
         """
@@ -300,7 +300,7 @@ class TurboVideoPipeline:
             c.num_layers,
             c.dim,
             f"int8 ({c.quant.scheme})" if c.quant else jnp.dtype(c.dtype).name,
-            c.attention_type + (f" (topk {c.sla_topk})" if c.attention_type == "sla" else ""),
+            c.attention_type + ("" if c.attention_type == "original" else f" (topk {c.sla_topk})"),
         )
         return self
 

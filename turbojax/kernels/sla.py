@@ -85,6 +85,12 @@ def linear_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return (jnp.einsum("blnh,bnhd->blnd", phi_q, state) / (1e-5 + normalizer)).astype(q.dtype)
 
 
+def linear_branch(q: jax.Array, k: jax.Array, v: jax.Array, proj_weight: jax.Array, proj_bias: jax.Array) -> jax.Array:
+    """The linear branch with its projection, `[B, L, N, H]` in q's dtype."""
+    linear = jnp.einsum("blnh,dh->blnd", linear_attention(q, k, v), proj_weight.astype(q.dtype))
+    return linear + proj_bias.astype(q.dtype)[None, None, None]
+
+
 def sparse_linear_attention(
     q: jax.Array,
     k: jax.Array,
@@ -102,6 +108,4 @@ def sparse_linear_attention(
     """
     table = block_table(q, k, topk=topk, block_q=block_q, block_k=block_k)
     sparse = sparse_softmax(q, k, v, table, block_q=block_q, block_k=block_k)
-    linear = linear_attention(q, k, v)
-    linear = jnp.einsum("blnh,dh->blnd", linear, proj_weight.astype(q.dtype))
-    return sparse + linear + proj_bias.astype(q.dtype)[None, None, None]
+    return sparse + linear_branch(q, k, v, proj_weight, proj_bias)

@@ -17,6 +17,7 @@ from jax import lax
 from turbojax.errors import UserError
 from turbojax.kernels.attention import dot_product_attention
 from turbojax.kernels.int8 import QuantConfig, Quantized
+from turbojax.kernels.sage import Values, sage_sparse_linear_attention
 from turbojax.kernels.sla import sparse_linear_attention
 from turbojax.models.layers import (
     MLP,
@@ -30,8 +31,9 @@ from turbojax.models.layers import (
     time_sinusoid,
 )
 
-AttentionType = Literal["original", "sla"]
-ATTENTION_TYPES: tuple[str, ...] = ("original", "sla")
+AttentionType = Literal["original", "sla", "sagesla"]
+# Block sizes (queries, keys) that TurboDiffusion's published checkpoints run with: SageSLA's are those on Hopper.
+BLOCKS: dict[str, tuple[int, int]] = {"original": (0, 0), "sla": (128, 64), "sagesla": (64, 128)}
 
 Table = tuple[jax.Array, jax.Array]
 Activation = jax.Array | Quantized
@@ -43,7 +45,9 @@ class WanConfig:
 
     in_channels: latent channels (16), with mask (4) and condition latent (16) put behind them for image to video.
     clip_dim: width of the CLIP image tokens (Wan 2.1 image to video), None without.
-    attention_type: self-attention, "original" (dense) or "sla"; sla_topk and the block sizes are SLA's.
+    attention_type: self-attention: "original" (dense), "sla", or "sagesla" (int8 and float8, forward only).
+    sla_topk, sla_blocks: share of key blocks, and rows of query and key blocks (None: as published).
+    sage_values: how SageSLA multiplies with v, see `turbojax.kernels.sage`.
     quant: how the linear layers inside the blocks hold int8 weights; None for `dtype`.
     """
 
@@ -61,14 +65,14 @@ class WanConfig:
     eps: float = 1e-6
     attention_type: AttentionType = "original"
     sla_topk: float = 0.1
-    sla_block_q: int = 128
-    sla_block_k: int = 64
+    sla_blocks: tuple[int, int] | None = None
+    sage_values: Values = "float8"
     quant: QuantConfig | None = None
     dtype: Any = jnp.bfloat16
 
     def __post_init__(self):
-        if self.attention_type not in ATTENTION_TYPES:
-            raise UserError(f"attention_type={self.attention_type!r} is unknown; choose {' or '.join(ATTENTION_TYPES)}")
+        if self.attention_type not in BLOCKS:
+            raise UserError(f"attention_type={self.attention_type!r} is unknown; choose {' or '.join(BLOCKS)}")
         if self.dim % self.num_heads or self.head_dim % 2:
             raise UserError(f"dim={self.dim} does not give num_heads={self.num_heads} heads of an even width")
         if not 0 < self.sla_topk <= 1:
@@ -77,6 +81,11 @@ class WanConfig:
     @property
     def head_dim(self) -> int:
         return self.dim // self.num_heads
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """Rows of a query block and of a key block."""
+        return self.sla_blocks or BLOCKS[self.attention_type]
 
     @property
     def patch_features(self) -> int:
@@ -110,7 +119,7 @@ class SelfAttention(nnx.Module):
         self.config = config
         self.q, self.k, self.v, self.o = (block_linear(config, rngs) for _ in range(4))
         self.norm_q, self.norm_k = (RMSNorm(config.dim, eps=config.eps) for _ in range(2))
-        if config.attention_type == "sla":
+        if config.attention_type != "original":
             self.proj_l = Dense(config.head_dim, config.head_dim, dtype=config.dtype, rngs=rngs)
 
     def __call__(self, x: Activation, table: Table) -> jax.Array:
@@ -119,19 +128,15 @@ class SelfAttention(nnx.Module):
         q, k = self.norm_q(self.q(x)), self.norm_k(self.k(x))
         q, k, v = (split_heads(a, c.num_heads) for a in (q, k, self.v(x)))
         q, k = rotate(q, table), rotate(k, table)
-        if c.attention_type == "sla":
-            out = sparse_linear_attention(
-                q,
-                k,
-                v,
-                self.proj_l.weight[...],
-                self.proj_l.bias[...],
-                topk=c.sla_topk,
-                block_q=c.sla_block_q,
-                block_k=c.sla_block_k,
-            )
-        else:
+        if c.attention_type == "original":
             out = dot_product_attention(q, k, v)
+        else:
+            projection = self.proj_l.weight[...], self.proj_l.bias[...]
+            settings: dict[str, Any] = {"topk": c.sla_topk, "block_q": c.blocks[0], "block_k": c.blocks[1]}
+            if c.attention_type == "sla":
+                out = sparse_linear_attention(q, k, v, *projection, **settings)
+            else:
+                out = sage_sparse_linear_attention(q, k, v, *projection, values=c.sage_values, **settings)
         return self.o(out.reshape(*out.shape[:2], c.dim))
 
 

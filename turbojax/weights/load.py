@@ -300,7 +300,13 @@ def load_converted(path: Path, options: dict[str, Any]) -> WanModel:
     try:
         fields = json.loads((path / CONVERTED).read_text())
         quant = int8.QuantConfig(**fields["quant"]) if fields["quant"] else None
-        changes = {"patch": tuple(fields["patch"]), "dtype": jnp.dtype(fields["dtype"]), "quant": quant}
+        blocks = fields["sla_blocks"] and tuple(fields["sla_blocks"])
+        changes = {
+            "patch": tuple(fields["patch"]),
+            "sla_blocks": blocks,
+            "dtype": jnp.dtype(fields["dtype"]),
+            "quant": quant,
+        }
         stored = WanConfig(**(fields | changes))
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{path / CONVERTED} is damaged: {error}; convert the checkpoint again") from error

@@ -1,0 +1,156 @@
+"""SageSLA: sparse-linear attention with int8 q k^T and float8 values (TurboDiffusion, arXiv 2512.16093; SageAttention,
+arXiv 2411.10958). Forward only.
+
+As `turbojax.kernels.sla`, but the sparse branch quantizes q by blocks of `block_q` rows, and k, less its mean over the
+sequence, by blocks of `block_k` rows:
+
+    scale = max |x| / 127 + 1e-7 over the block,  code = round(x / scale), halves away from zero
+    S = (q_code k_code^T) q_scale k_scale / sqrt(H)
+
+Subtracting the mean of k changes no softmax: it adds one number to a whole row of S. Values, by `values`:
+
+    "exact"         softmax(S) v in v's dtype
+    "float8_values" v as e4m3 with a scale per channel,  v_code = e4m3(v 2.25 / amax),  v_scale = amax / 2.25
+    "float8"        P as e4m3, too: block by block with the running maximum m of S log2(e),
+                    P = 2^(S log2(e) - m + 8.807), rounded for the product and not for the denominator
+
+2.25 leaves room for float16 sums of products in the published kernels; 8.807 = log2(448) puts P's largest value at the
+format's. Everything here is the reference; no step holds `[L, L]`.
+"""
+
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from turbojax.errors import UserError
+from turbojax.kernels.sla import block_table, linear_branch
+
+Values = Literal["exact", "float8", "float8_values"]
+
+E4M3_OF_V = 2.25
+LARGEST_E4M3 = 448.0
+P_OFFSET = 8.807
+LOG2_E = math.log2(math.e)
+
+
+def rows_to_blocks(x: jax.Array, block: int) -> jax.Array:
+    """`[B, L, N, H]` to `[B, N, blocks, block, H]`, the last block filled with zeros."""
+    batch, length, heads, dim = x.shape
+    x = jnp.pad(x, ((0, 0), (0, -length % block), (0, 0), (0, 0)))
+    return x.reshape(batch, -1, block, heads, dim).transpose(0, 3, 1, 2, 4)
+
+
+def quantize_rows(x: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
+    """x `[B, L, N, H]` to int8 `[B, N, blocks, block, H]` and float32 scales `[B, N, blocks]`."""
+    blocks = rows_to_blocks(x.astype(jnp.float32), block)
+    scale = jnp.max(jnp.abs(blocks), axis=(3, 4)) / 127.0 + 1e-7
+    ratio = blocks / scale[..., None, None]
+    code = jnp.trunc(ratio + jnp.where(ratio >= 0, 0.5, -0.5))  # halves away from zero
+    return code.astype(jnp.int8), scale
+
+
+def quantize_values(v: jax.Array, *, largest: float = E4M3_OF_V) -> tuple[jax.Array, jax.Array]:
+    """v `[B, L, N, H]` to e4m3 and float32 scales `[B, N, H]`, one a channel."""
+    f = v.astype(jnp.float32)
+    amax = jnp.maximum(jnp.max(jnp.abs(f), axis=1), 1e-20)  # a channel of zeros stays one
+    code = to_e4m3(f * (largest / amax)[:, None])
+    return code, amax / largest
+
+
+def to_e4m3(x: jax.Array) -> jax.Array:
+    """Nearest float8_e4m3fn, ties to even, saturated at 448."""
+    return jnp.clip(x, -LARGEST_E4M3, LARGEST_E4M3).astype(jnp.float8_e4m3fn)
+
+
+def sage_sparse(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    table: jax.Array,
+    *,
+    block_q: int,
+    block_k: int,
+    values: Values,
+) -> jax.Array:
+    """The sparse branch; q, k, v `[B, L, N, H]`, table from `sla.block_table`; `[B, L, N, H]` in q's dtype."""
+    batch, length, heads, dim = q.shape
+    q_code, q_scale = quantize_rows(q, block_q)
+    k_mean = jnp.mean(k.astype(jnp.float32), axis=1, keepdims=True)
+    k_code, k_scale = quantize_rows(k.astype(jnp.float32) - k_mean, block_k)
+    if values == "exact":
+        v_code, v_scale = v, jnp.ones((batch, heads, dim), jnp.float32)
+    else:
+        v_code, v_scale = quantize_values(v)
+    v_blocks = rows_to_blocks(v_code.astype(jnp.float32), block_k)
+    take = jax.vmap(jax.vmap(lambda blocks, index: blocks[index]))
+
+    def attend(block: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        code, scale, chosen = block
+        rows = chosen[..., None] * block_k + jnp.arange(block_k)[None, None, None]
+        integers = jnp.einsum("bnqh,bnckh->bnqck", code, take(k_code, chosen), preferred_element_type=jnp.int32)
+        factor = scale[..., None] * take(k_scale, chosen) * (LOG2_E * dim**-0.5)
+        scores = integers.astype(jnp.float32) * factor[:, :, None, :, None]
+        scores = jnp.where((rows < length)[:, :, None], scores, -jnp.inf)
+        product = float8_product if values == "float8" else exact_product
+        return product(scores, take(v_blocks, chosen))
+
+    per_block = tuple(jnp.moveaxis(a, 2, 0) for a in (q_code, q_scale, table))
+    out = lax.map(attend, per_block) * v_scale[None, :, :, None]
+    return out.transpose(1, 0, 3, 2, 4).reshape(batch, -1, heads, dim)[:, :length].astype(q.dtype)
+
+
+def exact_product(scores: jax.Array, v: jax.Array) -> jax.Array:
+    """Softmax over all chosen keys; scores in base 2 `[B, N, q, c, k]`, v `[B, N, c, k, H]`; float32 `[B, N, q, H]`."""
+    top = jnp.max(scores, axis=(3, 4), keepdims=True)
+    p = jnp.exp2(scores - top)
+    return jnp.einsum("bnqck,bnckh->bnqh", p, v) / jnp.sum(p, axis=(3, 4))[..., None]
+
+
+def float8_product(scores: jax.Array, v: jax.Array) -> jax.Array:
+    """As `exact_product`, block by block with P in e4m3."""
+
+    def add_block(carry, block):
+        top, total, denominator = carry
+        s, v_j = block
+        new_top = jnp.maximum(top, jnp.max(s, axis=3))
+        decay = jnp.exp2(top - new_top)
+        p = jnp.exp2(s - new_top[..., None] + P_OFFSET)
+        rounded = to_e4m3(p).astype(jnp.float32)
+        total = total * decay[..., None] + jnp.einsum("bnqk,bnkh->bnqh", rounded, v_j)
+        return (new_top, total, denominator * decay + jnp.sum(p, axis=3)), None
+
+    shape = scores.shape[:3]
+    start = (
+        jnp.full(shape, -jnp.inf, jnp.float32),
+        jnp.zeros((*shape, v.shape[-1]), jnp.float32),
+        jnp.zeros(shape, jnp.float32),
+    )
+    (_, total, denominator), _ = lax.scan(add_block, start, (jnp.moveaxis(scores, 3, 0), jnp.moveaxis(v, 2, 0)))
+    return total / denominator[..., None]
+
+
+def sage_sparse_linear_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    proj_weight: jax.Array,
+    proj_bias: jax.Array,
+    *,
+    topk: float,
+    block_q: int = 64,
+    block_k: int = 128,
+    values: Values = "float8",
+) -> jax.Array:
+    """The whole of the module docstring plus SLA's linear branch, from unquantized q, k, v.
+
+    q, k (rotated) and v `[B, L, N, H]`, proj_weight `[H, H]` (out, in). The default blocks are those that the published
+    checkpoints run with on Hopper; elsewhere they are 128 and 64.
+    """
+    if values not in ("exact", "float8", "float8_values"):
+        raise UserError(f"{values=} is unknown; choose exact, float8 or float8_values")
+    table = block_table(q, k, topk=topk, block_q=block_q, block_k=block_k)
+    sparse = sage_sparse(q, k, v, table, block_q=block_q, block_k=block_k, values=values)
+    return sparse + linear_branch(q, k, v, proj_weight, proj_bias)
