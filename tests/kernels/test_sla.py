@@ -1,4 +1,4 @@
-"""Sparse-linear attention and its Sage form: odd lengths, extremes of topk, and how near the forms are to each other."""
+"""Sparse-linear attention and its Sage form: odd lengths, extremes of topk, and how near the forms are."""
 
 import jax
 import jax.numpy as jnp
