@@ -25,10 +25,13 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "file of settings, see 
 
 
 def main() -> None:
-    if CONFIG.value is None:
+    if not CONFIG.present:
         raise UserError("no settings; give --config=configs/NAME.py, for instance configs/demo.py")
-    missing = [setting.name for setting in SETTINGS if setting.name not in CONFIG.value]
-    if missing or not isinstance(CONFIG.value, ConfigDict):
+    try:
+        missing = [setting.name for setting in SETTINGS if setting.name not in CONFIG.value]
+    except (OSError, TypeError) as error:  # get_config() could not read a file, or returned something else
+        raise UserError(f"the settings cannot be read, {error}") from error
+    if missing:
         raise UserError(f"get_config() must return turbojax.config.base_config(...); missing: {', '.join(missing)}")
     generate(CONFIG.value)
 

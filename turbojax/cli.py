@@ -1,13 +1,12 @@
 """What the scripts share: flags, --help, and errors as one sentence with exit code 2."""
 
-import difflib
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from absl import app, flags, logging
 
-from turbojax.config import SETTINGS
+from turbojax.config import check_names
 from turbojax.errors import UserError
 
 USAGE = 2
@@ -38,25 +37,30 @@ def parse(arguments: Sequence[str]) -> list[str]:
     try:
         check_config(arguments)
         positional = flags.FLAGS(list(arguments))
-    except UserError as error:
-        fail(error)
     except Exception as error:  # a file of settings is Python: it may raise anything
-        kind = "" if isinstance(error, flags.Error) else f"the settings cannot be read, {type(error).__name__}: "
-        fail(UserError(f"{kind}{' '.join(str(error).split())}; see --help"))
+        fail(UserError(f"{describe(error)}; see --help"))
     logging.use_absl_handler()
     logging.set_verbosity(max(logging.get_verbosity(), logging.INFO))
     logging.set_stderrthreshold("info")
     return positional
 
 
+def describe(error: BaseException) -> str:
+    """One line; of an error in a file of settings, whose traceback ml_collections quotes, what the file raised."""
+    quotes = "Traceback" in str(error)
+    while quotes and error.__context__:
+        error = error.__context__
+    text = " ".join(str(error).split())
+    if isinstance(error, flags.Error | UserError):
+        return text
+    return f"the settings cannot be read, {type(error).__name__}: {text}"
+
+
 def check_config(arguments: Sequence[str]) -> None:
     """Names the file or the setting that is not there, before the libraries say it in their words."""
-    names = [setting.name for setting in SETTINGS]
     for i, argument in enumerate(arguments):
-        name = argument.lstrip("-").partition("=")[0].removeprefix("config.")
-        if argument.startswith(("--config.", "-config.")) and name not in names:
-            close = difflib.get_close_matches(name, names, n=1)
-            raise UserError(f"there is no setting {name}{f', perhaps {close[0]}' if close else ''}; see --help")
+        if argument.startswith(("--config.", "-config.")):
+            check_names([argument.partition("=")[0].partition(".")[2]])
         if argument in ("--config", "-config") and i + 1 < len(arguments):
             argument = f"--config={arguments[i + 1]}"
         if argument.startswith("--config="):

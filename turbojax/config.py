@@ -1,9 +1,13 @@
 """The settings of `scripts/generate.py`: names, defaults and what they mean. Files in configs/ change a few of them."""
 
+import difflib
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
+
+from turbojax.errors import UserError
 
 PROMPT = (
     "A stylish woman walks down a Tokyo street filled with warm glowing neon and animated city signage. She wears "
@@ -53,12 +57,22 @@ SETTINGS: tuple[Setting, ...] = (
 
 def base_config(**changes: Any) -> ConfigDict:
     """All settings with their defaults, `changes` on top; locked, so that an unknown name is an error."""
+    check_names(changes)
     config = ConfigDict()
     for name, default, _ in SETTINGS:
         config[name] = placeholder(default) if isinstance(default, type) else default
     config.lock()
     config.update(changes)
     return config
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Raises UserError for a name that is no setting."""
+    known = [setting.name for setting in SETTINGS]
+    for name in names:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            raise UserError(f"there is no setting {name}{f', perhaps {close[0]}' if close else ''}")
 
 
 def describe_settings() -> str:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from absl import logging
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from turbojax.errors import UserError
 from turbojax.models.umt5 import UMT5Config
 from turbojax.models.vae import VAEConfig
 from turbojax.models.wan import WanConfig
@@ -36,13 +37,13 @@ def demo_folder() -> Path:
     if not folder.is_dir():
         logging.info("Writing the demo's random checkpoint to %s", folder)
         temporary = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-        temporary.mkdir(parents=True)
         try:
+            temporary.mkdir(parents=True, exist_ok=True)
             write_demo(temporary)
             temporary.rename(folder)
-        except OSError:
+        except OSError as error:
             if not folder.is_dir():  # another process may have been first
-                raise
+                raise UserError(f"{folder} cannot be written: {error}; name another cache, XDG_CACHE_HOME") from error
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
     return folder

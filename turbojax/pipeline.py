@@ -227,7 +227,7 @@ class TurboVideoPipeline:
         """
         start = time.perf_counter()
         given = {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer}
-        where = {name: Path(path) for name, path in given.items() if path}
+        where = {name: files.component_path(path, name) for name, path in given.items() if path}
         own = files.open_repository(path_or_repo)
         transformer_path = Path(path_or_repo).expanduser()
         if not transformer_path.is_file():

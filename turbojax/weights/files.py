@@ -64,7 +64,7 @@ def open_repository(path_or_repo: str | Path) -> Repository:
         files += sorted(str(p.relative_to(path).as_posix()) for p in path.glob("google/*/*") if p.is_file())
         return Repository(str(path), files, lambda name: path / name)
     is_file_name = path.suffix in (*PTH_SUFFIXES, ".safetensors", ".json")
-    if is_file_name or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path_or_repo)):
+    if is_file_name or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(path_or_repo)):
         raise UserError(
             f"{str(path_or_repo)!r} is neither a file, a folder nor a repository such as {SHARED_REPOSITORY}"
         )
@@ -74,17 +74,16 @@ def open_repository(path_or_repo: str | Path) -> Repository:
 def open_hub(name: str) -> Repository:
     """A Hugging Face repository; downloads go to its cache folder and resume."""
     import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError
 
     def download(file: str) -> Path:
         try:
             return Path(huggingface_hub.hf_hub_download(name, file))
-        except (HfHubHTTPError, OSError, ValueError) as error:
+        except Exception as error:  # offline, refused, or no such file: the libraries below have no common class
             raise UserError(unreachable(f"{file} of {name}", error)) from error
 
     try:
         files = huggingface_hub.list_repo_files(name)
-    except Exception as error:  # offline, refused, or no such repository: the libraries below have no common class
+    except Exception as error:
         cached = cached_files(name)
         if not cached:
             raise UserError(unreachable(name, error)) from error
@@ -126,6 +125,12 @@ def find(repository: Repository, component: str, *, quantized: bool | None = Non
     return None
 
 
+def component_path(path: str | Path, component: str) -> Path:
+    """The component's file where `path` is a folder with several, such as an official one; else the path itself."""
+    path = Path(path).expanduser()
+    return (find(open_repository(path), component) if path.is_dir() else None) or path
+
+
 def fetch(repository: Repository, name: str) -> Path:
     """A file with what belongs to it: the shards of an index, the configuration beside it."""
     path = repository.get(name)
@@ -136,10 +141,10 @@ def fetch(repository: Repository, name: str) -> Path:
             repository.get(other)
     if name.endswith(".index.json"):
         try:
-            shards = set(json.loads(path.read_text())["weight_map"].values())
-        except (ValueError, KeyError, AttributeError) as error:
+            shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
+        except (ValueError, LookupError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{path} is no index of a sharded checkpoint; download it again") from error
-        for shard in sorted(shards):
+        for shard in shards:
             if (sibling := f"{folder}/{shard}".lstrip("/")) in beside:
                 repository.get(sibling)
     return path.parent if path.name == CONVERTED else path
