@@ -1,0 +1,111 @@
+"""Configurations: every file in configs/ loads, says how it is run, and asks for what there is; the demo's files."""
+
+import importlib.util
+import os
+import re
+from pathlib import Path
+
+import pytest
+from ml_collections import ConfigDict
+
+from turbojax import UserError, demo
+from turbojax.config import SETTINGS, base_config, describe_settings
+from turbojax.models.vae import VAEConfig
+from turbojax.pipeline import MODELS, latent_shape, make_sampler
+from turbojax.video import check_path, video_size
+
+FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
+files = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+
+
+def module(file: Path):
+    spec = importlib.util.spec_from_file_location(f"configs_{file.stem}", file)
+    loaded = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(loaded)
+    return loaded
+
+
+def test_the_configurations_are_there():
+    names = {"demo", "wan1_3b", "wan1_3b_quant", "wan14b", "wan14b_quant", "wan14b_480p_quant", "wan22_i2v_quant"}
+    assert {file.stem for file in FILES} >= names
+
+
+@files
+def test_docstring_is_the_command(file):
+    text = module(file).__doc__
+    assert f"\n    python scripts/generate.py --config=configs/{file.name}" in text
+    if file.stem != "demo":
+        weights = module(file).get_config().weights
+        assert f"huggingface.co/{weights}" in text
+        assert re.search(r"\bTurboWan[\w.-]+\.pth\b", text)
+        assert "huggingface.co/Wan-AI/Wan2.1-T2V-1.3B" in text.replace("\n", " ")
+        assert ("quant" in file.stem) == ("-quant.pth" in text)
+
+
+@files
+def test_settings_can_be(file):
+    config = module(file).get_config()
+    assert isinstance(config, ConfigDict)
+    assert set(config) == {setting.name for setting in SETTINGS}
+    width, height = video_size(config.resolution, config.aspect_ratio)
+    latent_shape(VAEConfig.wan2_1(), config.num_frames, config.height or height, config.width or width)
+    make_sampler(config.sampler, num_steps=config.num_inference_steps, sigma_max=config.sigma_max, ode=config.ode)
+    check_path(config.output)
+    assert config.model in MODELS
+    assert config.dtype in ("bfloat16", "float32")
+    assert bool(config.quant_linear) == ("quant" in file.stem)
+
+
+def test_locked_and_typed():
+    config = base_config(seed=3)
+    assert config.seed == 3
+    for bad, error in ((lambda: config.update(hight=3), KeyError), (lambda: config.update(seed="three"), TypeError)):
+        with pytest.raises(error):
+            bad()
+    with pytest.raises(UserError, match="there is no setting hight, perhaps height"):
+        base_config(hight=3)
+    with pytest.raises(UserError, match=r"there is no setting zzz$"):
+        base_config(zzz=3)
+    assert base_config().height is None
+    config.height = 480
+    assert config.height == 480
+
+
+def test_every_setting_is_described():
+    lines = describe_settings().splitlines()
+    assert [re.match(r"  --config\.(\w+): \w", line)[1] for line in lines] == [setting.name for setting in SETTINGS]
+    assert all(len(line) <= 120 for line in lines)
+
+
+# The demo's files.
+
+
+def test_demo_is_written_once():
+    folder = demo.demo_folder()
+    times = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    assert demo.demo_folder() == folder
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == times
+    assert {path.name for path in folder.iterdir()} == {
+        *("TurboWan-demo.pth", "Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth", "google")
+    }
+
+
+def test_demo_is_whole_or_not_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def fail(folder):
+        (folder / "half").write_text("")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(demo, "write_demo", fail)
+    with pytest.raises(UserError, match="No space left on device"):
+        demo.demo_folder()
+    assert os.listdir(tmp_path / "turbojax") == []
+
+    def be_second(folder):
+        (tmp_path / "turbojax" / f"demo-{demo.VERSION}").mkdir()
+        (tmp_path / "turbojax" / f"demo-{demo.VERSION}" / "theirs").write_text("")
+
+    monkeypatch.setattr(demo, "write_demo", be_second)
+    assert [path.name for path in demo.demo_folder().iterdir()] == ["theirs"]
+    assert os.listdir(tmp_path / "turbojax") == [f"demo-{demo.VERSION}"]

@@ -1,0 +1,238 @@
+"""The pipeline with the demo's files: seeds, samples, prompts, guidance, settings between calls, and its errors."""
+
+import logging
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.weights.checkpoints import save, small, turbo
+from turbojax import CheckpointError, TurboVideoPipeline, UserError, VideoOutput, pipeline
+from turbojax.weights.load import load_wan
+from turbojax.weights.random import random_module as generate
+
+SIZE = dict(height=32, width=48, num_frames=5)
+LATENTS = (2, 4, 6, 16)
+STEPS = 2
+BIRD, CAT = "a red bird in the sky", "a green cat on the street"
+
+
+@pytest.fixture
+def run(demo_pipe):
+    """The demo's pipeline with small sizes."""
+
+    def run(prompt=BIRD, **options) -> VideoOutput:
+        return demo_pipe(prompt, **(SIZE | {"num_inference_steps": STEPS} | options))
+
+    return run
+
+
+@pytest.fixture
+def undecoded(monkeypatch):
+    """Only latents: for what the VAE has no part in."""
+    monkeypatch.setattr(pipeline, "decode", lambda vae, latents: np.zeros((len(latents), 5, 32, 48, 3), np.uint8))
+
+
+def drawn(seed: int, batch: int = 1) -> dict[str, jax.Array]:
+    """The noise that the pipeline draws from a seed."""
+    first, steps = jax.random.split(jax.random.key(seed))
+    shape = (batch, *LATENTS)
+    noise = [jax.random.normal(jax.random.fold_in(steps, i), shape) for i in range(STEPS)]
+    return {"latents": jax.random.normal(first, shape), "noise": jnp.stack(noise)}
+
+
+def refused(run, *arguments, **options) -> str:
+    with pytest.raises(UserError) as error:
+        run(*arguments, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# What a call gives.
+
+
+def test_output(run):
+    result = run()
+    assert (result.videos.shape, result.videos.dtype) == ((1, 5, 32, 48, 3), np.uint8)
+    assert (result.latents.shape, result.latents.dtype) == ((1, *LATENTS), jnp.float32)
+    assert set(result.timings) == {"text", "diffusion", "vae", "compile"}
+    assert all(seconds >= 0 for seconds in result.timings.values())
+    assert result.videos.std() > 1
+
+
+def test_seeds(run):
+    first, again, other = run(seed=3), run(seed=3), run(seed=4)
+    np.testing.assert_array_equal(first.videos, again.videos)
+    np.testing.assert_array_equal(first.latents, again.latents)
+    assert (first.videos != other.videos).mean() > 0.5
+
+
+def test_a_second_call_compiles_nothing(demo_pipe, run):
+    run(seed=1)
+    compiled = len(demo_pipe._compiled)
+    result = run(CAT, seed=2)
+    assert len(demo_pipe._compiled) == compiled
+    assert result.timings["compile"] == 0
+    assert (result.videos != run(BIRD, seed=2).videos).any()
+
+
+def test_given_noise_is_what_a_seed_draws(run):
+    expected = run(seed=7)
+    for given in (drawn(7), {"latents": drawn(7)["latents"]}, {"noise": drawn(7)["noise"]}):
+        np.testing.assert_allclose(run(seed=7, **given).latents, expected.latents, atol=1e-5)
+    other_seed = run(seed=8, **{name: np.asarray(value) for name, value in drawn(7).items()})
+    np.testing.assert_allclose(other_seed.latents, expected.latents, atol=1e-5)
+
+
+def test_samples(run):
+    result = run(num_samples=2)
+    assert result.videos.shape == (2, 5, 32, 48, 3)
+    assert (result.videos[0] != result.videos[1]).mean() > 0.5
+
+
+def test_prompts_come_in_order(run, undecoded):
+    noise = drawn(5, batch=4)
+    four = run([BIRD, CAT], num_samples=2, **noise).latents
+    assert four.shape == (4, *LATENTS)
+    for i, prompt in enumerate((BIRD, BIRD, CAT, CAT)):
+        own = {"latents": noise["latents"][i : i + 1], "noise": noise["noise"][:, i : i + 1]}
+        np.testing.assert_allclose(run(prompt, **own).latents[0], four[i], atol=2e-4)
+
+
+@pytest.mark.parametrize("sampler", ["euler", "unipc"])
+def test_guidance(run, undecoded, sampler):
+    settings = dict(sampler=sampler, num_inference_steps=3, guidance_scale=5.0)
+    plain, negative, again = (run(negative_prompt=text, **settings).latents for text in (None, CAT, ""))
+    np.testing.assert_array_equal(plain, again)
+    assert np.abs(plain - negative).max() > 1e-3
+
+
+def test_without_guidance_the_negative_prompt_is_ignored(run, caplog):
+    with caplog.at_level(logging.WARNING, logger="absl"):
+        ignored = run(negative_prompt=CAT, guidance_scale=1.0)
+    assert [record.message for record in caplog.records] == ["negative_prompt has no effect with guidance_scale=1"]
+    np.testing.assert_array_equal(ignored.latents, run().latents)
+
+
+def test_one_frame(run):
+    assert run(num_frames=1).videos.shape == (1, 1, 32, 48, 3)
+
+
+# Other ways to make one.
+
+
+def test_sla_int8_and_bfloat16(demo, undecoded, caplog):
+    """Options reach the network; sla_topk can change between calls."""
+    with caplog.at_level(logging.WARNING, logger="absl"):
+        pipe = TurboVideoPipeline.from_pretrained(demo, attention_type="sla", sla_topk=0.2, quant_linear=True)
+    assert [record.message for record in caplog.records] == [
+        "TurboWan-demo.pth was not trained with SLA: proj_l starts at zero"
+    ]
+    c = pipe.transformer.config
+    assert (c.attention_type, c.sla_topk, c.dtype, c.quant.scheme) == ("sla", 0.2, jnp.bfloat16, "block128")
+    settings = dict(height=128, width=192, num_frames=13, num_inference_steps=1)  # 384 tokens: 6 blocks of keys
+    usual, same, more = (pipe(BIRD, sla_topk=topk, **settings).latents for topk in (None, 0.2, 1.0))
+    assert len(pipe._compiled) == 2
+    np.testing.assert_array_equal(usual, same)
+    assert np.abs(usual - more).max() > 1e-3
+    assert pipe.transformer.config.sla_topk == 0.2
+    assert "sla_topk=2.0" in refused(pipe, BIRD, sla_topk=2.0, **settings)
+
+
+def test_parts_from_elsewhere(demo, tmp_path, demo_pipe):
+    """A transformer's own file with the other parts given, as files or as folders."""
+    weights = tmp_path / "model.safetensors"
+    save(weights, turbo(small()))
+    pipe = TurboVideoPipeline.from_pretrained(
+        weights,
+        vae=demo,
+        text_encoder=str(demo / "models_t5_umt5-xxl-enc-bf16.pth"),
+        tokenizer=demo / "google" / "umt5-xxl",
+        dtype=jnp.float32,
+    )
+    assert pipe.transformer.config.ffn_dim == 384
+    assert pipe.text.tokenizer.vocab_size == demo_pipe.text.tokenizer.vocab_size
+
+
+def test_random_weights(demo_pipe, monkeypatch, caplog, undecoded):
+    tokenizer, t5 = demo_pipe.text.tokenizer, demo_pipe.text.encoder.config
+    others = {"random umT5": demo_pipe.text.encoder, "random VAE": demo_pipe.vae}  # to save the seconds they take
+    monkeypatch.setattr(pipeline, "random_module", lambda *a, what, **k: others.get(what) or generate(*a, **k))
+    monkeypatch.setattr(pipeline.UMT5Config, "xxl", lambda dtype: t5)
+    monkeypatch.setitem(pipeline.MODELS, "tiny", lambda **changes: small(num_layers=1, **changes))
+    with caplog.at_level(logging.WARNING, logger="absl"):
+        pipe = TurboVideoPipeline.random("tiny", tokenizer, quant_linear=True)
+    assert "Weights are random: tiny at full size" in caplog.text
+    result = pipe(BIRD, num_inference_steps=1, **SIZE)
+    assert np.isfinite(result.latents).all()
+    assert np.asarray(result.latents).std() > 0.1
+    assert "choose one of wan2.1-t2v-1.3b, " in refused(TurboVideoPipeline.random, "huge", tokenizer)
+
+
+# What cannot be, said before anything is computed.
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"height": 100}, "height=100 must be a multiple of 16; nearest: 96, 112"),
+        ({"width": 8}, "width=8 must be a multiple of 16; nearest: 16, 32"),
+        ({"height": 0}, "height=0 must be a multiple of 16; nearest: 16, 32"),
+        ({"num_frames": 80}, "num_frames=80 must be 1 more than a multiple of 4; nearest: 77, 81"),
+        ({"num_frames": 0}, "num_frames=0 must be 1 more than a multiple of 4; nearest: 1, 5"),
+        ({"num_inference_steps": 5}, "num_steps=5"),
+        ({"num_inference_steps": 0}, "num_steps=0"),
+        ({"sampler": "euler", "num_inference_steps": 0}, "num_steps=0"),
+        ({"sigma_max": -1.0}, "sigma_max=-1.0"),
+        ({"sampler": "ddim"}, "sampler='ddim' is unknown; choose rcm, euler, unipc"),
+        ({"num_samples": 0}, "num_samples=0"),
+        ({"prompt": []}, "0 prompts"),
+        ({"seed": -1}, "seed=-1 must be in 0..4294967295"),
+        ({"seed": 2**32}, "seed=4294967296 must be in 0..4294967295"),
+        ({"sla_topk": 0.5}, "attention_type='sla'"),
+        (
+            {"latents": np.zeros((1, 2, 4, 6, 15))},
+            "latents has the shape (1, 2, 4, 6, 15) and must have (1, 2, 4, 6, 16)",
+        ),
+        ({"noise": np.zeros((1, *LATENTS))}, "noise has the shape (1, 2, 4, 6, 16) and must have (2, 1, 2, 4, 6, 16)"),
+    ],
+    ids=str,
+)
+def test_impossible_settings(run, options, message):
+    assert message in refused(run, **options)
+
+
+def test_nan(demo_pipe, demo):
+    broken = load_wan(demo / "TurboWan-demo.pth", dtype=jnp.float32)
+    broken.head.proj.bias[...] = jnp.full_like(broken.head.proj.bias[...], jnp.nan)
+    pipe = TurboVideoPipeline(broken, demo_pipe.vae, demo_pipe.text)
+    message = refused(pipe, BIRD, num_inference_steps=1, **SIZE)
+    assert message == "the network returned NaN or infinity; check the checkpoint, or try dtype float32"
+    pipe.transformer = demo_pipe.transformer
+    assert set(pipe(BIRD, num_inference_steps=1, **SIZE).timings) == {"text", "diffusion", "vae", "compile"}
+
+
+def test_an_image_to_video_transformer(demo_pipe, tmp_path):
+    model = load_wan(save(tmp_path / "i2v.pth", turbo(small(in_channels=36))))
+    pipe = TurboVideoPipeline(model, demo_pipe.vae, demo_pipe.text)
+    assert refused(pipe, BIRD) == "this transformer makes videos from images; give a text-to-video checkpoint"
+
+
+def test_a_text_encoder_of_another_model(demo_pipe, tmp_path):
+    model = load_wan(save(tmp_path / "other.pth", turbo(small(text_dim=32))))
+    message = refused(TurboVideoPipeline, model, demo_pipe.vae, demo_pipe.text)
+    assert message.startswith("the text encoder gives 64 features and the transformer takes 32")
+
+
+def test_what_is_not_found(demo, tmp_path):
+    load = TurboVideoPipeline.from_pretrained
+    assert "is neither a file, a folder nor a repository" in refused(load, tmp_path / "nothing.pth")
+    assert "holds no transformer checkpoint" in refused(load, tmp_path)
+    weights = save(tmp_path / "model.pth", turbo(small()))
+    assert "Wan-AI/Wan2.1-T2V-1.3B could not be downloaded" in refused(load, weights)
+    others = dict(vae=demo / "Wan2.1_VAE.pth", text_encoder=demo / "models_t5_umt5-xxl-enc-bf16.pth")
+    for name in ("vae", "text_encoder", "tokenizer"):
+        given = {**others, "tokenizer": demo / "google" / "umt5-xxl", name: tmp_path / "nothing.pth"}
+        with pytest.raises(CheckpointError, match=r"nothing\.pth does not exist"):
+            load(weights, **given)

@@ -1,0 +1,134 @@
+"""Sizes by name, and video files: what is written can be read back, and a failure leaves what was there."""
+
+from fractions import Fraction
+
+import imageio.v2 as imageio
+import numpy as np
+import pytest
+from PIL import Image
+
+from turbojax import UserError
+from turbojax import video as module
+from turbojax.video import SIZES, check_path, numbered, save_video, video_size
+
+# Reading an mp4 starts ffmpeg, by fork and exec at once; JAX warns of forks that go on.
+pytestmark = pytest.mark.filterwarnings(r"ignore:os\.fork\(\) was called")
+
+
+def clip(frames: int = 5, height: int = 32, width: int = 48) -> np.ndarray:
+    """Each frame of its own colours, with a gradient."""
+    t, h, w = np.ogrid[:frames, :height, :width]
+    red, green, blue = (40 * t + 0 * h * w) % 256, 4 * h + 0 * t * w, 200 - 3 * w - 20 * (t % 2) + 0 * h
+    return np.stack(np.broadcast_arrays(red, green, blue), axis=-1).astype(np.uint8)
+
+
+def test_sizes():
+    for resolution, sizes in SIZES.items():
+        assert list(sizes) == ["16:9", "9:16", "4:3", "3:4", "1:1"]
+        for ratio, (width, height) in sizes.items():
+            assert width % 16 == height % 16 == 0
+            assert video_size(resolution, ratio) == (width, height)
+            assert abs(width / height / Fraction(ratio.replace(":", "/")) - 1) < 0.03
+            lines = int(resolution.removesuffix("p"))
+            assert min(width, height) == lines or ratio == "1:1"
+    with pytest.raises(UserError, match="resolution='4k' is unknown; choose 480p or 720p, or give height and width"):
+        video_size("4k", "16:9")
+    with pytest.raises(UserError, match="aspect_ratio='2:1' is unknown; choose one of 16:9, 9:16, 4:3, 3:4, 1:1"):
+        video_size("480p", "2:1")
+
+
+@pytest.mark.parametrize("size", [(5, 32, 48), (1, 16, 16), (4, 33, 47), (3, 1, 1)])
+def test_mp4(tmp_path, size):
+    """Odd sides get a row or column more, which H.264 needs."""
+    frames, height, width = size
+    video = clip(*size)
+    assert save_video(video, tmp_path / "x.mp4", fps=8) == [tmp_path / "x.mp4"]
+    with imageio.get_reader(tmp_path / "x.mp4") as reader:
+        meta, read = reader.get_meta_data(), np.stack(list(reader.iter_data()))
+    assert read.shape == (frames, height + height % 2, width + width % 2, 3)
+    assert (meta["fps"], meta["codec"], meta["pix_fmt"].split("(")[0]) == (8, "h264", "yuv420p")
+    if min(height, width) > 1:  # chroma is halved
+        assert np.abs(read[:, :height, :width].astype(int) - video).mean() < 12
+
+
+def test_gif(tmp_path):
+    save_video(clip(), tmp_path / "x.gif", fps=10)
+    with Image.open(tmp_path / "x.gif") as image:
+        assert (image.n_frames, image.size, image.info["duration"], image.info["loop"]) == (5, (48, 32), 100, 0)
+    assert np.abs(np.stack(imageio.mimread(tmp_path / "x.gif"))[..., :3].astype(int) - clip()).mean() < 12
+
+
+def test_png(tmp_path):
+    video = clip()
+    written = save_video(video, tmp_path / "deep" / "x.png")
+    assert written == [tmp_path / "deep" / f"x_{i:04}.png" for i in range(5)]
+    np.testing.assert_array_equal([imageio.imread(path) for path in written], video)
+    assert save_video(video[:1], tmp_path / "one.png") == [tmp_path / "one.png"]
+
+
+def test_numbered(tmp_path):
+    assert numbered(tmp_path / "a.b.mp4", 7, 12) == tmp_path / "a.b_0007.mp4"
+    assert numbered(tmp_path / "a.mp4", 0, 1) == tmp_path / "a.mp4"
+
+
+@pytest.mark.parametrize(
+    ("video", "message"),
+    [
+        (clip().astype(np.float32), r"not float32 \[5, 32, 48, 3\]"),
+        (clip()[0], r"not uint8 \[32, 48, 3\]"),
+        (clip()[..., :1], r"not uint8 \[5, 32, 48, 1\]"),
+        (clip()[:0], r"not uint8 \[0, 32, 48, 3\]"),
+        (clip()[None], r"not uint8 \[1, 5, 32, 48, 3\]"),
+    ],
+)
+def test_what_is_no_video(tmp_path, video, message):
+    with pytest.raises(UserError, match=rf"a video is uint8 \[T, H, W, 3\], {message}"):
+        save_video(video, tmp_path / "x.mp4")
+    assert not list(tmp_path.iterdir())
+
+
+def test_paths(tmp_path):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.mp4").mkdir()
+    for path, message in (
+        ("x.avi", "has no video format; end it in .mp4, .gif, .png"),
+        ("x", "has no video format"),
+        ("", "has no video format"),
+        ("folder.mp4", "is a folder; give a file name"),
+        ("file/x.mp4", "cannot be written: .*file' is no writable folder"),
+        ("file/deeper/x.mp4", "cannot be written: .*file' is no writable folder"),
+    ):
+        with pytest.raises(UserError, match=message):
+            save_video(clip(), tmp_path / path if path else path)
+    assert check_path(tmp_path / "new" / "x.MP4") == tmp_path / "new" / "x.MP4"
+    for fps in (0, -16):
+        with pytest.raises(UserError, match=f"fps={fps} must be positive"):
+            save_video(clip(), tmp_path / "x.mp4", fps=fps)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.mp4"]
+
+
+@pytest.mark.parametrize("name", ["x.mp4", "x.gif", "x.png"])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_failure_leaves_what_was_there(tmp_path, monkeypatch, name, error):
+    old = tmp_path / name
+    old.write_bytes(b"the old video")
+
+    def fail(path, *arguments, **options):
+        path.write_bytes(b"half of")
+        raise error
+
+    monkeypatch.setattr(module.imageio, "mimwrite", fail)
+    monkeypatch.setattr(module.imageio, "imwrite", fail)
+    expected, message = (
+        (UserError, "could not be written: No space") if isinstance(error, OSError) else (type(error), None)
+    )
+    with pytest.raises(expected, match=message):
+        save_video(clip(1), old)
+    assert old.read_bytes() == b"the old video"
+    assert list(tmp_path.iterdir()) == [old]
+
+
+def test_an_old_video_is_replaced(tmp_path):
+    for frames in (5, 3):
+        save_video(clip(frames), tmp_path / "x.gif")
+    assert len(imageio.mimread(tmp_path / "x.gif")) == 3

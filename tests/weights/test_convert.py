@@ -1,0 +1,199 @@
+"""Conversion: what is written is the source, cast or quantized; bad sources and settings leave no trace."""
+
+import json
+import tracemalloc
+
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors import safe_open
+
+from tests.weights.checkpoints import diffusers, official, save, save_shards, small, training, turbo
+from turbojax.errors import CheckpointError, UserError
+from turbojax.kernels.int8 import quantize_blocks
+from turbojax.models.wan import WanConfig
+from turbojax.weights import convert as module
+from turbojax.weights.convert import convert
+from turbojax.weights.io import read_tensors
+from turbojax.weights.load import load_umt5, load_vae, load_wan
+from turbojax.weights.published import generated, wan_layout
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+
+@pytest.fixture(scope="module")
+def tensors():
+    return turbo()
+
+
+@pytest.fixture
+def source(tmp_path, tensors):
+    return save(tmp_path / "source" / "model.pth", tensors)
+
+
+@pytest.fixture
+def output(tmp_path):
+    return tmp_path / "out" / "transformer.safetensors"
+
+
+def refused(*arguments, **options) -> str:
+    with pytest.raises(UserError) as error:
+        convert(*arguments, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("arrange", [dict, official, diffusers, training], ids=lambda f: f.__name__)
+def test_names_and_values_are_turbodiffusions(tmp_path, output, tensors, arrange):
+    summary = convert(save(tmp_path / "model.safetensors", arrange(tensors)), output, dtype=jnp.float32)
+    written = read_tensors(output)
+    assert list(written) == list(tensors)
+    for name, tensor in tensors.items():
+        np.testing.assert_array_equal(written[name], tensor, err_msg=name)
+    assert summary == ("transformer", len(tensors), sum(tensor.nbytes for tensor in tensors.values()))
+    with safe_open(output, "np") as file:  # other programs read it, too
+        assert file.metadata() == {"format": "turbojax", "num_heads": "2"}
+
+
+def test_shards(tmp_path, output, tensors):
+    index = save_shards(tmp_path / "shards", official(tensors))
+    convert(index.parent, output, dtype=jnp.float32)
+    assert list(read_tensors(output)) == list(tensors)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_dtype(source, output, tensors, dtype):
+    convert(source, output, dtype=dtype)
+    written = read_tensors(output)
+    assert {tensor.dtype for tensor in written.values()} == {np.dtype(dtype)}
+    name = "blocks.1.ffn.0.weight"
+    np.testing.assert_array_equal(written[name], tensors[name].astype(dtype))
+
+
+def test_quantized(source, output, tensors):
+    convert(source, output, quantize="block128")
+    written = read_tensors(output)
+    assert list(written) == list(wan_layout(small(quant=module.open_wan(output).config.quant)))
+    linears = [name.removesuffix(".int8_weight") for name in written if name.endswith("int8_weight")]
+    assert len(linears) == 20
+    for name in linears:
+        assert written[f"{name}.int8_weight"].dtype == np.int8
+        assert written[f"{name}.scale"].dtype == np.float32
+        assert written[f"{name}.bias"].dtype == BFLOAT16
+        q, scale = quantize_blocks(jnp.asarray(tensors[f"{name}.weight"]))
+        np.testing.assert_array_equal(written[f"{name}.int8_weight"], q)
+        np.testing.assert_allclose(written[f"{name}.scale"], scale, rtol=1e-6)
+    again = output.with_name("again.safetensors")
+    convert(output, again)  # stays as it is
+    assert again.read_bytes() == output.read_bytes()
+
+
+def test_orbax_folder(source, tmp_path):
+    output = tmp_path / "out" / "model"
+    convert(source, output, format="orbax", quantize="block128")
+    fields = json.loads((output / "turbojax.json").read_text())
+    assert (fields["dim"], fields["dtype"], fields["quant"]["scheme"]) == (256, "bfloat16", "block128")
+    assert sorted(path.name for path in output.parent.iterdir()) == ["model"]
+    assert load_wan(output).config.quant is not None
+
+
+@pytest.mark.parametrize(
+    ("name", "component", "load"),
+    [("Wan2.1_VAE.pth", "VAE", load_vae), ("models_t5_umt5-xxl-enc-bf16.pth", "text encoder", load_umt5)],
+)
+def test_other_components_keep_their_names(tmp_path, demo, name, component, load):
+    output = tmp_path / "x.safetensors"
+    summary = convert(demo / name, output, dtype=jnp.float32)
+    stored, written = read_tensors(demo / name), read_tensors(output)
+    assert summary.component == component
+    assert list(written) == list(stored)
+    assert all(np.array_equal(written[n], stored[n].astype(np.float32)) for n in stored)
+    load(output)
+    for options in ({"quantize": "block128"}, {"format": "orbax"}):
+        again = tmp_path / ("y.safetensors" if "quantize" in options else "y")
+        assert f"{name} is a {component}" in refused(demo / name, again, **options)
+        assert not again.exists()
+
+
+def test_one_tensor_at_a_time(tmp_path):
+    """Memory does not grow with the file: 25 MB go through less than twice the largest tensor's 1.8 MB."""
+    config = WanConfig(dim=384, ffn_dim=768, num_heads=3, num_layers=8, text_dim=64)
+    source = tmp_path / "model.pth"
+    save(source, dict(generated(wan_layout(config), jnp.bfloat16)))
+    largest = 6 * 384 * 384 * 2
+    assert source.stat().st_size > 12 * largest
+    tracemalloc.start()
+    try:
+        convert(source, tmp_path / "model.safetensors")
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 2 * largest
+
+
+# What is refused leaves everything as it was.
+
+
+def test_existing_outputs(source, output, tmp_path):
+    save(output, {"old": np.zeros(3)})
+    before = output.read_bytes()
+    assert "already exists" in refused(source, output)
+    assert output.read_bytes() == before
+    convert(source, output, overwrite=True)
+    assert output.read_bytes() != before
+    convert(output, output, dtype=jnp.float32, overwrite=True)  # in place: the source is read from the old file
+    assert read_tensors(output)["head.head.bias"].dtype == np.float32
+
+    folder = tmp_path / "precious"
+    (folder / "photos").mkdir(parents=True)
+    assert "already exists" in refused(source, folder, format="orbax")
+    assert "no converted model" in refused(source, folder, format="orbax", overwrite=True)
+    assert (folder / "photos").is_dir()
+    convert(source, tmp_path / "model", format="orbax")
+    convert(source, tmp_path / "model", format="orbax", dtype=jnp.float32, overwrite=True)
+    assert json.loads((tmp_path / "model" / "turbojax.json").read_text())["dtype"] == "float32"
+
+
+def test_settings(source, output):
+    assert "format='gguf'" in refused(source, output, format="gguf")
+    assert "must be a file that ends in .safetensors" in refused(source, output.with_suffix(".pth"))
+    assert "'int3'" in refused(source, output, quantize="int3")
+    output.mkdir(parents=True)
+    assert "must be a file" in refused(source, output, overwrite=True)
+    assert "does not exist" in refused(source.with_name("nothing.pth"), output.with_name("a.safetensors"))
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "orbax"])
+def test_a_bad_source_leaves_nothing(tmp_path, tensors, kind):
+    output = tmp_path / "out" / ("x.safetensors" if kind == "safetensors" else "x")
+    broken = {name: tensor for name, tensor in tensors.items() if name != "blocks.1.modulation"}
+    with pytest.raises(CheckpointError, match=r"1 missing: blocks\.1\.modulation"):
+        convert(save(tmp_path / "missing.pth", broken), output, format=kind)
+    whole = save(tmp_path / "whole.pth", tensors)
+    cut = tmp_path / "cut.pth"
+    cut.write_bytes(whole.read_bytes()[:-1000])
+    with pytest.raises(CheckpointError, match=r"cut\.pth is damaged"):
+        convert(cut, output, format=kind)
+    assert not output.parent.exists()
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "orbax"])
+def test_a_failure_while_writing_leaves_nothing(source, tmp_path, monkeypatch, kind):
+    output = tmp_path / "out" / ("x.safetensors" if kind == "safetensors" else "x")
+    pieces = module.Pieces.__call__
+
+    def full_disk(self, entry):
+        if "ffn" in entry.target:
+            raise OSError(28, "No space left on device")
+        return pieces(self, entry)
+
+    monkeypatch.setattr(module.Pieces, "__call__", full_disk)
+    assert "No space left on device" in refused(source, output, format=kind)
+    assert list(output.parent.iterdir()) == []
+
+
+def test_an_output_that_cannot_be(source, tmp_path):
+    (tmp_path / "file").write_text("")
+    for name, kind in (("x.safetensors", "safetensors"), ("x", "orbax")):
+        assert "cannot be written" in refused(source, tmp_path / "file" / name, format=kind)
