@@ -33,9 +33,13 @@ def recompute(config: dict, t: dict[str, np.ndarray]) -> dict[str, tuple[np.ndar
     return out
 
 
-def case_values(name: str, case: dict, t: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    q, k, v, do = (jnp.asarray(t[f"in.{name}.{key}"]) for key in ("q", "k", "v", "do"))
-    weight, bias = (jnp.asarray(t[f"w.{name}.proj_l.{key}"]) for key in ("weight", "bias"))
+def case_values(name: str, case: dict, t: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+    inputs = [t[f"in.{name}.{key}"] for key in ("q", "k", "v", "do")]
+    weights = [t[f"w.{name}.proj_l.{key}"] for key in ("weight", "bias")]
+    return jax.jit(lambda *arrays: values(case, *arrays))(*inputs, *weights)  # compiled at once, to save time
+
+
+def values(case: dict, q, k, v, do, weight, bias) -> dict[str, jax.Array]:
     blocks = {"block_q": case["BLKQ"], "block_k": case["BLKK"]}
 
     def attention(q, k, v, weight, bias):
@@ -56,8 +60,7 @@ def case_values(name: str, case: dict, t: dict[str, np.ndarray]) -> dict[str, np
     }
 
 
-def as_map(table: jax.Array, key_blocks: int) -> np.ndarray:
+def as_map(table: jax.Array, key_blocks: int) -> jax.Array:
     """The chosen blocks as a 0 / 1 map `[B, N, query blocks, key blocks]`."""
-    sparse_map = np.zeros((*table.shape[:-1], key_blocks), np.int8)
-    np.put_along_axis(sparse_map, np.asarray(table), 1, axis=-1)
-    return sparse_map
+    nothing = jnp.zeros((*table.shape[:-1], key_blocks), jnp.int8)
+    return jnp.put_along_axis(nothing, table, jnp.ones(table.shape, jnp.int8), axis=-1, inplace=False)

@@ -1,5 +1,6 @@
 """What the scripts share: flags, --help, and errors as one sentence with exit code 2."""
 
+import logging as standard_logging
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -40,6 +41,7 @@ def parse(arguments: Sequence[str]) -> list[str]:
     except Exception as error:  # a file of settings is Python: it may raise anything
         fail(UserError(f"{describe(error)}; see --help"))
     logging.use_absl_handler()
+    standard_logging.getLogger("jax").setLevel(standard_logging.WARNING)  # it tells of each backend that is not there
     logging.set_verbosity(max(logging.get_verbosity(), logging.INFO))
     logging.set_stderrthreshold("info")
     return positional

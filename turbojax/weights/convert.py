@@ -134,7 +134,7 @@ def total_bytes(specs: Mapping[str, Any]) -> int:
 def write_orbax(output: Path, config: WanConfig, pieces: Pieces) -> Summary:
     """A folder with the arrays as the module holds them, blocks stacked, and the configuration.
 
-    Each array is an Orbax checkpoint of its own: Orbax takes three times the memory of what it saves at once.
+    Each array is an Orbax checkpoint of its own: Orbax takes more than twice the memory of what it saves at once.
     """
     specs = wan_skeleton(config).specs
     make_parent(output)

@@ -42,6 +42,7 @@ SAFETENSORS_DTYPES: dict[str, np.dtype] = {
 }
 INDEX_SUFFIX = ".safetensors.index.json"
 PTH_SUFFIXES = (".pth", ".pt", ".bin")
+_CHUNK_BYTES = 2**25  # of Orbax
 _AGAIN = "download it again, for example with `hf download`"
 
 
@@ -268,7 +269,7 @@ def write_pth(path: str | os.PathLike, tensors: Iterable[tuple[str, np.ndarray]]
 def _without_messages() -> Iterator[None]:
     """Orbax reports some 25 lines for every file it touches, through the logger of the application."""
     before = logging.get_verbosity()
-    logging.set_verbosity(min(before, logging.WARNING))
+    logging.set_verbosity(min(before, logging.ERROR))
     try:
         yield
     finally:
@@ -286,8 +287,10 @@ def save_orbax(path: str | os.PathLike, tree: Any) -> None:
     if target.exists():
         raise CheckpointError(f"{path} already exists; remove it or choose another path")
     try:
-        with _without_messages(), ocp.PyTreeCheckpointer() as checkpointer:
-            checkpointer.save(target, tree)
+        # One file a chunk: OCDBT, and chunks as large as their array, take two more copies of it in memory.
+        chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree)
+        with _without_messages(), ocp.PyTreeCheckpointer(use_ocdbt=False) as checkpointer:
+            checkpointer.save(target, tree, save_args=chunks)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be written: {_first_line(error)}") from error
 

@@ -75,6 +75,7 @@ def is_stacked(name: str) -> bool:
     return name.startswith("blocks.")
 
 
+@functools.lru_cache(maxsize=16)
 def wan_skeleton(config: WanConfig) -> Skeleton:
     return Skeleton.of(lambda: WanModel(config, rngs=nnx.Rngs(0)))
 
@@ -268,6 +269,9 @@ def all_finite(x: jax.Array) -> jax.Array:
     return jnp.isfinite(x).all()
 
 
+SMALL_BYTES = 2**22  # parameters up to this size are put together by numpy: compiling for each shape takes longer
+
+
 def place(skeleton: Skeleton, piece: Callable[[Entry], Any], *, what: str) -> dict[str, jax.Array]:
     """Puts every parameter on the device, one tensor of the checkpoint at a time, with a progress bar in bytes.
 
@@ -276,23 +280,45 @@ def place(skeleton: Skeleton, piece: Callable[[Entry], Any], *, what: str) -> di
     total = sum(spec.size * spec.dtype.itemsize for spec in skeleton.specs.values())
     arrays, finite = {}, {}
     with tqdm(total=total, unit="B", unit_scale=True, desc=f"Loading {what}", disable=None, leave=False) as bar:
-        for name, spec in skeleton.specs.items():
+
+        def values(name: str, spec: jax.ShapeDtypeStruct, small: bool) -> Iterator[tuple[int | None, Any]]:
+            """The parameter's layers, or (None, the whole of it); read when asked for."""
             layers = range(spec.shape[0]) if is_stacked(name) else [None]
-            array = jnp.zeros(spec.shape if is_stacked(name) else (), spec.dtype)
             for layer in layers:
                 stored = piece(Entry(name, layer))
-                value = jnp.asarray(stored)
+                value = np.asarray(stored) if small else jnp.asarray(stored)
                 if jnp.issubdtype(value.dtype, jnp.floating):
-                    finite[Entry(name, layer)] = all_finite(value)
-                array = value.astype(spec.dtype) if layer is None else write_layer(array, value, layer)
+                    finite[Entry(name, layer)] = np.isfinite(value).all() if small else all_finite(value)
+                yield layer, value
                 if isinstance(stored, np.ndarray):
                     release(stored)
                 bar.update(spec.size * spec.dtype.itemsize // len(layers))
-            arrays[name] = array
+
+        for name, spec in skeleton.specs.items():
+            small = spec.size * spec.dtype.itemsize <= SMALL_BYTES
+            arrays[name] = (stack_on_host if small else stack_on_device)(spec, values(name, spec, small))
     bad = [describe(entry) for entry, ok in finite.items() if not ok]
     if bad:
         raise CheckpointError(f"{what} holds NaN or infinity in {shorten(bad)}; download it again")
     return arrays
+
+
+def stack_on_host(spec: jax.ShapeDtypeStruct, values: Iterator[tuple[int | None, np.ndarray]]) -> jax.Array:
+    array = np.empty(spec.shape, spec.dtype)
+    for layer, value in values:
+        array[... if layer is None else layer] = value
+    return jnp.asarray(array)
+
+
+def stack_on_device(spec: jax.ShapeDtypeStruct, values: Iterator[tuple[int | None, jax.Array]]) -> jax.Array:
+    array = None
+    for layer, value in values:
+        if layer is None:
+            array = value.astype(spec.dtype)
+        else:
+            array = write_layer(jnp.zeros(spec.shape, spec.dtype) if array is None else array, value, layer)
+    assert array is not None
+    return array
 
 
 def load_converted(path: Path, options: dict[str, Any]) -> WanModel:
