@@ -306,7 +306,9 @@ def matmul_requantize(
     n, k = w_q.shape
     x_q = x.q.reshape(-1, k)
     chosen = choose(implementation, dtype=dtype, rows=len(x_q), features_out=n)
-    if chosen == "reference" or quant.scheme == "channel" or quant.group == 1 or n % BLOCK:
+    # The Hopper form runs when it is named: tests/gpu has not compared its values on a card yet.
+    unproven = chosen == "mosaic" and implementation is None
+    if chosen == "reference" or unproven or quant.scheme == "channel" or quant.group == 1 or n % BLOCK:
         y = matmul(x, w_q, w_scale, bias, quant, gelu=gelu, dtype=dtype, implementation=implementation)
         return quantize(y, quant, implementation=implementation)
     if chosen == "mosaic":
