@@ -59,7 +59,11 @@ def folder(tmp_path_factory):
     nan = turbo(small())
     nan["head.head.bias"][:] = np.nan
     save(folder / "nan.pth", nan)
+    raising = "import jax\nfrom turbojax import cli\n\n\ndef main():\n    raise {}\n\n\ncli.run(main, help_text='')\n"
     for name, text in {
+        "device": raising.format("jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes')"),
+        "host": raising.format("MemoryError"),
+        "bug": raising.format("jax.errors.JaxRuntimeError('INTERNAL: surprise')"),
         "syntax": "def get_config(:\n",
         "without": "x = 1\n",
         "import": "import nothing_of_this_name\n",
@@ -112,6 +116,8 @@ GENERATE_MISTAKES: dict[str, tuple[list[str], str]] = {
     "missing weights": ([*WITH_DEMO, "--config.weights=FOLDER/nothing.pth"], "is neither a file, a folder nor"),
     "missing weights, relative": ([*WITH_DEMO, "--config.weights=models/x.pth"], "'models/x.pth' is neither a file"),
     "a repository, offline": ([*WITH_DEMO, "--config.weights=TurboDiffusion/x"], "could not be downloaded"),
+    "too little memory on the device": (["FOLDER/device.py"], "memory is not enough for this; take int8 weights"),
+    "too little memory on the host": (["FOLDER/host.py"], "memory is not enough for this; take int8 weights"),
     "unknown model": ([*WITH_DEMO, "--config.weights=random", "--config.model=wan9"], "model='wan9' is unknown"),
     "attention type": ([*WITH_DEMO, "--config.attention_type=flash"], "attention_type='flash' is unknown"),
     "prompt's seed": ([*WITH_DEMO, "--config.seed=-1"], "seed=-1 must be in 0..4294967295"),
@@ -164,7 +170,7 @@ def outcomes(folder, demo):
     helps = {
         f"{Path(script).stem} {flag}": [script, flag] for script in (GENERATE, CONVERT) for flag in ("--help", "-h")
     }
-    return run_all(cases | helps, folder)
+    return run_all(cases | helps | {"bug": ["FOLDER/bug.py"]}, folder)
 
 
 @pytest.mark.parametrize("name", MISTAKES)
@@ -184,6 +190,13 @@ def test_one_sentence_for_each_mistake(outcomes, folder, name):
 def test_mistakes_leave_nothing_behind(outcomes, folder):
     assert not (folder / "trace").exists()
     assert not list(folder.glob("*part*")) + list(folder.glob("out*"))
+
+
+def test_a_bug_keeps_its_traceback(outcomes):
+    code, _, stderr = outcomes["bug"]
+    assert code == 1
+    assert "Traceback" in stderr
+    assert "INTERNAL: surprise" in stderr
 
 
 @pytest.mark.parametrize("flag", ["--help", "-h"])

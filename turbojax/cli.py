@@ -5,6 +5,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import jax
 from absl import app, flags, logging
 
 from turbojax.config import check_names
@@ -26,6 +27,10 @@ def run(main: Callable[[], None], *, help_text: str) -> None:
             main()
         except UserError as error:
             fail(error)
+        except (MemoryError, jax.errors.JaxRuntimeError) as error:
+            if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            fail(UserError("memory is not enough for this; take int8 weights, a smaller video or fewer samples"))
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr)
             sys.exit(130)
