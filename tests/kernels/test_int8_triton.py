@@ -50,13 +50,13 @@ KERNELS = {
         int8_triton.quantize_blocks_kernel,
         {"x": BF16, "q": INT8, "scale": F32},
         {"M": 75600, "K": 5120, "GROUP": 128},
-        int8_triton.Tiles(128, 128, 4, 1),
+        int8_triton.Tiles(128, 128, 16, 1),
     ),
     "norm_quantize": (
         int8_triton.norm_quantize_kernel,
         {"x": BF16, "statistics": F32, "shift": F32, "scale": F32, "q": INT8, "q_scale": F32},
         {"M": 75600, "L": 75600, "D": 5120, "GROUP": 128},
-        int8_triton.Tiles(128, 128, 4, 1),
+        int8_triton.Tiles(128, 128, 16, 1),
     ),
 }
 

@@ -15,6 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from turbojax.errors import UserError
+from turbojax.kernels import mosaic
 
 BLOCK = 128
 CONSUMERS = 2  # warp groups that compute
@@ -135,11 +136,11 @@ def kernel(x, x_scale, w, w_scale, *rest, m, n, k, tiles: Tiles, scheme: str, ha
         pl.run_scoped,
         allocations=pipeline(ignore, ignore).get_allocations(x, w),
         out_smem=plgpu.SMEM((CONSUMERS, tiles.rows, tiles.columns), y.dtype, transforms=result),
-        amax_smem=plgpu.SMEM((CONSUMERS,), jnp.float32),
+        row_amax=plgpu.SMEM((CONSUMERS * tiles.rows,), jnp.float32),
         both=plgpu.Barrier(num_arrivals=CONSUMERS),
         collective_axes="wg",
     )
-    def scope(allocations, out_smem, amax_smem, both):
+    def scope(allocations, out_smem, row_amax, both):
         wg = lax.axis_index("wg")
         in_cluster = lax.axis_index("cluster")
 
@@ -182,25 +183,26 @@ def kernel(x, x_scale, w, w_scale, *rest, m, n, k, tiles: Tiles, scheme: str, ha
             def block_amax(f):
                 """The largest |f| over both warp groups, 1e-8 at least; NaN if any is.
 
-                One group cannot overwrite what the other has not read: it would first need tiles that wait for both.
+                Both groups reduce the same 128 rows to a scalar: the compiler gives all groups one scratch for that, where
+                different values would race. Neither can overwrite the rows before the other has read them, because a tile
+                lies between: each waits for `both`, then for the products that follow.
                 """
-                poison = jnp.sum(jnp.sum(f * 0.0, axis=1), axis=0)
-                amax_smem[wg] = jnp.max(jnp.max(jnp.abs(f), axis=1), axis=0) + poison
+                row_amax[pl.ds(wg * tiles.rows, tiles.rows)] = jnp.max(jnp.abs(f), axis=1)
                 plgpu.barrier_arrive(both)
                 plgpu.barrier_wait(both)
-                return jnp.maximum(jnp.maximum(amax_smem[0], amax_smem[1]), 1e-8)
+                return jnp.maximum(jnp.max(row_amax[...]), 1e-8)
 
             def finish(acc):
                 first_row = i * block_m + wg * tiles.rows
                 first_column = j * block_n
                 if scheme == "channel":
                     acc = acc.astype(jnp.float32)
-                    row_scale = plgpu.load(x_scale.at[pl.ds(first_row, tiles.rows)], (), optimized=False)
-                    column_scale = plgpu.load(w_scale.at[pl.ds(first_column, tiles.columns)], (), optimized=False)
+                    row_scale = mosaic.load(x_scale.at[pl.ds(first_row, tiles.rows)])
+                    column_scale = mosaic.load(w_scale.at[pl.ds(first_column, tiles.columns)])
                     acc = acc * lax.broadcast_in_dim(row_scale, acc.shape, [0])
                     acc = acc * lax.broadcast_in_dim(column_scale, acc.shape, [1])
                 if bias is not None:
-                    b = plgpu.load(bias.at[pl.ds(first_column, tiles.columns)], (), optimized=False)
+                    b = mosaic.load(bias.at[pl.ds(first_column, tiles.columns)])
                     acc = acc.astype(jnp.bfloat16).astype(jnp.float32) + lax.broadcast_in_dim(b, acc.shape, [1])
                 if gelu:
                     acc = gelu_tanh(acc.astype(jnp.bfloat16).astype(jnp.float32))
