@@ -3,22 +3,17 @@
 import os
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import pytest
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-
+from tests.kernels.ahead_of_time import BF16, F32, INT8, SHARED_MEMORY, usage
 from turbojax.kernels import int8_triton
 
 ROOT = Path(__file__).parents[2]
-SHARED_MEMORY = {80: 163, 89: 99, 90: 227, 120: 99}  # KiB a block may have, by compute capability
 
-BF16, INT8, F32 = "*bf16", "*i8", "*fp32"
 MATMUL = {"x": INT8, "x_scale": F32, "w": INT8, "w_scale": F32, "bias": BF16, "y": BF16, "y_scale": F32}
 SHAPE = {"M": 75600, "N": 5120, "K": 5120}
 BLOCK, CHANNEL, WEIGHTS = int8_triton.BLOCK_TILES, int8_triton.CHANNEL_TILES, int8_triton.DEQUANTIZING_TILES
@@ -77,24 +72,6 @@ def test_kernels_in_the_interpreter():
 def test_kernel_compiles_within_limits(name, capability):
     """No spilled registers, and no more shared memory than a block may have."""
     kernel, pointers, constants, tiles = KERNELS[name]
-    arguments = kernel.arg_names
-    source = ASTSource(
-        fn=kernel,
-        signature={a: pointers.get(a, "constexpr") for a in arguments},
-        constexprs={(arguments.index(a),): value for a, value in constants.items()},
-        attrs={(i,): [["tt.divisibility", 16]] for i, a in enumerate(arguments) if a in pointers},
-    )
-    options = {"num_warps": tiles.warps, "num_stages": tiles.stages}
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    assert compiled.metadata.shared <= SHARED_MEMORY[capability] * 1024
-    assert stack_bytes(compiled.asm["cubin"]) == 0
-
-
-def stack_bytes(cubin: bytes) -> int:
-    """Stack a thread, where spilled registers go; from the disassembler that Triton ships."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    return int(usage.split("STACK:")[1].split()[0])
+    used = usage(kernel, pointers, constants, warps=tiles.warps, stages=tiles.stages, capability=capability)
+    assert used.shared <= SHARED_MEMORY[capability] * 1024
+    assert used.stack == 0
