@@ -1,32 +1,37 @@
 """Triton kernels of SageSLA; the equations are in `turbojax.kernels.sage`.
 
-B batch, L tokens, N heads, H head dim. int8 codes of q and k are padded to whole blocks and e4m3 values to 128 rows, with
-zeros: inside the loop over key blocks no load needs a mask. The table of key blocks ascends, so only its last entry can be
-the partial block, and only that one masks its scores.
+B batch, L tokens, N heads, H head dim. int8 codes of q and k are padded to whole blocks and e4m3 values to 128 rows,
+with zeros: inside the loop over key blocks no load needs a mask. The table of key blocks ascends, so only its last
+entry can be the partial block, and only that one masks its scores.
 """
 
-import math
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import triton
 import triton.language as tl
 
+from turbojax.kernels.sage import E4M3_OF_V, LOG2_E, Values
 from turbojax.kernels.triton_call import triton_call
 
-Values = Literal["exact", "float8", "float8_values"]
-
-LOG2_E = math.log2(math.e)
 VALUE_ROWS = 128  # rows of v that one program converts
 AMAX_ROWS = 1024  # rows of v that one program takes the largest magnitude of
 
 
-class Settings(NamedTuple):
+class Tiles(NamedTuple):
     """Warps a program and stages of loads in flight."""
 
     warps: int
     stages: int
+
+
+def forward_tiles(capability: tuple[int, int], *, block_q: int) -> Tiles:
+    """The sparse kernel's tiles that no capability spills registers with (tests/kernels).
+
+    One warp group of Hopper's takes 64 rows; elsewhere eight warps share the registers.
+    """
+    return Tiles(warps=4 if capability == (9, 0) and block_q == 64 else 8, stages=3)
 
 
 @triton.jit
@@ -180,8 +185,8 @@ def sage_forward_kernel(
 
     q_code, k_code int8 [B, blocks * block, N, H] with scales float32 [B, N, blocks]; table int32
     [B, N, query blocks, COUNT], ascending. v e4m3 [B, N, H, L padded to 128] for VALUES "float8", else bfloat16
-    [B, L, N, H]; v_scale float32 [B, N, H]. The linear branch: q bfloat16 [B, L, N, H], projected bfloat16 [B, N, H, H],
-    normalizer float32 [B, N, H], bias float32 [H]. out bfloat16 [B, L, N, H].
+    [B, L, N, H]; v_scale float32 [B, N, H]. The linear branch: q bfloat16 [B, L, N, H], projected bfloat16
+    [B, N, H, H], normalizer float32 [B, N, H], bias float32 [H]. out bfloat16 [B, L, N, H].
     """
     i, head = tl.program_id(0), tl.program_id(1)
     b, n = (head // N).to(tl.int64), head % N
@@ -270,8 +275,11 @@ def quantize_rows(
     return code, scale, block_means
 
 
-def quantize_values(v: jax.Array, *, largest: float) -> tuple[jax.Array, jax.Array]:
-    """As `sage.quantize_values`: v bfloat16 `[B, L, N, H]` to e4m3 `[B, N, H, L padded to 128]` and scales `[B, N, H]`."""
+def quantize_values(v: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """As `sage.quantize_values`: v bfloat16 `[B, L, N, H]` to e4m3 and float32 scales `[B, N, H]`.
+
+    The codes are transposed and padded with zeros, `[B, N, H, L padded to 128]`.
+    """
     batch, length, heads, dim = v.shape
     chunks, blocks = -(-length // AMAX_ROWS), -(-length // VALUE_ROWS)
     shape = dict(num_stages=1, L=length, N=heads, H=dim)
@@ -294,10 +302,10 @@ def quantize_values(v: jax.Array, *, largest: float) -> tuple[jax.Array, jax.Arr
         grid=(heads, blocks, batch),
         num_warps=8,
         ROWS=VALUE_ROWS,
-        LARGEST=largest,
+        LARGEST=E4M3_OF_V,
         **shape,
     )
-    return code, amax / largest
+    return code, amax / E4M3_OF_V
 
 
 def sage_forward(
@@ -316,7 +324,7 @@ def sage_forward(
     block_q: int,
     block_k: int,
     values: Values,
-    settings: Settings,
+    tiles: Tiles,
 ) -> jax.Array:
     """The sparse branch over the chosen key blocks plus the linear branch, bfloat16 `[B, L, N, H]`.
 
@@ -341,8 +349,8 @@ def sage_forward(
         bias,
         out_shape=(jax.ShapeDtypeStruct(q.shape, jnp.bfloat16),),
         grid=(table.shape[2], batch * heads),
-        num_warps=settings.warps,
-        num_stages=settings.stages,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
         L=length,
         N=heads,
         H=dim,
