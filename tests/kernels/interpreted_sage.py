@@ -5,14 +5,11 @@ Collected by test_sage_triton.py in a process of its own, with TRITON_INTERPRET=
 
 import re
 
-import re
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.golden_io import GOLDEN, load
 from tests.golden_io import GOLDEN, load
 from tests.kernels import interpreter
 from tests.parity_sage import FORMS, as_rows
@@ -89,17 +86,18 @@ def both(q, k, v, **options):
 
 @pytest.mark.parametrize("values", ["float8", "float8_values", "exact"])
 @pytest.mark.parametrize(("block_q", "block_k"), sage.FUSED_BLOCKS)
-@pytest.mark.parametrize(("length", "dim", "topk"), [(300, 128, 0.7), (256, 64, 0.5), (300, 64, 1.0)])
-def test_forward(length, dim, topk, block_q, block_k, values):
-    """bfloat16 roundings apart: the reference rounds the branches before it adds them, and P of "exact" not at all."""
-    got, expected = both(*arrays(length, dim=dim), topk=topk, block_q=block_q, block_k=block_k, values=values)
+def test_forward(block_q, block_k, values):
+    """Of two samples, with partial blocks. The reference rounds each branch to bfloat16, the kernel P of two forms."""
+    options = {"topk": 0.7, "block_q": block_q, "block_k": block_k, "values": values}
+    got, expected = both(*arrays(200, batch=2, heads=1), **options)
     assert got.dtype == BF16
     assert relative_error(got, expected) < 6e-3
     assert np.abs(np.asarray(got, np.float32) - np.asarray(expected, np.float32)).max() < 4e-2
 
 
-def test_forward_of_two_samples():
-    got, expected = both(*arrays(200, batch=2), topk=0.6)
+@pytest.mark.parametrize("values", ["float8", "exact"])
+def test_forward_without_partial_blocks(values):
+    got, expected = both(*arrays(256, dim=128), topk=1.0, values=values)
     assert relative_error(got, expected) < 6e-3
 
 
@@ -135,30 +133,22 @@ CONFIG, FIXTURE = load(GOLDEN / "sagesla.safetensors")
 @pytest.mark.parametrize("blocks", ["q128_k64", "q64_k128"])
 @pytest.mark.parametrize("name", ["a", "b"])
 def test_golden(name, blocks):
-    """Codes as recorded, the three forms within 1.5 times the recorded distance from exact attention."""
-    case = CONFIG["cases"][name]
+    """Codes as recorded; the sparse branch as near to what is recorded as bfloat16 is, to 5 %."""
+    topk = CONFIG["cases"][name][blocks]["topk"]
     block_q, block_k = map(int, re.findall(r"\d+", blocks))
     q, k, v = (jnp.asarray(FIXTURE[f"in.{name}.{key}"]).astype(BF16) for key in ("q", "k", "v"))
-    out = {key: FIXTURE[f"out.{name}.{blocks}.{key}"] for key in ("q_int8", "q_scale", "k_int8", "k_scale", *FORMS)}
+    recorded = {
+        key: FIXTURE[f"out.{name}.{blocks}.{key}"] for key in ("q_int8", "q_scale", "k_int8", "k_scale", *FORMS)
+    }
     k_mean = jnp.mean(k.astype(jnp.float32), axis=1)
     for key, x, block, mean in (("q", q, block_q, None), ("k", k, block_k, k_mean)):
         code, scale, _ = sage_triton.quantize_rows(x, block, mean=mean)
-        np.testing.assert_array_equal(code[:, : x.shape[1]], out[f"{key}_int8"])
-        np.testing.assert_allclose(scale, out[f"{key}_scale"], atol=5e-8)
-    weight, bias = (jnp.asarray(FIXTURE[f"w.{name}.proj_l.{key}"]) for key in ("weight", "bias"))
+        np.testing.assert_array_equal(code[:, : x.shape[1]], recorded[f"{key}_int8"])
+        np.testing.assert_allclose(scale, recorded[f"{key}_scale"], atol=5e-8)
+    no_linear_branch = jnp.zeros((q.shape[-1], q.shape[-1])), jnp.zeros(q.shape[-1])
+    options = {"topk": topk, "block_q": block_q, "block_k": block_k, "implementation": "triton"}
     for form, values in FORMS.items():
-        got = sage.sage_sparse_linear_attention(
-            q,
-            k,
-            v,
-            weight,
-            bias,
-            topk=case[blocks]["topk"],
-            block_q=block_q,
-            block_k=block_k,
-            values=values,
-            implementation="triton",
-        )
-        expected = out[form] + FIXTURE[f"out.{name}.o_l"]
-        difference = np.asarray(got, np.float32) - expected
-        print(name, blocks, form, np.abs(difference).max(), np.sqrt((difference**2).mean()), case[blocks])
+        expected = recorded[form]
+        got = sage.sage_sparse_linear_attention(q, k, v, *no_linear_branch, values=values, **options)
+        rounding = np.linalg.norm(expected - expected.astype(BF16).astype(np.float32))
+        assert np.linalg.norm(np.asarray(got, np.float32) - expected) < 1.05 * rounding

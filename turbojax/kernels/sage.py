@@ -160,10 +160,8 @@ def choose(
     elif (block_q, block_k) not in FUSED_BLOCKS:
         problem = f"take blocks of (64, 128) or (128, 64), not {(block_q, block_k)}"
     elif values == "float8" and capability < (8, 9):
-        major, minor = capability
-        raise UserError(
-            f'sage_values="float8" needs compute capability 8.9 and this GPU has {major}.{minor}; set sage_values="exact"'
-        )
+        has = ".".join(map(str, capability))
+        raise UserError(f'sage_values="float8" needs compute capability 8.9, not {has}; set sage_values="exact"')
     if problem is None:
         return "triton"
     if implementation == "triton":

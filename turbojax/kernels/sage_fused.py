@@ -46,7 +46,7 @@ def exact_einsum(equation: str, *arrays: jax.Array) -> jax.Array:
 
 
 def mean_of_means(means: jax.Array, block: int, length: int) -> jax.Array:
-    """Means over blocks of rows `[B, N, blocks, H]` to that over all `length` rows, `[B, N, H]`; the last is partial."""
+    """The mean `[B, N, H]` over all `length` rows, from block means `[B, N, blocks, H]`."""
     rows = jnp.minimum(block, length - block * jnp.arange(means.shape[2])).astype(jnp.float32)
     return exact_einsum("j,bnjh->bnh", rows / length, means)
 
