@@ -129,3 +129,15 @@ def create_fma(self, x, y, z):
 
 
 interpreter.InterpreterBuilder.create_fma = create_fma
+
+
+original_patch = interpreter._patch_lang_tensor
+
+
+def patch_tensor(tensor, scope):
+    """Loop bounds that are computed: the interpreter's scalars have one element, which NumPy no longer takes for int."""
+    original_patch(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+
+interpreter._patch_lang_tensor = patch_tensor

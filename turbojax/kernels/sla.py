@@ -7,14 +7,56 @@ B batch, L tokens, N heads, H head dim. Queries are cut in blocks I of `block_q`
     linear  = phi(q) (phi(k)^T v) / (1e-5 + phi(q) sum phi(k)),   phi = softmax over the head dim, all keys
     output  = sparse + linear W_l^T + b_l
 
-The block map takes no gradient. Everything here is the reference; no step holds `[L, L]`.
+The block map takes no gradient, and no step holds `[L, L]`.
+
+Implementations: "triton" (bfloat16, compute capability 8.0 and later) and "reference" (jnp, anything, anywhere). None
+chooses; a named one runs or raises.
 """
+
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from turbojax.errors import UserError
+from turbojax.kernels import triton_call
+from turbojax.kernels.dispatch import compute_capability
+
+Implementation = Literal["triton", "reference"]
+
+BLOCKS = ((128, 64), (64, 64), (64, 128))  # rows of query and key blocks that the kernels take
+MOST_KEY_BLOCKS = 4096
+
+
+def choose(
+    implementation: Implementation | None, q: jax.Array, *, keys: int, block_q: int, block_k: int
+) -> Implementation:
+    """The implementation that runs: the named one, or the fastest one that can; q `[B, L, N, H]`."""
+    if implementation not in (None, "triton", "reference"):
+        raise UserError(f"{implementation=} is unknown; choose triton, reference or None")
+    if implementation == "reference":
+        return "reference"
+    obstacle = triton_obstacle(q, keys=keys, block_q=block_q, block_k=block_k)
+    if obstacle and implementation == "triton":
+        raise UserError(f"implementation='triton' of sparse-linear attention takes {obstacle}; None chooses another")
+    return "reference" if obstacle else "triton"
+
+
+def triton_obstacle(q: jax.Array, *, keys: int, block_q: int, block_k: int) -> str | None:
+    """Why the Triton kernels cannot run, as what they take instead; None if they can."""
+    capability = compute_capability()
+    if triton_call.override is None and (capability is None or capability < (8, 0)):
+        return "an NVIDIA GPU of compute capability 8.0 or later"
+    if q.dtype != jnp.bfloat16:
+        return f"bfloat16, not {q.dtype}"
+    if q.shape[-1] not in (64, 128):
+        return f"a head dim of 64 or 128, not {q.shape[-1]}"
+    if (block_q, block_k) not in BLOCKS:
+        return f"blocks (block_q, block_k) of {', '.join(map(str, BLOCKS))}, not {(block_q, block_k)}"
+    if -(-keys // block_k) > MOST_KEY_BLOCKS:
+        return f"up to {MOST_KEY_BLOCKS} key blocks, not {-(-keys // block_k)}"
+    return None
 
 
 def num_selected(topk: float, key_blocks: int) -> int:
@@ -101,11 +143,19 @@ def sparse_linear_attention(
     topk: float,
     block_q: int = 128,
     block_k: int = 64,
+    implementation: Implementation | None = None,
 ) -> jax.Array:
     """The whole of the module docstring; q, k (rotated) and v `[B, L, N, H]`, proj_weight `[H, H]` (out, in).
 
-    The default blocks are those that TurboDiffusion's published checkpoints run with.
+    The default blocks are those that TurboDiffusion's published checkpoints run with. Kernels have gradients by
+    `jax.vjp` only: training by `jax.jvp` (sCM) needs implementation="reference".
     """
+    if choose(implementation, q, keys=k.shape[1], block_q=block_q, block_k=block_k) == "triton":
+        from turbojax.kernels import sla_fused
+
+        count = num_selected(topk, -(-k.shape[1] // block_k))
+        settings = sla_fused.settings(count, block_q=block_q, block_k=block_k, dim=q.shape[-1])
+        return sla_fused.attention(q, k, v, proj_weight, proj_bias, settings)
     table = block_table(q, k, topk=topk, block_q=block_q, block_k=block_k)
     sparse = sparse_softmax(q, k, v, table, block_q=block_q, block_k=block_k)
     return sparse + linear_branch(q, k, v, proj_weight, proj_bias)

@@ -1,0 +1,112 @@
+"""The Triton kernels of sparse-linear attention in the interpreter, against the reference.
+
+Collected by test_sla_triton.py in a process of its own, with TRITON_INTERPRET=1.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from tests.golden_io import GOLDEN, load
+from tests.kernels import interpreter
+from turbojax.kernels import sla, sla_fused, sla_triton, triton_call
+
+BF16 = jnp.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def launcher(monkeypatch):
+    monkeypatch.setattr(triton_call, "override", interpreter.launch)
+
+
+def arrays(length: int, *, batch: int = 1, heads: int = 2, dim: int = 64) -> list[jax.Array]:
+    """q, k, v, proj_weight, proj_bias; k with an offset, as trained networks have one."""
+    keys = jax.random.split(jax.random.key(length + dim), 5)
+    shapes = [(batch, length, heads, dim)] * 3 + [(dim, dim), (dim,)]
+    q, k, v, weight, bias = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
+    return [q.astype(BF16), (k + 0.5).astype(BF16), v.astype(BF16), weight * 0.2, bias]
+
+
+def errors(got, expected) -> tuple[float, float]:
+    """Root mean square and maximum of the difference."""
+    difference = np.asarray(got, np.float32) - np.asarray(expected, np.float32)
+    return float(np.sqrt(np.mean(difference**2))), float(np.abs(difference).max())
+
+
+def as_float32(values):
+    return [value.astype(jnp.float32) for value in values]
+
+
+@pytest.mark.parametrize(("length", "block", "dim"), [(64, 64, 64), (150, 64, 128), (130, 128, 64)])
+def test_block_means_and_key_summary(length, block, dim):
+    _, k, v, _, _ = arrays(length, batch=2, heads=3, dim=dim)
+    means, state, normalizer = sla_triton.key_summary(k, v, block)
+    expected = sla.block_means(k, block)
+    np.testing.assert_allclose(means, expected, atol=1e-6)
+    np.testing.assert_allclose(sla_triton.block_means(k, block), expected, atol=1e-6)
+    phi = jax.nn.softmax(k.astype(jnp.float32), axis=-1)
+    np.testing.assert_allclose(normalizer, phi.sum(axis=1), rtol=1e-5)
+    exact = jnp.einsum("bsnh,bsnd->bnhd", phi, v.astype(jnp.float32))
+    assert errors(state, exact)[0] < 3e-3 * float(jnp.sqrt(jnp.mean(exact**2)))
+
+
+def test_key_summary_in_shares(monkeypatch):
+    """The sequence in several parts, the last one short, is the sequence in one."""
+    _, k, v, _, _ = arrays(300, dim=64)
+    whole = sla_triton.key_summary(k, v, 64)
+    monkeypatch.setattr(sla_triton, "SUMMARY_PROGRAMS", 4)
+    for got, expected in zip(sla_triton.key_summary(k, v, 64), whole, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("blocks", "count"), [(1, 1), (2, 1), (5, 5), (37, 3), (300, 30)])
+def test_choose_blocks_is_top_k(blocks, count):
+    scores = jax.random.normal(jax.random.key(blocks), (2, 1, 3, blocks))
+    coarse = jnp.round(scores * 2) / 2 * jnp.where(scores > 1, 0.0, 1.0)  # many ties, and zeros of either sign
+    for s in (scores, coarse, -jnp.abs(scores), jnp.zeros_like(scores), jnp.full_like(scores, -jnp.inf)):
+        expected = jnp.sort(lax.top_k(s, count)[1], axis=-1)
+        np.testing.assert_array_equal(sla_triton.choose_blocks(s, count), expected)
+
+
+def fused(inputs, topk: float, block_q: int, block_k: int) -> jax.Array:
+    length, dim = inputs[0].shape[1], inputs[0].shape[3]
+    count = sla.num_selected(topk, -(-length // block_k))
+    return sla_fused.attention(*inputs, sla_fused.settings(count, block_q=block_q, block_k=block_k, dim=dim))
+
+
+@pytest.mark.parametrize(
+    ("length", "batch", "dim", "topk", "block_q", "block_k"),
+    [
+        (300, 2, 64, 0.4, 128, 64),
+        (300, 1, 128, 0.7, 128, 64),
+        (257, 1, 64, 1e-6, 64, 64),
+        (256, 1, 64, 1.0, 64, 128),
+        (330, 1, 64, 1.0, 64, 128),
+        (5, 1, 64, 1.0, 128, 64),
+    ],
+)
+def test_attention(length, batch, dim, topk, block_q, block_k):
+    """Against float32 on the same bfloat16 inputs, within the golden files' measure for a bfloat16 kernel."""
+    inputs = arrays(length, batch=batch, dim=dim)
+    expected = sla.sparse_linear_attention(*as_float32(inputs), topk=topk, block_q=block_q, block_k=block_k)
+    rms, largest = errors(fused(inputs, topk, block_q, block_k), expected)
+    assert rms < 4e-3
+    assert largest < 3e-2
+
+
+@pytest.mark.parametrize("name", "abcd")
+def test_golden_files(name):
+    """Numbers of the public PyTorch code in float32; inputs are rounded to bfloat16 here."""
+    config, t = load(GOLDEN / "sla.safetensors")
+    case = config["cases"][name]
+    q, k, v = (jnp.asarray(t[f"in.{name}.{key}"]).astype(BF16) for key in "qkv")
+    inputs = [q, k, v, *(jnp.asarray(t[f"w.{name}.proj_l.{key}"]) for key in ("weight", "bias"))]
+    table = jnp.asarray(t[f"out.{name}.lut_sorted"])
+    settings = sla_fused.settings(table.shape[-1], block_q=case["BLKQ"], block_k=case["BLKK"], dim=q.shape[-1])
+    k_means, _, _ = sla_triton.key_summary(k, v, case["BLKK"])
+    np.testing.assert_array_equal(sla_fused.block_table(q, k_means, settings), table)
+    rms, largest = errors(sla_fused.attention(*inputs, settings), t[f"out.{name}.o"])
+    assert rms < 2e-3
+    assert largest < 1.3e-2

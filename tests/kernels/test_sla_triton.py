@@ -1,0 +1,67 @@
+"""The Triton kernels of sparse-linear attention without a GPU: in the interpreter, and compiled ahead of time."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from tests.kernels.ahead_of_time import BF16, F32, INT32, SHARED_MEMORY, usage
+from turbojax.kernels import sla_triton
+
+ROOT = Path(__file__).parents[2]
+
+SHAPE = {"L": 75600, "N": 40}  # with a partial block at the end
+FORWARD = dict.fromkeys(("q", "k", "v", "projected", "out", "sparse"), BF16) | {"table": INT32}
+FORWARD |= dict.fromkeys(("normalizer", "bias", "lse"), F32)
+SUMMARY = {"k": BF16, "v": BF16, "means": F32, "states": F32, "normalizers": F32}
+
+
+def test_kernels_in_the_interpreter():
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/interpreted_sla.py"],
+        cwd=ROOT,
+        env=os.environ | {"TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-3000:]
+
+
+def assert_within_limits(
+    kernel, pointers, constants, *, warps: int, stages: int, capability: int, spills: bool = False
+):
+    """No spilled registers, and no more shared memory than a block may have."""
+    used = usage(kernel, pointers, constants, warps=warps, stages=stages, capability=capability)
+    assert used.shared <= SHARED_MEMORY[capability] * 1024
+    assert spills or used.stack == 0
+
+
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+@pytest.mark.parametrize("residuals", [False, True])
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize(("block_q", "block_k"), [(128, 64), (64, 64), (64, 128)])
+def test_sparse_forward_compiles_within_limits(block_q, block_k, dim, residuals, capability):
+    tiles = sla_triton.tiles(divmod(capability, 10), block_q=block_q, block_k=block_k, dim=dim)
+    blocks = {"BLOCK_Q": block_q, "BLOCK_K": block_k, "KEYS": tiles.keys, "COUNT": 59}
+    constants = SHAPE | blocks | {"H": dim, "SCALE": 0.1275, "RESIDUALS": residuals}
+    settings = {"warps": tiles.warps, "stages": tiles.stages, "capability": capability}
+    assert_within_limits(sla_triton.sparse_forward_kernel, FORWARD, constants, **settings)
+
+
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+@pytest.mark.parametrize("dim", [64, 128])
+def test_small_kernels_compile_within_limits(dim, capability):
+    shape = SHAPE | {"H": dim}
+    summary = shape | {"ROWS": sla_triton.SUMMARY_ROWS, "SHARE": 91, "SHARES": 13}
+    assert_within_limits(sla_triton.key_summary_kernel, SUMMARY, summary, warps=8, stages=3, capability=capability)
+    means = {"x": BF16, "means": F32}
+    assert_within_limits(
+        sla_triton.block_means_kernel, means, shape | {"BLOCK": 128}, warps=4, stages=1, capability=capability
+    )
+    choose = {"BLOCKS": 4000, "COUNT": 400, "WIDTH": 4096}
+    scores = {"scores": F32, "table": INT32}
+    assert_within_limits(sla_triton.choose_blocks_kernel, scores, choose, warps=4, stages=1, capability=capability)

@@ -1,0 +1,94 @@
+"""Sparse-linear attention out of fused kernels, with its gradients; the equations are in `turbojax.kernels.sla`.
+
+block means of q                                     reads q
+block means of k, phi(k)^T v, sum phi(k)             reads k and v
+scores, and the block map from them                  small
+sparse softmax + linear branch + projection + bias   reads q and the chosen blocks of k and v, writes the result
+"""
+
+import dataclasses
+import functools
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from turbojax.kernels import sla_triton
+from turbojax.kernels.dispatch import compute_capability
+from turbojax.kernels.sla import linear_branch, sparse_softmax
+
+SparseKernel = Literal["triton"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What the kernels are compiled for.
+
+    count: key blocks a query block attends to. sparse_kernel, tiles: who runs the sparse forward pass, and how.
+    """
+
+    count: int
+    block_q: int
+    block_k: int
+    sparse_kernel: SparseKernel
+    tiles: sla_triton.Tiles
+
+
+def settings(count: int, *, block_q: int, block_k: int, dim: int) -> Settings:
+    """The fastest settings for the device's compute capability."""
+    tiles = sla_triton.tiles(compute_capability(), block_q=block_q, block_k=block_k, dim=dim)
+    return Settings(count, block_q, block_k, "triton", tiles)
+
+
+def sparse_forward(*arrays: jax.Array, settings: Settings, residuals: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`sla_triton.sparse_forward`, or a kernel in its place with the same arguments and results."""
+    s = settings
+    return sla_triton.sparse_forward(*arrays, block_q=s.block_q, block_k=s.block_k, tiles=s.tiles, residuals=residuals)
+
+
+def exact_einsum(equation: str, *arrays: jax.Array) -> jax.Array:
+    """float32 products, not the tensor cores' shorter ones."""
+    return jnp.einsum(equation, *arrays, precision=lax.Precision.HIGHEST)
+
+
+def block_table(q: jax.Array, k_means: jax.Array, settings: Settings) -> jax.Array:
+    """As `sla.block_table`, from the means of k's blocks, float32 `[B, N, key blocks, H]`."""
+    length = q.shape[1]
+    share = sla_triton.block_rows(length, settings.block_k) / length
+    k_mean = jnp.sum(k_means * share[None, None, :, None], axis=2)
+    q_means = sla_triton.block_means(q, settings.block_q)
+    scores = exact_einsum("bnih,bnjh->bnij", q_means, k_means - k_mean[:, :, None])
+    return sla_triton.choose_blocks(scores, settings.count)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, proj_weight: jax.Array, proj_bias: jax.Array, settings: Settings
+) -> jax.Array:
+    """`sla.sparse_linear_attention` of bfloat16 q, k, v `[B, L, N, H]`; the block map takes no gradient."""
+    out, _ = forward(q, k, v, proj_weight, proj_bias, settings, residuals=False)
+    return out
+
+
+def forward(q, k, v, proj_weight, proj_bias, settings: Settings, *, residuals: bool = True):
+    """The result, and what the gradients need."""
+    k_means, state, normalizer = sla_triton.key_summary(k, v, settings.block_k)
+    table = block_table(q, k_means, settings)
+    projected = exact_einsum("bnhe,de->bnhd", state, proj_weight.astype(jnp.float32)).astype(q.dtype)
+    arrays = (q, k, v, table, projected, normalizer, proj_bias.astype(jnp.float32))
+    out, sparse, lse = sparse_forward(*arrays, settings=settings, residuals=residuals)
+    return out, (q, k, v, proj_weight, proj_bias, table)
+
+
+def backward(settings: Settings, kept, d_out: jax.Array):
+    q, k, v, proj_weight, proj_bias, table = kept
+
+    def reference(q, k, v, proj_weight, proj_bias):
+        sparse = sparse_softmax(q, k, v, table, block_q=settings.block_q, block_k=settings.block_k)
+        return sparse + linear_branch(q, k, v, proj_weight, proj_bias)
+
+    return jax.vjp(reference, q, k, v, proj_weight, proj_bias)[1](d_out)
+
+
+attention.defvjp(forward, backward)

@@ -1,0 +1,358 @@
+"""Triton kernels of sparse-linear attention, forward; the equations are in `turbojax.kernels.sla`.
+
+B batch, L tokens, N heads, H head dim (64 or 128); q, k, v bfloat16 `[B, L, N, H]`, read in place. Nothing is summed by
+atomics: results are the same from run to run.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import triton
+import triton.language as tl
+
+from turbojax.kernels import triton_call
+
+LOG2_E = math.log2(math.e)
+SUMMARY_PROGRAMS = 528  # about: four for each multiprocessor of an H100
+SUMMARY_ROWS = 64
+
+
+class Tiles(NamedTuple):
+    """Keys a step of the sparse loop takes, warps, and stages of loads in flight."""
+
+    keys: int
+    warps: int
+    stages: int
+
+
+def tiles(capability: tuple[int, int] | None, *, block_q: int, block_k: int, dim: int) -> Tiles:
+    """The sparse loop's tiles: the most stages that fit a compute capability and spill no registers (tests/kernels)."""
+    few = (capability == (8, 0) and dim == 128) or (capability == (8, 9) and (block_q, dim) == (64, 64))
+    return Tiles(64, warps=block_q // 16, stages=2 if few else 3)
+
+
+@triton.jit
+def softmax_rows(x):
+    """phi: softmax over the last axis of a float32 tile."""
+    e = tl.exp(x - tl.max(x, axis=1)[:, None])
+    return e / tl.sum(e, axis=1)[:, None]
+
+
+@triton.jit
+def block_means_kernel(x, means, L: tl.constexpr, N: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr):
+    """One program the mean of BLOCK rows of a head; heads run fastest, as they lie in memory."""
+    n, i, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    rows, columns = i * BLOCK + tl.arange(0, BLOCK), tl.arange(0, H)
+    offsets = ((b.to(tl.int64) * L + rows) * N + n)[:, None] * H + columns[None, :]
+    f = tl.load(x + offsets, mask=(rows < L)[:, None], other=0.0).to(tl.float32)
+    mean = tl.sum(f, axis=0) / tl.minimum(BLOCK, L - i * BLOCK).to(tl.float32)
+    tl.store(means + ((b * N + n) * tl.cdiv(L, BLOCK) + i) * H + columns, mean)
+
+
+@triton.jit
+def key_summary_kernel(
+    k,
+    v,
+    means,
+    states,
+    normalizers,
+    L: tl.constexpr,
+    N: tl.constexpr,
+    H: tl.constexpr,
+    ROWS: tl.constexpr,
+    SHARE: tl.constexpr,
+    SHARES: tl.constexpr,
+):
+    """One program SHARE groups of ROWS keys of a head: their means, and phi(k)^T v and the sum of phi(k) over all of them."""
+    n, share, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    groups: tl.constexpr = (L + ROWS - 1) // ROWS
+    columns = tl.arange(0, H)
+    head = b * N + n
+    state = tl.zeros((H, H), tl.float32)
+    normalizer = tl.zeros((H,), tl.float32)
+    for j in range(share * SHARE, tl.minimum((share + 1) * SHARE, groups)):
+        rows = j * ROWS + tl.arange(0, ROWS)
+        inside = (rows < L)[:, None]
+        offsets = ((b.to(tl.int64) * L + rows) * N + n)[:, None] * H + columns[None, :]
+        f = tl.load(k + offsets, mask=inside, other=0.0).to(tl.float32)
+        values = tl.load(v + offsets, mask=inside, other=0.0)
+        mean = tl.sum(f, axis=0) / tl.minimum(ROWS, L - j * ROWS).to(tl.float32)
+        tl.store(means + (head * groups + j) * H + columns, mean)
+        phi = tl.where(inside, softmax_rows(f), 0.0)
+        state = tl.dot(phi.to(tl.bfloat16).T, values, state)
+        normalizer += tl.sum(phi, axis=0)
+    part = head * SHARES + share
+    tl.store(states + part.to(tl.int64) * H * H + columns[:, None] * H + columns[None, :], state)
+    tl.store(normalizers + part * H + columns, normalizer)
+
+
+@triton.jit
+def choose_blocks_kernel(scores, table, BLOCKS: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr):
+    """One program a row: the places of its COUNT largest scores, ascending; of equal ones the first."""
+    row = tl.program_id(0).to(tl.int64)
+    places = tl.arange(0, WIDTH)
+    inside = places < BLOCKS
+    bits = tl.load(scores + row * BLOCKS + places, mask=inside, other=0.0).to(tl.int32, bitcast=True)
+    order = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the floats
+    smallest: tl.constexpr = -0x80000000
+    order = tl.where(inside, order, smallest)
+    threshold = tl.full((), smallest, tl.int32)  # becomes the largest that COUNT scores reach, bit by bit
+    for i in range(32):
+        higher = threshold ^ (tl.full((), 1, tl.int32) << (31 - i))
+        enough = tl.sum((order >= higher).to(tl.int32), axis=0) >= COUNT
+        threshold = tl.where(enough, higher, threshold)
+    above = (order > threshold).to(tl.int32)
+    equal = (inside & (order == threshold)).to(tl.int32)
+    wanted = COUNT - tl.sum(above, axis=0)
+    chosen = above + equal * (tl.cumsum(equal, axis=0) <= wanted).to(tl.int32)
+    tl.store(table + row * COUNT + tl.cumsum(chosen, axis=0) - 1, places, mask=chosen > 0)
+
+
+@triton.jit
+def attend(queries, k, v, left, top, total, acc, KEYS: tl.constexpr, MASKED: tl.constexpr, ROW: tl.constexpr,
+           H: tl.constexpr, SCALE: tl.constexpr):  # fmt: skip
+    """One step of softmax attention in base 2 over KEYS rows at k and v, ROW elements apart.
+
+    top, total and acc are the running maximum, denominator and sum. MASKED: only `left` rows exist.
+    """
+    keys = tl.arange(0, KEYS)
+    rows = keys
+    if MASKED:  # rows past the end repeat the last one and get no weight
+        rows = tl.minimum(keys, tl.maximum(left - 1, 0))
+    offsets = rows[:, None] * ROW + tl.arange(0, H)[None, :]
+    s = tl.dot(queries, tl.load(k + offsets).T)
+    if MASKED:
+        s = tl.where((keys < left)[None, :], s, -float("inf"))
+    higher = tl.maximum(top, tl.max(s, axis=1) * SCALE)
+    p = tl.exp2(s * SCALE - higher[:, None])
+    decay = tl.exp2(top - higher)
+    total = total * decay + tl.sum(p, axis=1)
+    acc = tl.dot(p.to(tl.bfloat16), tl.load(v + offsets), acc * decay[:, None])
+    return higher, total, acc
+
+
+@triton.jit
+def sparse_forward_kernel(
+    q,
+    k,
+    v,
+    table,
+    projected,
+    normalizer,
+    bias,
+    out,
+    sparse,
+    lse,
+    L: tl.constexpr,
+    N: tl.constexpr,
+    H: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    KEYS: tl.constexpr,
+    COUNT: tl.constexpr,
+    SCALE: tl.constexpr,
+    RESIDUALS: tl.constexpr,
+):
+    """One program a query block of a head: softmax over its COUNT key blocks, KEYS at a time, plus the linear branch.
+
+    RESIDUALS: also stores the softmax's own result and log2 of its denominators.
+    """
+    i, head = tl.program_id(0), tl.program_id(1)
+    sample = (head // N).to(tl.int64) * L * N * H + (head % N) * H
+    columns = tl.arange(0, H)
+    rows = i * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    # Rows past the end repeat the last one: loads need no mask, and nothing of them is stored.
+    first_row = sample + i.to(tl.int64) * (BLOCK_Q * N * H)
+    q_rows = (tl.minimum(rows, L - 1) - i * BLOCK_Q)[:, None] * (N * H)
+    q_offsets = q_rows + columns[None, :]
+    q += first_row
+    queries = tl.load(q + q_offsets)
+    steps: tl.constexpr = BLOCK_K // KEYS
+    partial: tl.constexpr = L % BLOCK_K
+    k += sample
+    v += sample
+    table += (head * tl.cdiv(L, BLOCK_Q) + i).to(tl.int64) * COUNT
+    top = tl.full((BLOCK_Q,), -float("inf"), tl.float32)
+    total = tl.zeros((BLOCK_Q,), tl.float32)
+    acc = tl.zeros((BLOCK_Q, H), tl.float32)
+    whole = COUNT
+    if partial:  # ascending order puts the partial block last: it goes first, so that the loop needs no mask
+        whole = COUNT - 1
+        last = tl.load(table + COUNT - 1) * BLOCK_K
+        for step in tl.range(steps, num_stages=1):
+            first = tl.minimum(last + step * KEYS, L - 1)
+            block = first.to(tl.int64) * (N * H)
+            left = L - last - step * KEYS
+            top, total, acc = attend(queries, k + block, v + block, left, top, total, acc, KEYS, True, N * H, H, SCALE)
+    chosen = tl.load(table)
+    for step in range(whole * steps):
+        block = (chosen * BLOCK_K + (step % steps) * KEYS).to(tl.int64) * (N * H)
+        # Read a step ahead: loads whose address comes from a load of the same step are fetched less early.
+        chosen = tl.load(table + tl.minimum((step + 1) // steps, COUNT - 1))
+        top, total, acc = attend(queries, k + block, v + block, KEYS, top, total, acc, KEYS, False, N * H, H, SCALE)
+    acc = acc / total[:, None]
+    inside = (rows < L)[:, None]
+    if RESIDUALS:
+        tl.store(sparse + first_row + q_offsets, acc.to(tl.bfloat16), mask=inside)
+        tl.store(lse + head.to(tl.int64) * L + rows, top + tl.log2(total), mask=rows < L)
+    # The linear branch, e(q) P / e(q) (z + 1e-5) with e the numerators of phi, in parts: fewer registers. The sum of
+    # the softmax takes the factor that the product is divided by, so that the product can add to it.
+    part: tl.constexpr = 64
+    largest = tl.full((BLOCK_Q,), -float("inf"), tl.float32)
+    for start in tl.static_range(0, H, part):
+        x = tl.load(q + q_rows + (start + tl.arange(0, part))[None, :]).to(tl.float32)
+        largest = tl.maximum(largest, tl.max(x, axis=1))
+    divisor = tl.zeros((BLOCK_Q,), tl.float32)
+    for start in tl.static_range(0, H, part):
+        some = start + tl.arange(0, part)
+        e = tl.exp(tl.load(q + q_rows + some[None, :]).to(tl.float32) - largest[:, None])
+        divisor += tl.sum(e * (tl.load(normalizer + head * H + some) + 1e-5)[None, :], axis=1)
+    acc *= divisor[:, None]
+    for start in tl.static_range(0, H, part):
+        some = start + tl.arange(0, part)
+        e = tl.exp(tl.load(q + q_rows + some[None, :]).to(tl.float32) - largest[:, None])
+        state = tl.load(projected + head.to(tl.int64) * H * H + some[:, None] * H + columns[None, :])
+        acc = tl.dot(e.to(tl.bfloat16), state, acc)
+    acc = acc / divisor[:, None] + tl.load(bias + columns)[None, :]
+    tl.store(out + first_row + q_offsets, acc.to(tl.bfloat16), mask=inside)
+
+
+def block_means(x: jax.Array, block: int) -> jax.Array:
+    """As `sla.block_means`: x `[B, L, N, H]` to float32 `[B, N, ceil(L / block), H]`."""
+    batch, length, heads, dim = x.shape
+    blocks = -(-length // block)
+    (means,) = triton_call.triton_call(
+        block_means_kernel,
+        x,
+        out_shape=(jax.ShapeDtypeStruct((batch, heads, blocks, dim), jnp.float32),),
+        grid=(heads, blocks, batch),
+        num_warps=4,
+        num_stages=1,
+        L=length,
+        N=heads,
+        H=dim,
+        BLOCK=block,
+    )
+    return means
+
+
+def key_summary(k: jax.Array, v: jax.Array, block: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """What the block map and the linear branch need of k and v, each read once; all float32.
+
+    Block means of k `[B, N, ceil(L / block), H]`, state phi(k)^T v `[B, N, H, H]`, and sum phi(k) `[B, N, H]`.
+    """
+    batch, length, heads, dim = k.shape
+    groups = -(-length // SUMMARY_ROWS)
+    share = -(-groups // max(1, SUMMARY_PROGRAMS // (batch * heads)))
+    shares = -(-groups // share)
+    means, states, normalizers = triton_call.triton_call(
+        key_summary_kernel,
+        k,
+        v,
+        out_shape=(
+            jax.ShapeDtypeStruct((batch, heads, groups, dim), jnp.float32),
+            jax.ShapeDtypeStruct((batch, heads, shares, dim, dim), jnp.float32),
+            jax.ShapeDtypeStruct((batch, heads, shares, dim), jnp.float32),
+        ),
+        grid=(heads, shares, batch),
+        num_warps=8,
+        num_stages=3,
+        L=length,
+        N=heads,
+        H=dim,
+        ROWS=SUMMARY_ROWS,
+        SHARE=share,
+        SHARES=shares,
+    )
+    return merge_means(means, length, block), states.sum(axis=2), normalizers.sum(axis=2)
+
+
+def block_rows(length: int, block: int) -> jax.Array:
+    """Rows that each block has, float32 `[ceil(length / block)]`."""
+    return jnp.minimum(block, length - block * jnp.arange(-(-length // block))).astype(jnp.float32)
+
+
+def merge_means(means: jax.Array, length: int, block: int) -> jax.Array:
+    """Means of groups of SUMMARY_ROWS rows, `[B, N, groups, H]`, to those of blocks of `block` rows."""
+    if block == SUMMARY_ROWS:
+        return means
+    sums = means * block_rows(length, SUMMARY_ROWS)[None, None, :, None]
+    together = block // SUMMARY_ROWS
+    sums = jnp.pad(sums, ((0, 0), (0, 0), (0, -means.shape[2] % together), (0, 0)))
+    blocks = sums.reshape(*means.shape[:2], -1, together, means.shape[3]).sum(axis=3)
+    return blocks / block_rows(length, block)[None, None, :, None]
+
+
+def choose_blocks(scores: jax.Array, count: int) -> jax.Array:
+    """Places of the `count` largest scores of each row, ascending: float32 `[..., blocks]` to int32 `[..., count]`.
+
+    The same as sorted `lax.top_k`, which takes the first of equal scores; up to 4096 blocks.
+    """
+    *leading, blocks = scores.shape
+    width = 1 << (blocks - 1).bit_length()
+    (table,) = triton_call.triton_call(
+        choose_blocks_kernel,
+        scores,
+        out_shape=(jax.ShapeDtypeStruct((*leading, count), jnp.int32),),
+        grid=(math.prod(leading),),
+        num_warps=max(1, min(4, width // 256)),
+        num_stages=1,
+        BLOCKS=blocks,
+        COUNT=count,
+        WIDTH=width,
+    )
+    return table
+
+
+def sparse_forward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    table: jax.Array,
+    projected: jax.Array,
+    normalizer: jax.Array,
+    bias: jax.Array,
+    *,
+    block_q: int,
+    block_k: int,
+    tiles: Tiles,
+    residuals: bool = False,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Softmax over the chosen key blocks plus the linear branch, bfloat16 `[B, L, N, H]`.
+
+    q, k, v bfloat16 `[B, L, N, H]`; table int32 `[B, N, query blocks, chosen]`, ascending; projected = phi(k)^T v W^T
+    bfloat16 `[B, N, H, H]`; normalizer = sum phi(k) float32 `[B, N, H]`; bias float32 `[H]`. With residuals also the
+    softmax branch alone, bfloat16 `[B, L, N, H]`, and its log2-sum-exp2, float32 `[B, N, L]`; without, both `[1]`
+    and undefined.
+    """
+    batch, length, heads, dim = q.shape
+    out, sparse, lse = triton_call.triton_call(
+        sparse_forward_kernel,
+        q,
+        k,
+        v,
+        table,
+        projected,
+        normalizer,
+        bias,
+        out_shape=(
+            jax.ShapeDtypeStruct(q.shape, jnp.bfloat16),
+            jax.ShapeDtypeStruct(q.shape if residuals else (1,), jnp.bfloat16),
+            jax.ShapeDtypeStruct((batch, heads, length) if residuals else (1,), jnp.float32),
+        ),
+        grid=(table.shape[2], batch * heads),
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+        L=length,
+        N=heads,
+        H=dim,
+        BLOCK_Q=block_q,
+        BLOCK_K=block_k,
+        KEYS=tiles.keys,
+        COUNT=table.shape[3],
+        SCALE=dim**-0.5 * LOG2_E,
+        RESIDUALS=residuals,
+    )
+    return out, sparse, lse
