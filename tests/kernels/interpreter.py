@@ -18,6 +18,7 @@ TYPES = {
     np.dtype(np.int32): tl.int32,
     np.dtype(np.float32): tl.float32,
     np.dtype(ml_dtypes.bfloat16): tl.bfloat16,
+    np.dtype(ml_dtypes.float8_e4m3fn): tl.float8e4nv,
 }
 
 
@@ -74,7 +75,9 @@ def poisoned(spec: jax.ShapeDtypeStruct) -> np.ndarray:
 
 
 def as_float32(handle):
-    """A bfloat16 operand as float32: the interpreter's own dot multiplies its raw bits."""
+    """A bfloat16 operand as float32, of which the interpreter's own dot multiplies the raw bits, and a float8 one."""
+    if handle.dtype.scalar == tl.float8e4nv:
+        return interpreter.TensorHandle(handle.data.view(ml_dtypes.float8_e4m3fn).astype(np.float32), tl.float32)
     if handle.dtype.scalar != tl.bfloat16:
         return handle
     data = handle.data.view(np.uint16).astype(np.uint32) << 16
@@ -103,6 +106,29 @@ def cast_impl(self, value, target):
 
 
 interpreter.InterpreterBuilder.cast_impl = cast_impl
+
+
+original_fp_to_fp = interpreter.InterpreterBuilder.create_fp_to_fp
+
+
+def create_fp_to_fp(self, value, target, rounding):
+    """float32 to e4m3 as hardware does, ties to even and saturated; the interpreter's own rounds ties up."""
+    if target.scalar == tl.float8e4nv and value.dtype.scalar == tl.float32:
+        code = np.clip(value.data, -448, 448).astype(ml_dtypes.float8_e4m3fn)
+        return interpreter.TensorHandle(code.view(np.uint8), tl.float8e4nv)
+    return original_fp_to_fp(self, value, target, rounding)
+
+
+interpreter.InterpreterBuilder.create_fp_to_fp = create_fp_to_fp
+
+
+def create_fma(self, x, y, z):
+    """Rounds once, as hardware does."""
+    wide = [a.data.astype(np.float64) for a in (x, y, z)]
+    return interpreter.TensorHandle((wide[0] * wide[1] + wide[2]).astype(np.float32), tl.float32)
+
+
+interpreter.InterpreterBuilder.create_fma = create_fma
 
 
 original_patch = interpreter._patch_lang_tensor

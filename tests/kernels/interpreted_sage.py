@@ -1,0 +1,154 @@
+"""The Triton kernels of SageSLA in the interpreter, against the reference and the golden fixture.
+
+Collected by test_sage_triton.py in a process of its own, with TRITON_INTERPRET=1.
+"""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.golden_io import GOLDEN, load
+from tests.kernels import interpreter
+from tests.parity_sage import FORMS, as_rows
+from turbojax.errors import UserError
+from turbojax.kernels import sage, sage_triton, sla, triton_call
+
+BF16 = jnp.bfloat16
+
+
+@pytest.fixture(autouse=True)
+def launcher(monkeypatch):
+    monkeypatch.setattr(triton_call, "override", interpreter.launch)
+
+
+def arrays(length: int, *, batch: int = 1, heads: int = 2, dim: int = 64):
+    """q, k, v in bfloat16; k with an offset, which its mean takes away."""
+    keys = jax.random.split(jax.random.key(length + dim), 4)
+    q, k, v = (jax.random.normal(key, (batch, length, heads, dim)) for key in keys[:3])
+    return q.astype(BF16), (k + jax.random.normal(keys[3], (1, 1, heads, dim))).astype(BF16), v.astype(BF16)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("block", [64, 128])
+@pytest.mark.parametrize("centred", [False, True])
+def test_quantize_rows(block, dim, centred):
+    x = arrays(200, batch=2, dim=dim)[1]
+    mean = jnp.mean(x.astype(jnp.float32), axis=1) if centred else None
+    code, scale, means = sage_triton.quantize_rows(x, block, mean=mean, means=True)
+    subtracted = x if mean is None else x.astype(jnp.float32) - mean[:, None]
+    expected, expected_scale = sage.quantize_rows(subtracted, block)
+    np.testing.assert_array_equal(code, as_rows(expected, code.shape[1]))
+    np.testing.assert_allclose(scale, expected_scale, rtol=2e-7)
+    np.testing.assert_allclose(means, sla.block_means(x, block), atol=1e-6)
+
+
+def test_quantize_rows_beside_halves():
+    """A block whose scale is 1 + 1e-7, with elements in steps of a half: one rounding too many shows. One of zeros."""
+    x = (jnp.arange(64 * 64) % 509 - 254).astype(BF16).reshape(1, 64, 1, 64) / 2
+    x = jnp.concatenate((x, jnp.zeros_like(x)), axis=1)
+    code, scale, _ = sage_triton.quantize_rows(x, 64)
+    expected, expected_scale = sage.quantize_rows(x, 64)
+    np.testing.assert_array_equal(code, as_rows(expected, 128))
+    np.testing.assert_allclose(scale, expected_scale, rtol=2e-7)
+
+
+@pytest.mark.parametrize("dim", [64, 128])
+def test_quantize_values(dim):
+    v = arrays(300, batch=2, dim=dim)[2].at[:, :, 0, 3].set(0)
+    code, scale = sage_triton.quantize_values(v)
+    expected, expected_scale = sage.quantize_values(v)
+    assert code.shape == (2, 2, dim, 384)
+    np.testing.assert_allclose(scale, expected_scale, rtol=2e-7)
+    rows = np.asarray(code, np.float32).transpose(0, 3, 1, 2)
+    np.testing.assert_array_equal(rows[:, :300], np.asarray(expected, np.float32))
+    assert not rows[:, 300:].any()
+
+
+def projection(dim: int):
+    return jax.random.normal(jax.random.key(7), (dim, dim)) * dim**-0.5, jnp.full(dim, 0.1)
+
+
+def relative_error(got, expected) -> float:
+    got, expected = (np.asarray(x, np.float32) for x in (got, expected))
+    return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
+
+
+def both(q, k, v, **options):
+    weights = projection(q.shape[-1])
+    return [
+        sage.sage_sparse_linear_attention(q, k, v, *weights, implementation=name, **options)
+        for name in ("triton", "reference")
+    ]
+
+
+@pytest.mark.parametrize("values", ["float8", "float8_values", "exact"])
+@pytest.mark.parametrize(("block_q", "block_k"), sage.FUSED_BLOCKS)
+def test_forward(block_q, block_k, values):
+    """Of two samples, with partial blocks. The reference rounds each branch to bfloat16, the kernel P of two forms."""
+    options = {"topk": 0.7, "block_q": block_q, "block_k": block_k, "values": values}
+    got, expected = both(*arrays(200, batch=2, heads=1), **options)
+    assert got.dtype == BF16
+    assert relative_error(got, expected) < 6e-3
+    assert np.abs(np.asarray(got, np.float32) - np.asarray(expected, np.float32)).max() < 4e-2
+
+
+@pytest.mark.parametrize("values", ["float8", "exact"])
+def test_forward_without_partial_blocks(values):
+    got, expected = both(*arrays(256, dim=128), topk=1.0, values=values)
+    assert relative_error(got, expected) < 6e-3
+
+
+@pytest.mark.parametrize("length", [1, 130])
+def test_one_block_a_query_block(length):
+    got, expected = both(*arrays(length), topk=1e-6)
+    assert relative_error(got, expected) < 6e-3
+
+
+def test_nan_in_gives_nan_out():
+    q, k, v = arrays(130)
+    for bad in ((q.at[0, 3, 0, 5].set(jnp.nan), k, v), (q, k.at[0, 3, 0, 5].set(jnp.nan), v)):
+        out = sage.sage_sparse_linear_attention(*bad, *projection(64), topk=1.0, implementation="triton")
+        assert bool(jnp.isnan(out[0, 3, 0]).all())
+        assert not bool(jnp.isnan(out[0, :, 1]).any())
+
+
+def test_differentiating_says_what_to_do():
+    q, k, v = arrays(64)
+    with pytest.raises(UserError, match='attention_type="sla"'):
+        jax.grad(
+            lambda q: (
+                sage.sage_sparse_linear_attention(q, k, v, *projection(64), topk=1.0, implementation="triton")
+                .astype(jnp.float32)
+                .sum()
+            )
+        )(q)
+
+
+CONFIG, FIXTURE = load(GOLDEN / "sagesla.safetensors")
+
+
+@pytest.mark.parametrize("blocks", ["q128_k64", "q64_k128"])
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_golden(name, blocks):
+    """Codes as recorded; the sparse branch as near to what is recorded as bfloat16 is, to 5 %."""
+    topk = CONFIG["cases"][name][blocks]["topk"]
+    block_q, block_k = map(int, re.findall(r"\d+", blocks))
+    q, k, v = (jnp.asarray(FIXTURE[f"in.{name}.{key}"]).astype(BF16) for key in ("q", "k", "v"))
+    recorded = {
+        key: FIXTURE[f"out.{name}.{blocks}.{key}"] for key in ("q_int8", "q_scale", "k_int8", "k_scale", *FORMS)
+    }
+    k_mean = jnp.mean(k.astype(jnp.float32), axis=1)
+    for key, x, block, mean in (("q", q, block_q, None), ("k", k, block_k, k_mean)):
+        code, scale, _ = sage_triton.quantize_rows(x, block, mean=mean)
+        np.testing.assert_array_equal(code[:, : x.shape[1]], recorded[f"{key}_int8"])
+        np.testing.assert_allclose(scale, recorded[f"{key}_scale"], atol=5e-8)
+    no_linear_branch = jnp.zeros((q.shape[-1], q.shape[-1])), jnp.zeros(q.shape[-1])
+    options = {"topk": topk, "block_q": block_q, "block_k": block_k, "implementation": "triton"}
+    for form, values in FORMS.items():
+        expected = recorded[form]
+        got = sage.sage_sparse_linear_attention(q, k, v, *no_linear_branch, values=values, **options)
+        rounding = np.linalg.norm(expected - expected.astype(BF16).astype(np.float32))
+        assert np.linalg.norm(np.asarray(got, np.float32) - expected) < 1.05 * rounding

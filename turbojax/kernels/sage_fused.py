@@ -1,0 +1,104 @@
+"""SageSLA out of fused Triton kernels, forward only; the equations are in `turbojax.kernels.sage`.
+
+block means of k, phi(k)^T v, sum phi(k)                 reads k and v
+int8 q with its block means, int8 k less its mean        read q and k, write half as much
+e4m3 v, transposed                                       reads v twice, writes half as much
+scores, and the block map from them                      small
+sparse softmax + linear branch + projection + bias       reads q, its codes and the chosen blocks, writes the result
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from turbojax.errors import UserError
+from turbojax.kernels import sage_triton, sla_triton
+from turbojax.kernels.dispatch import compute_capability
+from turbojax.kernels.sage import Values, quantize_values
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What the kernels are compiled for.
+
+    count: key blocks a query block attends to. tiles: how the sparse kernel runs.
+    """
+
+    count: int
+    block_q: int
+    block_k: int
+    values: Values
+    tiles: sage_triton.Tiles
+
+
+def settings(count: int, *, block_q: int, block_k: int, values: Values) -> Settings:
+    """The fastest settings for the device's compute capability."""
+    tiles = sage_triton.forward_tiles(compute_capability() or (9, 0), block_q=block_q)
+    return Settings(count, block_q, block_k, values, tiles)
+
+
+def exact_einsum(equation: str, *arrays: jax.Array) -> jax.Array:
+    """float32 products, not the tensor cores' shorter ones."""
+    return jnp.einsum(equation, *arrays, precision=lax.Precision.HIGHEST)
+
+
+def mean_of_means(means: jax.Array, block: int, length: int) -> jax.Array:
+    """The mean `[B, N, H]` over all `length` rows, from block means `[B, N, blocks, H]`."""
+    rows = jnp.minimum(block, length - block * jnp.arange(means.shape[2])).astype(jnp.float32)
+    return exact_einsum("j,bnjh->bnh", rows / length, means)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, proj_weight: jax.Array, proj_bias: jax.Array, settings: Settings
+) -> jax.Array:
+    """`sage.sage_sparse_linear_attention` of bfloat16 q, k, v `[B, L, N, H]`."""
+    s = settings
+    k_means, state, normalizer = sla_triton.key_summary(k, v, s.block_k)
+    k_mean = mean_of_means(k_means, s.block_k, k.shape[1])
+    q_code, q_scale, q_means = sage_triton.quantize_rows(q, s.block_q, means=True)
+    k_code, k_scale, _ = sage_triton.quantize_rows(k, s.block_k, mean=k_mean)
+    scores = exact_einsum("bnih,bnjh->bnij", q_means, k_means - k_mean[:, :, None])
+    v_code, v_scale = prepare_values(v, s.values)
+    projected = exact_einsum("bnhe,de->bnhd", state, proj_weight.astype(jnp.float32)).astype(q.dtype)
+    return sage_triton.sage_forward(
+        q,
+        q_code,
+        q_scale,
+        k_code,
+        k_scale,
+        v_code,
+        v_scale,
+        sla_triton.choose_blocks(scores, s.count),
+        projected,
+        normalizer,
+        proj_bias.astype(jnp.float32),
+        block_q=s.block_q,
+        block_k=s.block_k,
+        values=s.values,
+        tiles=s.tiles,
+    )
+
+
+def prepare_values(v: jax.Array, values: Values) -> tuple[jax.Array, jax.Array]:
+    """v as `sage_triton.sage_forward` takes it, and its scales, float32 `[B, N, H]`."""
+    if values == "float8":
+        return sage_triton.quantize_values(v)
+    if values == "float8_values":
+        code, scale = quantize_values(v)
+        return code.astype(v.dtype), scale
+    return v, jnp.ones((v.shape[0], *v.shape[2:]), jnp.float32)
+
+
+def forward(q, k, v, proj_weight, proj_bias, settings: Settings):
+    return attention(q, k, v, proj_weight, proj_bias, settings), None
+
+
+def backward(settings: Settings, kept, d_out):
+    raise UserError('SageSLA runs forward only: train with attention_type="sla", whose checkpoints are the same')
+
+
+attention.defvjp(forward, backward)

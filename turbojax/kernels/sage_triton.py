@@ -1,0 +1,363 @@
+"""Triton kernels of SageSLA; the equations are in `turbojax.kernels.sage`.
+
+B batch, L tokens, N heads, H head dim. int8 codes of q and k are padded to whole blocks and e4m3 values to 128 rows,
+with zeros: inside the loop over key blocks no load needs a mask. The table of key blocks ascends, so only its last
+entry can be the partial block, and only that one masks its scores.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import triton
+import triton.language as tl
+
+from turbojax.kernels.sage import E4M3_OF_V, LOG2_E, Values
+from turbojax.kernels.triton_call import triton_call
+
+VALUE_ROWS = 128  # rows of v that one program converts
+AMAX_ROWS = 1024  # rows of v that one program takes the largest magnitude of
+
+
+class Tiles(NamedTuple):
+    """Warps a program and stages of loads in flight."""
+
+    warps: int
+    stages: int
+
+
+def forward_tiles(capability: tuple[int, int], *, block_q: int) -> Tiles:
+    """The sparse kernel's tiles that no capability spills registers with (tests/kernels).
+
+    One warp group of Hopper's takes 64 rows; elsewhere eight warps share the registers.
+    """
+    return Tiles(warps=4 if capability == (9, 0) and block_q == 64 else 8, stages=3)
+
+
+@triton.jit
+def float_of_bits(bits):
+    """The float32 value of magnitude bits; NaN's are above all others, so that maxima of bits keep it."""
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def quantize_rows_kernel(
+    x,
+    mean,
+    code,
+    scale,
+    means,
+    L: tl.constexpr,
+    N: tl.constexpr,
+    H: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CENTRED: tl.constexpr,
+    MEANS: tl.constexpr,
+):
+    """One program a block of rows of a head; grid (N, blocks, B).
+
+    x bfloat16 [B, L, N, H], less mean float32 [B, N, H] if CENTRED, to code int8 [B, blocks * BLOCK, N, H] and scale
+    float32 [B, N, blocks]. If MEANS, means float32 [B, N, blocks, H] gets the means of x's rows.
+    """
+    n, i, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    blocks = tl.num_programs(1)
+    columns, in_block = tl.arange(0, H), tl.arange(0, BLOCK)
+    inside = (i * BLOCK + in_block < L)[:, None]
+    offsets = in_block[:, None] * (N * H) + columns[None, :]
+    f = tl.load(x + ((b * L + i * BLOCK) * N + n) * H + offsets, mask=inside, other=0.0).to(tl.float32)
+    block = (b * N + n) * blocks + i
+    if MEANS:
+        rows = tl.minimum(L - i * BLOCK, BLOCK).to(tl.float32)
+        tl.store(means + block * H + columns, tl.div_rn(tl.sum(f, axis=0), rows))
+    if CENTRED:
+        f = tl.where(inside, f - tl.load(mean + (b * N + n) * H + columns)[None, :], 0.0)
+    amax = float_of_bits(tl.max(tl.max(f.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1), axis=0))
+    step = tl.div_rn(amax, 127.0) + 1e-7
+    # f / step correctly rounded, as the reference divides: the quotient by the reciprocal, and its remainder's share.
+    reciprocal = tl.div_rn(1.0, step)
+    ratio = f * reciprocal
+    ratio = tl.fma(tl.fma(ratio, -step, f), reciprocal, ratio)
+    ratio += tl.where(ratio >= 0, 0.5, -0.5)  # the conversion truncates: halves go away from zero
+    tl.store(code + ((b * blocks + i) * (BLOCK * N) + n) * H + offsets, ratio.to(tl.int8))
+    tl.store(scale + block, step)
+
+
+@triton.jit
+def channel_amax_kernel(
+    v, amax, L: tl.constexpr, N: tl.constexpr, H: tl.constexpr, CHUNK: tl.constexpr, ROWS: tl.constexpr
+):
+    """max |v| over CHUNK rows: v bfloat16 [B, L, N, H], amax float32 [B, chunks, N, H]; grid (N, chunks, B)."""
+    n, i, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    columns, in_rows = tl.arange(0, H), tl.arange(0, ROWS)
+    offsets = in_rows[:, None] * (N * H) + columns[None, :]
+    top = tl.zeros((ROWS, H), tl.int16)
+    for start in range(0, CHUNK, ROWS):
+        row = i * CHUNK + start
+        x = tl.load(v + ((b * L + row) * N + n) * H + offsets, mask=(row + in_rows < L)[:, None], other=0.0)
+        top = tl.maximum(top, x.to(tl.int16, bitcast=True) & 0x7FFF)
+    bits = tl.max(top, axis=0).to(tl.int32) << 16
+    tl.store(amax + ((b * tl.num_programs(1) + i) * N + n) * H + columns, float_of_bits(bits))
+
+
+@triton.jit
+def quantize_values_kernel(
+    v, amax, code, L: tl.constexpr, N: tl.constexpr, H: tl.constexpr, ROWS: tl.constexpr, LARGEST: tl.constexpr
+):
+    """v bfloat16 [B, L, N, H] with amax float32 [B, N, H] to e4m3 [B, N, H, blocks * ROWS]; grid (N, blocks, B).
+
+    Transposed: float8 tensor cores want the keys, over which they sum, next to each other.
+    """
+    n, i, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    columns, in_rows = tl.arange(0, H), tl.arange(0, ROWS)
+    factor = tl.div_rn(LARGEST, tl.load(amax + (b * N + n) * H + columns))
+    offsets = in_rows[:, None] * (N * H) + columns[None, :]
+    inside = (i * ROWS + in_rows < L)[:, None]
+    f = tl.load(v + ((b * L + i * ROWS) * N + n) * H + offsets, mask=inside, other=0.0).to(tl.float32)
+    codes = (f * factor[None, :]).to(tl.float8e4nv)
+    rows_first = columns[:, None] * (tl.num_programs(1) * ROWS) + in_rows[None, :]
+    tl.store(code + (b * N + n) * H * tl.num_programs(1) * ROWS + i * ROWS + rows_first, codes.T)
+
+
+@triton.jit
+def attend(q, k, v, factor, top, denominator, total, valid, VALUES: tl.constexpr, MASKED: tl.constexpr):
+    """One key block of the online softmax in base 2; q, k int8 [q, H] and [k, H], v [k, H], valid [k] if MASKED."""
+    scores = tl.dot(q, k.T, out_dtype=tl.int32).to(tl.float32)
+    if MASKED:
+        scores = tl.where(valid[None, :], scores, float("-inf"))
+    new_top = tl.maximum(top, tl.max(scores, axis=1) * factor)
+    decay = tl.exp2(top - new_top)
+    if VALUES == "float8":
+        p = tl.exp2(scores * factor - (new_top - 8.807)[:, None])
+        part = tl.dot(p.to(tl.float8e4nv), v)
+    else:
+        p = tl.exp2(scores * factor - new_top[:, None])
+        part = tl.dot(p.to(tl.bfloat16), v)
+    # Added outside of the tensor cores, whose float8 sums keep 14 bits; it costs what the multiplication alone would.
+    total = total * decay[:, None] + part
+    return new_top, denominator * decay + tl.sum(p, axis=1), total
+
+
+@triton.jit
+def add_linear(total, q, inside, normalizer, projected, bias, N: tl.constexpr, H: tl.constexpr, Q: tl.constexpr):
+    """total + phi(q) projected / (1e-5 + phi(q) . normalizer) + bias; the pointers are those of the block and its head.
+
+    q is read twice, the second time with `projected` in parts of H, so that neither's registers add to total's.
+    """
+    columns, rows = tl.arange(0, H), tl.arange(0, Q)
+    all_x = tl.load(q + rows[:, None] * (N * H) + columns[None, :], mask=inside, other=0.0).to(tl.float32)
+    top = tl.max(all_x, axis=1)
+    e = tl.exp(all_x - top[:, None])
+    weight = 1.0 / tl.sum(e * (1e-5 + tl.load(normalizer + columns))[None, :], axis=1)
+    PART: tl.constexpr = 32
+    part = tl.arange(0, PART)
+    for start in range(0, H, PART):
+        x = tl.load(q + rows[:, None] * (N * H) + (start + part)[None, :], mask=inside, other=0.0).to(tl.float32)
+        phi = (tl.exp(x - top[:, None]) * weight[:, None]).to(tl.bfloat16)
+        state = tl.load(projected + (start + part)[:, None] * H + columns[None, :])
+        total = tl.dot(phi, state, total)
+    return total + tl.load(bias + columns)[None, :]
+
+
+@triton.jit
+def sage_forward_kernel(
+    q_code,
+    q_scale,
+    k_code,
+    k_scale,
+    v,
+    v_scale,
+    table,
+    q,
+    projected,
+    normalizer,
+    bias,
+    out,
+    L: tl.constexpr,
+    N: tl.constexpr,
+    H: tl.constexpr,
+    COUNT: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    VALUES: tl.constexpr,
+    SCALE: tl.constexpr,
+):
+    """One program a query block of a head; grid (query blocks, B * N). SCALE is log2(e) / sqrt(H).
+
+    q_code, k_code int8 [B, blocks * block, N, H] with scales float32 [B, N, blocks]; table int32
+    [B, N, query blocks, COUNT], ascending. v e4m3 [B, N, H, L padded to 128] for VALUES "float8", else bfloat16
+    [B, L, N, H]; v_scale float32 [B, N, H]. The linear branch: q bfloat16 [B, L, N, H], projected bfloat16
+    [B, N, H, H], normalizer float32 [B, N, H], bias float32 [H]. out bfloat16 [B, L, N, H].
+    """
+    i, head = tl.program_id(0), tl.program_id(1)
+    b, n = (head // N).to(tl.int64), head % N
+    q_blocks: tl.constexpr = (L + BLOCK_Q - 1) // BLOCK_Q
+    k_blocks: tl.constexpr = (L + BLOCK_K - 1) // BLOCK_K
+    v_length: tl.constexpr = (L + 127) // 128 * 128
+    columns, in_q, in_k = tl.arange(0, H), tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
+    q_offsets = in_q[:, None] * (N * H) + columns[None, :]
+    k_offsets = in_k[:, None] * (N * H) + columns[None, :]
+    q_tile = tl.load(q_code + ((b * q_blocks + i) * (BLOCK_Q * N) + n) * H + q_offsets)
+    row_factor = tl.load(q_scale + head * q_blocks + i) * SCALE
+    k_code += (b * (k_blocks * BLOCK_K * N) + n) * H
+    k_scale += head * k_blocks
+    table += (head * q_blocks + i).to(tl.int64) * COUNT
+    if VALUES == "float8":
+        v += (b * N + n) * (H * v_length)
+        v_offsets = columns[None, :] * v_length + in_k[:, None]
+        v_step: tl.constexpr = BLOCK_K
+    else:
+        v += (b * L * N + n) * H
+        v_offsets = k_offsets
+        v_step: tl.constexpr = BLOCK_K * N * H
+
+    top = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
+    denominator = tl.zeros((BLOCK_Q,), tl.float32)
+    total = tl.zeros((BLOCK_Q, H), tl.float32)
+    whole: tl.constexpr = COUNT if L % BLOCK_K == 0 else COUNT - 1
+    for c in range(0, whole):
+        block = tl.load(table + c).to(tl.int64)
+        factor = row_factor * tl.load(k_scale + block)
+        k_tile = tl.load(k_code + block * (BLOCK_K * N * H) + k_offsets)
+        v_tile = tl.load(v + block * v_step + v_offsets)
+        top, denominator, total = attend(
+            q_tile, k_tile, v_tile, factor, top, denominator, total, in_k, VALUES, MASKED=False
+        )
+    if whole < COUNT:
+        block = tl.load(table + whole).to(tl.int64)
+        valid = block * BLOCK_K + in_k < L
+        factor = row_factor * tl.load(k_scale + block)
+        k_tile = tl.load(k_code + block * (BLOCK_K * N * H) + k_offsets)
+        if VALUES == "float8":
+            v_tile = tl.load(v + block * v_step + v_offsets)
+        else:
+            v_tile = tl.load(v + block * v_step + v_offsets, mask=valid[:, None], other=0.0)
+        top, denominator, total = attend(
+            q_tile, k_tile, v_tile, factor, top, denominator, total, valid, VALUES, MASKED=True
+        )
+
+    total *= (1.0 / denominator)[:, None] * tl.load(v_scale + head * H + columns)[None, :]
+    inside = (i * BLOCK_Q + in_q < L)[:, None]
+    here = ((b * L + i * BLOCK_Q) * N + n) * H
+    linear_state = projected + head.to(tl.int64) * (H * H)
+    total = add_linear(total, q + here, inside, normalizer + head * H, linear_state, bias, N, H, BLOCK_Q)
+    tl.store(out + here + q_offsets, total.to(tl.bfloat16), mask=inside)
+
+
+def quantize_rows(
+    x: jax.Array, block: int, *, mean: jax.Array | None = None, means: bool = False
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """As `sage.quantize_rows`: x bfloat16 `[B, L, N, H]`, less mean float32 `[B, N, H]` if given, in one read.
+
+    Gives int8 `[B, L padded to the block, N, H]`, float32 scales `[B, N, blocks]`, and with means also x's block means,
+    float32 `[B, N, blocks, H]`; without, `[1]` and undefined.
+    """
+    batch, length, heads, dim = x.shape
+    blocks = -(-length // block)
+    code, scale, block_means = triton_call(
+        quantize_rows_kernel,
+        x,
+        jnp.zeros(1, jnp.float32) if mean is None else mean,
+        out_shape=(
+            jax.ShapeDtypeStruct((batch, blocks * block, heads, dim), jnp.int8),
+            jax.ShapeDtypeStruct((batch, heads, blocks), jnp.float32),
+            jax.ShapeDtypeStruct((batch, heads, blocks, dim) if means else (1,), jnp.float32),
+        ),
+        grid=(heads, blocks, batch),
+        num_warps=block * dim // 1024,
+        num_stages=1,
+        L=length,
+        N=heads,
+        H=dim,
+        BLOCK=block,
+        CENTRED=mean is not None,
+        MEANS=means,
+    )
+    return code, scale, block_means
+
+
+def quantize_values(v: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """As `sage.quantize_values`: v bfloat16 `[B, L, N, H]` to e4m3 and float32 scales `[B, N, H]`.
+
+    The codes are transposed and padded with zeros, `[B, N, H, L padded to 128]`.
+    """
+    batch, length, heads, dim = v.shape
+    chunks, blocks = -(-length // AMAX_ROWS), -(-length // VALUE_ROWS)
+    shape = dict(num_stages=1, L=length, N=heads, H=dim)
+    (parts,) = triton_call(
+        channel_amax_kernel,
+        v,
+        out_shape=(jax.ShapeDtypeStruct((batch, chunks, heads, dim), jnp.float32),),
+        grid=(heads, chunks, batch),
+        num_warps=8,
+        CHUNK=AMAX_ROWS,
+        ROWS=8192 // dim,
+        **shape,
+    )
+    amax = jnp.maximum(jnp.max(parts, axis=1), 1e-20)  # a channel of zeros stays one
+    (code,) = triton_call(
+        quantize_values_kernel,
+        v,
+        amax,
+        out_shape=(jax.ShapeDtypeStruct((batch, heads, dim, blocks * VALUE_ROWS), jnp.float8_e4m3fn),),
+        grid=(heads, blocks, batch),
+        num_warps=8,
+        ROWS=VALUE_ROWS,
+        LARGEST=E4M3_OF_V,
+        **shape,
+    )
+    return code, amax / E4M3_OF_V
+
+
+def sage_forward(
+    q: jax.Array,
+    q_code: jax.Array,
+    q_scale: jax.Array,
+    k_code: jax.Array,
+    k_scale: jax.Array,
+    v: jax.Array,
+    v_scale: jax.Array,
+    table: jax.Array,
+    projected: jax.Array,
+    normalizer: jax.Array,
+    bias: jax.Array,
+    *,
+    block_q: int,
+    block_k: int,
+    values: Values,
+    tiles: Tiles,
+) -> jax.Array:
+    """The sparse branch over the chosen key blocks plus the linear branch, bfloat16 `[B, L, N, H]`.
+
+    q bfloat16 `[B, L, N, H]` and its codes and scales from `quantize_rows`, as k's; v e4m3 from `quantize_values` for
+    values "float8", else bfloat16 `[B, L, N, H]`; v_scale float32 `[B, N, H]`; table int32
+    `[B, N, query blocks, chosen]`, ascending; projected = phi(k)^T v W^T bfloat16 `[B, N, H, H]`; normalizer =
+    sum phi(k) float32 `[B, N, H]`; bias float32 `[H]`.
+    """
+    batch, length, heads, dim = q.shape
+    (out,) = triton_call(
+        sage_forward_kernel,
+        q_code,
+        q_scale,
+        k_code,
+        k_scale,
+        v,
+        v_scale,
+        table,
+        q,
+        projected,
+        normalizer,
+        bias,
+        out_shape=(jax.ShapeDtypeStruct(q.shape, jnp.bfloat16),),
+        grid=(table.shape[2], batch * heads),
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+        L=length,
+        N=heads,
+        H=dim,
+        COUNT=table.shape[3],
+        BLOCK_Q=block_q,
+        BLOCK_K=block_k,
+        VALUES=values,
+        SCALE=LOG2_E * dim**-0.5,
+    )
+    return out
