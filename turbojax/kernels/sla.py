@@ -9,8 +9,8 @@ B batch, L tokens, N heads, H head dim. Queries are cut in blocks I of `block_q`
 
 The block map takes no gradient, and no step holds `[L, L]`.
 
-Implementations: "triton" (bfloat16, compute capability 8.0 and later) and "reference" (jnp, anything, anywhere). None
-chooses; a named one runs or raises.
+Implementations: "mosaic" (Hopper, blocks of 128 queries; its gradients are Triton's), "triton" (bfloat16, compute
+capability 8.0 and later) and "reference" (jnp, anything, anywhere). None chooses; a named one runs or raises.
 """
 
 from typing import Literal
@@ -23,7 +23,7 @@ from turbojax.errors import UserError
 from turbojax.kernels import triton_call
 from turbojax.kernels.dispatch import compute_capability
 
-Implementation = Literal["triton", "reference"]
+Implementation = Literal["mosaic", "triton", "reference"]
 
 BLOCKS = ((128, 64), (64, 64), (64, 128))  # rows of query and key blocks that the kernels take
 MOST_KEY_BLOCKS = 4096
@@ -33,14 +33,18 @@ def choose(
     implementation: Implementation | None, q: jax.Array, *, keys: int, block_q: int, block_k: int
 ) -> Implementation:
     """The implementation that runs: the named one, or the fastest one that can; q `[B, L, N, H]`."""
-    if implementation not in (None, "triton", "reference"):
-        raise UserError(f"{implementation=} is unknown; choose triton, reference or None")
+    if implementation not in (None, "mosaic", "triton", "reference"):
+        raise UserError(f"{implementation=} is unknown; choose mosaic, triton, reference or None")
     if implementation == "reference":
         return "reference"
     obstacle = triton_obstacle(q, keys=keys, block_q=block_q, block_k=block_k)
-    if obstacle and implementation == "triton":
-        raise UserError(f"implementation='triton' of sparse-linear attention takes {obstacle}; None chooses another")
-    return "reference" if obstacle else "triton"
+    mosaic_too = obstacle or mosaic_obstacle(q, block_q=block_q, block_k=block_k)
+    wanted = mosaic_too if implementation == "mosaic" else obstacle
+    if implementation and wanted:
+        raise UserError(f"{implementation=} of sparse-linear attention takes {wanted}; None chooses another")
+    if obstacle:
+        return "reference"
+    return "triton" if implementation == "triton" or mosaic_too else "mosaic"
 
 
 def triton_obstacle(q: jax.Array, *, keys: int, block_q: int, block_k: int) -> str | None:
@@ -56,6 +60,17 @@ def triton_obstacle(q: jax.Array, *, keys: int, block_q: int, block_k: int) -> s
         return f"blocks (block_q, block_k) of {', '.join(map(str, BLOCKS))}, not {(block_q, block_k)}"
     if -(-keys // block_k) > MOST_KEY_BLOCKS:
         return f"up to {MOST_KEY_BLOCKS} key blocks, not {-(-keys // block_k)}"
+    return None
+
+
+def mosaic_obstacle(q: jax.Array, *, block_q: int, block_k: int) -> str | None:
+    """What the Hopper kernel takes besides, as `triton_obstacle`."""
+    if compute_capability() != (9, 0):
+        return "a GPU of compute capability 9.0"
+    if q.shape[1] % 8:  # Mosaic's tiled copies drop the rows behind the last full group of 8
+        return f"lengths in eights, not {q.shape[1]}"
+    if block_q != 128:
+        return f"blocks of 128 queries, not {block_q}"
     return None
 
 
@@ -150,11 +165,12 @@ def sparse_linear_attention(
     The default blocks are those that TurboDiffusion's published checkpoints run with. Kernels have gradients by
     `jax.vjp` only: training by `jax.jvp` (sCM) needs implementation="reference".
     """
-    if choose(implementation, q, keys=k.shape[1], block_q=block_q, block_k=block_k) == "triton":
+    chosen = choose(implementation, q, keys=k.shape[1], block_q=block_q, block_k=block_k)
+    if chosen != "reference":
         from turbojax.kernels import sla_fused
 
         count = num_selected(topk, -(-k.shape[1] // block_k))
-        settings = sla_fused.settings(count, block_q=block_q, block_k=block_k, dim=q.shape[-1])
+        settings = sla_fused.settings(chosen, count, block_q=block_q, block_k=block_k, dim=q.shape[-1])
         return sla_fused.attention(q, k, v, proj_weight, proj_bias, settings)
     table = block_table(q, k, topk=topk, block_q=block_q, block_k=block_k)
     sparse = sparse_softmax(q, k, v, table, block_q=block_q, block_k=block_k)

@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from turbojax.kernels import sla_triton
+from turbojax.kernels import sla_mosaic, sla_triton
 from turbojax.kernels.dispatch import compute_capability
 from turbojax.kernels.sla import linear_branch, sparse_softmax
 
-SparseKernel = Literal["triton"]
+SparseKernel = Literal["mosaic", "triton"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,15 +35,19 @@ class Settings:
     tiles: sla_triton.Tiles
 
 
-def settings(count: int, *, block_q: int, block_k: int, dim: int) -> Settings:
+def settings(sparse_kernel: SparseKernel, count: int, *, block_q: int, block_k: int, dim: int) -> Settings:
     """The fastest settings for the device's compute capability."""
     tiles = sla_triton.tiles(compute_capability(), block_q=block_q, block_k=block_k, dim=dim)
-    return Settings(count, block_q, block_k, "triton", tiles)
+    return Settings(count, block_q, block_k, sparse_kernel, tiles)
 
 
-def sparse_forward(*arrays: jax.Array, settings: Settings, residuals: bool) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """`sla_triton.sparse_forward`, or a kernel in its place with the same arguments and results."""
+def sparse_forward(
+    *arrays: jax.Array, settings: Settings, residuals: bool
+) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
+    """`sla_triton.sparse_forward`, or the Hopper kernel in its place, which has no residuals."""
     s = settings
+    if s.sparse_kernel == "mosaic" and not residuals:
+        return sla_mosaic.sparse_forward(*arrays, block_k=s.block_k), None, None
     return sla_triton.sparse_forward(*arrays, block_q=s.block_q, block_k=s.block_k, tiles=s.tiles, residuals=residuals)
 
 

@@ -14,7 +14,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from turbojax.errors import UserError
 from turbojax.kernels import mosaic
 
 CONSUMERS = 2  # warp groups that compute
@@ -27,11 +26,6 @@ LOG2_E = math.log2(math.e)
 WGMMA = plgpu.Layout.WGMMA
 ROW = WGMMA.reduce(1)  # one value a row
 COLUMN = WGMMA.reduce(0)  # one value a column
-
-
-def takes(length: int, dim: int, *, block_q: int, block_k: int) -> bool:
-    """Whether the kernel has this shape. Mosaic's tiled copies drop the rows behind the last full group of 8."""
-    return length % 8 == 0 and dim in (64, 128) and block_q == BLOCK_Q and block_k in (64, 128)
 
 
 def sparse_forward(
@@ -49,14 +43,10 @@ def sparse_forward(
     """The sparse branch over the blocks of `table`, plus the linear branch from its state: bfloat16 `[B, L, N, H]`.
 
     q, k, v bfloat16 `[B, L, N, H]`; table int32 `[B, N, ceil(L / 128), chosen]`, ascending; projected bfloat16
-    `[B, N, H, H]`, (phi(k)^T v) W_l^T; normalizer float32 `[B, N, H]`, the sum of phi(k); bias float32 `[H]`.
+    `[B, N, H, H]`, (phi(k)^T v) W_l^T; normalizer float32 `[B, N, H]`, the sum of phi(k); bias float32 `[H]`. H is 64
+    or 128 and block_k, too; L is a multiple of 8.
     """
     batch, length, heads, dim = q.shape
-    if not takes(length, dim, block_q=BLOCK_Q, block_k=block_k):
-        raise UserError(
-            f"the Hopper attention kernel takes lengths in eights, head_dim 64 or 128 and blocks of 128 x 64 or 128 x 128, "
-            f"not length {length}, head_dim {dim} and blocks of {BLOCK_Q} x {block_k}"
-        )
     parts = KEYS // block_k  # blocks of one step
     chosen = table.shape[-1]
     steps = pl.cdiv(chosen, parts)
