@@ -85,7 +85,7 @@ def both(q, k, v, **options):
 
 
 @pytest.mark.parametrize("values", ["float8", "float8_values", "exact"])
-@pytest.mark.parametrize(("block_q", "block_k"), sage.FUSED_BLOCKS)
+@pytest.mark.parametrize(("block_q", "block_k"), sla.BLOCKS[::2])
 def test_forward(block_q, block_k, values):
     """Of two samples, with partial blocks. The reference rounds each branch to bfloat16, the kernel P of two forms."""
     options = {"topk": 0.7, "block_q": block_q, "block_k": block_k, "values": values}
