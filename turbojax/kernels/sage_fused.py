@@ -36,7 +36,8 @@ class Settings:
 
 def settings(count: int, *, block_q: int, block_k: int, values: Values) -> Settings:
     """The fastest settings for the device's compute capability."""
-    tiles = sage_triton.forward_tiles(compute_capability() or (9, 0), block_q=block_q)
+    capability = compute_capability() or (9, 0)
+    tiles = sage_triton.forward_tiles(capability, block_q=block_q, block_k=block_k, values=values)
     return Settings(count, block_q, block_k, values, tiles)
 
 

@@ -26,12 +26,16 @@ class Tiles(NamedTuple):
     stages: int
 
 
-def forward_tiles(capability: tuple[int, int], *, block_q: int) -> Tiles:
-    """The sparse kernel's tiles that no capability spills registers with (tests/kernels).
+def forward_tiles(capability: tuple[int, int], *, block_q: int, block_k: int, values: Values) -> Tiles:
+    """The sparse kernel's tiles that fit a compute capability and spill no registers (tests/kernels).
 
-    One warp group of Hopper's takes 64 rows; elsewhere eight warps share the registers.
+    One warp group of Hopper's takes 64 rows; elsewhere eight warps share the registers. Two stages where three, of 128
+    bfloat16 values each, would leave room for one program only.
     """
-    return Tiles(warps=4 if capability == (9, 0) and block_q == 64 else 8, stages=3)
+    return Tiles(
+        warps=4 if capability == (9, 0) and block_q == 64 else 8,
+        stages=2 if values != "float8" and block_k == 128 else 3,
+    )
 
 
 @triton.jit
