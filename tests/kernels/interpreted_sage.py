@@ -3,6 +3,7 @@
 Collected by test_sage_triton.py in a process of its own, with TRITON_INTERPRET=1.
 """
 
+import functools
 import re
 
 import jax
@@ -75,12 +76,14 @@ def relative_error(got, expected) -> float:
     return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
 
 
+def attend(*inputs, **options):
+    """Compiled as a whole, which takes less time than piece by piece."""
+    return jax.jit(functools.partial(sage.sage_sparse_linear_attention, **options))(*inputs)
+
+
 def both(q, k, v, **options):
     weights = projection(q.shape[-1])
-    return [
-        sage.sage_sparse_linear_attention(q, k, v, *weights, implementation=name, **options)
-        for name in ("triton", "reference")
-    ]
+    return [attend(q, k, v, *weights, implementation=name, **options) for name in ("triton", "reference")]
 
 
 @pytest.mark.parametrize("values", ["float8", "float8_values", "exact"])
@@ -109,7 +112,7 @@ def test_one_block_a_query_block(length):
 def test_nan_in_gives_nan_out():
     q, k, v = arrays(130)
     for bad in ((q.at[0, 3, 0, 5].set(jnp.nan), k, v), (q, k.at[0, 3, 0, 5].set(jnp.nan), v)):
-        out = sage.sage_sparse_linear_attention(*bad, *projection(64), topk=1.0, implementation="triton")
+        out = attend(*bad, *projection(64), topk=1.0, implementation="triton")
         assert bool(jnp.isnan(out[0, 3, 0]).all())
         assert not bool(jnp.isnan(out[0, :, 1]).any())
 
@@ -148,6 +151,6 @@ def test_golden(name, blocks):
     options = {"topk": topk, "block_q": block_q, "block_k": block_k, "implementation": "triton"}
     for form, values in FORMS.items():
         expected = recorded[form]
-        got = sage.sage_sparse_linear_attention(q, k, v, *no_linear_branch, values=values, **options)
+        got = attend(q, k, v, *no_linear_branch, values=values, **options)
         rounding = np.linalg.norm(expected - expected.astype(BF16).astype(np.float32))
         assert np.linalg.norm(np.asarray(got, np.float32) - expected) < 1.05 * rounding
