@@ -33,10 +33,8 @@ def test_kernels_in_the_interpreter():
     assert result.returncode == 0, result.stdout[-3000:]
 
 
-def assert_within_limits(
-    kernel, pointers, constants, *, warps: int, stages: int, capability: int, spills: bool = False
-):
-    """No spilled registers, and no more shared memory than a block may have."""
+def assert_within_limits(kernel, pointers, constants, *, warps: int, stages: int, capability: int, spilled: int = 0):
+    """At most `spilled` bytes of registers on the stack, and no more shared memory than a block may have."""
     used = usage(kernel, pointers, constants, warps=warps, stages=stages, capability=capability)
     assert used.shared <= SHARED_MEMORY[capability] * 1024
     assert used.stack <= spilled
