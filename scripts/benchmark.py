@@ -11,7 +11,6 @@ Cases: text_to_video (random weights at full size, prompt to mp4, cold and warm)
 linear (int8 layers beside bfloat16), block (one transformer block without attention), diffusion (that stage alone),
 compile (seconds for --num_layers=N; a second one in the same process would find its kernels tuned).
 Peak memory has no reset, so run one case a process.
-
 """
 
 import json
@@ -42,6 +41,8 @@ OUT = flags.DEFINE_string("out", None, "JSON file to write; printed only if not 
 
 
 def main() -> None:
+    if jax.default_backend() != "gpu":
+        raise UserError("benchmarks need a GPU; none was found (pip install -e '.[cuda12]')")
     width, height = video_size(RESOLUTION.value, "16:9")
     if CASE.value == "text_to_video":
         tokenizer = Tokenizer.from_path(demo_folder() / "google" / "umt5-xxl")
@@ -89,6 +90,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    if jax.default_backend() != "gpu":
-        cli.fail(UserError("benchmarks need a GPU; none was found (pip install -e '.[cuda12]')"))
     cli.run(main, help_text=__doc__ or "")

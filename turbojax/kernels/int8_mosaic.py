@@ -183,9 +183,9 @@ def kernel(x, x_scale, w, w_scale, *rest, m, n, k, tiles: Tiles, scheme: str, ha
             def block_amax(f):
                 """The largest |f| over both warp groups, 1e-8 at least; NaN if any is.
 
-                Both groups reduce the same 128 rows to a scalar: the compiler gives all groups one scratch for that, where
-                different values would race. Neither can overwrite the rows before the other has read them, because a tile
-                lies between: each waits for `both`, then for the products that follow.
+                Both groups reduce the same 128 rows to a scalar: the compiler gives all groups one scratch for that,
+                where different values would race. Neither overwrites rows that the other has yet to read: a tile's
+                products lie between, whose operands come only after both have used the ones before.
                 """
                 row_amax[pl.ds(wg * tiles.rows, tiles.rows)] = jnp.max(jnp.abs(f), axis=1)
                 plgpu.barrier_arrive(both)

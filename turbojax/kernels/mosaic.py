@@ -6,7 +6,7 @@ import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 
-def load(ref: Any) -> jax.Array:
-    """A global-memory array in registers, in the layout of whatever it meets."""
+def load(ref: Any, *, layout: Any = None) -> jax.Array:
+    """An array in registers, in the layout given or in that of whatever it meets."""
     index = ((),) if jax.__version_info__ < (0, 11) else ()  # jax 0.11 warns of one, 0.10 wants it
-    return plgpu.load(ref, *index, optimized=False)
+    return plgpu.load(ref, *index, layout=layout, optimized=False)
