@@ -3,6 +3,7 @@
 Collected by test_sage_triton.py in a process of its own, with TRITON_INTERPRET=1.
 """
 
+import functools
 import re
 
 import jax
@@ -31,8 +32,7 @@ def arrays(length: int, *, batch: int = 1, heads: int = 2, dim: int = 64):
     return q.astype(BF16), (k + jax.random.normal(keys[3], (1, 1, heads, dim))).astype(BF16), v.astype(BF16)
 
 
-@pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize("block", [64, 128])
+@pytest.mark.parametrize(("block", "dim"), [(64, 128), (128, 64)])
 @pytest.mark.parametrize("centred", [False, True])
 def test_quantize_rows(block, dim, centred):
     x = arrays(200, batch=2, dim=dim)[1]
@@ -76,16 +76,18 @@ def relative_error(got, expected) -> float:
     return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
 
 
+def attend(*inputs, **options):
+    """Compiled as a whole, which takes less time than piece by piece."""
+    return jax.jit(functools.partial(sage.sage_sparse_linear_attention, **options))(*inputs)
+
+
 def both(q, k, v, **options):
     weights = projection(q.shape[-1])
-    return [
-        sage.sage_sparse_linear_attention(q, k, v, *weights, implementation=name, **options)
-        for name in ("triton", "reference")
-    ]
+    return [attend(q, k, v, *weights, implementation=name, **options) for name in ("triton", "reference")]
 
 
 @pytest.mark.parametrize("values", ["float8", "float8_values", "exact"])
-@pytest.mark.parametrize(("block_q", "block_k"), sage.FUSED_BLOCKS)
+@pytest.mark.parametrize(("block_q", "block_k"), sla.BLOCKS[::2])
 def test_forward(block_q, block_k, values):
     """Of two samples, with partial blocks. The reference rounds each branch to bfloat16, the kernel P of two forms."""
     options = {"topk": 0.7, "block_q": block_q, "block_k": block_k, "values": values}
@@ -97,20 +99,20 @@ def test_forward(block_q, block_k, values):
 
 @pytest.mark.parametrize("values", ["float8", "exact"])
 def test_forward_without_partial_blocks(values):
-    got, expected = both(*arrays(256, dim=128), topk=1.0, values=values)
+    got, expected = both(*arrays(256, heads=1, dim=128), topk=1.0, values=values)
     assert relative_error(got, expected) < 6e-3
 
 
 @pytest.mark.parametrize("length", [1, 130])
 def test_one_block_a_query_block(length):
-    got, expected = both(*arrays(length), topk=1e-6)
+    got, expected = both(*arrays(length, heads=1), topk=1e-6, values="exact")
     assert relative_error(got, expected) < 6e-3
 
 
 def test_nan_in_gives_nan_out():
     q, k, v = arrays(130)
     for bad in ((q.at[0, 3, 0, 5].set(jnp.nan), k, v), (q, k.at[0, 3, 0, 5].set(jnp.nan), v)):
-        out = sage.sage_sparse_linear_attention(*bad, *projection(64), topk=1.0, implementation="triton")
+        out = attend(*bad, *projection(64), topk=1.0, implementation="triton")
         assert bool(jnp.isnan(out[0, 3, 0]).all())
         assert not bool(jnp.isnan(out[0, :, 1]).any())
 
@@ -149,6 +151,6 @@ def test_golden(name, blocks):
     options = {"topk": topk, "block_q": block_q, "block_k": block_k, "implementation": "triton"}
     for form, values in FORMS.items():
         expected = recorded[form]
-        got = sage.sage_sparse_linear_attention(q, k, v, *no_linear_branch, values=values, **options)
+        got = attend(q, k, v, *no_linear_branch, values=values, **options)
         rounding = np.linalg.norm(expected - expected.astype(BF16).astype(np.float32))
         assert np.linalg.norm(np.asarray(got, np.float32) - expected) < 1.05 * rounding

@@ -3,6 +3,8 @@
 Collected by test_sla_triton.py in a process of its own, with TRITON_INTERPRET=1.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ from jax import lax
 
 from tests.golden_io import GOLDEN, load
 from tests.kernels import interpreter
-from turbojax.kernels import sla, sla_fused, sla_triton, triton_call
+from turbojax.kernels import sla, sla_backward_triton, sla_fused, sla_triton, triton_call
 
 BF16 = jnp.bfloat16
 
@@ -90,8 +92,8 @@ def fused(inputs, topk: float, block_q: int, block_k: int) -> jax.Array:
 def test_attention(length, batch, dim, topk, block_q, block_k):
     """Against float32 on the same bfloat16 inputs, within the golden files' measure for a bfloat16 kernel."""
     inputs = arrays(length, batch=batch, dim=dim)
-    expected = sla.sparse_linear_attention(*as_float32(inputs), topk=topk, block_q=block_q, block_k=block_k)
-    rms, largest = errors(fused(inputs, topk, block_q, block_k), expected)
+    reference = jax.jit(functools.partial(sla.sparse_linear_attention, topk=topk, block_q=block_q, block_k=block_k))
+    rms, largest = errors(fused(inputs, topk, block_q, block_k), reference(*as_float32(inputs)))
     assert rms < 4e-3
     assert largest < 3e-2
 
@@ -110,3 +112,41 @@ def test_golden_files(name):
     rms, largest = errors(sla_fused.attention(*inputs, settings), t[f"out.{name}.o"])
     assert rms < 2e-3
     assert largest < 1.3e-2
+
+
+def assert_gradients_close(got, expected):
+    """Relative root mean square, and the largest difference beside the largest value, of each gradient."""
+    for name, g, e in zip(("q", "k", "v", "proj_weight", "proj_bias"), got, expected, strict=True):
+        rms, largest = errors(g, e)
+        assert rms < 1e-2 * float(np.sqrt(np.mean(np.square(e)))), name
+        assert largest < 3e-2 * float(np.abs(e).max()), name
+
+
+@pytest.mark.parametrize(
+    ("length", "batch", "dim", "topk", "block_q", "block_k"),
+    [(300, 2, 64, 0.4, 128, 64), (200, 1, 128, 0.7, 64, 64), (200, 1, 64, 1.0, 64, 128)],
+)
+def test_gradients(length, batch, dim, topk, block_q, block_k):
+    inputs = arrays(length, batch=batch, dim=dim)
+    weight = jax.random.normal(jax.random.key(1), inputs[0].shape).astype(BF16)
+    sizes = {"topk": topk, "block_q": block_q, "block_k": block_k}
+
+    def loss(inputs, implementation):
+        out = sla.sparse_linear_attention(*inputs, **sizes, implementation=implementation)
+        return jnp.sum(out.astype(jnp.float32) * weight.astype(jnp.float32))
+
+    gradient = jax.jit(jax.grad(loss), static_argnums=1)
+    got = gradient(inputs, "triton")
+    assert [g.dtype for g in got] == [i.dtype for i in inputs]
+    assert_gradients_close(got, gradient(as_float32(inputs), "reference"))
+
+
+def test_inverted_table():
+    """Every pair once, by key block, query blocks in order; a key block that nobody chose has none."""
+    chosen = np.random.default_rng(0).random((2, 3, 5, 9)) < 0.5
+    table = np.argsort(~chosen[..., :8], axis=-1, kind="stable")[..., :3]
+    queries, begins = sla_backward_triton.invert_table(jnp.sort(jnp.asarray(table, jnp.int32), axis=-1), 9)
+    for b, n in np.ndindex(2, 3):
+        for j in range(9):
+            expected = [i for i in range(5) if j in table[b, n, i]]
+            assert queries[b, n, begins[b, n, j] : begins[b, n, j + 1]].tolist() == expected

@@ -135,7 +135,7 @@ original_patch = interpreter._patch_lang_tensor
 
 
 def patch_tensor(tensor, scope):
-    """Loop bounds that are computed: the interpreter's scalars have one element, which NumPy no longer takes for int."""
+    """Computed loop bounds: the interpreter's scalars have one element, which NumPy no longer takes for an int."""
     original_patch(tensor, scope)
     scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 

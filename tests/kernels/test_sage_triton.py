@@ -12,7 +12,7 @@ pytest.importorskip("triton")
 
 from tests.kernels.ahead_of_time import BF16, F32, INT8, INT32, SHARED_MEMORY, usage
 from turbojax.errors import UserError
-from turbojax.kernels import sage, sage_triton
+from turbojax.kernels import sage, sage_triton, sla
 from turbojax.kernels.sage_triton import Tiles
 
 ROOT = Path(__file__).parents[2]
@@ -57,14 +57,14 @@ def check(kernel, pointers, constants, capability: int, tiles: Tiles):
 
 
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
-@pytest.mark.parametrize(("block_q", "block_k"), sage.FUSED_BLOCKS)
-@pytest.mark.parametrize(("values", "dim"), [("float8", 128), ("exact", 128), ("exact", 64)])
+@pytest.mark.parametrize(("block_q", "block_k"), sla.BLOCKS)
+@pytest.mark.parametrize(("values", "dim"), [("float8", 128), ("exact", 128), ("float8", 64)])
 def test_forward_compiles_within_limits(values, dim, block_q, block_k, capability):
     if values == "float8" and capability < 89:
         pytest.skip("no float8 there")
     constants = {"H": dim, "COUNT": 59, "BLOCK_Q": block_q, "BLOCK_K": block_k, "VALUES": values, "SCALE": 0.1275}
     pointers = FORWARD | {"v": E4M3 if values == "float8" else BF16}
-    tiles = sage_triton.forward_tiles(divmod(capability, 10), block_q=block_q)
+    tiles = sage_triton.forward_tiles(divmod(capability, 10), block_q=block_q, block_k=block_k, values=values)
     check(sage_triton.sage_forward_kernel, pointers, SHAPE | constants, capability, tiles)
 
 
@@ -81,9 +81,10 @@ def test_quantizer_compiles_within_limits(name, capability):
 def choose(
     capability, monkeypatch, implementation=None, *, dtype=jnp.bfloat16, dim=128, blocks=(64, 128), values="float8"
 ):
-    monkeypatch.setattr(sage, "compute_capability", lambda: capability)
+    for module in (sage, sla):
+        monkeypatch.setattr(module, "compute_capability", lambda: capability)
     q = jnp.zeros((1, 8, 1, dim), dtype)
-    return sage.choose(implementation, q, block_q=blocks[0], block_k=blocks[1], values=values)
+    return sage.choose(implementation, q, keys=8, block_q=blocks[0], block_k=blocks[1], values=values)
 
 
 def test_none_takes_the_kernels_where_they_run(monkeypatch):
@@ -92,27 +93,20 @@ def test_none_takes_the_kernels_where_they_run(monkeypatch):
     assert choose(None, monkeypatch) == "reference"
     assert choose((7, 5), monkeypatch) == "reference"
     assert choose((9, 0), monkeypatch, dtype=jnp.float32) == "reference"
-    assert choose((9, 0), monkeypatch, dim=24) == "reference"
-    assert choose((9, 0), monkeypatch, blocks=(64, 64)) == "reference"
     assert choose((8, 0), monkeypatch, "reference") == "reference"
 
 
 @pytest.mark.parametrize(
     ("capability", "options", "message"),
     [
-        (None, {}, "need an NVIDIA GPU"),
-        ((9, 0), {"dtype": jnp.float32}, "take bfloat16, not float32"),
-        ((9, 0), {"dim": 24}, "take a head dim of 64 or 128, not 24"),
-        ((9, 0), {"blocks": (64, 64)}, r"not \(64, 64\)"),
-        ((8, 6), {}, 'needs compute capability 8.9, not 8.6; set sage_values="exact"'),
-        ((9, 0), {"implementation": "cuda"}, "choose 'triton' or 'reference'"),
+        (None, {"implementation": "triton"}, "takes an NVIDIA GPU"),
+        ((9, 0), {"implementation": "triton", "dtype": jnp.float32}, "takes bfloat16, not float32"),
+        ((9, 0), {"implementation": "triton", "blocks": (32, 64)}, r"not \(32, 64\)"),
+        ((9, 0), {"implementation": "cuda"}, "choose triton, reference or None"),
+        ((8, 6), {"implementation": "triton"}, 'needs compute capability 8.9, not 8.6; set sage_values="exact"'),
+        ((8, 0), {}, 'needs compute capability 8.9, not 8.0; set sage_values="exact"'),
     ],
 )
-def test_a_named_implementation_runs_or_raises(capability, options, message, monkeypatch):
+def test_what_cannot_run_raises(capability, options, message, monkeypatch):
     with pytest.raises(UserError, match=message):
-        choose(capability, monkeypatch, **{"implementation": "triton"} | options)
-
-
-def test_float8_does_not_fall_back_on_a_gpu(monkeypatch):
-    with pytest.raises(UserError, match='set sage_values="exact"'):
-        choose((8, 0), monkeypatch)
+        choose(capability, monkeypatch, **options)

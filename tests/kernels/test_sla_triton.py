@@ -10,13 +10,15 @@ import pytest
 pytest.importorskip("triton")
 
 from tests.kernels.ahead_of_time import BF16, F32, INT32, SHARED_MEMORY, usage
-from turbojax.kernels import sla_triton
+from turbojax.kernels import sla_backward_triton, sla_triton
 
 ROOT = Path(__file__).parents[2]
 
 SHAPE = {"L": 75600, "N": 40}  # with a partial block at the end
 FORWARD = dict.fromkeys(("q", "k", "v", "projected", "out", "sparse"), BF16) | {"table": INT32}
 FORWARD |= dict.fromkeys(("normalizer", "bias", "lse"), F32)
+BACKWARD = dict.fromkeys(("q", "k", "v", "sparse", "d_out", "dq", "dk", "dv"), BF16)
+BACKWARD |= dict.fromkeys(("table", "queries", "begins"), INT32) | dict.fromkeys(("lse", "delta"), F32)
 SUMMARY = {"k": BF16, "v": BF16, "means": F32, "states": F32, "normalizers": F32}
 
 
@@ -31,13 +33,11 @@ def test_kernels_in_the_interpreter():
     assert result.returncode == 0, result.stdout[-3000:]
 
 
-def assert_within_limits(
-    kernel, pointers, constants, *, warps: int, stages: int, capability: int, spills: bool = False
-):
-    """No spilled registers, and no more shared memory than a block may have."""
+def assert_within_limits(kernel, pointers, constants, *, warps: int, stages: int, capability: int, spilled: int = 0):
+    """At most `spilled` bytes of registers on the stack, and no more shared memory than a block may have."""
     used = usage(kernel, pointers, constants, warps=warps, stages=stages, capability=capability)
     assert used.shared <= SHARED_MEMORY[capability] * 1024
-    assert spills or used.stack == 0
+    assert used.stack <= spilled
 
 
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
@@ -46,10 +46,24 @@ def assert_within_limits(
 @pytest.mark.parametrize(("block_q", "block_k"), [(128, 64), (64, 64), (64, 128)])
 def test_sparse_forward_compiles_within_limits(block_q, block_k, dim, residuals, capability):
     tiles = sla_triton.tiles(divmod(capability, 10), block_q=block_q, block_k=block_k, dim=dim)
-    blocks = {"BLOCK_Q": block_q, "BLOCK_K": block_k, "KEYS": tiles.keys, "COUNT": 59}
+    blocks = {"BLOCK_Q": block_q, "BLOCK_K": block_k, "KEYS": tiles.step, "COUNT": 59}
     constants = SHAPE | blocks | {"H": dim, "SCALE": 0.1275, "RESIDUALS": residuals}
     settings = {"warps": tiles.warps, "stages": tiles.stages, "capability": capability}
     assert_within_limits(sla_triton.sparse_forward_kernel, FORWARD, constants, **settings)
+
+
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize(("block_q", "block_k"), [(128, 64), (64, 64), (64, 128)])
+def test_sparse_backward_compiles_within_limits(block_q, block_k, dim, capability):
+    tiles = sla_backward_triton.tiles(divmod(capability, 10), block_q=block_q, block_k=block_k, dim=dim)
+    shared = SHAPE | {"H": dim, "BLOCK_Q": block_q, "BLOCK_K": block_k, "SCALE": 0.1275, "LOG2_E": 1.4427}
+    constants = {"KEYS": tiles[0].step, "COUNT": 59}, {"ROWS": tiles[1].step, "ENTRIES": 59 * 591}
+    kernels = sla_backward_triton.query_gradient_kernel, sla_backward_triton.key_gradients_kernel
+    for kernel, tile, own in zip(kernels, tiles, constants, strict=True):
+        pointers = {name: type for name, type in BACKWARD.items() if name in kernel.arg_names}
+        settings = {"warps": tile.warps, "stages": tile.stages, "capability": capability, "spilled": 32}
+        assert_within_limits(kernel, pointers, shared | own, **settings)
 
 
 @pytest.mark.parametrize("capability", SHARED_MEMORY)

@@ -15,10 +15,10 @@ Subtracting the mean of k changes no softmax: it adds one number to a whole row 
                     P = 2^(S log2(e) - m + 8.807), rounded for the product and not for the denominator
 
 2.25 leaves room for float16 sums of products in the published kernels; 8.807 = log2(448) puts P's largest value at the
-format's. What is not named fused is the reference; no step holds `[L, L]`.
+format's. No step holds `[L, L]`.
 
-Implementations: "triton" (compute capability 8.0 and later; float8 from 8.9 on), bfloat16 and forward only, and
-"reference" (jnp, anywhere). None chooses; a named one runs or raises.
+Implementations: "triton" (bfloat16, compute capability 8.0 and later, "float8" from 8.9 on) and "reference" (jnp,
+anything, anywhere). None chooses; a named one runs or raises.
 """
 
 import math
@@ -29,15 +29,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from turbojax.errors import UserError
-from turbojax.kernels import triton_call
 from turbojax.kernels.dispatch import compute_capability
-from turbojax.kernels.sla import block_table, linear_branch, num_selected
+from turbojax.kernels.sla import Implementation, block_table, linear_branch, num_selected, triton_obstacle
 
 Values = Literal["exact", "float8", "float8_values"]
-Implementation = Literal["triton", "reference"]
-
-FUSED_BLOCKS = ((64, 128), (128, 64))  # rows of query and key blocks that the kernels are checked with
-FUSED_HEAD_DIMS = (64, 128)
 
 E4M3_OF_V = 2.25
 LARGEST_E4M3 = 448.0
@@ -142,31 +137,21 @@ def float8_product(scores: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def choose(
-    implementation: Implementation | None, q: jax.Array, *, block_q: int, block_k: int, values: Values
+    implementation: Implementation | None, q: jax.Array, *, keys: int, block_q: int, block_k: int, values: Values
 ) -> Implementation:
-    """The implementation that runs: the named one, or the fused one where it can; float8 never falls back on a GPU."""
+    """The implementation that runs: the named one, or the fused one if it can; float8 never falls back on a GPU."""
+    if implementation not in (None, "triton", "reference"):
+        raise UserError(f"{implementation=} is unknown; choose triton, reference or None")
     if implementation == "reference":
-        return implementation
-    if implementation not in (None, "triton"):
-        raise UserError(f"{implementation=} is unknown; choose 'triton' or 'reference'")
-    capability = (9, 0) if triton_call.override else compute_capability()
-    problem = None
-    if capability is None or capability < (8, 0):
-        problem = "need an NVIDIA GPU of compute capability 8.0 or later"
-    elif q.dtype != jnp.bfloat16:
-        problem = f"take bfloat16, not {q.dtype}"
-    elif q.shape[-1] not in FUSED_HEAD_DIMS:
-        problem = f"take a head dim of 64 or 128, not {q.shape[-1]}"
-    elif (block_q, block_k) not in FUSED_BLOCKS:
-        problem = f"take blocks of (64, 128) or (128, 64), not {(block_q, block_k)}"
-    elif values == "float8" and capability < (8, 9):
+        return "reference"
+    obstacle = triton_obstacle(q, keys=keys, block_q=block_q, block_k=block_k)
+    if obstacle and implementation == "triton":
+        raise UserError(f"implementation='triton' of SageSLA takes {obstacle}; None chooses another")
+    capability = compute_capability()
+    if not obstacle and values == "float8" and capability is not None and capability < (8, 9):
         has = ".".join(map(str, capability))
         raise UserError(f'sage_values="float8" needs compute capability 8.9, not {has}; set sage_values="exact"')
-    if problem is None:
-        return "triton"
-    if implementation == "triton":
-        raise UserError(f"SageSLA's Triton kernels {problem}; implementation='reference' runs anywhere")
-    return "reference"
+    return "reference" if obstacle else "triton"
 
 
 def sage_sparse_linear_attention(
@@ -190,7 +175,7 @@ def sage_sparse_linear_attention(
     """
     if values not in ("exact", "float8", "float8_values"):
         raise UserError(f"{values=} is unknown; choose exact, float8 or float8_values")
-    if choose(implementation, q, block_q=block_q, block_k=block_k, values=values) == "triton":
+    if choose(implementation, q, keys=k.shape[1], block_q=block_q, block_k=block_k, values=values) == "triton":
         from turbojax.kernels import sage_fused
 
         count = num_selected(topk, -(-k.shape[1] // block_k))

@@ -12,12 +12,12 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
 from turbojax.errors import UserError
 from turbojax.kernels import sage_triton, sla_triton
 from turbojax.kernels.dispatch import compute_capability
 from turbojax.kernels.sage import Values, quantize_values
+from turbojax.kernels.sla_fused import exact_einsum
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,19 +36,9 @@ class Settings:
 
 def settings(count: int, *, block_q: int, block_k: int, values: Values) -> Settings:
     """The fastest settings for the device's compute capability."""
-    tiles = sage_triton.forward_tiles(compute_capability() or (9, 0), block_q=block_q)
+    capability = compute_capability() or (9, 0)
+    tiles = sage_triton.forward_tiles(capability, block_q=block_q, block_k=block_k, values=values)
     return Settings(count, block_q, block_k, values, tiles)
-
-
-def exact_einsum(equation: str, *arrays: jax.Array) -> jax.Array:
-    """float32 products, not the tensor cores' shorter ones."""
-    return jnp.einsum(equation, *arrays, precision=lax.Precision.HIGHEST)
-
-
-def mean_of_means(means: jax.Array, block: int, length: int) -> jax.Array:
-    """The mean `[B, N, H]` over all `length` rows, from block means `[B, N, blocks, H]`."""
-    rows = jnp.minimum(block, length - block * jnp.arange(means.shape[2])).astype(jnp.float32)
-    return exact_einsum("j,bnjh->bnh", rows / length, means)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -58,7 +48,8 @@ def attention(
     """`sage.sage_sparse_linear_attention` of bfloat16 q, k, v `[B, L, N, H]`."""
     s = settings
     k_means, state, normalizer = sla_triton.key_summary(k, v, s.block_k)
-    k_mean = mean_of_means(k_means, s.block_k, k.shape[1])
+    share = sla_triton.block_rows(k.shape[1], s.block_k) / k.shape[1]
+    k_mean = jnp.sum(k_means * share[None, None, :, None], axis=2)
     q_code, q_scale, q_means = sage_triton.quantize_rows(q, s.block_q, means=True)
     k_code, k_scale, _ = sage_triton.quantize_rows(k, s.block_k, mean=k_mean)
     scores = exact_einsum("bnih,bnjh->bnij", q_means, k_means - k_mean[:, :, None])

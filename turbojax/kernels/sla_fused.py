@@ -8,15 +8,14 @@ sparse softmax + linear branch + projection + bias   reads q and the chosen bloc
 
 import dataclasses
 import functools
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from turbojax.kernels import sla_mosaic, sla_triton
+from turbojax.kernels import sla_backward_triton, sla_mosaic, sla_triton
 from turbojax.kernels.dispatch import compute_capability
-from turbojax.kernels.sla import linear_branch, sparse_softmax
 
 SparseKernel = Literal["mosaic", "triton"]
 
@@ -25,7 +24,8 @@ SparseKernel = Literal["mosaic", "triton"]
 class Settings:
     """What the kernels are compiled for.
 
-    count: key blocks a query block attends to. sparse_kernel, tiles: who runs the sparse forward pass, and how.
+    count: key blocks a query block attends to. sparse_kernel, tiles: who runs the sparse forward pass, and how;
+    backward_tiles: those of dq, and of dk and dv.
     """
 
     count: int
@@ -33,12 +33,14 @@ class Settings:
     block_k: int
     sparse_kernel: SparseKernel
     tiles: sla_triton.Tiles
+    backward_tiles: tuple[sla_triton.Tiles, sla_triton.Tiles]
 
 
 def settings(sparse_kernel: SparseKernel, count: int, *, block_q: int, block_k: int, dim: int) -> Settings:
     """The fastest settings for the device's compute capability."""
-    tiles = sla_triton.tiles(compute_capability(), block_q=block_q, block_k=block_k, dim=dim)
-    return Settings(count, block_q, block_k, sparse_kernel, tiles)
+    capability, sizes = compute_capability(), {"block_q": block_q, "block_k": block_k, "dim": dim}
+    forward, backward = sla_triton.tiles(capability, **sizes), sla_backward_triton.tiles(capability, **sizes)
+    return Settings(count, block_q, block_k, sparse_kernel, forward, backward)
 
 
 def sparse_forward(
@@ -82,17 +84,44 @@ def forward(q, k, v, proj_weight, proj_bias, settings: Settings, *, residuals: b
     projected = exact_einsum("bnhe,de->bnhd", state, proj_weight.astype(jnp.float32)).astype(q.dtype)
     arrays = (q, k, v, table, projected, normalizer, proj_bias.astype(jnp.float32))
     out, sparse, lse = sparse_forward(*arrays, settings=settings, residuals=residuals)
-    return out, (q, k, v, proj_weight, proj_bias, table)
+    return out, (q, k, v, proj_weight, proj_bias, table, state, normalizer, sparse, lse)
 
 
-def backward(settings: Settings, kept, d_out: jax.Array):
-    q, k, v, proj_weight, proj_bias, table = kept
+def backward(settings: Settings, kept, d_out: jax.Array) -> tuple[jax.Array, ...]:
+    q, k, v, proj_weight, proj_bias, table, state, normalizer, sparse, lse = kept
+    sizes: dict[str, Any] = {"block_q": settings.block_q, "block_k": settings.block_k}
+    sizes["tiles"] = settings.backward_tiles
+    sparse_part = sla_backward_triton.sparse_backward(q, k, v, table, sparse, lse, d_out, **sizes)
+    linear_part, d_weight = linear_backward(q, k, v, proj_weight.astype(jnp.float32), state, normalizer, d_out)
+    dq, dk, dv = ((s.astype(jnp.float32) + l).astype(q.dtype) for s, l in zip(sparse_part, linear_part, strict=True))
+    d_bias = d_out.astype(jnp.float32).sum(axis=(0, 1, 2))
+    return dq, dk, dv, d_weight.astype(proj_weight.dtype), d_bias.astype(proj_bias.dtype)
 
-    def reference(q, k, v, proj_weight, proj_bias):
-        sparse = sparse_softmax(q, k, v, table, block_q=settings.block_q, block_k=settings.block_k)
-        return sparse + linear_branch(q, k, v, proj_weight, proj_bias)
 
-    return jax.vjp(reference, q, k, v, proj_weight, proj_bias)[1](d_out)
+def linear_backward(q, k, v, weight, state, normalizer, d_out) -> tuple[tuple[jax.Array, ...], jax.Array]:
+    """Gradients of (q, k, v) and of the weight through the linear branch, float32.
+
+    With z = sum phi(k), r = 1e-5 + phi(q) z, y = phi(q) / r and P = phi(k)^T v W^T the branch is y P.
+    """
+    q, k, v, d_out = (x.astype(jnp.float32) for x in (q, k, v, d_out))
+    phi_q, phi_k = jax.nn.softmax(q, axis=-1), jax.nn.softmax(k, axis=-1)
+    r = 1e-5 + jnp.einsum("blnh,bnh->bln", phi_q, normalizer)[..., None]
+    projected = exact_einsum("bnhe,de->bnhd", state, weight)
+    dy = jnp.einsum("blnd,bnhd->blnh", d_out, projected)
+    slope = -jnp.sum(phi_q * dy, axis=-1, keepdims=True) / (r * r)  # the gradient of r
+    dq = softmax_backward(phi_q, dy / r + slope * normalizer[:, None])
+    d_projected = jnp.einsum("blnh,blnd->bnhd", phi_q / r, d_out)
+    d_normalizer = jnp.sum(phi_q * slope, axis=1)[:, None]
+    d_state = exact_einsum("bnhd,de->bnhe", d_projected, weight)
+    d_weight = exact_einsum("bnhd,bnhe->de", d_projected, state)
+    dk = softmax_backward(phi_k, jnp.einsum("blne,bnhe->blnh", v, d_state) + d_normalizer)
+    dv = jnp.einsum("blnh,bnhe->blne", phi_k, d_state)
+    return (dq, dk, dv), d_weight
+
+
+def softmax_backward(phi: jax.Array, gradient: jax.Array) -> jax.Array:
+    """The gradient of x from that of phi = softmax(x) over the last axis."""
+    return phi * (gradient - jnp.sum(phi * gradient, axis=-1, keepdims=True))
 
 
 attention.defvjp(forward, backward)

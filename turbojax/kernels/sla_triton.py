@@ -20,9 +20,9 @@ SUMMARY_ROWS = 64
 
 
 class Tiles(NamedTuple):
-    """Keys a step of the sparse loop takes, warps, and stages of loads in flight."""
+    """Rows that a step of the loop takes, warps, and stages of loads in flight."""
 
-    keys: int
+    step: int
     warps: int
     stages: int
 
@@ -65,7 +65,7 @@ def key_summary_kernel(
     SHARE: tl.constexpr,
     SHARES: tl.constexpr,
 ):
-    """One program SHARE groups of ROWS keys of a head: their means, and phi(k)^T v and the sum of phi(k) over all of them."""
+    """One program SHARE groups of ROWS keys of a head: their means, and phi(k)^T v and sum phi(k) over all of them."""
     n, share, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     groups: tl.constexpr = (L + ROWS - 1) // ROWS
     columns = tl.arange(0, H)
@@ -350,7 +350,7 @@ def sparse_forward(
         H=dim,
         BLOCK_Q=block_q,
         BLOCK_K=block_k,
-        KEYS=tiles.keys,
+        KEYS=tiles.step,
         COUNT=table.shape[3],
         SCALE=dim**-0.5 * LOG2_E,
         RESIDUALS=residuals,

@@ -1,0 +1,61 @@
+"""SageSLA's kernels on a GPU, against the reference."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from turbojax.kernels import sage, sla
+from turbojax.kernels.dispatch import compute_capability
+
+pytestmark = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
+
+BF16 = jnp.bfloat16
+SHAPES = [(2, 300, 2, 64), (1, 1, 1, 128), (2, 3120, 3, 128), (1, 32760, 2, 128)]
+VALUES = ["exact", "float8_values", "float8"]
+
+
+def arrays(shape):
+    keys = jax.random.split(jax.random.key(sum(shape)), 4)
+    q, k, v = (jax.random.normal(key, shape) for key in keys[:3])
+    weight = jax.random.normal(keys[3], (shape[-1], shape[-1])) * shape[-1] ** -0.5
+    return [q.astype(BF16), (k + 0.5).astype(BF16), v.astype(BF16), weight, jnp.full(shape[-1], 0.1)]
+
+
+def takes(values: str) -> bool:
+    return values != "float8" or compute_capability() >= (8, 9)
+
+
+@pytest.mark.parametrize("values", VALUES)
+@pytest.mark.parametrize("blocks", sla.BLOCKS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_forward(shape, blocks, values):
+    """Near-equal block scores may be chosen differently: a few rows may be anything."""
+    if not takes(values):
+        pytest.skip("no float8 here")
+    inputs = arrays(shape)
+    options = {"topk": 0.2, "block_q": blocks[0], "block_k": blocks[1], "values": values}
+    got = sage.sage_sparse_linear_attention(*inputs, implementation="triton", **options)
+    with jax.default_matmul_precision("highest"):
+        expected = sage.sage_sparse_linear_attention(*inputs, implementation="reference", **options)
+    difference = np.abs(np.asarray(got, np.float32) - np.asarray(expected, np.float32))
+    assert np.isfinite(difference).all()
+    assert (difference <= 0.03).mean() > 0.998
+    assert np.sqrt((difference**2).mean()) < 1e-2
+
+
+@pytest.mark.parametrize(("warps", "stages"), [(4, 2), (4, 3), (4, 4), (8, 2), (8, 3)])
+@pytest.mark.parametrize("values", VALUES)
+def test_results_are_the_same_from_run_to_run_and_with_other_tiles(values, warps, stages):
+    if not takes(values):
+        pytest.skip("no float8 here")
+    from turbojax.kernels import sage_fused, sage_triton
+
+    inputs = arrays((1, 4000, 2, 128))
+    settings = sage_fused.settings(6, block_q=64, block_k=128, values=values)
+    other = dataclasses.replace(settings, tiles=sage_triton.Tiles(warps, stages))
+    first, again, third = (sage_fused.attention(*inputs, s) for s in (settings, settings, other))
+    assert bool((first == again).all())
+    np.testing.assert_allclose(np.asarray(third, np.float32), np.asarray(first, np.float32), atol=2e-2)

@@ -1,0 +1,240 @@
+"""Triton kernels of sparse-linear attention, backward; the equations are in `turbojax.kernels.sla`.
+
+With scores s = q k^T / sqrt(H), weights p = softmax(s) over the chosen blocks, and their result o = p v:
+
+    dp = do v^T,    ds = p (dp - sum(do o)),    dq = ds k / sqrt(H),    dk = ds^T q / sqrt(H),    dv = p^T do
+
+p comes back from the forward pass's log-sum-exp. dq goes over the blocks that a query block chose, dk and dv over the
+query blocks that chose a key block: nothing is summed by atomics.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import triton
+import triton.language as tl
+
+from turbojax.kernels import triton_call
+from turbojax.kernels.sla_triton import LOG2_E, Tiles
+
+
+def tiles(capability: tuple[int, int] | None, *, block_q: int, block_k: int, dim: int) -> tuple[Tiles, Tiles]:
+    """Tiles for dq, and for dk and dv; few registers are spilled, and on Hopper none (tests/kernels)."""
+    crowded = dim == 128 and capability != (9, 0)
+    for_queries = Tiles(32, warps=8, stages=2) if crowded else Tiles(64, warps=block_q // 16, stages=2)
+    for_keys = Tiles(32 if dim == 128 and block_k == 128 else 64, warps=8, stages=2)
+    return for_queries, for_keys
+
+
+def invert_table(table: jax.Array, key_blocks: int) -> tuple[jax.Array, jax.Array]:
+    """Who chose each key block, from table int32 `[B, N, query blocks, chosen]`.
+
+    Query blocks in the order of the key blocks that chose them, int32 `[B, N, query blocks * chosen]`, and where each
+    key block's begin, int32 `[B, N, key blocks + 1]`.
+    """
+    batch, heads, query_blocks, _ = table.shape
+    pairs = table * query_blocks + jnp.arange(query_blocks, dtype=jnp.int32)[None, None, :, None]
+    pairs = jnp.sort(pairs.reshape(batch, heads, -1), axis=-1)
+    first = jnp.arange(key_blocks + 1, dtype=jnp.int32) * query_blocks
+    begins = jax.vmap(jax.vmap(lambda row: jnp.searchsorted(row, first)))(pairs)
+    return pairs % query_blocks, begins.astype(jnp.int32)
+
+
+@triton.jit
+def query_gradient_step(queries, d_out, k, v, left, lse, delta, dq, KEYS: tl.constexpr, MASKED: tl.constexpr,
+                        ROW: tl.constexpr, H: tl.constexpr, SCALE: tl.constexpr):  # fmt: skip
+    """Adds ds k of KEYS rows at k and v, ROW elements apart, to dq; MASKED: only `left` rows exist."""
+    keys = tl.arange(0, KEYS)
+    rows = keys
+    if MASKED:  # rows past the end repeat the last one and get no weight
+        rows = tl.minimum(keys, tl.maximum(left - 1, 0))
+    offsets = rows[:, None] * ROW + tl.arange(0, H)[None, :]
+    k_tile = tl.load(k + offsets)
+    p = tl.exp2(tl.dot(queries, k_tile.T) * SCALE - lse[:, None])
+    if MASKED:
+        p = tl.where((keys < left)[None, :], p, 0.0)
+    ds = p * (tl.dot(d_out, tl.load(v + offsets).T) - delta[:, None])
+    return tl.dot(ds.to(tl.bfloat16), k_tile, dq)
+
+
+@triton.jit
+def query_gradient_kernel(
+    q,
+    k,
+    v,
+    table,
+    sparse,
+    lse,
+    d_out,
+    dq,
+    delta,
+    L: tl.constexpr,
+    N: tl.constexpr,
+    H: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    KEYS: tl.constexpr,
+    COUNT: tl.constexpr,
+    SCALE: tl.constexpr,
+    LOG2_E: tl.constexpr,
+):
+    """One program a query block of a head: dq, and delta = sum(do o) for the other kernel."""
+    i, head = tl.program_id(0), tl.program_id(1)
+    sample = (head // N).to(tl.int64) * L * N * H + (head % N) * H
+    rows = i * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    inside = rows < L
+    first_row = sample + i.to(tl.int64) * (BLOCK_Q * N * H)
+    # Rows past the end repeat the last one, as in the forward pass.
+    row_offsets = (tl.minimum(rows, L - 1) - i * BLOCK_Q)[:, None] * (N * H) + tl.arange(0, H)[None, :]
+    queries = tl.load(q + first_row + row_offsets)
+    gradient = tl.load(d_out + first_row + row_offsets)
+    product = gradient.to(tl.float32) * tl.load(sparse + first_row + row_offsets).to(tl.float32)
+    row_delta = tl.sum(product, axis=1)
+    statistics = head.to(tl.int64) * L + rows
+    tl.store(delta + statistics, row_delta, mask=inside)
+    row_lse = tl.load(lse + statistics, mask=inside, other=0.0)
+    steps: tl.constexpr = BLOCK_K // KEYS
+    k += sample
+    v += sample
+    table += (head * tl.cdiv(L, BLOCK_Q) + i).to(tl.int64) * COUNT
+    total = tl.zeros((BLOCK_Q, H), tl.float32)
+    whole = COUNT
+    if L % BLOCK_K:  # the partial block first, as in the forward pass
+        whole = COUNT - 1
+        last = tl.load(table + COUNT - 1) * BLOCK_K
+        for step in tl.range(steps, num_stages=1):
+            block = tl.minimum(last + step * KEYS, L - 1).to(tl.int64) * (N * H)
+            left = L - last - step * KEYS
+            total = query_gradient_step(
+                queries, gradient, k + block, v + block, left, row_lse, row_delta, total, KEYS, True, N * H, H, SCALE
+            )
+    chosen = tl.load(table)
+    for step in range(whole * steps):
+        block = (chosen * BLOCK_K + (step % steps) * KEYS).to(tl.int64) * (N * H)
+        chosen = tl.load(table + tl.minimum((step + 1) // steps, COUNT - 1))  # a step ahead
+        total = query_gradient_step(
+            queries, gradient, k + block, v + block, KEYS, row_lse, row_delta, total, KEYS, False, N * H, H, SCALE
+        )
+    tl.store(dq + first_row + row_offsets, (total * (SCALE / LOG2_E)).to(tl.bfloat16), mask=inside[:, None])
+
+
+@triton.jit
+def key_gradients_kernel(
+    q,
+    k,
+    v,
+    queries,
+    begins,
+    lse,
+    delta,
+    d_out,
+    dk,
+    dv,
+    L: tl.constexpr,
+    N: tl.constexpr,
+    H: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ROWS: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    SCALE: tl.constexpr,
+    LOG2_E: tl.constexpr,
+):
+    """One program a key block of a head: dk and dv from the query blocks that chose it, ROWS queries at a time."""
+    j, head = tl.program_id(0), tl.program_id(1)
+    sample = (head // N).to(tl.int64) * L * N * H + (head % N) * H
+    columns = tl.arange(0, H)
+    keys = j * BLOCK_K + tl.arange(0, BLOCK_K)
+    key_offsets = sample + tl.minimum(keys, L - 1).to(tl.int64)[:, None] * (N * H) + columns[None, :]
+    k_tile, v_tile = tl.load(k + key_offsets), tl.load(v + key_offsets)
+    q += sample
+    d_out += sample
+    lse += head.to(tl.int64) * L
+    delta += head.to(tl.int64) * L
+    begins += head * (tl.cdiv(L, BLOCK_K) + 1) + j
+    begin, end = tl.load(begins), tl.load(begins + 1)
+    queries += head.to(tl.int64) * ENTRIES
+    steps: tl.constexpr = BLOCK_Q // ROWS
+    total_k = tl.zeros((BLOCK_K, H), tl.float32)
+    total_v = tl.zeros((BLOCK_K, H), tl.float32)
+    query_block = tl.load(queries + tl.minimum(begin, ENTRIES - 1))
+    for step in range((end - begin) * steps):
+        first = tl.minimum(query_block * BLOCK_Q + (step % steps) * ROWS, L - 1)
+        left = L - query_block * BLOCK_Q - (step % steps) * ROWS
+        query_block = tl.load(queries + tl.minimum(begin + (step + 1) // steps, ENTRIES - 1))  # a step ahead
+        rows = tl.minimum(tl.arange(0, ROWS), tl.maximum(left - 1, 0))  # past the end: repeated, and without weight
+        block = first.to(tl.int64) * (N * H)
+        offsets = rows[:, None] * (N * H) + columns[None, :]
+        row_lse = tl.where(tl.arange(0, ROWS) < left, tl.load(lse + first + rows), float("inf"))
+        row_delta = tl.load(delta + first + rows)
+        q_tile, gradient = tl.load(q + block + offsets), tl.load(d_out + block + offsets)
+        p = tl.exp2(tl.dot(k_tile, q_tile.T) * SCALE - row_lse[None, :])
+        total_v = tl.dot(p.to(tl.bfloat16), gradient, total_v)
+        ds = p * (tl.dot(v_tile, gradient.T) - row_delta[None, :])
+        total_k = tl.dot(ds.to(tl.bfloat16), q_tile, total_k)
+    inside = (keys < L)[:, None]
+    tl.store(dk + key_offsets, (total_k * (SCALE / LOG2_E)).to(tl.bfloat16), mask=inside)
+    tl.store(dv + key_offsets, total_v.to(tl.bfloat16), mask=inside)
+
+
+def sparse_backward(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    table: jax.Array,
+    sparse: jax.Array,
+    lse: jax.Array,
+    d_out: jax.Array,
+    *,
+    block_q: int,
+    block_k: int,
+    tiles: tuple[Tiles, Tiles],
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of q, k and v through the sparse softmax, bfloat16 `[B, L, N, H]`.
+
+    q, k, v, d_out bfloat16 `[B, L, N, H]`; table, sparse and lse as `sla_triton.sparse_forward` takes and gives them.
+    """
+    batch, length, heads, dim = q.shape
+    key_blocks = -(-length // block_k)
+    constants: dict[str, Any] = {"L": length, "N": heads, "H": dim, "BLOCK_Q": block_q, "BLOCK_K": block_k}
+    constants |= {"SCALE": dim**-0.5 * LOG2_E, "LOG2_E": LOG2_E}
+    gradient = jax.ShapeDtypeStruct(q.shape, jnp.bfloat16)
+    for_queries, for_keys = tiles
+    dq, delta = triton_call.triton_call(
+        query_gradient_kernel,
+        q,
+        k,
+        v,
+        table,
+        sparse,
+        lse,
+        d_out,
+        out_shape=(gradient, jax.ShapeDtypeStruct(lse.shape, jnp.float32)),
+        grid=(table.shape[2], batch * heads),
+        num_warps=for_queries.warps,
+        num_stages=for_queries.stages,
+        KEYS=for_queries.step,
+        COUNT=table.shape[3],
+        **constants,
+    )
+    queries, begins = invert_table(table, key_blocks)
+    dk, dv = triton_call.triton_call(
+        key_gradients_kernel,
+        q,
+        k,
+        v,
+        queries,
+        begins,
+        lse,
+        delta,
+        d_out,
+        out_shape=(gradient, gradient),
+        grid=(key_blocks, batch * heads),
+        num_warps=for_keys.warps,
+        num_stages=for_keys.stages,
+        ROWS=for_keys.step,
+        ENTRIES=queries.shape[2],
+        **constants,
+    )
+    return dq, dk, dv
