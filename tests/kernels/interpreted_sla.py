@@ -37,6 +37,14 @@ def errors(got, expected) -> tuple[float, float]:
     return float(np.sqrt(np.mean(difference**2))), float(np.abs(difference).max())
 
 
+def assert_gradients_close(got, expected):
+    """Relative root mean square, and the largest difference beside the largest value, of each gradient."""
+    for name, g, e in zip(("q", "k", "v", "proj_weight", "proj_bias"), got, expected, strict=True):
+        rms, largest = errors(g, e)
+        assert rms < 1e-2 * float(np.sqrt(np.mean(np.square(e)))), name
+        assert largest < 3e-2 * float(np.abs(e).max()), name
+
+
 def as_float32(values):
     return [value.astype(jnp.float32) for value in values]
 
@@ -75,7 +83,7 @@ def test_choose_blocks_is_top_k(blocks, count):
 def fused(inputs, topk: float, block_q: int, block_k: int) -> jax.Array:
     length, dim = inputs[0].shape[1], inputs[0].shape[3]
     count = sla.num_selected(topk, -(-length // block_k))
-    return sla_fused.attention(*inputs, sla_fused.settings(count, block_q=block_q, block_k=block_k, dim=dim))
+    return sla_fused.attention(*inputs, sla_fused.settings("triton", count, block_q=block_q, block_k=block_k, dim=dim))
 
 
 @pytest.mark.parametrize(
@@ -106,20 +114,18 @@ def test_golden_files(name):
     q, k, v = (jnp.asarray(t[f"in.{name}.{key}"]).astype(BF16) for key in "qkv")
     inputs = [q, k, v, *(jnp.asarray(t[f"w.{name}.proj_l.{key}"]) for key in ("weight", "bias"))]
     table = jnp.asarray(t[f"out.{name}.lut_sorted"])
-    settings = sla_fused.settings(table.shape[-1], block_q=case["BLKQ"], block_k=case["BLKK"], dim=q.shape[-1])
+    settings = sla_fused.settings(
+        "triton", table.shape[-1], block_q=case["BLKQ"], block_k=case["BLKK"], dim=q.shape[-1]
+    )
     k_means, _, _ = sla_triton.key_summary(k, v, case["BLKK"])
     np.testing.assert_array_equal(sla_fused.block_table(q, k_means, settings), table)
-    rms, largest = errors(sla_fused.attention(*inputs, settings), t[f"out.{name}.o"])
+    out, gradient = jax.vjp(lambda *inputs: sla_fused.attention(*inputs, settings), *inputs)
+    rms, largest = errors(out, t[f"out.{name}.o"])
     assert rms < 2e-3
     assert largest < 1.3e-2
-
-
-def assert_gradients_close(got, expected):
-    """Relative root mean square, and the largest difference beside the largest value, of each gradient."""
-    for name, g, e in zip(("q", "k", "v", "proj_weight", "proj_bias"), got, expected, strict=True):
-        rms, largest = errors(g, e)
-        assert rms < 1e-2 * float(np.sqrt(np.mean(np.square(e)))), name
-        assert largest < 3e-2 * float(np.abs(e).max()), name
+    gradients = ("dq", "dk", "dv", "dproj_weight", "dproj_bias")
+    expected = [t[f"out.{name}.{gradient}"] for gradient in gradients]
+    assert_gradients_close(gradient(jnp.asarray(t[f"in.{name}.do"]).astype(BF16)), expected)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from turbojax.kernels import sage, sla
+from turbojax.errors import UserError
+from turbojax.kernels import sage, sla, triton_call
 from turbojax.kernels.attention import attention_reference
 
 
@@ -73,3 +74,29 @@ def test_a_channel_of_zeros_stays_zero():
     code, scale = sage.quantize_values(jnp.zeros((1, 8, 1, 4)))
     assert not np.asarray(code, np.float32).any()
     assert bool(jnp.isfinite(scale).all())
+
+
+def test_named_implementations_run_or_raise(monkeypatch):
+    inputs = [*arrays(100, dtype=jnp.bfloat16), *projection()]
+    expected = sla.sparse_linear_attention(*inputs, topk=0.5, implementation="reference")
+    np.testing.assert_array_equal(sla.sparse_linear_attention(*inputs, topk=0.5), expected)  # no GPU here
+    with pytest.raises(UserError, match=r"compute capability 8\.0"):
+        sla.sparse_linear_attention(*inputs, topk=0.5, implementation="triton")
+    with pytest.raises(UserError, match="unknown"):
+        sla.sparse_linear_attention(*inputs, topk=0.5, implementation="cuda")
+    monkeypatch.setattr(triton_call, "override", print)  # as if there were one
+
+    def choose(shape=(1, 100, 2, 64), dtype=jnp.bfloat16, block_q=128, block_k=64, name="triton"):
+        return sla.choose(name, jax.ShapeDtypeStruct(shape, dtype), block_q=block_q, block_k=block_k)
+
+    assert choose() == choose(name=None) == "triton"
+    assert choose(name=None, dtype=jnp.float32) == "reference"
+    cases = {
+        "bfloat16": {"dtype": jnp.float32},
+        "head dim": {"shape": (1, 100, 2, 96)},
+        "block_q": {"block_q": 32},
+        "262144 tokens": {"shape": (1, 262145, 2, 64)},
+    }
+    for words, case in cases.items():
+        with pytest.raises(UserError, match=words):
+            choose(**case)

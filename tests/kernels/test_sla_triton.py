@@ -10,23 +10,26 @@ import pytest
 pytest.importorskip("triton")
 
 from tests.kernels.ahead_of_time import BF16, F32, INT32, SHARED_MEMORY, usage
-from turbojax.kernels import sla_backward_triton, sla_triton
+from turbojax.kernels import sla, sla_backward_triton, sla_linear_triton, sla_triton
 
 ROOT = Path(__file__).parents[2]
 
 SHAPE = {"L": 75600, "N": 40}  # with a partial block at the end
 FORWARD = dict.fromkeys(("q", "k", "v", "projected", "out", "sparse"), BF16) | {"table": INT32}
 FORWARD |= dict.fromkeys(("normalizer", "bias", "lse"), F32)
-BACKWARD = dict.fromkeys(("q", "k", "v", "sparse", "d_out", "dq", "dk", "dv"), BF16)
+BACKWARD = dict.fromkeys(("q", "k", "v", "sparse", "d_out", "linear", "linear_k", "linear_v"), BF16)
+BACKWARD |= dict.fromkeys(("dq", "dk", "dv", "projected", "d_state"), BF16)
+BACKWARD |= dict.fromkeys(("normalizer", "d_projected", "d_normalizer", "d_bias"), F32)
 BACKWARD |= dict.fromkeys(("table", "queries", "begins"), INT32) | dict.fromkeys(("lse", "delta"), F32)
 SUMMARY = {"k": BF16, "v": BF16, "means": F32, "states": F32, "normalizers": F32}
 
 
 def test_kernels_in_the_interpreter():
+    quick_compilation = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/interpreted_sla.py"],
         cwd=ROOT,
-        env=os.environ | {"TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"},
+        env=os.environ | {"TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": quick_compilation},
         capture_output=True,
         text=True,
     )
@@ -41,9 +44,14 @@ def assert_within_limits(kernel, pointers, constants, *, warps: int, stages: int
 
 
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
-@pytest.mark.parametrize("residuals", [False, True])
-@pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize(("block_q", "block_k"), [(128, 64), (64, 64), (64, 128)])
+@pytest.mark.parametrize(
+    ("block_q", "block_k", "dim", "residuals"),
+    [
+        *((*blocks, dim, False) for blocks in sla.BLOCKS for dim in (64, 128)),
+        (128, 64, 128, True),
+        (64, 64, 128, True),
+    ],
+)
 def test_sparse_forward_compiles_within_limits(block_q, block_k, dim, residuals, capability):
     tiles = sla_triton.tiles(divmod(capability, 10), block_q=block_q, block_k=block_k, dim=dim)
     blocks = {"BLOCK_Q": block_q, "BLOCK_K": block_k, "KEYS": tiles.step, "COUNT": 59}
@@ -53,8 +61,7 @@ def test_sparse_forward_compiles_within_limits(block_q, block_k, dim, residuals,
 
 
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
-@pytest.mark.parametrize("dim", [64, 128])
-@pytest.mark.parametrize(("block_q", "block_k"), [(128, 64), (64, 64), (64, 128)])
+@pytest.mark.parametrize(("block_q", "block_k", "dim"), [(128, 64, 64), (128, 64, 128), (64, 64, 128)])
 def test_sparse_backward_compiles_within_limits(block_q, block_k, dim, capability):
     tiles = sla_backward_triton.tiles(divmod(capability, 10), block_q=block_q, block_k=block_k, dim=dim)
     shared = SHAPE | {"H": dim, "BLOCK_Q": block_q, "BLOCK_K": block_k, "SCALE": 0.1275, "LOG2_E": 1.4427}
@@ -66,7 +73,7 @@ def test_sparse_backward_compiles_within_limits(block_q, block_k, dim, capabilit
         assert_within_limits(kernel, pointers, shared | own, **settings)
 
 
-@pytest.mark.parametrize("capability", SHARED_MEMORY)
+@pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("dim", [64, 128])
 def test_small_kernels_compile_within_limits(dim, capability):
     shape = SHAPE | {"H": dim}
@@ -79,3 +86,14 @@ def test_small_kernels_compile_within_limits(dim, capability):
     choose = {"BLOCKS": 4000, "COUNT": 400, "WIDTH": 4096}
     scores = {"scores": F32, "table": INT32}
     assert_within_limits(sla_triton.choose_blocks_kernel, scores, choose, warps=4, stages=1, capability=capability)
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_linear_backward_compiles_within_limits(dim, capability):
+    for name in ("linear_queries_kernel", "linear_state_kernel", "linear_keys_kernel"):
+        kernel = getattr(sla_linear_triton, name)
+        pointers = {name: type for name, type in BACKWARD.items() if name in kernel.arg_names}
+        constants = SHAPE | {"H": dim, "ROWS": sla_triton.SUMMARY_ROWS, "SHARE": 91, "SHARES": 13}
+        constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
+        assert_within_limits(kernel, pointers, constants, warps=8, stages=2, capability=capability, spilled=32)

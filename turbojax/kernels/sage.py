@@ -144,7 +144,7 @@ def choose(
         raise UserError(f"{implementation=} is unknown; choose triton, reference or None")
     if implementation == "reference":
         return "reference"
-    obstacle = triton_obstacle(q, keys=keys, block_q=block_q, block_k=block_k)
+    obstacle = triton_obstacle(q, block_q=block_q, block_k=block_k)
     if obstacle and implementation == "triton":
         raise UserError(f"implementation='triton' of SageSLA takes {obstacle}; None chooses another")
     capability = compute_capability()

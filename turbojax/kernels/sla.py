@@ -29,15 +29,13 @@ BLOCKS = ((128, 64), (64, 64), (64, 128))  # rows of query and key blocks that t
 MOST_KEY_BLOCKS = 4096
 
 
-def choose(
-    implementation: Implementation | None, q: jax.Array, *, keys: int, block_q: int, block_k: int
-) -> Implementation:
+def choose(implementation: Implementation | None, q: jax.Array, *, block_q: int, block_k: int) -> Implementation:
     """The implementation that runs: the named one, or the fastest one that can; q `[B, L, N, H]`."""
     if implementation not in (None, "mosaic", "triton", "reference"):
         raise UserError(f"{implementation=} is unknown; choose mosaic, triton, reference or None")
     if implementation == "reference":
         return "reference"
-    obstacle = triton_obstacle(q, keys=keys, block_q=block_q, block_k=block_k)
+    obstacle = triton_obstacle(q, block_q=block_q, block_k=block_k)
     mosaic_too = obstacle or mosaic_obstacle(q, block_q=block_q, block_k=block_k)
     wanted = mosaic_too if implementation == "mosaic" else obstacle
     if implementation and wanted:
@@ -47,7 +45,7 @@ def choose(
     return "triton" if implementation == "triton" or mosaic_too else "mosaic"
 
 
-def triton_obstacle(q: jax.Array, *, keys: int, block_q: int, block_k: int) -> str | None:
+def triton_obstacle(q: jax.Array, *, block_q: int, block_k: int) -> str | None:
     """Why the Triton kernels cannot run, as what they take instead; None if they can."""
     capability = compute_capability()
     if triton_call.override is None and (capability is None or capability < (8, 0)):
@@ -58,8 +56,8 @@ def triton_obstacle(q: jax.Array, *, keys: int, block_q: int, block_k: int) -> s
         return f"a head dim of 64 or 128, not {q.shape[-1]}"
     if (block_q, block_k) not in BLOCKS:
         return f"blocks (block_q, block_k) of {', '.join(map(str, BLOCKS))}, not {(block_q, block_k)}"
-    if -(-keys // block_k) > MOST_KEY_BLOCKS:
-        return f"up to {MOST_KEY_BLOCKS} key blocks, not {-(-keys // block_k)}"
+    if q.shape[1] > MOST_KEY_BLOCKS * block_k:
+        return f"up to {MOST_KEY_BLOCKS * block_k} tokens with {block_k=}, not {q.shape[1]}"
     return None
 
 
@@ -165,7 +163,7 @@ def sparse_linear_attention(
     The default blocks are those that TurboDiffusion's published checkpoints run with. Kernels have gradients by
     `jax.vjp` only: training by `jax.jvp` (sCM) needs implementation="reference".
     """
-    chosen = choose(implementation, q, keys=k.shape[1], block_q=block_q, block_k=block_k)
+    chosen = choose(implementation, q, block_q=block_q, block_k=block_k)
     if chosen != "reference":
         from turbojax.kernels import sla_fused
 

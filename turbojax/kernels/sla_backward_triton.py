@@ -67,6 +67,7 @@ def query_gradient_kernel(
     sparse,
     lse,
     d_out,
+    linear,
     dq,
     delta,
     L: tl.constexpr,
@@ -79,7 +80,7 @@ def query_gradient_kernel(
     SCALE: tl.constexpr,
     LOG2_E: tl.constexpr,
 ):
-    """One program a query block of a head: dq, and delta = sum(do o) for the other kernel."""
+    """One program a query block of a head: dq, added to `linear`, and delta = sum(do o) for the other kernel."""
     i, head = tl.program_id(0), tl.program_id(1)
     sample = (head // N).to(tl.int64) * L * N * H + (head % N) * H
     rows = i * BLOCK_Q + tl.arange(0, BLOCK_Q)
@@ -116,7 +117,8 @@ def query_gradient_kernel(
         total = query_gradient_step(
             queries, gradient, k + block, v + block, KEYS, row_lse, row_delta, total, KEYS, False, N * H, H, SCALE
         )
-    tl.store(dq + first_row + row_offsets, (total * (SCALE / LOG2_E)).to(tl.bfloat16), mask=inside[:, None])
+    total = total * (SCALE / LOG2_E) + tl.load(linear + first_row + row_offsets).to(tl.float32)
+    tl.store(dq + first_row + row_offsets, total.to(tl.bfloat16), mask=inside[:, None])
 
 
 @triton.jit
@@ -129,6 +131,8 @@ def key_gradients_kernel(
     lse,
     delta,
     d_out,
+    linear_k,
+    linear_v,
     dk,
     dv,
     L: tl.constexpr,
@@ -141,7 +145,10 @@ def key_gradients_kernel(
     SCALE: tl.constexpr,
     LOG2_E: tl.constexpr,
 ):
-    """One program a key block of a head: dk and dv from the query blocks that chose it, ROWS queries at a time."""
+    """One program a key block of a head: dk and dv from the query blocks that chose it, ROWS queries at a time.
+
+    They are added to linear_k and linear_v.
+    """
     j, head = tl.program_id(0), tl.program_id(1)
     sample = (head // N).to(tl.int64) * L * N * H + (head % N) * H
     columns = tl.arange(0, H)
@@ -174,7 +181,9 @@ def key_gradients_kernel(
         ds = p * (tl.dot(v_tile, gradient.T) - row_delta[None, :])
         total_k = tl.dot(ds.to(tl.bfloat16), q_tile, total_k)
     inside = (keys < L)[:, None]
-    tl.store(dk + key_offsets, (total_k * (SCALE / LOG2_E)).to(tl.bfloat16), mask=inside)
+    total_k = total_k * (SCALE / LOG2_E) + tl.load(linear_k + key_offsets).to(tl.float32)
+    total_v += tl.load(linear_v + key_offsets).to(tl.float32)
+    tl.store(dk + key_offsets, total_k.to(tl.bfloat16), mask=inside)
     tl.store(dv + key_offsets, total_v.to(tl.bfloat16), mask=inside)
 
 
@@ -186,14 +195,15 @@ def sparse_backward(
     sparse: jax.Array,
     lse: jax.Array,
     d_out: jax.Array,
+    linear: tuple[jax.Array, jax.Array, jax.Array],
     *,
     block_q: int,
     block_k: int,
     tiles: tuple[Tiles, Tiles],
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of q, k and v through the sparse softmax, bfloat16 `[B, L, N, H]`.
+    """Gradients of q, k and v through the sparse softmax plus `linear`, those of another branch; bfloat16.
 
-    q, k, v, d_out bfloat16 `[B, L, N, H]`; table, sparse and lse as `sla_triton.sparse_forward` takes and gives them.
+    q, k, v, d_out and all gradients `[B, L, N, H]`; table, sparse and lse as `sla_triton.sparse_forward` has them.
     """
     batch, length, heads, dim = q.shape
     key_blocks = -(-length // block_k)
@@ -210,6 +220,7 @@ def sparse_backward(
         sparse,
         lse,
         d_out,
+        linear[0],
         out_shape=(gradient, jax.ShapeDtypeStruct(lse.shape, jnp.float32)),
         grid=(table.shape[2], batch * heads),
         num_warps=for_queries.warps,
@@ -229,6 +240,7 @@ def sparse_backward(
         lse,
         delta,
         d_out,
+        *linear[1:],
         out_shape=(gradient, gradient),
         grid=(key_blocks, batch * heads),
         num_warps=for_keys.warps,

@@ -8,13 +8,13 @@ sparse softmax + linear branch + projection + bias   reads q and the chosen bloc
 
 import dataclasses
 import functools
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from turbojax.kernels import sla_backward_triton, sla_mosaic, sla_triton
+from turbojax.kernels import sla_backward_triton, sla_linear_triton, sla_mosaic, sla_triton
 from turbojax.kernels.dispatch import compute_capability
 
 SparseKernel = Literal["mosaic", "triton"]
@@ -89,39 +89,26 @@ def forward(q, k, v, proj_weight, proj_bias, settings: Settings, *, residuals: b
 
 def backward(settings: Settings, kept, d_out: jax.Array) -> tuple[jax.Array, ...]:
     q, k, v, proj_weight, proj_bias, table, state, normalizer, sparse, lse = kept
-    sizes: dict[str, Any] = {"block_q": settings.block_q, "block_k": settings.block_k}
-    sizes["tiles"] = settings.backward_tiles
-    sparse_part = sla_backward_triton.sparse_backward(q, k, v, table, sparse, lse, d_out, **sizes)
-    linear_part, d_weight = linear_backward(q, k, v, proj_weight.astype(jnp.float32), state, normalizer, d_out)
-    dq, dk, dv = ((s.astype(jnp.float32) + l).astype(q.dtype) for s, l in zip(sparse_part, linear_part, strict=True))
-    d_bias = d_out.astype(jnp.float32).sum(axis=(0, 1, 2))
-    return dq, dk, dv, d_weight.astype(proj_weight.dtype), d_bias.astype(proj_bias.dtype)
-
-
-def linear_backward(q, k, v, weight, state, normalizer, d_out) -> tuple[tuple[jax.Array, ...], jax.Array]:
-    """Gradients of (q, k, v) and of the weight through the linear branch, float32.
-
-    With z = sum phi(k), r = 1e-5 + phi(q) z, y = phi(q) / r and P = phi(k)^T v W^T the branch is y P.
-    """
-    q, k, v, d_out = (x.astype(jnp.float32) for x in (q, k, v, d_out))
-    phi_q, phi_k = jax.nn.softmax(q, axis=-1), jax.nn.softmax(k, axis=-1)
-    r = 1e-5 + jnp.einsum("blnh,bnh->bln", phi_q, normalizer)[..., None]
-    projected = exact_einsum("bnhe,de->bnhd", state, weight)
-    dy = jnp.einsum("blnd,bnhd->blnh", d_out, projected)
-    slope = -jnp.sum(phi_q * dy, axis=-1, keepdims=True) / (r * r)  # the gradient of r
-    dq = softmax_backward(phi_q, dy / r + slope * normalizer[:, None])
-    d_projected = jnp.einsum("blnh,blnd->bnhd", phi_q / r, d_out)
-    d_normalizer = jnp.sum(phi_q * slope, axis=1)[:, None]
-    d_state = exact_einsum("bnhd,de->bnhe", d_projected, weight)
-    d_weight = exact_einsum("bnhd,bnhe->de", d_projected, state)
-    dk = softmax_backward(phi_k, jnp.einsum("blne,bnhe->blnh", v, d_state) + d_normalizer)
-    dv = jnp.einsum("blnh,bnhe->blne", phi_k, d_state)
-    return (dq, dk, dv), d_weight
-
-
-def softmax_backward(phi: jax.Array, gradient: jax.Array) -> jax.Array:
-    """The gradient of x from that of phi = softmax(x) over the last axis."""
-    return phi * (gradient - jnp.sum(phi * gradient, axis=-1, keepdims=True))
+    weight = proj_weight.astype(jnp.float32)
+    projected = exact_einsum("bnhe,de->bnhd", state, weight).astype(q.dtype)
+    dq, d_projected, d_normalizer, d_bias = sla_linear_triton.linear_queries(q, d_out, projected, normalizer)
+    d_state = exact_einsum("bnhd,de->bnhe", d_projected, weight).astype(q.dtype)
+    dk, dv = sla_linear_triton.linear_keys(k, v, d_state, d_normalizer)
+    dq, dk, dv = sla_backward_triton.sparse_backward(
+        q,
+        k,
+        v,
+        table,
+        sparse,
+        lse,
+        d_out,
+        (dq, dk, dv),
+        block_q=settings.block_q,
+        block_k=settings.block_k,
+        tiles=settings.backward_tiles,
+    )
+    d_weight = exact_einsum("bnhd,bnhe->de", d_projected, state).astype(proj_weight.dtype)
+    return dq, dk, dv, d_weight, d_bias.sum(axis=(0, 1)).astype(proj_bias.dtype)
 
 
 attention.defvjp(forward, backward)

@@ -85,7 +85,11 @@ def sparse_forward(
                 slot_q = lax.rem(number, 2)
                 for i in range(CONSUMERS):
                     rows = pl.ds(tile * BLOCK_Q + i * ROWS, ROWS)
-                    pl.when(number >= 2)(lambda i=i: plgpu.barrier_wait(q_used.at[slot_q, i]))
+
+                    @pl.when(number >= 2)
+                    def wait_until_free(i=i):
+                        plgpu.barrier_wait(q_used.at[slot_q, i])
+
                     plgpu.copy_gmem_to_smem(q.at[b, rows, head], q_smem.at[slot_q, i], q_ready.at[slot_q, i])
 
                 def fetch(x, smem, ready, slot, blocks):
@@ -123,6 +127,10 @@ def sparse_forward(
                 slot_q = lax.rem(number, 2)
                 own_q = q_smem.at[slot_q, wg]
 
+                def of_rows(x, columns=None):
+                    """One value a row, `[64]`, as `[64, columns]`."""
+                    return lax.broadcast_in_dim(x, (ROWS, columns or dim), [0])
+
                 def past_the_end():
                     """Which columns of the last step are behind the last key, `[64, 128]`."""
                     column = plgpu.broadcasted_iota(jnp.int32, (ROWS, KEYS), 1, layout=WGMMA)
@@ -150,9 +158,9 @@ def sparse_forward(
                     scale = LOG2_E * dim**-0.5
                     new_top = jnp.maximum(top, s.max(axis=1) * scale)
                     decay = jnp.exp2(top - new_top)
-                    p = jnp.exp2(s * scale - lax.broadcast_in_dim(new_top, s.shape, [0]))
+                    p = jnp.exp2(s * scale - of_rows(new_top, KEYS))
                     total = total * decay + p.sum(axis=1)
-                    acc = acc * lax.broadcast_in_dim(decay, acc.shape, [0])
+                    acc = acc * of_rows(decay)
                     # The other group's turn comes once all of this is done.
                     acc, total, top, p = lax.optimization_barrier((acc, total, new_top, p.astype(q.dtype)))
                     plgpu.barrier_arrive(turn)
@@ -183,23 +191,21 @@ def sparse_forward(
                     plgpu.barrier_arrive(q_used.at[1 - slot_q, wg])
 
                 acc, _, total = attend(jnp.int32(steps - 1), carry, last=True)
-                sparse = acc / lax.broadcast_in_dim(total, acc.shape, [0])
-
+                # A reciprocal a row, for divisions take many instructions.
                 own = mosaic.load(own_q, layout=WGMMA).astype(jnp.float32)
-                e = jnp.exp2((own - lax.broadcast_in_dim(own.max(axis=1), own.shape, [0])) * LOG2_E)
-                phi = e / lax.broadcast_in_dim(e.sum(axis=1), e.shape, [0])
+                e = jnp.exp2((own - of_rows(own.max(axis=1))) * LOG2_E)
                 plgpu.barrier_wait(state_ready)
 
                 def project(linear):
-                    plgpu.wgmma(linear, phi.astype(q.dtype), projected_smem)
+                    plgpu.wgmma(linear, e.astype(q.dtype), projected_smem)
                     return linear[...]
 
-                z = lax.broadcast_in_dim(mosaic.load(vectors_smem.at[0], layout=COLUMN), phi.shape, [1])
-                divisor = 1e-5 + (phi * z).sum(axis=1)
+                z = lax.broadcast_in_dim(mosaic.load(vectors_smem.at[0], layout=COLUMN), e.shape, [1])
+                divisor = (e * (z + 1e-5)).sum(axis=1)
                 linear = pl.run_scoped(project, plgpu.ACC((ROWS, dim), jnp.float32))
-                linear = linear / lax.broadcast_in_dim(divisor, linear.shape, [0])
-                b_l = lax.broadcast_in_dim(mosaic.load(vectors_smem.at[1], layout=COLUMN), linear.shape, [1])
-                own_q[...] = (sparse + linear + b_l).astype(q.dtype)
+                both = acc * of_rows(1 / total) + linear * of_rows(1 / divisor)
+                b_l = lax.broadcast_in_dim(mosaic.load(vectors_smem.at[1], layout=COLUMN), both.shape, [1])
+                own_q[...] = (both + b_l).astype(q.dtype)
                 plgpu.barrier_arrive(state_used)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(own_q, out.at[b, pl.ds(tile * BLOCK_Q + wg * ROWS, ROWS), head])
@@ -209,7 +215,7 @@ def sparse_forward(
             pl.when(wg == 0)(give_and_take_turns)
             plgpu.wait_smem_to_gmem(0)
 
-    def in_shared_memory(*shape: int) -> plgpu.SMEM:
+    def in_shared_memory(*shape: int):
         transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
         return plgpu.SMEM(shape, q.dtype, transforms=transforms)
 

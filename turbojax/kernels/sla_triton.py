@@ -238,6 +238,13 @@ def block_means(x: jax.Array, block: int) -> jax.Array:
     return means
 
 
+def shares_of(length: int, heads: int) -> tuple[int, int]:
+    """How a head's groups of SUMMARY_ROWS rows are shared out to programs: groups a program, and programs."""
+    groups = -(-length // SUMMARY_ROWS)
+    share = -(-groups // max(1, SUMMARY_PROGRAMS // heads))
+    return share, -(-groups // share)
+
+
 def key_summary(k: jax.Array, v: jax.Array, block: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """What the block map and the linear branch need of k and v, each read once; all float32.
 
@@ -245,8 +252,7 @@ def key_summary(k: jax.Array, v: jax.Array, block: int) -> tuple[jax.Array, jax.
     """
     batch, length, heads, dim = k.shape
     groups = -(-length // SUMMARY_ROWS)
-    share = -(-groups // max(1, SUMMARY_PROGRAMS // (batch * heads)))
-    shares = -(-groups // share)
+    share, shares = shares_of(length, batch * heads)
     means, states, normalizers = triton_call.triton_call(
         key_summary_kernel,
         k,
