@@ -178,6 +178,7 @@ def sparse_forward(
 
                 plgpu.barrier_wait(q_ready.at[slot_q, wg])
                 plgpu.barrier_wait(k_ready.at[lax.rem(number * steps, STAGES)])
+                pl.when(wg == 1)(give_and_take_turns)
                 carry = (
                     plgpu.layout_cast(jnp.zeros((ROWS, dim), jnp.float32), WGMMA),
                     plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), ROW),
@@ -191,6 +192,7 @@ def sparse_forward(
                     plgpu.barrier_arrive(q_used.at[1 - slot_q, wg])
 
                 acc, _, total = attend(jnp.int32(steps - 1), carry, last=True)
+                pl.when(wg == 0)(lambda: plgpu.barrier_arrive(turn))  # neither group waits for the other's epilogue
                 # A reciprocal a row, for divisions take many instructions.
                 own = mosaic.load(own_q, layout=WGMMA).astype(jnp.float32)
                 e = jnp.exp2((own - of_rows(own.max(axis=1))) * LOG2_E)
@@ -209,10 +211,9 @@ def sparse_forward(
                 plgpu.barrier_arrive(state_used)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(own_q, out.at[b, pl.ds(tile * BLOCK_Q + wg * ROWS, ROWS), head])
+                pl.when(wg == 0)(lambda: plgpu.barrier_wait(turn))
 
-            pl.when(wg == 1)(give_and_take_turns)
             for_each_tile(compute_tile)
-            pl.when(wg == 0)(give_and_take_turns)
             plgpu.wait_smem_to_gmem(0)
 
     def in_shared_memory(*shape: int):
