@@ -4,6 +4,7 @@ Import with TRITON_INTERPRET=1 in the environment, before any kernel.
 """
 
 import os
+import threading
 
 import jax
 import ml_dtypes
@@ -57,13 +58,17 @@ class HostTensor:
         assert other.array is self.array
 
 
+one_at_a_time = threading.Lock()  # the interpreter patches Triton while it runs; XLA may call from several threads
+
+
 def launch(kernel, *arrays, out_shape, grid, num_warps, num_stages, **constants):
     """As `turbojax.kernels.triton_call.triton_call`; outputs start as poison, so that a hole shows."""
 
     def run(*arrays):
         inputs = [np.ascontiguousarray(a) for a in arrays]
         outputs = [poisoned(s) for s in out_shape]
-        kernel[grid](*map(HostTensor, inputs + outputs), **constants)
+        with one_at_a_time:
+            kernel[grid](*map(HostTensor, inputs + outputs), **constants)
         return tuple(outputs)
 
     return jax.pure_callback(run, tuple(out_shape), *arrays)

@@ -1,0 +1,82 @@
+"""The sparse-linear attention kernels on a GPU against the reference: odd lengths, gradients, the same run to run."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from turbojax.kernels import sla
+
+pytestmark = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
+
+BF16 = jnp.bfloat16
+
+
+def arrays(length: int, *, batch: int, heads: int, dim: int) -> list[jax.Array]:
+    keys = jax.random.split(jax.random.key(length), 5)
+    shapes = [(batch, length, heads, dim)] * 3 + [(dim, dim), (dim,)]
+    q, k, v, weight, bias = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
+    return [q.astype(BF16), (k + 0.5).astype(BF16), v.astype(BF16), weight * 0.2, bias]
+
+
+def relative_rms(got, expected) -> float:
+    got, expected = got.astype(jnp.float32), expected.astype(jnp.float32)
+    return float(jnp.linalg.norm(got - expected) / jnp.linalg.norm(expected))
+
+
+@pytest.mark.parametrize("blocks", sla.BLOCKS)
+@pytest.mark.parametrize(
+    ("length", "batch", "heads", "dim", "topk"),
+    [
+        (5, 1, 1, 64, 1.0),
+        (300, 2, 3, 128, 0.4),
+        (1560, 2, 12, 128, 1.0),
+        (1560, 1, 2, 64, 1e-6),
+        (32760, 1, 12, 128, 0.1),
+        (75600, 1, 4, 128, 0.15),
+    ],
+)
+def test_attention(length, batch, heads, dim, topk, blocks):
+    inputs = arrays(length, batch=batch, heads=heads, dim=dim)
+    settings = {"topk": topk, "block_q": blocks[0], "block_k": blocks[1]}
+    with jax.default_matmul_precision("highest"):  # the same scores, and so the same block map
+        run = jax.jit(functools.partial(sla.sparse_linear_attention, **settings), static_argnames="implementation")
+        got = run(*inputs, implementation="triton")
+        assert bool(jnp.isfinite(got).all())
+        assert bool((got == run(*inputs, implementation="triton")).all())
+        expected = run(*inputs, implementation="reference")
+    assert relative_rms(got, expected) < 1e-2
+
+
+@pytest.mark.parametrize(("rows", "blocks", "count"), [(100, 5, 5), (1000, 1182, 118), (64, 4096, 600)])
+def test_choose_blocks_is_top_k(rows, blocks, count):
+    from turbojax.kernels import sla_triton
+
+    scores = jax.random.normal(jax.random.key(rows), (1, 1, rows, blocks))
+    for s in (scores, jnp.round(scores * 4) / 4, jnp.zeros_like(scores)):
+        expected = jnp.sort(lax.top_k(s, count)[1], axis=-1)
+        np.testing.assert_array_equal(sla_triton.choose_blocks(s, count), expected)
+
+
+@pytest.mark.parametrize("blocks", sla.BLOCKS)
+@pytest.mark.parametrize(("length", "dim", "topk"), [(300, 128, 0.4), (1560, 64, 1.0), (4200, 128, 0.1)])
+def test_gradients(length, dim, topk, blocks):
+    inputs = arrays(length, batch=2, heads=3, dim=dim)
+    weight = jax.random.normal(jax.random.key(1), inputs[0].shape)
+
+    @functools.partial(jax.jit, static_argnames="implementation")
+    @functools.partial(jax.grad, argnums=(0, 1, 2, 3, 4))
+    def gradient(*inputs, implementation):
+        options = {"topk": topk, "block_q": blocks[0], "block_k": blocks[1], "implementation": implementation}
+        return jnp.sum(sla.sparse_linear_attention(*inputs, **options).astype(jnp.float32) * weight)
+
+    with jax.default_matmul_precision("highest"):
+        got = gradient(*inputs, implementation="triton")
+        expected = gradient(*(x.astype(jnp.float32) for x in inputs), implementation="reference")
+        again = gradient(*inputs, implementation="triton")
+    for g, e, a in zip(got, expected, again, strict=True):
+        assert relative_rms(g, e) < 1e-2
+        assert bool((g == a).all())
