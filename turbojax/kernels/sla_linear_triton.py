@@ -16,7 +16,9 @@ import triton
 import triton.language as tl
 
 from turbojax.kernels import triton_call
-from turbojax.kernels.sla_triton import SUMMARY_ROWS, shares_of, softmax_rows
+from turbojax.kernels.sla_triton import shares_of, softmax_rows
+
+ROWS = 64  # of a step
 
 
 @triton.jit
@@ -133,7 +135,7 @@ def linear_queries(
     q and d_out bfloat16 `[B, L, N, H]`, projected (P) bfloat16 `[B, N, H, H]`, normalizer (z) float32 `[B, N, H]`.
     """
     batch, length, heads, dim = q.shape
-    part = jax.ShapeDtypeStruct((batch, heads, shares_of(length, batch * heads)[1], dim), jnp.float32)
+    part = jax.ShapeDtypeStruct((batch, heads, shares_of(length, batch * heads, ROWS)[1], dim), jnp.float32)
     square = jax.ShapeDtypeStruct((*part.shape, dim), jnp.float32)
     dq, d_normalizer, d_bias = launch(
         linear_queries_kernel, q, d_out, projected, normalizer, out_shape=(gradient_of(q), part, part), own_sums=True
@@ -155,7 +157,7 @@ def gradient_of(x: jax.Array) -> jax.ShapeDtypeStruct:
 def launch(kernel, x: jax.Array, *arrays: jax.Array, out_shape, own_sums: bool = False) -> tuple[jax.Array, ...]:
     """A kernel over shares of the rows of x `[B, L, N, H]`; own_sums: each share has results of its own."""
     batch, length, heads, dim = x.shape
-    share, shares = shares_of(length, batch * heads)
+    share, shares = shares_of(length, batch * heads, ROWS)
     constants = {"SHARES": shares} if own_sums else {}
     return triton_call.triton_call(
         kernel,
@@ -168,7 +170,7 @@ def launch(kernel, x: jax.Array, *arrays: jax.Array, out_shape, own_sums: bool =
         L=length,
         N=heads,
         H=dim,
-        ROWS=SUMMARY_ROWS,
+        ROWS=ROWS,
         SHARE=share,
         **constants,
     )

@@ -13,10 +13,11 @@ import triton
 import triton.language as tl
 
 from turbojax.kernels import triton_call
+from turbojax.kernels.dispatch import compute_capability
 
-LOG2_E = math.log2(math.e)
+LOG2_E = tl.constexpr(math.log2(math.e))
 SUMMARY_PROGRAMS = 528  # about: four for each multiprocessor of an H100
-SUMMARY_ROWS = 64
+KEY_ROWS = 32  # keys of a step of `key_summary`: the most that leave a multiprocessor two programs
 
 
 class Tiles(NamedTuple):
@@ -31,6 +32,11 @@ def tiles(capability: tuple[int, int] | None, *, block_q: int, block_k: int, dim
     """The sparse loop's tiles: the most stages that fit a compute capability and spill no registers (tests/kernels)."""
     few = (capability == (8, 0) and dim == 128) or (capability == (8, 9) and (block_q, dim) == (64, 64))
     return Tiles(64, warps=block_q // 16, stages=2 if few else 3)
+
+
+def summary_warps(capability: tuple[int, int] | None) -> int:
+    """Warps of a program of `key_summary`: elsewhere than on Hopper four would spill."""
+    return 4 if capability == (9, 0) else 8
 
 
 @triton.jit
@@ -65,27 +71,32 @@ def key_summary_kernel(
     SHARE: tl.constexpr,
     SHARES: tl.constexpr,
 ):
-    """One program SHARE groups of ROWS keys of a head: their means, and phi(k)^T v and sum phi(k) over all of them."""
+    """One program SHARE groups of ROWS keys of a head: their means, and phi(k)^T v and the sum of phi(k) over all."""
     n, share, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     groups: tl.constexpr = (L + ROWS - 1) // ROWS
-    columns = tl.arange(0, H)
+    columns, in_group = tl.arange(0, H), tl.arange(0, ROWS)
     head = b * N + n
+    offsets = in_group[:, None] * (N * H) + columns[None, :]
+    k += (b.to(tl.int64) * L * N + n) * H
+    v += (b.to(tl.int64) * L * N + n) * H
     state = tl.zeros((H, H), tl.float32)
-    normalizer = tl.zeros((H,), tl.float32)
+    normalizer = tl.zeros((H, 16), tl.float32)  # of equal columns: a sum over rows is cheapest as a product
+    ones = tl.full((ROWS, 16), 1.0, tl.float32).to(tl.bfloat16)
     for j in range(share * SHARE, tl.minimum((share + 1) * SHARE, groups)):
-        rows = j * ROWS + tl.arange(0, ROWS)
-        inside = (rows < L)[:, None]
-        offsets = ((b.to(tl.int64) * L + rows) * N + n)[:, None] * H + columns[None, :]
-        f = tl.load(k + offsets, mask=inside, other=0.0).to(tl.float32)
-        values = tl.load(v + offsets, mask=inside, other=0.0)
-        mean = tl.sum(f, axis=0) / tl.minimum(ROWS, L - j * ROWS).to(tl.float32)
+        first = j * (ROWS * N * H)
+        left = L - j * ROWS
+        inside = in_group < left
+        x = tl.load(k + first + offsets, mask=inside[:, None], other=0.0).to(tl.float32)
+        values = tl.load(v + first + offsets, mask=inside[:, None], other=0.0)
+        e = tl.exp2(x * LOG2_E - (tl.max(x, axis=1) * LOG2_E)[:, None])
+        phi = (e * tl.where(inside, 1.0 / tl.sum(e, axis=1), 0.0)[:, None]).to(tl.bfloat16)
+        mean = tl.sum(x, axis=0) / tl.minimum(ROWS, left).to(tl.float32)
         tl.store(means + (head * groups + j) * H + columns, mean)
-        phi = tl.where(inside, softmax_rows(f), 0.0)
-        state = tl.dot(phi.to(tl.bfloat16).T, values, state)
-        normalizer += tl.sum(phi, axis=0)
+        state = tl.dot(phi.T, values, state)
+        normalizer = tl.dot(phi.T, ones, normalizer)
     part = head * SHARES + share
     tl.store(states + part.to(tl.int64) * H * H + columns[:, None] * H + columns[None, :], state)
-    tl.store(normalizers + part * H + columns, normalizer)
+    tl.store(normalizers + part * H + columns, tl.max(normalizer, axis=1))
 
 
 @triton.jit
@@ -238,9 +249,9 @@ def block_means(x: jax.Array, block: int) -> jax.Array:
     return means
 
 
-def shares_of(length: int, heads: int) -> tuple[int, int]:
-    """How a head's groups of SUMMARY_ROWS rows are shared out to programs: groups a program, and programs."""
-    groups = -(-length // SUMMARY_ROWS)
+def shares_of(length: int, heads: int, rows: int) -> tuple[int, int]:
+    """How a head's groups of `rows` rows are shared out to programs: groups a program, and programs."""
+    groups = -(-length // rows)
     share = -(-groups // max(1, SUMMARY_PROGRAMS // heads))
     return share, -(-groups // share)
 
@@ -251,8 +262,8 @@ def key_summary(k: jax.Array, v: jax.Array, block: int) -> tuple[jax.Array, jax.
     Block means of k `[B, N, ceil(L / block), H]`, state phi(k)^T v `[B, N, H, H]`, and sum phi(k) `[B, N, H]`.
     """
     batch, length, heads, dim = k.shape
-    groups = -(-length // SUMMARY_ROWS)
-    share, shares = shares_of(length, batch * heads)
+    groups = -(-length // KEY_ROWS)
+    share, shares = shares_of(length, batch * heads, KEY_ROWS)
     means, states, normalizers = triton_call.triton_call(
         key_summary_kernel,
         k,
@@ -263,12 +274,12 @@ def key_summary(k: jax.Array, v: jax.Array, block: int) -> tuple[jax.Array, jax.
             jax.ShapeDtypeStruct((batch, heads, shares, dim), jnp.float32),
         ),
         grid=(heads, shares, batch),
-        num_warps=8,
+        num_warps=summary_warps(compute_capability()),
         num_stages=3,
         L=length,
         N=heads,
         H=dim,
-        ROWS=SUMMARY_ROWS,
+        ROWS=KEY_ROWS,
         SHARE=share,
         SHARES=shares,
     )
@@ -281,11 +292,9 @@ def block_rows(length: int, block: int) -> jax.Array:
 
 
 def merge_means(means: jax.Array, length: int, block: int) -> jax.Array:
-    """Means of groups of SUMMARY_ROWS rows, `[B, N, groups, H]`, to those of blocks of `block` rows."""
-    if block == SUMMARY_ROWS:
-        return means
-    sums = means * block_rows(length, SUMMARY_ROWS)[None, None, :, None]
-    together = block // SUMMARY_ROWS
+    """Means of groups of KEY_ROWS rows, `[B, N, groups, H]`, to those of blocks of `block` rows."""
+    sums = means * block_rows(length, KEY_ROWS)[None, None, :, None]
+    together = block // KEY_ROWS
     sums = jnp.pad(sums, ((0, 0), (0, 0), (0, -means.shape[2] % together), (0, 0)))
     blocks = sums.reshape(*means.shape[:2], -1, together, means.shape[3]).sum(axis=3)
     return blocks / block_rows(length, block)[None, None, :, None]
@@ -303,7 +312,7 @@ def choose_blocks(scores: jax.Array, count: int) -> jax.Array:
         scores,
         out_shape=(jax.ShapeDtypeStruct((*leading, count), jnp.int32),),
         grid=(math.prod(leading),),
-        num_warps=max(1, min(4, width // 256)),
+        num_warps=max(1, width // 2048),  # one warp needs no barriers; more scores than that spill
         num_stages=1,
         BLOCKS=blocks,
         COUNT=count,
@@ -358,7 +367,7 @@ def sparse_forward(
         BLOCK_K=block_k,
         KEYS=tiles.step,
         COUNT=table.shape[3],
-        SCALE=dim**-0.5 * LOG2_E,
+        SCALE=dim**-0.5 * LOG2_E.value,
         RESIDUALS=residuals,
     )
     return out, sparse, lse
