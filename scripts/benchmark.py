@@ -4,12 +4,14 @@
     python scripts/benchmark.py --case=vae
     python scripts/benchmark.py --case=compile --model=wan2.1-t2v-14b
     python scripts/benchmark.py --case=linear
+    python scripts/benchmark.py --case=attention
     python scripts/benchmark.py --case=block --model=wan2.1-t2v-14b --resolution=720p
     python scripts/benchmark.py --case=diffusion --model=wan2.1-t2v-14b --resolution=720p --quant_scheme=block128
 
 Cases: text_to_video (random weights at full size, prompt to mp4, cold and warm), vae (decoding in chunks),
-linear (int8 layers beside bfloat16), block (one transformer block without attention), diffusion (that stage alone),
-compile (seconds for --num_layers=N; a second one in the same process would find its kernels tuned).
+linear (int8 layers beside bfloat16), attention (dense, SLA and SageSLA with their parts, gradients and errors),
+block (one transformer block without attention), diffusion (that stage alone), compile (seconds for --num_layers=N; a
+second one in the same process would find its kernels tuned).
 Peak memory has no reset, so run one case a process.
 """
 
@@ -20,14 +22,17 @@ from pathlib import Path
 import jax
 from absl import flags
 
-from turbojax import UserError, benchmark, cli
+from turbojax import UserError, benchmark, benchmark_attention, cli
 from turbojax.demo import demo_folder
 from turbojax.kernels.int8 import QUANT_SCHEMES
 from turbojax.models.tokenizer import Tokenizer
 from turbojax.video import video_size
 
 CASE = flags.DEFINE_enum(
-    "case", "text_to_video", ["text_to_video", "vae", "compile", "linear", "block", "diffusion"], "what to measure"
+    "case",
+    "text_to_video",
+    ["text_to_video", "vae", "compile", "linear", "attention", "block", "diffusion"],
+    "what to measure",
 )
 MODEL = flags.DEFINE_string("model", "wan2.1-t2v-1.3b", "network, with random weights")
 RESOLUTION = flags.DEFINE_string("resolution", "480p", "480p or 720p, 16:9")
@@ -64,6 +69,10 @@ def main() -> None:
         result = benchmark.vae_decoding(height=height, width=width, chunks=(1, 2, 4))
     elif CASE.value == "linear":
         result = benchmark.linear_layers(schemes=tuple(QUANT_SCHEMES))
+    elif CASE.value == "attention":
+        result = benchmark_attention.attention()
+        result["backward 12 x 32760, topk 0.1"] = benchmark_attention.attention_backward()
+        result["errors 4 x 32760"] = benchmark_attention.attention_errors()
     elif CASE.value == "block":
         tokens = (1 + (FRAMES.value - 1) // 4, height // 16, width // 16)
         result = benchmark.one_block(model=MODEL.value, tokens=tokens, schemes=(None, "block128", "channel"))

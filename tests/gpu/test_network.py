@@ -25,7 +25,7 @@ def test_cudnn_attention_equals_reference(length, head_dim):
     assert np.linalg.norm(cudnn - reference) / np.linalg.norm(reference) < 5e-3
 
 
-@pytest.mark.parametrize("attention_type", ["original", "sla"])
+@pytest.mark.parametrize("attention_type", ["original", "sla", "sagesla"])
 def test_bfloat16_network_is_close_to_float32(attention_type):
     config = WanConfig(dim=512, ffn_dim=1024, num_heads=4, num_layers=4, text_dim=256, attention_type=attention_type)
     x = jax.random.normal(jax.random.key(1), (1, 5, 32, 32, 16))
@@ -36,4 +36,6 @@ def test_bfloat16_network_is_close_to_float32(attention_type):
         model = random_module(wan_skeleton(WanConfig(**{**vars(config), "dtype": dtype})))
         with jax.default_matmul_precision("highest"):
             results.append(np.asarray(jax.jit(model.__call__)(x, timesteps, text), np.float32))
-    assert np.linalg.norm(results[1] - results[0]) / np.linalg.norm(results[0]) < 2e-2
+    assert np.linalg.norm(results[1] - results[0]) / np.linalg.norm(results[0]) < (
+        4e-2 if attention_type == "sagesla" else 2e-2
+    )

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from turbojax.kernels import sage, sla
+from turbojax.kernels import sage
 from turbojax.kernels.dispatch import compute_capability
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
@@ -29,8 +29,7 @@ def takes(values: str) -> bool:
 
 
 @pytest.mark.parametrize("values", VALUES)
-@pytest.mark.parametrize("blocks", sla.BLOCKS)
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("shape", "blocks"), [*zip(SHAPES, [(128, 64), (64, 64), (64, 128), (64, 128)], strict=True)])
 def test_forward(shape, blocks, values):
     """Near-equal block scores may be chosen differently: a few rows may be anything."""
     if not takes(values):

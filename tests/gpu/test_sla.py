@@ -9,6 +9,7 @@ import pytest
 from jax import lax
 
 from turbojax.kernels import sla
+from turbojax.kernels.dispatch import compute_capability
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
 
@@ -27,28 +28,36 @@ def relative_rms(got, expected) -> float:
     return float(jnp.linalg.norm(got - expected) / jnp.linalg.norm(expected))
 
 
-@pytest.mark.parametrize("blocks", sla.BLOCKS)
+def implementations(length: int, blocks: tuple[int, int]) -> list[str]:
+    hopper = compute_capability() == (9, 0) and length % 8 == 0 and blocks[0] == 128
+    return ["triton", "mosaic"] if hopper else ["triton"]
+
+
 @pytest.mark.parametrize(
-    ("length", "batch", "heads", "dim", "topk"),
+    ("length", "batch", "heads", "dim", "topk", "blocks"),
     [
-        (5, 1, 1, 64, 1.0),
-        (300, 2, 3, 128, 0.4),
-        (1560, 2, 12, 128, 1.0),
-        (1560, 1, 2, 64, 1e-6),
-        (32760, 1, 12, 128, 0.1),
-        (75600, 1, 4, 128, 0.15),
+        (5, 1, 1, 64, 1.0, (128, 64)),
+        (300, 2, 3, 128, 0.4, (64, 64)),
+        (300, 2, 3, 64, 0.4, (64, 128)),
+        (1560, 2, 12, 128, 1.0, (128, 64)),
+        (1560, 1, 2, 64, 1e-6, (128, 64)),
+        (1560, 2, 2, 64, 0.3, (128, 64)),
+        (32760, 1, 4, 128, 0.1, (128, 64)),
+        (32760, 1, 2, 128, 0.1, (64, 64)),
+        (75600, 1, 4, 128, 0.15, (128, 64)),
     ],
 )
 def test_attention(length, batch, heads, dim, topk, blocks):
     inputs = arrays(length, batch=batch, heads=heads, dim=dim)
     settings = {"topk": topk, "block_q": blocks[0], "block_k": blocks[1]}
+    run = jax.jit(functools.partial(sla.sparse_linear_attention, **settings), static_argnames="implementation")
     with jax.default_matmul_precision("highest"):  # the same scores, and so the same block map
-        run = jax.jit(functools.partial(sla.sparse_linear_attention, **settings), static_argnames="implementation")
-        got = run(*inputs, implementation="triton")
-        assert bool(jnp.isfinite(got).all())
-        assert bool((got == run(*inputs, implementation="triton")).all())
         expected = run(*inputs, implementation="reference")
-    assert relative_rms(got, expected) < 1e-2
+    for implementation in implementations(length, blocks):
+        got = run(*inputs, implementation=implementation)
+        assert bool(jnp.isfinite(got).all())
+        assert bool((got == run(*inputs, implementation=implementation)).all())
+        assert relative_rms(got, expected) < 1e-2
 
 
 @pytest.mark.parametrize(("rows", "blocks", "count"), [(100, 5, 5), (1000, 1182, 118), (64, 4096, 600)])
@@ -61,8 +70,10 @@ def test_choose_blocks_is_top_k(rows, blocks, count):
         np.testing.assert_array_equal(sla_triton.choose_blocks(s, count), expected)
 
 
-@pytest.mark.parametrize("blocks", sla.BLOCKS)
-@pytest.mark.parametrize(("length", "dim", "topk"), [(300, 128, 0.4), (1560, 64, 1.0), (4200, 128, 0.1)])
+@pytest.mark.parametrize(
+    ("length", "dim", "topk", "blocks"),
+    [(300, 128, 0.4, (64, 64)), (300, 128, 0.4, (64, 128)), (1560, 64, 1.0, (128, 64)), (4200, 128, 0.1, (128, 64))],
+)
 def test_gradients(length, dim, topk, blocks):
     inputs = arrays(length, batch=2, heads=3, dim=dim)
     weight = jax.random.normal(jax.random.key(1), inputs[0].shape)
