@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from turbojax.kernels import sage
+from turbojax.kernels import sage, sla
 from turbojax.kernels.dispatch import compute_capability
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
@@ -26,6 +26,24 @@ def arrays(shape):
 
 def takes(values: str) -> bool:
     return values != "float8" or compute_capability() >= (8, 9)
+
+
+@pytest.mark.parametrize("block", [64, 128])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_quantization_is_the_reference_s(shape, block):
+    from turbojax.kernels import sage_triton
+
+    x = arrays(shape)[1]
+    mean = jnp.mean(x.astype(jnp.float32), axis=1)
+    for centred, means in ((None, True), (mean, False)):
+        code, scale, block_means = sage_triton.quantize_rows(x, block, mean=centred, means=means)
+        f = x.astype(jnp.float32) - (0 if centred is None else centred[:, None])
+        expected, expected_scale = sage.quantize_rows(f, block)
+        rows = jnp.moveaxis(expected, 1, 3).reshape(code.shape)
+        assert bool((code[:, : shape[1]] == rows[:, : shape[1]]).all())
+        np.testing.assert_allclose(scale, expected_scale, rtol=1e-6)
+        if means:
+            np.testing.assert_allclose(block_means, sla.block_means(x, block), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("values", VALUES)

@@ -269,7 +269,7 @@ def quantize_rows(
             jax.ShapeDtypeStruct((batch, heads, blocks, dim) if means else (1,), jnp.float32),
         ),
         grid=(heads, blocks, batch),
-        num_warps=2 if means else block * dim // 1024,  # means are sums over rows, which cost warps a barrier
+        num_warps=block * dim // 1024,
         num_stages=1,
         L=length,
         N=heads,

@@ -1,9 +1,11 @@
 """Hopper kernel of sparse-linear attention in Pallas Mosaic GPU; the equations are in `turbojax.kernels.sla`.
 
 A tile is 128 rows of queries of one head. Two warp groups compute 64 rows each, a third feeds them keys and values by
-TMA, following the block table; two chosen blocks of 64 keys make one step, so that a product has 128 columns. While one
-of the two takes its softmax the other has the tensor core to itself. Programs are persistent: the next tile's queries
-and keys arrive during the epilogue of this one.
+TMA, following the block table; two chosen blocks of 64 keys make one step, so that a product has 128 columns. Programs
+are persistent: the next tile's queries and keys arrive during the epilogue of this one. Two schedules:
+
+    in turns     while one group takes its softmax the other has the tensor core to itself
+    overlapped   a group's softmax of this step runs beside its own product of the step before with the values
 """
 
 import math
@@ -13,6 +15,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm, vector
 
 from turbojax.kernels import mosaic
 
@@ -28,6 +32,21 @@ ROW = WGMMA.reduce(1)  # one value a row
 COLUMN = WGMMA.reduce(0)  # one value a column
 
 
+@plgpu.inline_mgpu(arg_types=(WGMMA,))
+def computed_by_here(ctx, x):
+    """Keeps what gives x `[64, 8]`, at least 0, in front of the next wait: the assembler would move it behind.
+
+    A store that never happens needs x, and the assembler leaves stores and waits in their order.
+    """
+    del ctx
+    store = (
+        "{ .reg .pred p; .reg .b32 a; mov.b32 a, 0; setp.lt.f32 p, $0, 0f00000000; @p st.volatile.shared.f32 [a], $0; }"
+    )
+    for pair in x.registers.flat:
+        value = vector.extract(pair, [], [0])
+        llvm.inline_asm(ir.Type.parse("!llvm.void"), [value], store, "f", has_side_effects=True)
+
+
 def sparse_forward(
     q: jax.Array,
     k: jax.Array,
@@ -38,6 +57,7 @@ def sparse_forward(
     bias: jax.Array,
     *,
     block_k: int,
+    overlapped: bool = False,
     num_sms: int | None = None,
 ) -> jax.Array:
     """The sparse branch over the blocks of `table`, plus the linear branch from its state: bfloat16 `[B, L, N, H]`.
@@ -60,7 +80,7 @@ def sparse_forward(
 
     def kernel(q, k, v, table, projected, vectors, out, buffers, barriers):
         q_smem, k_smem, v_smem, projected_smem, vectors_smem = buffers
-        q_ready, k_ready, v_ready, state_ready, q_used, k_used, v_used, state_used, turn = barriers
+        q_ready, k_ready, v_ready, state_ready, q_used, k_used, v_used, state_used, turns = barriers
         wg = lax.axis_index("wg")
 
         def for_each_tile(body):
@@ -74,8 +94,8 @@ def sparse_forward(
                 body(info.local_index, lax.div(i, tiles * heads), head, tile)
 
         def give_and_take_turns():
-            plgpu.barrier_arrive(turn)
-            plgpu.barrier_wait(turn)
+            plgpu.barrier_arrive(turns.at[0])
+            plgpu.barrier_wait(turns.at[0])
 
         @pl.when(wg == CONSUMERS)
         def produce():
@@ -88,9 +108,11 @@ def sparse_forward(
 
                     @pl.when(number >= 2)
                     def wait_until_free(i=i):
-                        plgpu.barrier_wait(q_used.at[slot_q, i])
+                        plgpu.barrier_wait(q_used.at[CONSUMERS * slot_q + i])
 
-                    plgpu.copy_gmem_to_smem(q.at[b, rows, head], q_smem.at[slot_q, i], q_ready.at[slot_q, i])
+                    plgpu.copy_gmem_to_smem(
+                        q.at[b, rows, head], q_smem.at[slot_q, i], q_ready.at[CONSUMERS * slot_q + i]
+                    )
 
                 def fetch(x, smem, ready, slot, blocks):
                     for i, block in enumerate(blocks):
@@ -113,9 +135,9 @@ def sparse_forward(
                     # For the epilogue; by this step the tile before is done with its own.
                     @pl.when(step == min(STAGES, steps - 1))
                     def fetch_state():
-                        pl.when(number >= 1)(lambda: plgpu.barrier_wait(state_used))
-                        plgpu.copy_gmem_to_smem(projected.at[b, head], projected_smem, state_ready)
-                        plgpu.copy_gmem_to_smem(vectors.at[b, head], vectors_smem, state_ready)
+                        pl.when(number >= 1)(lambda: plgpu.barrier_wait(state_used.at[0]))
+                        plgpu.copy_gmem_to_smem(projected.at[b, head], projected_smem, state_ready.at[0])
+                        plgpu.copy_gmem_to_smem(vectors.at[b, head], vectors_smem, state_ready.at[0])
 
             for_each_tile(fetch_tile)
 
@@ -126,6 +148,9 @@ def sparse_forward(
             def compute_tile(number, b, head, tile):
                 slot_q = lax.rem(number, 2)
                 own_q = q_smem.at[slot_q, wg]
+
+                def slot_of(step):
+                    return lax.rem(number * steps + step, STAGES)
 
                 def of_rows(x, columns=None):
                     """One value a row, `[64]`, as `[64, columns]`."""
@@ -140,63 +165,110 @@ def sparse_forward(
                         key = jnp.where(column < block_k, key, second)
                     return key >= length
 
-                def attend(step, carry, *, last: bool = False):
-                    acc, top, total = carry
-                    in_all = number * steps + step
-                    slot = lax.rem(in_all, STAGES)
+                def scores(step, s):
+                    plgpu.wgmma(s, own_q, k_smem.at[slot_of(step)].transpose((1, 0)))
 
-                    def scores_of(s):
-                        plgpu.wgmma(s, own_q, k_smem.at[slot].transpose((1, 0)))
-                        give_and_take_turns()
-                        return s[...]
-
-                    s = pl.run_scoped(scores_of, plgpu.ACC((ROWS, KEYS), jnp.float32))
-                    plgpu.barrier_arrive(k_used.at[slot])
+                def soften(s, top, total, *, last: bool):
+                    """Weights of scores; the new maximum and denominator; the decay of what came before."""
                     if last and masked:
                         s = jnp.where(past_the_end(), -jnp.inf, s)
-
                     scale = LOG2_E * dim**-0.5
                     new_top = jnp.maximum(top, s.max(axis=1) * scale)
                     decay = jnp.exp2(top - new_top)
                     p = jnp.exp2(s * scale - of_rows(new_top, KEYS))
-                    total = total * decay + p.sum(axis=1)
+                    return p, new_top, total * decay + p.sum(axis=1), decay
+
+                def attend_in_turns(step, carry, *, last: bool = False):
+                    acc, top, total = carry
+                    slot = slot_of(step)
+
+                    def own_scores(s):
+                        scores(step, s)
+                        give_and_take_turns()
+                        return s[...]
+
+                    s = pl.run_scoped(own_scores, plgpu.ACC((ROWS, KEYS), jnp.float32))
+                    plgpu.barrier_arrive(k_used.at[slot])
+                    p, top, total, decay = soften(s, top, total, last=last)
                     acc = acc * of_rows(decay)
-                    # The other group's turn comes once all of this is done.
-                    acc, total, top, p = lax.optimization_barrier((acc, total, new_top, p.astype(q.dtype)))
-                    plgpu.barrier_arrive(turn)
+                    acc, total, top, p = lax.optimization_barrier((acc, total, top, p.astype(q.dtype)))
+                    plgpu.barrier_arrive(turns.at[0])
                     plgpu.barrier_wait(v_ready.at[slot])
-                    plgpu.barrier_wait(turn)
+                    plgpu.barrier_wait(turns.at[0])
 
                     def add_values(acc):
                         plgpu.wgmma(acc, p, v_smem.at[slot])
                         if not last:
-                            plgpu.barrier_wait(k_ready.at[lax.rem(in_all + 1, STAGES)])
+                            plgpu.barrier_wait(k_ready.at[slot_of(step + 1)])
 
                     acc = pl.run_state(add_values)(plgpu.ACC.init(acc))
                     plgpu.barrier_arrive(v_used.at[slot])
                     return acc, top, total
 
-                plgpu.barrier_wait(q_ready.at[slot_q, wg])
-                plgpu.barrier_wait(k_ready.at[lax.rem(number * steps, STAGES)])
-                pl.when(wg == 1)(give_and_take_turns)
-                carry = (
-                    plgpu.layout_cast(jnp.zeros((ROWS, dim), jnp.float32), WGMMA),
-                    plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), ROW),
-                    plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW),
-                )
-                carry = lax.fori_loop(0, steps - 1, attend, carry)
+                def attend_overlapped(step, carry, *, last: bool = False):
+                    """The softmax of this step; carry has the weights of the step before, which still lack values."""
+                    acc, p, top, total = carry
+                    slot, before = slot_of(step), slot_of(step - 1)
+                    plgpu.barrier_wait(k_ready.at[slot])
+                    plgpu.barrier_wait(v_ready.at[before])
+                    plgpu.barrier_wait(turns.at[wg])
 
-                @pl.when(number >= 1)
+                    def products(s_ref, acc_ref):
+                        acc_ref[...] = acc
+                        scores(step, s_ref)
+                        plgpu.wgmma(acc_ref, p, v_smem.at[before])
+                        plgpu.barrier_arrive(turns.at[1 - wg])
+                        s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
+                        plgpu.barrier_arrive(k_used.at[slot])
+                        softened = lax.optimization_barrier(soften(s, top, total, last=last))
+                        weights, new_top, new_total, decay = softened
+                        computed_by_here(of_rows(new_total, 8))
+                        new_acc = acc_ref[...]
+                        plgpu.barrier_arrive(v_used.at[before])
+                        # Not before: the running product reads its weights from registers.
+                        return new_acc * of_rows(decay), weights.astype(q.dtype), new_top, new_total
+
+                    both = plgpu.ACC((ROWS, KEYS), jnp.float32), plgpu.ACC((ROWS, dim), jnp.float32)
+                    return pl.run_scoped(products, *both)
+
                 def free_queries_of_the_tile_before():
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # its result lay there
-                    plgpu.barrier_arrive(q_used.at[1 - slot_q, wg])
+                    plgpu.barrier_arrive(q_used.at[CONSUMERS * (1 - slot_q) + wg])
 
-                acc, _, total = attend(jnp.int32(steps - 1), carry, last=True)
-                pl.when(wg == 0)(lambda: plgpu.barrier_arrive(turn))  # neither group waits for the other's epilogue
+                plgpu.barrier_wait(q_ready.at[CONSUMERS * slot_q + wg])
+                plgpu.barrier_wait(k_ready.at[slot_of(0)])
+                acc = plgpu.layout_cast(jnp.zeros((ROWS, dim), jnp.float32), WGMMA)
+                top = plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), ROW)
+                total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW)
+                if overlapped:
+
+                    def first_scores(s):
+                        scores(0, s)
+                        return s[...]
+
+                    s = pl.run_scoped(first_scores, plgpu.ACC((ROWS, KEYS), jnp.float32))
+                    plgpu.barrier_arrive(k_used.at[slot_of(0)])
+                    p, top, total, _ = soften(s, top, total, last=steps == 1)
+                    carry = lax.fori_loop(1, steps - 1, attend_overlapped, (acc, p.astype(q.dtype), top, total))
+                    pl.when(number >= 1)(free_queries_of_the_tile_before)
+                    if steps > 1:
+                        carry = attend_overlapped(jnp.int32(steps - 1), carry, last=True)
+                    acc, p, _, total = carry
+                    slot = slot_of(steps - 1)
+                    plgpu.barrier_wait(v_ready.at[slot])
+                    acc = pl.run_state(lambda acc: plgpu.wgmma(acc, p, v_smem.at[slot]))(plgpu.ACC.init(acc))
+                    plgpu.barrier_arrive(v_used.at[slot])
+                else:
+                    pl.when(wg == 1)(give_and_take_turns)
+                    carry = lax.fori_loop(0, steps - 1, attend_in_turns, (acc, top, total))
+                    pl.when(number >= 1)(free_queries_of_the_tile_before)
+                    acc, _, total = attend_in_turns(jnp.int32(steps - 1), carry, last=True)
+                    # Neither group waits for the other's epilogue.
+                    pl.when(wg == 0)(lambda: plgpu.barrier_arrive(turns.at[0]))
                 # A reciprocal a row, for divisions take many instructions.
                 own = mosaic.load(own_q, layout=WGMMA).astype(jnp.float32)
                 e = jnp.exp2((own - of_rows(own.max(axis=1))) * LOG2_E)
-                plgpu.barrier_wait(state_ready)
+                plgpu.barrier_wait(state_ready.at[0])
 
                 def project(linear):
                     plgpu.wgmma(linear, e.astype(q.dtype), projected_smem)
@@ -208,11 +280,14 @@ def sparse_forward(
                 both = acc * of_rows(1 / total) + linear * of_rows(1 / divisor)
                 b_l = lax.broadcast_in_dim(mosaic.load(vectors_smem.at[1], layout=COLUMN), both.shape, [1])
                 own_q[...] = (both + b_l).astype(q.dtype)
-                plgpu.barrier_arrive(state_used)
+                plgpu.barrier_arrive(state_used.at[0])
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(own_q, out.at[b, pl.ds(tile * BLOCK_Q + wg * ROWS, ROWS), head])
-                pl.when(wg == 0)(lambda: plgpu.barrier_wait(turn))
+                if not overlapped:
+                    pl.when(wg == 0)(lambda: plgpu.barrier_wait(turns.at[0]))
 
+            if overlapped:
+                pl.when(wg == 1)(lambda: plgpu.barrier_arrive(turns.at[0]))
             for_each_tile(compute_tile)
             plgpu.wait_smem_to_gmem(0)
 
@@ -231,15 +306,16 @@ def sparse_forward(
                 plgpu.SMEM((2, dim), jnp.float32),
             ),
             (
-                plgpu.Barrier(num_barriers=(2, CONSUMERS)),
+                plgpu.Barrier(num_barriers=2 * CONSUMERS),
                 plgpu.Barrier(num_arrivals=parts, num_barriers=STAGES),
                 plgpu.Barrier(num_arrivals=parts, num_barriers=STAGES),
-                plgpu.Barrier(num_arrivals=2),
-                plgpu.Barrier(num_barriers=(2, CONSUMERS)),
+                plgpu.Barrier(num_arrivals=2, num_barriers=1),
+                plgpu.Barrier(num_barriers=2 * CONSUMERS),
                 plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=STAGES),
                 plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=STAGES),
-                plgpu.Barrier(num_arrivals=CONSUMERS),
-                plgpu.Barrier(num_arrivals=CONSUMERS),
+                plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=1),
+                # In turns: the groups meet at the first. Overlapped: each waits at its own.
+                plgpu.Barrier(num_arrivals=1 if overlapped else CONSUMERS, num_barriers=CONSUMERS),
             ),
             collective_axes="wg",
         )

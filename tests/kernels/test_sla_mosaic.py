@@ -1,0 +1,60 @@
+"""The Hopper kernel of sparse-linear attention without a GPU: its schedules emulated, and lowered for one."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from tests.kernels import emulator
+from turbojax.kernels import mosaic, sla, sla_mosaic
+
+BF16 = jnp.bfloat16
+
+
+def operands(length: int, heads: int, dim: int, block_k: int, count: int):
+    """Those of `sla_mosaic.sparse_forward`, with a random table, and the result of the reference."""
+    keys = jax.random.split(jax.random.key(length + count), 6)
+    q, k, v = (jax.random.normal(key, (1, length, heads, dim), BF16) for key in keys[:3])
+    weight, bias = jax.random.normal(keys[3], (dim, dim)) * dim**-0.5, jax.random.normal(keys[4], (dim,))
+    order = jax.random.uniform(keys[5], (1, heads, -(-length // 128), -(-length // block_k)))
+    table = jnp.sort(jnp.argsort(order)[..., :count]).astype(jnp.int32)
+    phi = jax.nn.softmax(k.astype(jnp.float32))
+    state = jnp.einsum("bsnh,bsnd->bnhd", phi, v.astype(jnp.float32))
+    projected = jnp.einsum("bnhe,de->bnhd", state, weight).astype(BF16)
+    f = [x.astype(jnp.float32) for x in (q, k, v)]
+    sparse = sla.sparse_softmax(*f, table, block_q=128, block_k=block_k)
+    expected = sparse + sla.linear_branch(*f, weight, bias)
+    return (q, k, v, table, projected, phi.sum(axis=1), bias), expected
+
+
+@pytest.mark.skipif(not emulator.SUPPORTED, reason="the emulator is made for jax 0.10")
+@pytest.mark.parametrize("overlapped", [False, True])
+@pytest.mark.parametrize(("length", "block_k", "count"), [(384, 64, 6), (256, 128, 1)])
+def test_emulated(monkeypatch, length, block_k, count, overlapped):
+    """Several tiles in one program, an odd number of steps and one step alone: barriers, slots, results."""
+    arrays, expected = operands(length, 1, 64, block_k, count)
+    monkeypatch.setattr(sla_mosaic, "computed_by_here", lambda x: None)
+    emulator.emulate(monkeypatch, mosaic)
+    got = sla_mosaic.sparse_forward(*arrays, block_k=block_k, overlapped=overlapped, num_sms=1)
+    np.testing.assert_allclose(np.asarray(got, np.float32), expected, atol=2e-2)
+
+
+@pytest.mark.parametrize("overlapped", [False, True])
+@pytest.mark.parametrize(
+    ("length", "dim", "block_k", "count"), [(75600, 128, 64, 118), (1560, 64, 64, 3), (384, 128, 128, 2)]
+)
+def test_lowers_for_a_gpu(length, dim, block_k, count, overlapped):
+    spec = jax.ShapeDtypeStruct
+    x = spec((2, length, 3, dim), BF16)
+    arguments = (
+        *(x, x, x),
+        spec((2, 3, -(-length // 128), count), jnp.int32),
+        spec((2, 3, dim, dim), BF16),
+        spec((2, 3, dim), jnp.float32),
+        spec((dim,), jnp.float32),
+    )
+    call = functools.partial(sla_mosaic.sparse_forward, block_k=block_k, overlapped=overlapped, num_sms=132)
+    exported = jax.export.export(jax.jit(call), platforms=["cuda"])(*arguments)
+    assert exported.out_avals[0].shape == x.shape
