@@ -84,6 +84,7 @@ def load_pipeline(config: ConfigDict) -> TurboVideoPipeline:
         "quant_scheme": config.quant_scheme,
         "attention_type": config.attention_type,
         "sla_topk": config.sla_topk,
+        "sage_values": config.sage_values,
         "dtype": jnp.dtype(config.dtype),
     }
     if config.weights == "random":

@@ -299,6 +299,6 @@ def test_settings_reach_the_pipeline(generate, monkeypatch, tmp_path):
     assert (calls["width"], calls["height"], calls["seed"]) == (720, 1280, 5)
     not_the_calls = {
         *("output", "fps", "resolution", "aspect_ratio", "model", "weights", "vae", "text_encoder", "tokenizer"),
-        *("quant_linear", "quant_scheme", "attention_type", "sla_topk", "dtype"),
+        *("quant_linear", "quant_scheme", "attention_type", "sla_topk", "sage_values", "dtype"),
     }
     assert set(calls) == {setting.name for setting in SETTINGS} - not_the_calls

@@ -50,7 +50,8 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("quant_linear", bool, "int8 linear layers; as the checkpoint is if not given"),
     Setting("quant_scheme", str, "block128, block128_rows, block128_weights, channel or channel_weights"),
     Setting("attention_type", str, "original, sla or sagesla; as the checkpoint is if not given"),
-    Setting("sla_topk", float, "share of key blocks that sla attends to; 0.1 if not given"),
+    Setting("sla_topk", float, "share of key blocks that sla and sagesla attend to; 0.1 if not given"),
+    Setting("sage_values", str, "how sagesla multiplies with v: float8 (the default), float8_values or exact"),
     Setting("dtype", "bfloat16", "bfloat16 or float32"),
 )
 

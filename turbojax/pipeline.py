@@ -212,6 +212,7 @@ class TurboVideoPipeline:
         quant_scheme: str | None = None,
         attention_type: str | None = None,
         sla_topk: float | None = None,
+        sage_values: str | None = None,
         dtype: Any = jnp.bfloat16,
     ) -> "TurboVideoPipeline":
         """Loads published or converted checkpoints; None follows what the checkpoint says.
@@ -221,7 +222,8 @@ class TurboVideoPipeline:
           Wan-AI/Wan2.1-T2V-1.3B.
         quant_linear: True for int8 linear layers in the blocks, quantizing while loading where the file is not.
         quant_scheme: a name of `turbojax.kernels.int8.QUANT_SCHEMES`, "block128" unless the checkpoint has another.
-        attention_type: "original", "sla" or "sagesla". sla_topk: share of key blocks that SLA attends to.
+        attention_type: "original", "sla" or "sagesla". sla_topk: share of key blocks that the latter two attend to.
+        sage_values: how SageSLA multiplies with v, see `turbojax.kernels.sage`.
 
         Raises UserError or CheckpointError with one sentence for what cannot be found or does not fit.
         """
@@ -248,6 +250,7 @@ class TurboVideoPipeline:
             quant_scheme=quant_scheme,
             attention_type=attention_type,
             sla_topk=sla_topk,
+            sage_values=sage_values,
             dtype=dtype,
         )
         text = TextEncoder(Tokenizer.from_path(where["tokenizer"]), *load_umt5(where["text_encoder"], dtype=dtype))
@@ -264,6 +267,7 @@ class TurboVideoPipeline:
         quant_scheme: str | None = None,
         attention_type: str | None = None,
         sla_topk: float | None = None,
+        sage_values: str | None = None,
         dtype: Any = jnp.bfloat16,
         seed: int = 0,
     ) -> "TurboVideoPipeline":
@@ -272,8 +276,15 @@ class TurboVideoPipeline:
             raise UserError(f"{model=} is unknown; choose one of {', '.join(MODELS)}")
         start = time.perf_counter()
         logging.warning("Weights are random: %s at full size, for measuring. The video will be noise.", model)
-        options = {"attention_type": attention_type, "sla_topk": sla_topk, "dtype": dtype}
-        config = with_options(MODELS[model](), quant_linear=quant_linear, quant_scheme=quant_scheme, **options)
+        config = with_options(
+            MODELS[model](),
+            quant_linear=quant_linear,
+            quant_scheme=quant_scheme,
+            attention_type=attention_type,
+            sla_topk=sla_topk,
+            sage_values=sage_values,
+            dtype=dtype,
+        )
         t5, vae = UMT5Config.xxl(dtype=dtype), VAEConfig.wan2_1(dtype=dtype)
         build_t5 = Skeleton.of(lambda: UMT5Encoder(t5, rngs=nnx.Rngs(0)))
         build_vae = Skeleton.of(lambda: WanVAE(vae, rngs=nnx.Rngs(0)))

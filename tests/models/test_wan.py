@@ -250,6 +250,7 @@ def test_every_argument_matters(image_to_video, name):
         ({"dim": 6, "num_heads": 2}, "dim=6 does not give num_heads=2"),
         ({"sla_topk": 0.0}, r"sla_topk=0.0 must be in \(0, 1\]"),
         ({"sla_topk": 1.5}, r"sla_topk=1.5 must be in \(0, 1\]"),
+        ({"sage_values": "int4"}, "sage_values='int4' is unknown; choose exact or float8 or float8_values"),
     ],
 )
 def test_settings(changes, message):

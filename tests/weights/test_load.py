@@ -260,6 +260,7 @@ def test_dense_attention_on_an_sla_checkpoint(tmp_path, tensors):
     assert not [name for name in parameters(dense) if "proj_l" in name]
     sparse = load_wan(path, sla_topk=0.3)
     assert (sparse.config.attention_type, sparse.config.sla_topk) == ("sla", 0.3)
+    assert load_wan(path, attention_type="sagesla", sage_values="exact").config.sage_values == "exact"
     convert.convert(path, tmp_path / "folder", format="orbax")
     assert load_wan(tmp_path / "folder", attention_type="original").config.attention_type == "original"
     assert load_wan(tmp_path / "folder", sla_topk=0.3).config.sla_topk == 0.3
@@ -401,7 +402,7 @@ def test_damaged_converted_folder(tmp_path, file):
 
 
 def test_unknown_options(file):
-    for option in ({"attention_type": "flash"}, {"attention_type": "sla", "sla_topk": 0.0}):
+    for option in ({"attention_type": "flash"}, {"attention_type": "sla", "sla_topk": 0.0}, {"sage_values": "int4"}):
         with pytest.raises(UserError):
             load_wan(file, **option)
 

@@ -22,7 +22,7 @@ anything, anywhere). None chooses; a named one runs or raises.
 """
 
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +33,7 @@ from turbojax.kernels.dispatch import compute_capability
 from turbojax.kernels.sla import Implementation, block_table, linear_branch, num_selected, triton_obstacle
 
 Values = Literal["exact", "float8", "float8_values"]
+VALUES: tuple[Values, ...] = get_args(Values)
 
 E4M3_OF_V = 2.25
 LARGEST_E4M3 = 448.0
@@ -173,8 +174,8 @@ def sage_sparse_linear_attention(
     checkpoints run with on Hopper; elsewhere they are 128 and 64. Raises UserError where a named implementation cannot
     run, and where the fused one is differentiated.
     """
-    if values not in ("exact", "float8", "float8_values"):
-        raise UserError(f"{values=} is unknown; choose exact, float8 or float8_values")
+    if values not in VALUES:
+        raise UserError(f"{values=} is unknown; choose {' or '.join(VALUES)}")
     if choose(implementation, q, keys=k.shape[1], block_q=block_q, block_k=block_k, values=values) == "triton":
         from turbojax.kernels import sage_fused
 

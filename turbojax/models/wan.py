@@ -17,7 +17,7 @@ from jax import lax
 from turbojax.errors import UserError
 from turbojax.kernels.attention import dot_product_attention
 from turbojax.kernels.int8 import QuantConfig, Quantized
-from turbojax.kernels.sage import Values, sage_sparse_linear_attention
+from turbojax.kernels.sage import VALUES, Values, sage_sparse_linear_attention
 from turbojax.kernels.sla import sparse_linear_attention
 from turbojax.models.layers import (
     MLP,
@@ -77,6 +77,8 @@ class WanConfig:
             raise UserError(f"dim={self.dim} does not give num_heads={self.num_heads} heads of an even width")
         if not 0 < self.sla_topk <= 1:
             raise UserError(f"sla_topk={self.sla_topk} must be in (0, 1]; 0.1 and 0.15 are usual")
+        if self.sage_values not in VALUES:
+            raise UserError(f"sage_values={self.sage_values!r} is unknown; choose {' or '.join(VALUES)}")
 
     @property
     def head_dim(self) -> int:

@@ -159,6 +159,7 @@ def load_wan(
     quant_scheme: str | None = None,
     attention_type: str | None = None,
     sla_topk: float | None = None,
+    sage_values: str | None = None,
     dtype: Any = jnp.bfloat16,
 ) -> WanModel:
     """Loads a transformer; options that are None follow the checkpoint.
@@ -171,6 +172,7 @@ def load_wan(
         quant_scheme=quant_scheme,
         attention_type=attention_type,
         sla_topk=sla_topk,
+        sage_values=sage_values,
         dtype=dtype,
     )
     if is_converted(path):
