@@ -18,6 +18,7 @@ Peak memory has no reset, so run one case a process.
 import json
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import flags
@@ -70,9 +71,7 @@ def main() -> None:
     elif CASE.value == "linear":
         result = benchmark.linear_layers(schemes=tuple(QUANT_SCHEMES))
     elif CASE.value == "attention":
-        result = benchmark_attention.attention()
-        result["backward 12 x 32760, topk 0.1"] = benchmark_attention.attention_backward()
-        result["errors 4 x 32760"] = benchmark_attention.attention_errors()
+        result = benchmark_attention.attention(save)
     elif CASE.value == "block":
         tokens = (1 + (FRAMES.value - 1) // 4, height // 16, width // 16)
         result = benchmark.one_block(model=MODEL.value, tokens=tokens, schemes=(None, "block128", "channel"))
@@ -90,12 +89,16 @@ def main() -> None:
         )
     else:
         result = benchmark.compile_seconds(model=MODEL.value, layers=(LAYERS.value,), height=height, width=width)
+    print(json.dumps(benchmark.environment() | save(result), indent=1))
+
+
+def save(result: dict[str, Any]) -> dict[str, Any]:
+    """The result with what was measured; into --out where that is given."""
     own = (CASE, MODEL, RESOLUTION, FRAMES, STEPS, ATTENTION, TOPK, LAYERS, QUANT)
-    settings = {flag.name: flag.value for flag in own}
-    result = {"case": CASE.value, "settings": settings, "result": result}
-    print(json.dumps(benchmark.environment() | result, indent=1))
+    whole = {"case": CASE.value, "settings": {flag.name: flag.value for flag in own}, "result": result}
     if OUT.value:
-        benchmark.save(result, Path(OUT.value))
+        benchmark.save(whole, Path(OUT.value))
+    return whole
 
 
 if __name__ == "__main__":

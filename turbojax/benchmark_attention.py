@@ -19,25 +19,32 @@ DIM = 128
 GRIDS = {32760: (21, 30, 52), 75600: (21, 45, 80)}  # tokens by frames, rows and columns
 
 
-def attention(*, shapes=SHAPES) -> dict[str, Any]:
-    """Milliseconds of the whole op, from rotated q, k, v to the sum with the linear branch, and of its parts."""
+def attention(keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Speed, gradients and errors; keep gets what there is after each part, since all of it takes minutes."""
     result: dict[str, Any] = {}
-    dense: dict[tuple[int, int], float] = {}
-    for heads, tokens, topk in shapes:
-        inputs = random_inputs(heads, tokens)
-        if (heads, tokens) not in dense:
-            dense[heads, tokens] = milliseconds(dot_product_attention, inputs[:3], calls=2)
-        rows: dict[str, Any] = {"dense_ms": dense[heads, tokens]}
-        for implementation in ("mosaic", "triton"):
-            whole = functools.partial(sla.sparse_linear_attention, topk=topk, implementation=implementation)
-            rows[f"sla_{implementation}_ms"] = milliseconds(whole, inputs)
-        rows["sagesla_ms"] = milliseconds(functools.partial(sage.sage_sparse_linear_attention, topk=topk), inputs)
-        if (heads, tokens, topk) in TAKEN_APART:
-            rows["sla_parts"] = sla_parts(inputs, topk)
-            rows["sagesla_parts"] = sage_parts(inputs, topk)
-        result[f"{heads} x {tokens}, topk {topk}"] = rows
-        logging.info("%d heads, %d tokens, topk %s: %s", heads, tokens, topk, rows)
+    for shape in SHAPES:
+        heads, tokens, topk = shape
+        result[f"{heads} x {tokens}, topk {topk}"] = whole_op(*shape, parts=shape in TAKEN_APART)
+        keep(result)
+    result["backward 12 x 32760, topk 0.1"] = attention_backward()
+    keep(result)
+    result["errors 4 x 32760"] = attention_errors()
     return result
+
+
+def whole_op(heads: int, tokens: int, topk: float, *, parts: bool) -> dict[str, Any]:
+    """Milliseconds of the whole op, from rotated q, k, v to the sum with the linear branch, and of its parts."""
+    inputs = random_inputs(heads, tokens)
+    rows: dict[str, Any] = {"dense_ms": milliseconds(dot_product_attention, inputs[:3], calls=1)}
+    for implementation in ("mosaic", "triton"):
+        whole = functools.partial(sla.sparse_linear_attention, topk=topk, implementation=implementation)
+        rows[f"sla_{implementation}_ms"] = milliseconds(whole, inputs)
+    rows["sagesla_ms"] = milliseconds(functools.partial(sage.sage_sparse_linear_attention, topk=topk), inputs)
+    if parts:
+        rows["sla_parts"] = sla_parts(inputs, topk)
+        rows["sagesla_parts"] = sage_parts(inputs, topk)
+    logging.info("%d heads, %d tokens, topk %s: %s", heads, tokens, topk, rows)
+    return rows
 
 
 def random_inputs(heads: int, tokens: int, seed: int = 0) -> list[jax.Array]:
@@ -63,12 +70,14 @@ def sla_parts(inputs: list[jax.Array], topk: float) -> dict[str, Any]:
     projected = jnp.einsum("bnhe,de->bnhd", state, weight.astype(jnp.float32)).astype(q.dtype)
     operands = (q, k, v, table, projected, normalizer, bias.astype(jnp.float32))
     triton = functools.partial(sla_triton.sparse_forward, block_q=128, block_k=64, tiles=settings.tiles)
+    mosaic = functools.partial(sla_mosaic.sparse_forward, block_k=64)
     pairs = table.size * 128 * 64
     parts = {
         "key_summary_ms": milliseconds(lambda k, v: sla_triton.key_summary(k, v, 64), (k, v)),
         "block_map_ms": milliseconds(lambda q, k_means: sla_fused.block_table(q, k_means, settings), (q, k_means)),
         "query_means_ms": milliseconds(lambda q: sla_triton.block_means(q, 128), (q,)),
-        "sparse_mosaic_ms": milliseconds(functools.partial(sla_mosaic.sparse_forward, block_k=64), operands),
+        "sparse_mosaic_ms": milliseconds(mosaic, operands),
+        "sparse_mosaic_overlapped_ms": milliseconds(functools.partial(mosaic, overlapped=True), operands),
         "sparse_triton_ms": milliseconds(lambda *a: triton(*a)[0], operands),
     }
     return parts | {
