@@ -68,14 +68,15 @@ def quantize_rows_kernel(
     columns, in_block = tl.arange(0, H), tl.arange(0, BLOCK)
     inside = (i * BLOCK + in_block < L)[:, None]
     offsets = in_block[:, None] * (N * H) + columns[None, :]
-    f = tl.load(x + ((b * L + i * BLOCK) * N + n) * H + offsets, mask=inside, other=0.0).to(tl.float32)
+    values = tl.load(x + ((b * L + i * BLOCK) * N + n) * H + offsets, mask=inside, other=0.0)
+    f = values.to(tl.float32)
     block = (b * N + n) * blocks + i
-    if MEANS:
-        rows = tl.minimum(L - i * BLOCK, BLOCK).to(tl.float32)
-        tl.store(means + block * H + columns, tl.div_rn(tl.sum(f, axis=0), rows))
     if CENTRED:
         f = tl.where(inside, f - tl.load(mean + (b * N + n) * H + columns)[None, :], 0.0)
-    amax = float_of_bits(tl.max(tl.max(f.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1), axis=0))
+        amax = float_of_bits(tl.max(tl.max(f.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=1), axis=0))
+    else:
+        bits = tl.max(tl.max(values.to(tl.int16, bitcast=True) & 0x7FFF, axis=1), axis=0)
+        amax = float_of_bits(bits.to(tl.int32) << 16)
     step = tl.div_rn(amax, 127.0) + 1e-7
     # f / step correctly rounded, as the reference divides: the quotient by the reciprocal, and its remainder's share.
     reciprocal = tl.div_rn(1.0, step)
@@ -84,6 +85,10 @@ def quantize_rows_kernel(
     ratio += tl.where(ratio >= 0, 0.5, -0.5)  # the conversion truncates: halves go away from zero
     tl.store(code + ((b * blocks + i) * (BLOCK * N) + n) * H + offsets, ratio.to(tl.int8))
     tl.store(scale + block, step)
+    if MEANS:  # a sum over rows as a product takes fewer registers, and so more programs hide each other's waits
+        rows = tl.minimum(L - i * BLOCK, BLOCK).to(tl.float32)
+        ones = tl.full((BLOCK, 16), 1.0, tl.float32).to(tl.bfloat16)
+        tl.store(means + block * H + columns, tl.div_rn(tl.max(tl.dot(values.T, ones), axis=1), rows))
 
 
 @triton.jit
