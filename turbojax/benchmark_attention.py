@@ -19,7 +19,7 @@ DIM = 128
 GRIDS = {32760: (21, 30, 52), 75600: (21, 45, 80)}  # tokens by frames, rows and columns
 
 
-def attention(keep: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+def attention(keep: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
     """Speed, gradients and errors; keep gets what there is after each part, since all of it takes minutes."""
     result: dict[str, Any] = {}
     for shape in SHAPES:
