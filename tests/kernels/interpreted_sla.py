@@ -3,6 +3,7 @@
 Collected by test_sla_triton.py in a process of its own, with TRITON_INTERPRET=1.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -104,6 +105,15 @@ def test_attention(length, batch, dim, topk, block_q, block_k):
     rms, largest = errors(fused(inputs, topk, block_q, block_k), reference(*as_float32(inputs)))
     assert rms < 4e-3
     assert largest < 3e-2
+
+
+@pytest.mark.parametrize(("length", "count", "block_k"), [(300, 3, 64), (256, 4, 64), (330, 2, 128), (40, 1, 64)])
+def test_scores_a_step_ahead_change_nothing(length, count, block_k):
+    inputs = arrays(length, dim=64)
+    settings = sla_fused.settings("triton", count, block_q=64, block_k=block_k, dim=64)
+    assert not settings.tiles.ahead
+    ahead = dataclasses.replace(settings, tiles=settings.tiles._replace(ahead=True))
+    np.testing.assert_array_equal(sla_fused.attention(*inputs, ahead), sla_fused.attention(*inputs, settings))
 
 
 @pytest.mark.parametrize("name", "abcd")

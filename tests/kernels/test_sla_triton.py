@@ -55,7 +55,7 @@ def assert_within_limits(kernel, pointers, constants, *, warps: int, stages: int
 def test_sparse_forward_compiles_within_limits(block_q, block_k, dim, residuals, capability):
     tiles = sla_triton.tiles(divmod(capability, 10), block_q=block_q, block_k=block_k, dim=dim)
     blocks = {"BLOCK_Q": block_q, "BLOCK_K": block_k, "KEYS": tiles.step, "COUNT": 59}
-    constants = SHAPE | blocks | {"H": dim, "SCALE": 0.1275, "RESIDUALS": residuals}
+    constants = SHAPE | blocks | {"H": dim, "SCALE": 0.1275, "RESIDUALS": residuals, "AHEAD": tiles.ahead}
     settings = {"warps": tiles.warps, "stages": tiles.stages, "capability": capability}
     assert_within_limits(sla_triton.sparse_forward_kernel, FORWARD, constants, **settings)
 

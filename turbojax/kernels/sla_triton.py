@@ -21,17 +21,18 @@ KEY_ROWS = 32  # keys of a step of `key_summary`: the most that leave a multipro
 
 
 class Tiles(NamedTuple):
-    """Rows that a step of the loop takes, warps, and stages of loads in flight."""
+    """Rows that a step of the loop takes, warps, stages of loads in flight, and whether scores are a step ahead."""
 
     step: int
     warps: int
     stages: int
+    ahead: bool = False
 
 
 def tiles(capability: tuple[int, int] | None, *, block_q: int, block_k: int, dim: int) -> Tiles:
     """The sparse loop's tiles: the most stages that fit a compute capability and spill no registers (tests/kernels)."""
     few = (capability == (8, 0) and dim == 128) or (capability == (8, 9) and (block_q, dim) == (64, 64))
-    return Tiles(64, warps=block_q // 16, stages=2 if few else 3)
+    return Tiles(64, warps=block_q // 16, stages=2 if few else 3, ahead=capability == (9, 0))
 
 
 def summary_warps(capability: tuple[int, int] | None) -> int:
@@ -122,26 +123,28 @@ def choose_blocks_kernel(scores, table, BLOCKS: tl.constexpr, COUNT: tl.constexp
 
 
 @triton.jit
-def attend(queries, k, v, left, top, total, acc, KEYS: tl.constexpr, MASKED: tl.constexpr, ROW: tl.constexpr,
-           H: tl.constexpr, SCALE: tl.constexpr):  # fmt: skip
-    """One step of softmax attention in base 2 over KEYS rows at k and v, ROW elements apart.
-
-    top, total and acc are the running maximum, denominator and sum. MASKED: only `left` rows exist.
-    """
-    keys = tl.arange(0, KEYS)
-    rows = keys
-    if MASKED:  # rows past the end repeat the last one and get no weight
-        rows = tl.minimum(keys, tl.maximum(left - 1, 0))
-    offsets = rows[:, None] * ROW + tl.arange(0, H)[None, :]
-    s = tl.dot(queries, tl.load(k + offsets).T)
-    if MASKED:
-        s = tl.where((keys < left)[None, :], s, -float("inf"))
+def soften(s, top, total, SCALE: tl.constexpr):
+    """Weights of scores in base 2, and the decay of what came before; the new maximum and denominator."""
     higher = tl.maximum(top, tl.max(s, axis=1) * SCALE)
     p = tl.exp2(s * SCALE - higher[:, None])
     decay = tl.exp2(top - higher)
-    total = total * decay + tl.sum(p, axis=1)
+    return p, decay, higher, total * decay + tl.sum(p, axis=1)
+
+
+@triton.jit
+def attend_masked(queries, k, v, left, top, total, acc, KEYS: tl.constexpr, ROW: tl.constexpr, H: tl.constexpr,
+                  SCALE: tl.constexpr):  # fmt: skip
+    """One step of softmax attention over KEYS rows at k and v, ROW elements apart, of which `left` exist.
+
+    top, total and acc are the running maximum, denominator and sum. Rows past the end repeat the last one.
+    """
+    keys = tl.arange(0, KEYS)
+    rows = tl.minimum(keys, tl.maximum(left - 1, 0))
+    offsets = rows[:, None] * ROW + tl.arange(0, H)[None, :]
+    s = tl.where((keys < left)[None, :], tl.dot(queries, tl.load(k + offsets).T), -float("inf"))
+    p, decay, top, total = soften(s, top, total, SCALE)
     acc = tl.dot(p.to(tl.bfloat16), tl.load(v + offsets), acc * decay[:, None])
-    return higher, total, acc
+    return top, total, acc
 
 
 @triton.jit
@@ -165,6 +168,7 @@ def sparse_forward_kernel(
     COUNT: tl.constexpr,
     SCALE: tl.constexpr,
     RESIDUALS: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     """One program a query block of a head: softmax over its COUNT key blocks, KEYS at a time, plus the linear branch.
 
@@ -188,21 +192,33 @@ def sparse_forward_kernel(
     top = tl.full((BLOCK_Q,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_Q,), tl.float32)
     acc = tl.zeros((BLOCK_Q, H), tl.float32)
-    whole = COUNT
+    whole: tl.constexpr = COUNT - (L % BLOCK_K > 0)
     if partial:  # ascending order puts the partial block last: it goes first, so that the loop needs no mask
-        whole = COUNT - 1
         last = tl.load(table + COUNT - 1) * BLOCK_K
         for step in tl.range(steps, num_stages=1):
             first = tl.minimum(last + step * KEYS, L - 1)
             block = first.to(tl.int64) * (N * H)
             left = L - last - step * KEYS
-            top, total, acc = attend(queries, k + block, v + block, left, top, total, acc, KEYS, True, N * H, H, SCALE)
-    chosen = tl.load(table)
-    for step in range(whole * steps):
-        block = (chosen * BLOCK_K + (step % steps) * KEYS).to(tl.int64) * (N * H)
-        # Read a step ahead: loads whose address comes from a load of the same step are fetched less early.
-        chosen = tl.load(table + tl.minimum((step + 1) // steps, COUNT - 1))
-        top, total, acc = attend(queries, k + block, v + block, KEYS, top, total, acc, KEYS, False, N * H, H, SCALE)
+            top, total, acc = attend_masked(queries, k + block, v + block, left, top, total, acc, KEYS, N * H, H, SCALE)
+    if whole:
+        # Table entries are read ahead: loads whose address comes from a load of the same step are fetched less early.
+        kv_offsets = tl.arange(0, KEYS)[:, None] * (N * H) + columns[None, :]
+        block = (tl.load(table) * BLOCK_K).to(tl.int64) * (N * H)
+        chosen = tl.load(table + min(1 // steps, whole - 1))
+        if AHEAD:  # tensor cores compute the next scores during a softmax; the last ones are for nothing
+            s = tl.dot(queries, tl.load(k + block + kv_offsets).T)
+        for step in range(whole * steps):
+            here = block
+            block = (chosen * BLOCK_K + ((step + 1) % steps) * KEYS).to(tl.int64) * (N * H)
+            chosen = tl.load(table + tl.minimum((step + 2) // steps, whole - 1))
+            if AHEAD:
+                next_s = tl.dot(queries, tl.load(k + block + kv_offsets).T)
+            else:
+                s = tl.dot(queries, tl.load(k + here + kv_offsets).T)
+            p, decay, top, total = soften(s, top, total, SCALE)
+            acc = tl.dot(p.to(tl.bfloat16), tl.load(v + here + kv_offsets), acc * decay[:, None])
+            if AHEAD:
+                s = next_s
     acc = acc / total[:, None]
     inside = (rows < L)[:, None]
     if RESIDUALS:
@@ -369,5 +385,6 @@ def sparse_forward(
         COUNT=table.shape[3],
         SCALE=dim**-0.5 * LOG2_E.value,
         RESIDUALS=residuals,
+        AHEAD=tiles.ahead,
     )
     return out, sparse, lse
