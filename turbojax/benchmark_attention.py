@@ -22,9 +22,9 @@ GRIDS = {32760: (21, 30, 52), 75600: (21, 45, 80)}  # tokens by frames, rows and
 def attention(keep: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
     """Speed, gradients and errors; keep gets what there is after each part, since all of it takes minutes."""
     result: dict[str, Any] = {}
-    for shape in SHAPES:
-        heads, tokens, topk = shape
-        result[f"{heads} x {tokens}, topk {topk}"] = whole_op(*shape, parts=shape in TAKEN_APART)
+    for heads, tokens, topk in SHAPES:
+        parts = (heads, tokens, topk) in TAKEN_APART
+        result[f"{heads} x {tokens}, topk {topk}"] = whole_op(heads, tokens, topk, parts=parts)
         keep(result)
     result["backward 12 x 32760, topk 0.1"] = attention_backward()
     keep(result)
@@ -67,7 +67,7 @@ def sla_parts(inputs: list[jax.Array], topk: float) -> dict[str, Any]:
     settings = sla_fused.settings("mosaic", chosen_blocks(q, topk, 64), block_q=128, block_k=64, dim=DIM)
     k_means, state, normalizer = jax.jit(lambda k, v: sla_triton.key_summary(k, v, 64))(k, v)
     table = jax.jit(lambda q, k_means: sla_fused.block_table(q, k_means, settings))(q, k_means)
-    projected = jnp.einsum("bnhe,de->bnhd", state, weight.astype(jnp.float32)).astype(q.dtype)
+    projected = sla_fused.project_state(state, weight)
     operands = (q, k, v, table, projected, normalizer, bias.astype(jnp.float32))
     triton = functools.partial(sla_triton.sparse_forward, block_q=128, block_k=64, tiles=settings.tiles)
     mosaic = functools.partial(sla_mosaic.sparse_forward, block_k=64)
@@ -91,31 +91,28 @@ def sla_parts(inputs: list[jax.Array], topk: float) -> dict[str, Any]:
 
 def sage_parts(inputs: list[jax.Array], topk: float) -> dict[str, Any]:
     """As `sla_parts`, with the blocks and the float8 values that the published checkpoints run with on Hopper."""
-    from turbojax.kernels import sage_fused, sage_triton, sla_triton
+    from turbojax.kernels import sage_fused, sage_triton, sla_fused, sla_triton
 
     q, k, v, weight, bias = inputs
     settings = sage_fused.settings(chosen_blocks(q, topk, 128), block_q=64, block_k=128, values="float8")
     k_means, state, normalizer = jax.jit(lambda k, v: sla_triton.key_summary(k, v, 128))(k, v)
-    k_mean = jnp.mean(k.astype(jnp.float32), axis=1)
+    k_mean = sla_triton.mean_of_means(k_means, k.shape[1], 128)
     quantize_q = functools.partial(sage_triton.quantize_rows, block=64, means=True)
     quantize_k = functools.partial(sage_triton.quantize_rows, block=128)
     q_code, q_scale, q_means = jax.jit(quantize_q)(q)
     k_code, k_scale, _ = jax.jit(lambda k, mean: quantize_k(k, mean=mean))(k, k_mean)
     v_code, v_scale = jax.jit(sage_triton.quantize_values)(v)
 
-    def block_map(q_means, k_means):
-        scores = jnp.einsum("bnih,bnjh->bnij", q_means, k_means, precision="highest")
-        return sla_triton.choose_blocks(scores, settings.count)
-
-    table = jax.jit(block_map)(q_means, k_means - k_mean[:, :, None])
-    projected = jnp.einsum("bnhe,de->bnhd", state, weight.astype(jnp.float32)).astype(q.dtype)
+    block_map = functools.partial(sla_fused.table_of_means, count=settings.count)
+    table = jax.jit(block_map)(q_means, k_means, k_mean)
+    projected = sla_fused.project_state(state, weight)
     operands = (q, q_code, q_scale, k_code, k_scale, v_code, v_scale, table, projected, normalizer)
     sparse = functools.partial(sage_triton.sage_forward, block_q=64, block_k=128, values="float8", tiles=settings.tiles)
     return {
         "quantize_q_ms": milliseconds(quantize_q, (q,)),
         "quantize_k_ms": milliseconds(lambda k, mean: quantize_k(k, mean=mean), (k, k_mean)),
         "quantize_v_ms": milliseconds(sage_triton.quantize_values, (v,)),
-        "block_map_ms": milliseconds(block_map, (q_means, k_means)),
+        "block_map_ms": milliseconds(block_map, (q_means, k_means, k_mean)),
         "sparse_ms": milliseconds(sparse, (*operands, bias.astype(jnp.float32))),
         "bytes_of_sparse": 2 * q.nbytes + q.nbytes // 2 + 2 * table.size * 128 * DIM,
     }

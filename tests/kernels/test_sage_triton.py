@@ -84,7 +84,7 @@ def choose(
     for module in (sage, sla):
         monkeypatch.setattr(module, "compute_capability", lambda: capability)
     q = jnp.zeros((1, 8, 1, dim), dtype)
-    return sage.choose(implementation, q, keys=8, block_q=blocks[0], block_k=blocks[1], values=values)
+    return sage.choose(implementation, q, block_q=blocks[0], block_k=blocks[1], values=values)
 
 
 def test_none_takes_the_kernels_where_they_run(monkeypatch):

@@ -64,7 +64,7 @@ def test_sparse_forward_compiles_within_limits(block_q, block_k, dim, residuals,
 @pytest.mark.parametrize(("block_q", "block_k", "dim"), [(128, 64, 64), (128, 64, 128), (64, 64, 128)])
 def test_sparse_backward_compiles_within_limits(block_q, block_k, dim, capability):
     tiles = sla_backward_triton.tiles(divmod(capability, 10), block_q=block_q, block_k=block_k, dim=dim)
-    shared = SHAPE | {"H": dim, "BLOCK_Q": block_q, "BLOCK_K": block_k, "SCALE": 0.1275, "LOG2_E": 1.4427}
+    shared = SHAPE | {"H": dim, "BLOCK_Q": block_q, "BLOCK_K": block_k, "SCALE": 0.1275}
     constants = {"KEYS": tiles[0].step, "COUNT": 59}, {"ROWS": tiles[1].step, "ENTRIES": 59 * 591}
     kernels = sla_backward_triton.query_gradient_kernel, sla_backward_triton.key_gradients_kernel
     for kernel, tile, own in zip(kernels, tiles, constants, strict=True):

@@ -138,7 +138,7 @@ def float8_product(scores: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def choose(
-    implementation: Implementation | None, q: jax.Array, *, keys: int, block_q: int, block_k: int, values: Values
+    implementation: Implementation | None, q: jax.Array, *, block_q: int, block_k: int, values: Values
 ) -> Implementation:
     """The implementation that runs: the named one, or the fused one if it can; float8 never falls back on a GPU."""
     if implementation not in (None, "triton", "reference"):
@@ -176,7 +176,7 @@ def sage_sparse_linear_attention(
     """
     if values not in VALUES:
         raise UserError(f"{values=} is unknown; choose {' or '.join(VALUES)}")
-    if choose(implementation, q, keys=k.shape[1], block_q=block_q, block_k=block_k, values=values) == "triton":
+    if choose(implementation, q, block_q=block_q, block_k=block_k, values=values) == "triton":
         from turbojax.kernels import sage_fused
 
         count = num_selected(topk, -(-k.shape[1] // block_k))

@@ -17,7 +17,7 @@ from turbojax.errors import UserError
 from turbojax.kernels import sage_triton, sla_triton
 from turbojax.kernels.dispatch import compute_capability
 from turbojax.kernels.sage import Values, quantize_values
-from turbojax.kernels.sla_fused import exact_einsum
+from turbojax.kernels.sla_fused import project_state, table_of_means
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,13 +48,10 @@ def attention(
     """`sage.sage_sparse_linear_attention` of bfloat16 q, k, v `[B, L, N, H]`."""
     s = settings
     k_means, state, normalizer = sla_triton.key_summary(k, v, s.block_k)
-    share = sla_triton.block_rows(k.shape[1], s.block_k) / k.shape[1]
-    k_mean = jnp.sum(k_means * share[None, None, :, None], axis=2)
+    k_mean = sla_triton.mean_of_means(k_means, k.shape[1], s.block_k)
     q_code, q_scale, q_means = sage_triton.quantize_rows(q, s.block_q, means=True)
     k_code, k_scale, _ = sage_triton.quantize_rows(k, s.block_k, mean=k_mean)
-    scores = exact_einsum("bnih,bnjh->bnij", q_means, k_means - k_mean[:, :, None])
     v_code, v_scale = prepare_values(v, s.values)
-    projected = exact_einsum("bnhe,de->bnhd", state, proj_weight.astype(jnp.float32)).astype(q.dtype)
     return sage_triton.sage_forward(
         q,
         q_code,
@@ -63,8 +60,8 @@ def attention(
         k_scale,
         v_code,
         v_scale,
-        sla_triton.choose_blocks(scores, s.count),
-        projected,
+        table_of_means(q_means, k_means, k_mean, s.count),
+        project_state(state, proj_weight),
         normalizer,
         proj_bias.astype(jnp.float32),
         block_q=s.block_q,

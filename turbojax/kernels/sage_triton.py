@@ -12,9 +12,10 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from turbojax.kernels.sage import E4M3_OF_V, LOG2_E, Values
+from turbojax.kernels.sage import E4M3_OF_V, LOG2_E, P_OFFSET, Values
 from turbojax.kernels.triton_call import triton_call
 
+OFFSET = tl.constexpr(P_OFFSET)
 VALUE_ROWS = 128  # rows of v that one program converts
 AMAX_ROWS = 1024  # rows of v that one program takes the largest magnitude of
 
@@ -136,7 +137,7 @@ def attend(q, k, v, factor, top, denominator, total, valid, VALUES: tl.constexpr
     new_top = tl.maximum(top, tl.max(scores, axis=1) * factor)
     decay = tl.exp2(top - new_top)
     if VALUES == "float8":
-        p = tl.exp2(scores * factor - (new_top - 8.807)[:, None])
+        p = tl.exp2(scores * factor - (new_top - OFFSET)[:, None])
         part = tl.dot(p.to(tl.float8e4nv), v)
     else:
         p = tl.exp2(scores * factor - new_top[:, None])

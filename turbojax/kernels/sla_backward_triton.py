@@ -78,7 +78,6 @@ def query_gradient_kernel(
     KEYS: tl.constexpr,
     COUNT: tl.constexpr,
     SCALE: tl.constexpr,
-    LOG2_E: tl.constexpr,
 ):
     """One program a query block of a head: dq, added to `linear`, and delta = sum(do o) for the other kernel."""
     i, head = tl.program_id(0), tl.program_id(1)
@@ -143,7 +142,6 @@ def key_gradients_kernel(
     ROWS: tl.constexpr,
     ENTRIES: tl.constexpr,
     SCALE: tl.constexpr,
-    LOG2_E: tl.constexpr,
 ):
     """One program a key block of a head: dk and dv from the query blocks that chose it, ROWS queries at a time.
 
@@ -208,7 +206,7 @@ def sparse_backward(
     batch, length, heads, dim = q.shape
     key_blocks = -(-length // block_k)
     constants: dict[str, Any] = {"L": length, "N": heads, "H": dim, "BLOCK_Q": block_q, "BLOCK_K": block_k}
-    constants |= {"SCALE": dim**-0.5 * LOG2_E, "LOG2_E": LOG2_E}
+    constants["SCALE"] = dim**-0.5 * LOG2_E.value
     gradient = jax.ShapeDtypeStruct(q.shape, jnp.bfloat16)
     for_queries, for_keys = tiles
     dq, delta = triton_call.triton_call(

@@ -60,12 +60,19 @@ def exact_einsum(equation: str, *arrays: jax.Array) -> jax.Array:
 
 def block_table(q: jax.Array, k_means: jax.Array, settings: Settings) -> jax.Array:
     """As `sla.block_table`, from the means of k's blocks, float32 `[B, N, key blocks, H]`."""
-    length = q.shape[1]
-    share = sla_triton.block_rows(length, settings.block_k) / length
-    k_mean = jnp.sum(k_means * share[None, None, :, None], axis=2)
-    q_means = sla_triton.block_means(q, settings.block_q)
+    k_mean = sla_triton.mean_of_means(k_means, q.shape[1], settings.block_k)
+    return table_of_means(sla_triton.block_means(q, settings.block_q), k_means, k_mean, settings.count)
+
+
+def table_of_means(q_means: jax.Array, k_means: jax.Array, k_mean: jax.Array, count: int) -> jax.Array:
+    """The block map from block means `[B, N, blocks, H]` and the mean of k `[B, N, H]`, all float32."""
     scores = exact_einsum("bnih,bnjh->bnij", q_means, k_means - k_mean[:, :, None])
-    return sla_triton.choose_blocks(scores, settings.count)
+    return sla_triton.choose_blocks(scores, count)
+
+
+def project_state(state: jax.Array, proj_weight: jax.Array) -> jax.Array:
+    """phi(k)^T v W_l^T, bfloat16 `[B, N, H, H]`, from float32 phi(k)^T v."""
+    return exact_einsum("bnhe,de->bnhd", state, proj_weight.astype(jnp.float32)).astype(jnp.bfloat16)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -81,7 +88,7 @@ def forward(q, k, v, proj_weight, proj_bias, settings: Settings, *, residuals: b
     """The result, and what the gradients need."""
     k_means, state, normalizer = sla_triton.key_summary(k, v, settings.block_k)
     table = block_table(q, k_means, settings)
-    projected = exact_einsum("bnhe,de->bnhd", state, proj_weight.astype(jnp.float32)).astype(q.dtype)
+    projected = project_state(state, proj_weight)
     arrays = (q, k, v, table, projected, normalizer, proj_bias.astype(jnp.float32))
     out, sparse, lse = sparse_forward(*arrays, settings=settings, residuals=residuals)
     return out, (q, k, v, proj_weight, proj_bias, table, state, normalizer, sparse, lse)
@@ -89,10 +96,9 @@ def forward(q, k, v, proj_weight, proj_bias, settings: Settings, *, residuals: b
 
 def backward(settings: Settings, kept, d_out: jax.Array) -> tuple[jax.Array, ...]:
     q, k, v, proj_weight, proj_bias, table, state, normalizer, sparse, lse = kept
-    weight = proj_weight.astype(jnp.float32)
-    projected = exact_einsum("bnhe,de->bnhd", state, weight).astype(q.dtype)
+    projected = project_state(state, proj_weight)
     dq, d_projected, d_normalizer, d_bias = sla_linear_triton.linear_queries(q, d_out, projected, normalizer)
-    d_state = exact_einsum("bnhd,de->bnhe", d_projected, weight).astype(q.dtype)
+    d_state = exact_einsum("bnhd,de->bnhe", d_projected, proj_weight.astype(jnp.float32)).astype(q.dtype)
     dk, dv = sla_linear_triton.linear_keys(k, v, d_state, d_normalizer)
     dq, dk, dv = sla_backward_triton.sparse_backward(
         q,

@@ -307,6 +307,11 @@ def block_rows(length: int, block: int) -> jax.Array:
     return jnp.minimum(block, length - block * jnp.arange(-(-length // block))).astype(jnp.float32)
 
 
+def mean_of_means(means: jax.Array, length: int, block: int) -> jax.Array:
+    """The mean `[B, N, H]` of all `length` rows, from those of their blocks `[B, N, blocks, H]`."""
+    return jnp.sum(means * (block_rows(length, block) / length)[None, None, :, None], axis=2)
+
+
 def merge_means(means: jax.Array, length: int, block: int) -> jax.Array:
     """Means of groups of KEY_ROWS rows, `[B, N, groups, H]`, to those of blocks of `block` rows."""
     sums = means * block_rows(length, KEY_ROWS)[None, None, :, None]
