@@ -126,7 +126,8 @@ def velocity_tangent(
 
     def backward(F: jax.Array, x_before: jax.Array) -> jax.Array:
         F_before = velocity(network, x_before, t - step, text)
-        return like(ratio, x) * ((math.cos(step) * F - F_before) / math.sin(step))
+        # (cos h F - F_before) / sin h without the rounding of cos h
+        return like(ratio, x) * ((F - F_before) / math.sin(step) - math.tan(step / 2) * F)
 
     if tangent == "exact":
         return jax.jvp(lambda x, t: velocity(network, x, t, text), (x, t), (dx, ratio))[1]
