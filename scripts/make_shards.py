@@ -5,13 +5,14 @@
 
 --videos is a folder. Captions are in its captions.jsonl ({"file": NAME, "caption": TEXT} a line), its captions.csv
 (columns file and caption), a file of that kind given as --captions, or in a text file beside each video. A clip is the
-first --num_frames frames of a video at --fps, resized and cut around the centre to the size; videos that are too short or
-cannot be read are reported and left out. Run it again after a stop: finished shards are not made again.
+first --num_frames frames of a video at --fps, resized and cut around the centre to the size; videos that are too short
+or cannot be read are reported and left out. Run it again after a stop: finished shards are not made again.
 
-Weights as for scripts/generate.py: --weights is a folder or a Hugging Face repository with VAE, text encoder and tokenizer,
-Wan-AI/Wan2.1-T2V-1.3B if not given, or demo; --vae, --text_encoder and --tokenizer name one apart. Further flags:
---captions, --aspect_ratio=16:9 (of --resolution), --height and --width in pixels, --fps=16, --dtype=bfloat16 (or float32),
---shard_size=64 (samples), --negative_prompt (its embedding is kept for guidance). docs/training-data.md has the format.
+Weights as for scripts/generate.py: --weights is a folder or a Hugging Face repository with VAE, text encoder and
+tokenizer, Wan-AI/Wan2.1-T2V-1.3B if not given, or demo; --vae, --text_encoder and --tokenizer name one apart. Further
+flags: --captions, --aspect_ratio=16:9 (of --resolution), --height and --width in pixels, --fps=16, --dtype=bfloat16 (or
+float32), --shard_size=64 (samples), --negative_prompt (its embedding is kept for guidance). docs/training-data.md has
+the format.
 """
 
 from pathlib import Path

@@ -120,7 +120,7 @@ def read_video(path: str | os.PathLike, *, num_frames: int, height: int, width: 
         # ffmpeg's filter and not its -r, which repeats a frame and drops another at the beginning
         options = ["-vf", f"fps={fps}"]
         with starting_ffmpeg(), imageio.get_reader(path, format="FFMPEG", output_params=options) as reader:
-            for frame in itertools.islice(reader, num_frames):
+            for frame in itertools.islice(reader.iter_data(), num_frames):
                 fitted = ImageOps.fit(Image.fromarray(frame), (width, height), Image.Resampling.LANCZOS)
                 frames.append(np.asarray(fitted))
     except (OSError, RuntimeError, ValueError, LookupError) as error:  # what imageio makes of ffmpeg's complaints
