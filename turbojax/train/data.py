@@ -158,7 +158,7 @@ def open_shard(path: Path, index: Index) -> dict[str, np.ndarray]:
             found = "nothing" if tensor is None else f"{tensor.dtype}{list(tensor.shape)}"
             raise CheckpointError(f"{path} holds {found} as {name}, expected {spec.dtype}{list(spec.shape)}; {AGAIN}")
     if len(lengths) and not 0 <= lengths.min() <= lengths.max() <= TEXT_LEN:
-        raise CheckpointError(f"{path} holds prompts of more than {TEXT_LEN} rows; {AGAIN}")
+        raise CheckpointError(f"{path} holds prompts of more than {TEXT_LEN} rows, or less than none; {AGAIN}")
     return tensors
 
 
