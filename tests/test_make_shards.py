@@ -14,8 +14,6 @@ from turbojax.train.data import batches, open_shards
 from turbojax.video import read_video, save_video
 from turbojax.weights.io import read_tensors, write_safetensors
 
-pytest.importorskip("grain")
-
 SCRIPT = str(ROOT / "scripts" / "make_shards.py")
 CAPTIONS = {"a.mp4": "a red bird", "b.mp4": "the blue sea, \u732b", "deep/c.mp4": ""}
 SIZE = {"num_frames": 5, "height": 16, "width": 32}
@@ -155,17 +153,17 @@ def test_settings_that_cannot_be(demo_pipe):
 
 
 def test_lists(tmp_path):
-    (tmp_path / "my.jsonl").write_text(
-        '{"file": "x.mp4", "caption": "one"}\n\n{"file": "y.mp4", "caption": "two, 2"}\n'
-    )
-    (tmp_path / "my.csv").write_text('\ufefffile,caption,more\nx.mp4,one,3\ny.mp4,"two, 2",4\n', encoding="utf-8")
-    expected = [("x.mp4", "one"), ("y.mp4", "two, 2")]
+    lines = '{"file": "x.mp4", "caption": "one\u2028line"}\n\n{"file": "y.mp4", "caption": "two, 2"}\n'
+    (tmp_path / "my.jsonl").write_text(lines, encoding="utf-8")
+    table = '\ufefffile,caption,more\nx.mp4,one\u2028line,3\ny.mp4,"two, 2",4\n'
+    (tmp_path / "my.csv").write_text(table, encoding="utf-8")
+    expected = [("x.mp4", "one\u2028line"), ("y.mp4", "two, 2")]
     for name in ("my.jsonl", "my.csv"):
         clips = find_clips(tmp_path, tmp_path / name)
         assert [(clip.source, clip.caption) for clip in clips] == expected
         assert clips[0].path == tmp_path / "x.mp4"
     (tmp_path / "my.csv").rename(tmp_path / "captions.csv")
-    assert [clip.caption for clip in find_clips(tmp_path)] == ["one", "two, 2"]
+    assert [clip.source for clip in find_clips(tmp_path)] == ["x.mp4", "y.mp4"]
 
 
 def test_captions_beside_videos(videos):
@@ -182,6 +180,7 @@ def test_captions_beside_videos(videos):
         ("x.jsonl", '["x.mp4", "one"]', "line 1 of .* has no file and caption"),
         ("x.csv", "x.mp4,one\ny.mp4,two\n", "line 2 of .* has no file and caption"),
         ("x.csv", "", "has no videos with captions"),
+        ("x.csv", "file,caption\nx.mp4," + 200_000 * "x", "cannot be read: field larger than"),
         ("x.txt", "x.mp4 one", r"must end in \.jsonl or \.csv"),
         ("x.jsonl", None, "cannot be read"),
     ],

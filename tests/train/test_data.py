@@ -22,8 +22,6 @@ from turbojax.train.data import (
 )
 from turbojax.weights.io import read_tensors, write_safetensors
 
-pytest.importorskip("grain")
-
 INDEX = Index(
     latents=(2, 2, 3, 4),
     text_dim=8,
@@ -204,7 +202,15 @@ DAMAGES = {
     ),
     "negative length": (
         lambda f: rewrite(f / SHARD, text_lengths=np.asarray([-1, 11, 10, 5, 5], np.int32)),
-        "holds prompts of more than 512 rows, or less than none",
+        "holds prompts that do not have 0 to 512 rows",
+    ),
+    "lengths of another kind": (
+        lambda f: rewrite(f / SHARD, text_lengths=np.full(5, np.nan, np.float32)),
+        f"{SHARD} is no shard of training data",
+    ),
+    "another safetensors file": (
+        lambda f: rewrite(f / SHARD, latents=None, text=None, text_lengths=None, x=np.zeros(3)),
+        f"{SHARD} is no shard of training data",
     ),
     "another count": (lambda f: write_index(f, INDEX, {SHARD: 4}), f"{SHARD} holds 5 samples and index.json says 4"),
     "no index": (lambda f: (f / "index.json").unlink(), "holds no index.json, so no training data"),

@@ -82,6 +82,26 @@ def wan_skeleton(config: WanConfig) -> Skeleton:
     return Skeleton.of(lambda: WanModel(config, rngs=nnx.Rngs(0)))
 
 
+class LazyTensors(Mapping[K, np.ndarray]):
+    """Tensors that are made when they are asked for; `specs` has the shapes and dtypes of all."""
+
+    specs: Mapping[K, ShapeDtype]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.specs
+
+    def __iter__(self) -> Iterator[K]:
+        return iter(self.specs)
+
+    def __len__(self) -> int:
+        return len(self.specs)
+
+
+def specs_of(tensors: Mapping[K, np.ndarray]) -> Mapping[K, ShapeDtype]:
+    """Shapes and dtypes, without reading: memory-mapped arrays know their own."""
+    return tensors.specs if isinstance(tensors, LazyTensors) else tensors
+
+
 class WanCheckpoint(NamedTuple):
     """A transformer checkpoint, checked against its own configuration; nothing has been read yet."""
 
@@ -91,14 +111,14 @@ class WanCheckpoint(NamedTuple):
     stacked: bool = False  # whether the layers of a parameter lie together, and are best read one after another
 
 
-class Stacks(Mapping[Entry, np.ndarray]):
+class Stacks(LazyTensors[Entry]):
     """The tensors of a folder that `scripts/convert.py --format=orbax` wrote, cut out of its stacked arrays.
 
     An array is read as a whole and the last two are kept: ask for the layers of one after another.
     """
 
     def __init__(self, folder: Path, skeleton: Skeleton):
-        self.folder, self.skeleton, self.specs = folder, skeleton, skeleton.entries()
+        self.skeleton, self.specs = skeleton, skeleton.entries()
         self._array = functools.lru_cache(maxsize=2)(lambda name: load_array(folder, name, skeleton.specs[name]))
 
     def __getitem__(self, entry: Entry) -> np.ndarray:
@@ -106,17 +126,6 @@ class Stacks(Mapping[Entry, np.ndarray]):
             raise KeyError(entry)
         array = self._array(entry.target)
         return array if entry.layer is None else array[entry.layer]
-
-    def __iter__(self) -> Iterator[Entry]:
-        return iter(self.specs)
-
-    def __len__(self) -> int:
-        return len(self.specs)
-
-
-def specs_of(tensors: Mapping[K, np.ndarray]) -> Mapping[K, ShapeDtype]:
-    """Shapes and dtypes, without reading: those a lazy mapping keeps as `specs`, else the memory-mapped arrays'."""
-    return getattr(tensors, "specs", tensors)
 
 
 def open_wan(path: str | os.PathLike) -> WanCheckpoint:

@@ -6,7 +6,7 @@ which gives a distilled model with SLA. Tensors go through one at a time.
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,11 @@ from absl import logging
 from turbojax.errors import CheckpointError, UserError
 from turbojax.weights.convert import Summary, check_output, write_transformer
 from turbojax.weights.io import release
-from turbojax.weights.load import K, WanCheckpoint, open_wan, specs_of, wan_skeleton
+from turbojax.weights.load import K, LazyTensors, WanCheckpoint, open_wan, specs_of, wan_skeleton
 from turbojax.weights.rules import Entry, describe, shorten
 
 
-class Merged(Mapping[K, np.ndarray]):
+class Merged(LazyTensors[K]):
     """The merged tensors, each computed in float32 when it is asked for.
 
     A tensor that all three have in one shape is base + weight (diff_target - diff_base), in base's dtype (integers
@@ -54,12 +54,6 @@ class Merged(Mapping[K, np.ndarray]):
         for tensor in (base, low, high):
             release(tensor)
         return value.astype(base.dtype)
-
-    def __iter__(self) -> Iterator[K]:
-        return iter(self.specs)
-
-    def __len__(self) -> int:
-        return len(self.specs)
 
 
 def merge(
