@@ -17,14 +17,14 @@ from turbojax.train.trigflow import velocity
 from turbojax.weights.load import wan_skeleton
 from turbojax.weights.random import random_module
 
-ROUNDS = 4
+ROUNDS = 3
 
 
 def tangent(
     *, model: str, layers: int, num_frames: int, height: int, width: int, **options: Any
 ) -> dict[str, dict[str, Any]]:
-    """What sCM's tangent costs beside a call of the network: seconds (the best of all rounds, in each of which every
-    function has its turn, so that a busy machine hurts them alike), in units of that call, and temporary bytes.
+    """What sCM's tangent costs beside a call of the network: seconds (the best of some rounds, in which the functions
+    take turns), in units of that call, and temporary bytes.
 
     forward: F with the fastest attention; reference: with attention that has a JVP; exact: t_F by its JVP;
     difference: t_F by two calls with the fastest attention; gradient: of a sum of F, in all parameters.
@@ -70,6 +70,8 @@ def tangent(
 
 
 def call_seconds(function: Callable, *arguments: Any) -> float:
-    start = time.perf_counter()
+    """Seconds of one call; on a CPU those of its threads, which other processes do not lengthen."""
+    clock = time.process_time if jax.default_backend() == "cpu" else time.perf_counter
+    start = clock()
     jax.block_until_ready(function(*arguments))
-    return time.perf_counter() - start
+    return clock() - start
