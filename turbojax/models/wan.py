@@ -49,6 +49,7 @@ class WanConfig:
     sla_topk, sla_blocks: share of key blocks, and rows of query and key blocks (None: as published).
     sage_values: how SageSLA multiplies with v, see `turbojax.kernels.sage`.
     quant: how the linear layers inside the blocks hold int8 weights; None for `dtype`.
+    remat: whether gradients compute each block a second time instead of keeping what is inside it.
     """
 
     dim: int
@@ -69,6 +70,7 @@ class WanConfig:
     sage_values: Values = "float8"
     quant: QuantConfig | None = None
     dtype: Any = jnp.bfloat16
+    remat: bool = False
 
     def __post_init__(self):
         if self.attention_type not in BLOCKS:
@@ -297,6 +299,8 @@ class WanModel(nnx.Module):
         def run_block(x, layer):
             return nnx.merge(graph, layer)(x, e0, text, image, table), None
 
+        if self.config.remat:
+            run_block = jax.checkpoint(run_block, prevent_cse=False)  # a scan's body is compiled apart as it is
         return lax.scan(run_block, x, layers)[0]
 
     def check(self, x: jax.Array, y: jax.Array | None, clip: jax.Array | None) -> None:
