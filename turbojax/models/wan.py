@@ -12,7 +12,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 
 from turbojax.errors import UserError
 from turbojax.kernels.attention import dot_product_attention
@@ -30,6 +29,7 @@ from turbojax.models.layers import (
     rotate,
     time_sinusoid,
 )
+from turbojax.sharding import over_heads, scan_layers
 
 AttentionType = Literal["original", "sla", "sagesla"]
 # Block sizes (queries, keys) that TurboDiffusion's published checkpoints run with: SageSLA's are those on Hopper.
@@ -131,17 +131,19 @@ class SelfAttention(nnx.Module):
         c = self.config
         q, k = self.norm_q(self.q(x)), self.norm_k(self.k(x))
         q, k, v = (split_heads(a, c.num_heads) for a in (q, k, self.v(x)))
-        q, k = rotate(q, table), rotate(k, table)
-        if c.attention_type == "original":
-            out = dot_product_attention(q, k, v)
-        else:
-            projection = self.proj_l.weight[...], self.proj_l.bias[...]
-            settings: dict[str, Any] = {"topk": c.sla_topk, "block_q": c.blocks[0], "block_k": c.blocks[1]}
-            if c.attention_type == "sla":
-                out = sparse_linear_attention(q, k, v, *projection, **settings)
-            else:
-                out = sage_sparse_linear_attention(q, k, v, *projection, values=c.sage_values, **settings)
+        out = over_heads(self.attend, rotate(q, table), rotate(k, table), v)
         return self.o(out.reshape(*out.shape[:2], c.dim))
+
+    def attend(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        """Of all tokens, `[B, L, N, H]`; over a mesh, of some of the heads."""
+        c = self.config
+        if c.attention_type == "original":
+            return dot_product_attention(q, k, v)
+        projection = self.proj_l.weight[...], self.proj_l.bias[...]
+        settings: dict[str, Any] = {"topk": c.sla_topk, "block_q": c.blocks[0], "block_k": c.blocks[1]}
+        if c.attention_type == "sla":
+            return sparse_linear_attention(q, k, v, *projection, **settings)
+        return sage_sparse_linear_attention(q, k, v, *projection, values=c.sage_values, **settings)
 
 
 class CrossAttention(nnx.Module):
@@ -296,12 +298,10 @@ class WanModel(nnx.Module):
     def run_blocks(self, x, e0, text, image, table: Table) -> jax.Array:
         graph, layers = nnx.split(self.blocks)
 
-        def run_block(x, layer):
-            return nnx.merge(graph, layer)(x, e0, text, image, table), None
+        def run_block(layer, x, per_sample, table):
+            return nnx.merge(graph, layer)(x, *per_sample, table)
 
-        if self.config.remat:
-            run_block = jax.checkpoint(run_block, prevent_cse=False)  # a scan's body is compiled apart as it is
-        return lax.scan(run_block, x, layers)[0]
+        return scan_layers(run_block, layers, x, (e0, text, image), table, remat=self.config.remat)
 
     def check(self, x: jax.Array, y: jax.Array | None, clip: jax.Array | None) -> None:
         c = self.config
