@@ -26,6 +26,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
@@ -52,7 +53,9 @@ class Index:
     latents: shape [t, h, w, c] of one video's latents; text_dim: width of the text embedding.
     dtype: of latents and text, "bfloat16" or "float32".
     num_frames, height, width, fps: of the videos, in frames, pixels and frames a second.
-    vae, text_encoder: which weights made them, as `turbojax.train.make_shards.identity` tells it.
+    vae, text_encoder: which weights made them, as `turbojax.make_shards.identity` tells it.
+    negative_prompt: what `Shards.negative` is the embedding of.
+    shard_size: samples a shard, at most.
     """
 
     latents: tuple[int, int, int, int]
@@ -65,6 +68,7 @@ class Index:
     vae: str
     text_encoder: str
     negative_prompt: str
+    shard_size: int
 
 
 class Sample(NamedTuple):
@@ -255,6 +259,14 @@ class Batches(Iterator[Batch]):
         self._iterator.set_state({"next_index": batch})
 
 
+def import_grain() -> ModuleType:
+    try:
+        import grain  # an extra, and a second to import
+    except ImportError as error:
+        raise UserError("training data needs grain; pip install 'turbojax[train]'") from error
+    return grain
+
+
 def batches(
     shards: Shards,
     *,
@@ -274,10 +286,7 @@ def batches(
 
     Raises UserError for settings that cannot be, or if grain is not installed.
     """
-    try:
-        import grain  # an extra, and a second to import
-    except ImportError as error:
-        raise UserError("reading training data needs grain; pip install 'turbojax[train]'") from error
+    grain = import_grain()
     index = jax.process_index() if process_index is None else process_index
     count = jax.process_count() if process_count is None else process_count
     if not 0 <= index < count:
