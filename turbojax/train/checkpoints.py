@@ -3,7 +3,8 @@
 A folder a step: the state as Orbax writes arrays, and as JSON the position in the data and what kind of run it is.
 """
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,12 @@ from turbojax.weights.io import CHUNK_BYTES, orbax, reason
 Manager = Any  # orbax.checkpoint.CheckpointManager, which takes a second to import
 
 
-def open_checkpoints(folder: Path, *, keep: int = 2) -> Manager:
-    """The checkpoints in a folder, which is made; the newest `keep` stay. What a killed run has half written is removed."""
+@contextlib.contextmanager
+def open_checkpoints(folder: Path, *, keep: int = 2) -> Iterator[Manager]:
+    """The checkpoints in a folder, which is made; the newest `keep` stay. What a killed run left half written is removed.
+
+    Raises CheckpointError on leaving where the last one could not be written.
+    """
     ocp = orbax()
     handlers = {
         "state": ocp.PyTreeCheckpointHandler(use_ocdbt=False),
@@ -29,9 +34,15 @@ def open_checkpoints(folder: Path, *, keep: int = 2) -> Manager:
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        return ocp.CheckpointManager(folder.resolve(), options=options, item_handlers=handlers)
+        manager = ocp.CheckpointManager(folder.resolve(), options=options, item_handlers=handlers)
     except OSError as error:
         raise CheckpointError(f"{folder} cannot hold checkpoints: {error.strerror or error}") from error
+    try:
+        yield manager
+        check_written(manager, wait=True)
+    finally:
+        with contextlib.suppress(Exception):  # of a write whose failure has been told, or a stop that cannot wait
+            manager.close()
 
 
 def save_checkpoint(manager: Manager, state: TrainState, *, position: Any, run: Mapping[str, Any]) -> None:
@@ -74,14 +85,13 @@ def unwritten(manager: Manager, error: Exception) -> CheckpointError:
 def restore_newest(manager: Manager, like: TrainState, *, run: Mapping[str, Any]) -> tuple[TrainState, Any] | None:
     """The newest whole checkpoint and the position of its data; None where there is none yet.
 
-    like: the state's shapes, dtypes and shardings, as arrays or jax.ShapeDtypeStruct.
+    like: the state's shapes, dtypes and shardings.
     run: what kind of run this is; a checkpoint of another kind is refused.
 
     A damaged checkpoint is set aside under another name. Raises CheckpointError if all are damaged, or the newest is
     of another kind of run.
     """
     ocp = orbax()
-    abstract = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), like)
     steps = sorted(manager.all_steps(), reverse=True)
     damaged = []
     for step in steps:
@@ -89,9 +99,7 @@ def restore_newest(manager: Manager, like: TrainState, *, run: Mapping[str, Any]
             text = ocp.args.Composite(position=ocp.args.JsonRestore(), run=ocp.args.JsonRestore())
             saved = manager.restore(step, args=text)
             check_same_run(manager.directory, saved.run, run)
-            arguments = ocp.args.PyTreeRestore(
-                abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract)
-            )
+            arguments = ocp.args.PyTreeRestore(like, restore_args=ocp.checkpoint_utils.construct_restore_args(like))
             state = manager.restore(step, args=ocp.args.Composite(state=arguments)).state
         except CheckpointError:
             raise

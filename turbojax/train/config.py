@@ -58,7 +58,7 @@ TRAIN_SETTINGS: tuple[Setting, ...] = (
     Setting("log_every", 10, "steps between metrics, which are means over these steps"),
     Setting("checkpoint_every", 500, "steps between checkpoints"),
     Setting("keep", 2, "checkpoints to keep"),
-    Setting("sample_every", 0, "steps between sample videos, 0 for none; needs the vae"),
+    Setting("sample_every", 0, "steps between sample videos, 0 for none"),
     Setting("sample_prompts", "", "of the videos, with | between them; those of the first data if not given"),
     Setting("num_samples", 2, "videos where no prompts are given"),
     Setting("sampler", "unipc", "of the videos: rcm, euler or unipc"),
@@ -66,8 +66,8 @@ TRAIN_SETTINGS: tuple[Setting, ...] = (
     Setting("sample_guidance", 5.0, "guidance of the videos, 1 for none"),
     Setting("shift", 5.0, "shift of the times of euler and unipc"),
     Setting("sigma_max", 80.0, "first noise level of rcm"),
-    Setting("vae", str, "file, folder or Hugging Face repository; for the videos"),
-    Setting("text_encoder", str, "likewise, for sample_prompts"),
+    Setting("vae", str, "of the videos: file, folder or demo; downloaded if not given"),
+    Setting("text_encoder", str, "of sample_prompts, likewise"),
     Setting("tokenizer", str, "likewise"),
 )
 
@@ -170,7 +170,3 @@ def check_settings(config: ConfigDict) -> None:
         raise UserError(
             f"batch_size={config.batch_size} does not divide into accumulation={config.accumulation} micro-batches"
         )
-    if config.sample_every and not config.vae:
-        raise UserError("sample videos need --config.vae=; give it, or --config.sample_every=0")
-    if config.sample_every and config.sample_prompts and not (config.text_encoder and config.tokenizer):
-        raise UserError("sample_prompts need --config.text_encoder= and --config.tokenizer=; or leave them out")

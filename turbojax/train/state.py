@@ -38,23 +38,24 @@ class TrainState:
     critic: Trained | None = None
 
 
-def start(params: Params, optimizer: optax.GradientTransformation) -> Trained:
-    return Trained(params, optimizer.init(params))
+def initial_state(
+    params: Params, student: optax.GradientTransformation, critic: optax.GradientTransformation | None = None
+) -> TrainState:
+    """Before the first step: student, average and, with an optimizer for it, the critic start from float32 parameters.
 
+    Under `jax.jit` or not, they are copies: a step gives all buffers of its state back.
+    """
 
-def initial_state(student: Trained, critic: Trained | None = None) -> TrainState:
-    """Before the first step; the average starts as a copy, because the state's buffers are donated one by one."""
-    return TrainState(jnp.zeros((), jnp.int32), student, jax.tree.map(jnp.copy, student.params), critic)
+    def start(optimizer: optax.GradientTransformation) -> Trained:
+        return Trained(jax.tree.map(jnp.copy, params), optimizer.init(params))
+
+    ema = jax.tree.map(jnp.copy, params)
+    return TrainState(jnp.zeros((), jnp.int32), start(student), ema, None if critic is None else start(critic))
 
 
 def parameters(module: nnx.Module) -> Params:
     """A module's parameters by dotted name, as they are."""
     return {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.state(module))}
-
-
-def master(params: Mapping[str, jax.Array]) -> Params:
-    """float32 copies."""
-    return {name: jnp.array(value, jnp.float32) for name, value in params.items()}
 
 
 def in_compute_dtype(skeleton: Skeleton, params: Mapping[str, jax.Array]) -> Params:

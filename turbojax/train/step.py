@@ -20,6 +20,7 @@ from jax import lax
 
 from turbojax.errors import UserError
 from turbojax.models.wan import WanConfig
+from turbojax.sharding import parameter_specs
 from turbojax.train import losses
 from turbojax.train.losses import Tangent
 from turbojax.train.schedule import LearningRate, Phases, ema_beta, ema_update
@@ -178,7 +179,7 @@ def make_step(
             grads, metrics = mean_gradients(critic_loss, state.critic.params, batch, accumulation=accumulation)
             changes["critic"], norms = updated(state.critic, grads, critic)
             norms = {f"critic_{name}": value for name, value in norms.items()}
-        return dataclasses.replace(state, **changes), metrics | norms
+        return as_sharded(dataclasses.replace(state, **changes)), metrics | norms
 
     def step(iteration: int, state: TrainState, fixed: Fixed, batch: Batch) -> tuple[TrainState, Metrics]:
         phases = recipe.phases
@@ -214,7 +215,7 @@ def mean_gradients(loss: Callable, params: Params, batch: Batch, *, accumulation
 
     def one(batch: Batch) -> tuple[Params, Metrics]:
         (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, batch)
-        return grads, metrics
+        return as_sharded(grads), metrics
 
     def add(total, batch: Batch):
         return jax.tree.map(jnp.add, total, one(batch)), None
@@ -222,6 +223,13 @@ def mean_gradients(loss: Callable, params: Params, batch: Batch, *, accumulation
     shapes = jax.eval_shape(one, jax.tree.map(lambda a: a[0], micro))
     zeros = jax.tree.map(lambda spec: jnp.zeros(spec.shape, spec.dtype), shapes)
     return jax.tree.map(lambda total: total / accumulation, lax.scan(add, zeros, micro)[0])
+
+
+def as_sharded(state: Any) -> Any:
+    """Parameters and what belongs to them as the mesh in force splits them, whatever XLA would choose."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return state
+    return lax.with_sharding_constraint(state, parameter_specs(state))
 
 
 def updated(trained: Trained, grads: Params, optimizer: Optimizer) -> tuple[Trained, Metrics]:
@@ -269,9 +277,7 @@ def consistency_and_matching_loss(
         _, aux = losses.consistency(
             student,
             # Two rounded timesteps make no difference quotient.
-            network(
-                networks.tangent if exact else networks.student, lax.stop_gradient(weights.student), rounded=exact
-            ),
+            network(networks.tangent if exact else networks.student, lax.stop_gradient(weights.student), rounded=exact),
             teacher,
             x0,
             eps,
@@ -293,9 +299,7 @@ def consistency_and_matching_loss(
     return summary({"loss": sum(parts.values()), **parts})
 
 
-def fake_score_loss(
-    recipe: RCM, networks: Networks, weights: Weights, batch: Batch, phase: Phase, numbers: Numbers
-):
+def fake_score_loss(recipe: RCM, networks: Networks, weights: Weights, batch: Batch, phase: Phase, numbers: Numbers):
     """The critic's: the fake score learns what the student makes."""
     simulation_key, score_key = streams(batch["key"], 2)
     sample = simulated(recipe, networks, weights, batch, simulation_key, numbers)

@@ -36,6 +36,7 @@ def write_toy_shards(folder: Path, *, prompts: int = 4, samples: int = 256, seed
         height=8 * h,
         width=8 * w,
         fps=16,
+        shard_size=samples,
         vae="none: generated latents",
         text_encoder="none: generated embeddings",
         negative_prompt="negative",
