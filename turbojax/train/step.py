@@ -9,6 +9,7 @@ does not depend on how the batch is cut into micro-batches or spread over device
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -236,7 +237,8 @@ def updated(trained: Trained, grads: Params, optimizer: Optimizer) -> tuple[Trai
     """The network after the optimizer's step; NaN and infinite gradients count as zero, as in the reference."""
     count = optax.tree_utils.tree_get(trained.optimizer, "ScaleByScheduleState").count
     finite = jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), g, 0), grads)
-    changes, state = optimizer.transform.update(finite, trained.optimizer, trained.params)
+    with jax.numpy_dtype_promotion("standard"):  # Optax raises floats to whole numbers
+        changes, state = optimizer.transform.update(finite, trained.optimizer, trained.params)
     metrics = {"gradient_norm": optax.global_norm(grads), "learning_rate": optimizer.rate(count)}
     return Trained(optax.apply_updates(trained.params, changes), state), metrics
 
@@ -378,8 +380,9 @@ def streams(keys: jax.Array, count: int) -> jax.Array:
 
 
 def normal(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Standard normal `[B, *shape]`."""
-    return jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
+    """Standard normal `[B, *shape]`; drawn flat, because XLA compiles several axes under vmap ten times as long."""
+    flat = jax.vmap(lambda key: jax.random.normal(key, (math.prod(shape),), jnp.float32))(keys)
+    return flat.reshape(-1, *shape)
 
 
 def standard(times: Times, keys: jax.Array, shape: tuple[int, ...] = ()) -> jax.Array:
