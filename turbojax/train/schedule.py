@@ -50,7 +50,7 @@ class Phases:
     `student_freq`-th is the student's, with the DMD loss as well, and the others train the fake score.
     Without a fake score or with loss_scale_dmd = 0 all iterations are the student's.
 
-    Published: tangent_warmup 1000, student_freq 5 for 1.3B; 0, 10 for 14B.
+    Published: tangent_warmup 1000, student_freq 5 for 1.3B; 0, 10 for 14B. Raises UserError where no loss is left.
     """
 
     tangent_warmup: int = 1000
@@ -59,6 +59,13 @@ class Phases:
     loss_scale: float = 100.0
     loss_scale_dmd: float = 1.0
     max_simulation_steps: int = 4
+
+    def __post_init__(self):
+        if self.tangent_warmup < 0 or self.student_freq < 1 or self.max_simulation_steps < 1:
+            raise UserError(f"{self} counts backwards; use tangent_warmup from 0, the other two from 1 on")
+        matching = self.fake and self.loss_scale_dmd > 0 and not self.tangent_warmup
+        if self.loss_scale <= 0 and not matching:
+            raise UserError(f"{self} has iterations without a loss; use a positive loss_scale, 100 is usual")
 
     def is_student(self, iteration: int) -> bool:
         """Whether the student learns; else the fake score does."""
@@ -87,7 +94,11 @@ class Phases:
     def simulation_steps(self, iteration: int) -> int:
         """Steps of the backward simulation: 1 to max_simulation_steps in turn, for student and fake score apart."""
         own = self.effective_iteration if self.is_student(iteration) else self.effective_iteration_fake
-        return own(iteration) % self.max_simulation_steps + 1
+        return self.steps_in_turn(own(iteration))
+
+    def steps_in_turn(self, effective_iteration: int) -> int:
+        """1 to max_simulation_steps, and again from 1."""
+        return effective_iteration % self.max_simulation_steps + 1
 
     def warmup_ratio(self, iteration: int) -> float:
         """r of `losses.consistency`: from 0 to 1 over tangent_warmup iterations, 1 without."""

@@ -1,7 +1,7 @@
 """A rectified-flow network as a TrigFlow one: x_t = cos(t) x0 + sin(t) eps, t in [0, pi/2].
 
 B batch; latents are `[B, T, H, W, C]` or any other `[B, ...]`, times `[B]`. All arithmetic is float32.
-Source: rCM, arXiv 2510.08431, section 3; sCM, arXiv 2410.11081.
+Source: rCM, arXiv 2510.08431, eq. 3; sCM, arXiv 2410.11081.
 """
 
 from collections.abc import Callable
