@@ -5,13 +5,14 @@
 
 --videos is a folder. Captions are in its captions.jsonl ({"file": NAME, "caption": TEXT} a line), its captions.csv
 (columns file and caption), a file of that kind given as --captions, or in a text file beside each video. A clip is the
-first --num_frames frames of a video at --fps, resized and cut around the centre to the size; videos that are too short or
-cannot be read are reported and left out. Run it again after a stop: finished shards are not made again.
+first --num_frames frames of a video at --fps, resized and cut around the centre to the size; videos that are too short
+or cannot be read are reported and left out. Run it again after a stop: finished shards are not made again.
 
-Weights as for scripts/generate.py: --weights is a folder or a Hugging Face repository with VAE, text encoder and tokenizer,
-Wan-AI/Wan2.1-T2V-1.3B if not given, or demo; --vae, --text_encoder and --tokenizer name one apart. Further flags:
---captions, --aspect_ratio=16:9 (of --resolution), --height and --width in pixels, --fps=16, --dtype=bfloat16 (or float32),
---shard_size=64 (samples), --negative_prompt (its embedding is kept for guidance). docs/training-data.md has the format.
+Weights as for scripts/generate.py: --weights is a folder or a Hugging Face repository with VAE, text encoder and
+tokenizer, Wan-AI/Wan2.1-T2V-1.3B if not given, or demo; --vae, --text_encoder and --tokenizer name one apart. Further
+flags: --captions, --aspect_ratio=16:9 (of --resolution), --height and --width in pixels, --fps=16, --dtype=bfloat16 (or
+float32), --shard_size=64 (samples), --negative_prompt (its embedding is kept for guidance). docs/training-data.md has
+the format.
 """
 
 from pathlib import Path
@@ -24,8 +25,9 @@ from turbojax import UserError, cli
 from turbojax.demo import demo_folder
 from turbojax.make_shards import find_clips, identity, make_index, make_shards
 from turbojax.models.tokenizer import Tokenizer
-from turbojax.pipeline import TextEncoder
-from turbojax.video import video_size
+from turbojax.models.vae import VAEConfig
+from turbojax.pipeline import TextEncoder, latent_shape
+from turbojax.video import check_fps, video_size
 from turbojax.weights.files import find_components, open_repository
 from turbojax.weights.load import load_umt5, load_vae
 
@@ -51,6 +53,10 @@ def main() -> None:
     if not VIDEOS.value or not OUTPUT.value:
         raise UserError("give --videos=FOLDER and --output=FOLDER, see --help")
     width, height = video_size(RESOLUTION.value, ASPECT_RATIO.value)
+    width = width if WIDTH.value is None else WIDTH.value
+    height = height if HEIGHT.value is None else HEIGHT.value
+    latent_shape(VAEConfig.wan2_1(), FRAMES.value, height, width)  # what can be told before minutes of loading
+    check_fps(FPS.value)
     clips = find_clips(Path(VIDEOS.value).expanduser(), CAPTIONS.value)
     given = {"vae": VAE.value, "text_encoder": TEXT_ENCODER.value, "tokenizer": TOKENIZER.value}
     weights = demo_folder() if WEIGHTS.value == "demo" else WEIGHTS.value
@@ -64,8 +70,8 @@ def main() -> None:
         vae,
         text,
         num_frames=FRAMES.value,
-        height=height if HEIGHT.value is None else HEIGHT.value,
-        width=width if WIDTH.value is None else WIDTH.value,
+        height=height,
+        width=width,
         fps=FPS.value,
         vae_identity=identity(where["vae"]),
         text_identity=identity(where["text_encoder"]),

@@ -7,6 +7,7 @@ clips at the end of its list, goes on behind the shards that are finished.
 import csv
 import dataclasses
 import hashlib
+import io
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -82,14 +83,15 @@ def find_clips(folder: str | os.PathLike, captions: str | os.PathLike | None = N
 
 
 def listed_clips(folder: Path, path: Path) -> list[Clip]:
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the list of captions {path} cannot be read: {error}") from error
     if path.suffix not in (".jsonl", ".csv"):
         raise UserError(f"the list of captions {path} must end in .jsonl or .csv")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        rows = list(rows_of_csv(text) if path.suffix == ".csv" else rows_of_jsonl(text))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"the list of captions {path} cannot be read: {error}") from error
     clips = []
-    for line, row in rows_of_csv(text) if path.suffix == ".csv" else rows_of_jsonl(text):
+    for line, row in rows:
         name, caption = (row.get(key) if isinstance(row, dict) else None for key in ("file", "caption"))
         if not isinstance(name, str) or not isinstance(caption, str) or not name:
             raise UserError(f"line {line} of {path} has no file and caption")
@@ -98,13 +100,13 @@ def listed_clips(folder: Path, path: Path) -> list[Clip]:
 
 
 def rows_of_csv(text: str) -> Iterator[tuple[int, object]]:
-    reader = csv.DictReader(text.splitlines(keepends=True))
+    reader = csv.DictReader(io.StringIO(text, newline=""))
     for row in reader:
         yield reader.line_num, row
 
 
 def rows_of_jsonl(text: str) -> Iterator[tuple[int, object]]:
-    for line, row in enumerate(text.splitlines(), start=1):
+    for line, row in enumerate(text.split("\n"), start=1):
         if row.strip():
             try:
                 yield line, json.loads(row)

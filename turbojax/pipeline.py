@@ -32,7 +32,6 @@ from turbojax.models.wan import WanConfig, WanModel
 from turbojax.weights import files
 from turbojax.weights.load import (
     Skeleton,
-    is_converted,
     load_umt5,
     load_vae,
     load_wan,
@@ -236,8 +235,7 @@ class TurboVideoPipeline:
             if found is None:
                 raise UserError(f"{own.name} holds no transformer checkpoint; give the file's path")
             transformer_path = found
-        if not is_converted(transformer_path):
-            open_wan(transformer_path)  # reads names only: a bad file shows before anything is downloaded
+        open_wan(transformer_path)  # reads names only: a bad file shows before anything is downloaded
         where = files.find_components(own, given)
         transformer = load_wan(
             transformer_path,

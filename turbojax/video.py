@@ -4,8 +4,9 @@ import itertools
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
+from typing import Any
 
 import imageio.v2 as imageio
 import numpy as np
@@ -119,7 +120,9 @@ def read_video(path: str | os.PathLike, *, num_frames: int, height: int, width: 
     try:
         # ffmpeg's filter and not its -r, which repeats a frame and drops another at the beginning
         options = ["-vf", f"fps={fps}"]
-        with starting_ffmpeg(), imageio.get_reader(path, format="FFMPEG", output_params=options) as reader:
+        with starting_ffmpeg():
+            reader: Any = imageio.get_reader(path, format="FFMPEG", output_params=options)
+        with closing(reader):
             for frame in itertools.islice(reader, num_frames):
                 fitted = ImageOps.fit(Image.fromarray(frame), (width, height), Image.Resampling.LANCZOS)
                 frames.append(np.asarray(fitted))

@@ -150,15 +150,16 @@ def open_shards(folder: str | os.PathLike) -> Shards:
 def open_shard(path: Path, index: Index) -> dict[str, np.ndarray]:
     """A shard's tensors as views of the memory-mapped file; raises CheckpointError where they do not fit the index."""
     tensors = read(path)
-    lengths = tensors.get("text_lengths", np.empty(0, np.int32))
-    wanted = shard_specs(index, len(lengths), int(lengths.sum()))
-    for name, spec in wanted.items():
+    lengths = tensors.get("text_lengths")
+    if lengths is None or lengths.dtype != np.int32 or lengths.ndim != 1:
+        raise CheckpointError(f"{path} is no shard of training data, it has no text_lengths; {AGAIN}")
+    if ((lengths < 0) | (lengths > TEXT_LEN)).any():
+        raise CheckpointError(f"{path} holds prompts that do not have 0 to {TEXT_LEN} rows; {AGAIN}")
+    for name, spec in shard_specs(index, len(lengths), int(lengths.sum())).items():
         tensor = tensors.get(name)
         if tensor is None or (tensor.shape, tensor.dtype) != (spec.shape, spec.dtype):
             found = "nothing" if tensor is None else f"{tensor.dtype}{list(tensor.shape)}"
             raise CheckpointError(f"{path} holds {found} as {name}, expected {spec.dtype}{list(spec.shape)}; {AGAIN}")
-    if len(lengths) and not 0 <= lengths.min() <= lengths.max() <= TEXT_LEN:
-        raise CheckpointError(f"{path} holds prompts of more than {TEXT_LEN} rows; {AGAIN}")
     return tensors
 
 
