@@ -51,7 +51,12 @@ def test_two_processes():
         )
         for i in range(2)
     ]
-    results = [json.loads(process.communicate(timeout=120)[0]) for process in processes]
+    try:
+        outputs = [process.communicate(timeout=200)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    results = [json.loads(output.splitlines()[-1]) for output in outputs]  # Gloo writes to stdout, too
     value, gradient = jax.value_and_grad(two_processes.loss)(
         {"weight": two_processes.weights()}, two_processes.samples()
     )

@@ -29,7 +29,8 @@ def loss(layers: dict, x: jax.Array) -> jax.Array:
 
 def main() -> None:
     sharding.initialize_distributed()
-    with jax.set_mesh(sharding.make_mesh(data=2, fsdp=2, sequence=2)) as mesh:
+    mesh = sharding.make_mesh(data=2, fsdp=2, sequence=2)
+    with jax.set_mesh(mesh):
         layers = sharding.put_state({"blocks": {"weight": weights()}})["blocks"]
         share, shares = sharding.batch_share()
         batch = sharding.put_batch(np.split(samples(), shares)[share])
