@@ -229,7 +229,6 @@ class TurboVideoPipeline:
         """
         start = time.perf_counter()
         given = {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer}
-        where = {name: files.component_path(path, name) for name, path in given.items() if path}
         own = files.open_repository(path_or_repo)
         transformer_path = Path(path_or_repo).expanduser()
         if not transformer_path.is_file():
@@ -239,11 +238,7 @@ class TurboVideoPipeline:
             transformer_path = found
         if not is_converted(transformer_path):
             open_wan(transformer_path)  # reads names only: a bad file shows before anything is downloaded
-        for name in [name for name in given if name not in where]:
-            path = files.find(own, name) or files.find(files.open_repository(files.SHARED_REPOSITORY), name)
-            if path is None:
-                raise UserError(f"no {name} was found in {own.name} or {files.SHARED_REPOSITORY}; give {name}=PATH")
-            where[name] = path
+        where = files.find_components(own, given)
         transformer = load_wan(
             transformer_path,
             quant_linear=quant_linear,

@@ -201,11 +201,13 @@ def scan_layers(
     x: jax.Array,
     per_sample: Any,
     per_token: Any,
+    *,
+    remat: bool = False,
 ) -> jax.Array:
     """x `[B, L, D]` through all layers, by one scan.
 
     run_layer(layer, x, per_sample, per_token): the next x; layers: parameters of blocks, `[layers, ...]`; per_sample,
-    per_token: pytrees of arrays `[B, ...]` and `[L, ...]`.
+    per_token: pytrees of arrays `[B, ...]` and `[L, ...]`. remat: whether gradients compute each layer a second time.
 
     Over a mesh, `run_layer` sees what one device has: its samples (all, where B does not divide) and its tokens. A
     layer's parameters are gathered over fsdp when it is their turn, here and again for the gradients, which go back in
@@ -217,7 +219,7 @@ def scan_layers(
         def step(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
             return run_layer(jax.tree.map(gather, layer, specs), x, per_sample, per_token), None
 
-        if axis_size(FSDP) > 1:
+        if remat or axis_size(FSDP) > 1:
             step = jax.checkpoint(step, prevent_cse=False)  # or all layers' gathered parameters are kept
         return lax.scan(step, x, layers)[0]
 

@@ -48,7 +48,9 @@ class WanConfig:
     attention_type: self-attention: "original" (dense), "sla", or "sagesla" (int8 and float8, forward only).
     sla_topk, sla_blocks: share of key blocks, and rows of query and key blocks (None: as published).
     sage_values: how SageSLA multiplies with v, see `turbojax.kernels.sage`.
+    attention_implementation: "reference" for attention that `jax.jvp` can differentiate; None for the fastest.
     quant: how the linear layers inside the blocks hold int8 weights; None for `dtype`.
+    remat: whether gradients compute each block a second time instead of keeping what is inside it.
     """
 
     dim: int
@@ -67,8 +69,10 @@ class WanConfig:
     sla_topk: float = 0.1
     sla_blocks: tuple[int, int] | None = None
     sage_values: Values = "float8"
+    attention_implementation: Literal["reference"] | None = None
     quant: QuantConfig | None = None
     dtype: Any = jnp.bfloat16
+    remat: bool = False
 
     def __post_init__(self):
         if self.attention_type not in BLOCKS:
@@ -136,9 +140,14 @@ class SelfAttention(nnx.Module):
         """Of all tokens, `[B, L, N, H]`; over a mesh, of some of the heads."""
         c = self.config
         if c.attention_type == "original":
-            return dot_product_attention(q, k, v)
+            return dot_product_attention(q, k, v, implementation=c.attention_implementation)
         projection = self.proj_l.weight[...], self.proj_l.bias[...]
-        settings: dict[str, Any] = {"topk": c.sla_topk, "block_q": c.blocks[0], "block_k": c.blocks[1]}
+        settings: dict[str, Any] = {
+            "topk": c.sla_topk,
+            "block_q": c.blocks[0],
+            "block_k": c.blocks[1],
+            "implementation": c.attention_implementation,
+        }
         if c.attention_type == "sla":
             return sparse_linear_attention(q, k, v, *projection, **settings)
         return sage_sparse_linear_attention(q, k, v, *projection, values=c.sage_values, **settings)
@@ -158,17 +167,18 @@ class CrossAttention(nnx.Module):
     def __call__(self, x: jax.Array, text: jax.Array, image: jax.Array | None) -> jax.Array:
         """x `[B, L, D]`, text `[B, 512, D]`, image `[B, 257, D]` or None to `[B, L, D]`."""
         heads = self.config.num_heads
+        attend = functools.partial(dot_product_attention, implementation=self.config.attention_implementation)
         q = split_heads(self.norm_q(self.q(x)), heads)
         keys = self.k.prepare(text)
         k, v = split_heads(self.norm_k(self.k(keys)), heads), split_heads(self.v(keys), heads)
-        out = dot_product_attention(q, k, v)
+        out = attend(q, k, v)
         if image is not None:
             image = self.k_img.prepare(image)
             k, v = (
                 split_heads(self.norm_k_img(self.k_img(image)), heads),
                 split_heads(self.v_img(image), heads),
             )
-            out = out + dot_product_attention(q, k, v)
+            out = out + attend(q, k, v)
         return self.o(out.reshape(x.shape))
 
 
@@ -299,7 +309,7 @@ class WanModel(nnx.Module):
         def run_block(layer, x, per_sample, table):
             return nnx.merge(graph, layer)(x, *per_sample, table)
 
-        return scan_layers(run_block, layers, x, (e0, text, image), table)
+        return scan_layers(run_block, layers, x, (e0, text, image), table, remat=self.config.remat)
 
     def check(self, x: jax.Array, y: jax.Array | None, clip: jax.Array | None) -> None:
         c = self.config

@@ -7,7 +7,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -90,6 +90,14 @@ def convert_wan(source: Any, output: Path, *, quantize: str | None, dtype: Any, 
     pieces = Pieces(checkpoint, config)
     if format == "orbax":
         return write_orbax(output, config, pieces)
+    return write_wan(output, config, pieces, dtype=dtype)
+
+
+def write_wan(output: Path, config: WanConfig, piece: Callable[[Entry], Any], *, dtype: Any) -> Summary:
+    """A transformer as a safetensors file in the official names.
+
+    piece: the value of each parameter, a layer at a time; dtype: of everything that is not int8 or a scale.
+    """
     layout = wan_layout(config)
     specs = {name: jax.ShapeDtypeStruct(shape, stored_dtype(name, dtype)) for name, shape in layout.items()}
     metadata = {"format": "turbojax", "num_heads": str(config.num_heads)}
@@ -98,7 +106,7 @@ def convert_wan(source: Any, output: Path, *, quantize: str | None, dtype: Any, 
         for name, spec in progress(specs):
             hit = rename(name, OFFICIAL)
             assert hit is not None, name
-            value = np.asarray(pieces(hit[0]))
+            value = np.asarray(piece(hit[0]))
             yield name, value.reshape(spec.shape).astype(spec.dtype)
             release(value)
 
