@@ -8,9 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 from tests import two_processes
@@ -19,6 +17,9 @@ from turbojax import sharding
 from turbojax.errors import UserError
 from turbojax.kernels import sla, triton_call
 from turbojax.models.wan import WanConfig
+from turbojax.train.schedule import LearningRate
+from turbojax.train.state import TrainState, initial_state, parameters
+from turbojax.train.step import RCM, SLA, Fixed, Networks, Teacher, adamw, make_step
 from turbojax.weights.load import wan_skeleton
 from turbojax.weights.random import random_module
 
@@ -27,52 +28,31 @@ CONFIGS = {
     "dense": small(dim=64, ffn_dim=96, num_heads=4),
     "sla": small(dim=64, ffn_dim=96, num_heads=4, attention_type="sla", sla_topk=0.3, sla_blocks=(16, 8)),
 }
-OPTIMIZER = optax.adamw(1e-3, eps=1e-6)
-
-
 MESH = sharding.make_mesh(data=2, fsdp=2, sequence=2)
+# By name: recipe, student, teacher.
+RECIPES = {
+    "flow matching": (Teacher(), CONFIGS["dense"], CONFIGS["dense"]),
+    "sla": (SLA(), CONFIGS["sla"], CONFIGS["dense"]),
+    "rcm": (RCM(), CONFIGS["sla"], CONFIGS["dense"]),  # its first iteration: with tangents, without a critic
+}
+OPTIMIZER = adamw(LearningRate(1e-4, warm_up=0), betas=(0.9, 0.99), weight_decay=0.01)
 
 
 @functools.cache
-def parameters(config: WanConfig):
-    return nnx.state(random_module(wan_skeleton(config)))
+def weights(config: WanConfig) -> dict[str, np.ndarray]:
+    return {name: np.asarray(value) for name, value in parameters(random_module(wan_skeleton(config))).items()}
 
 
 def batch() -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
-    shapes = {"latents": (4, 3, 8, 12, 16), "noise": (4, 3, 8, 12, 16), "text": (4, 5, 64)}
-    drawn = {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
-    return drawn | {"time": np.float32([0.1, 0.4, 0.7, 0.9])}
+    shapes = {"latents": (4, 3, 8, 12, 16), "text": (4, 5, 64)}
+    return {name: rng.standard_normal(shape, np.float32) for name, shape in shapes.items()}
 
 
-def velocity(config: WanConfig, params, noisy: jax.Array, time: jax.Array, text: jax.Array) -> jax.Array:
-    return nnx.merge(wan_skeleton(config).graph, params)(noisy, 1000 * time, text)
-
-
-def noisy_latents(batch: dict) -> jax.Array:
-    time = batch["time"][:, None, None, None, None]
-    return (1 - time) * batch["latents"] + time * batch["noise"]
-
-
-def train_step(config: WanConfig, state: dict, batch: dict):
-    """Loss, gradients and the next state of flow matching."""
-
-    def loss_of(params):
-        out = velocity(config, params, noisy_latents(batch), batch["time"], batch["text"])
-        return jnp.mean((out - (batch["noise"] - batch["latents"])) ** 2)
-
-    loss, gradients = jax.value_and_grad(loss_of)(state["params"])
-    with jax.numpy_dtype_promotion("standard"):  # which optax counts on
-        updates, moments = OPTIMIZER.update(gradients, state["moments"], state["params"])
-    params = optax.apply_updates(state["params"], updates)
-    return loss, gradients, sharding.constrain_state({"params": params, "moments": moments})
-
-
-def tangent(config: WanConfig, params, batch: dict):
-    """The velocity and its tangent along the trajectory."""
-    x, time = noisy_latents(batch), batch["time"]
-    function = functools.partial(velocity, config, params, text=batch["text"])
-    return jax.jvp(function, (x, time), (batch["noise"] - batch["latents"], jnp.ones_like(time)))
+def initial(config: WanConfig) -> TrainState:
+    """Before the first step, on the mesh in force."""
+    state = initial_state(weights(config), OPTIMIZER.transform)
+    return jax.device_put(state, sharding.state_shardings(state))
 
 
 def named(tree) -> dict[str, jax.Array]:
@@ -95,37 +75,42 @@ def assert_equal(got, expected, tolerance: float = 1e-5):
 
 
 @functools.cache
-def one_step(name: str, *, sharded: bool):
-    """The state before, and what a step gives."""
-    params = parameters(CONFIGS[name])
-    step = jax.jit(functools.partial(train_step, CONFIGS[name]))
+def one_step(name: str, *, sharded: bool) -> tuple[TrainState, dict[str, jax.Array]]:
+    """What a step of a recipe gives: the next state, and its metrics."""
+    recipe, student, teacher = RECIPES[name]
+    step = make_step(recipe, Networks.of(student, teacher), OPTIMIZER)
     with jax.set_mesh(MESH if sharded else None):
-        state = sharding.put_state({"params": params, "moments": OPTIMIZER.init(params)})
-        return state, step(state, sharding.put_batch(batch()))
+        frozen = jax.device_put(weights(teacher), sharding.state_shardings(weights(teacher)))
+        fixed = Fixed(frozen, jnp.zeros((5, 64), jnp.float32))
+        return step(0, initial(student), fixed, sharding.put_batch(batch()))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
-def test_train_step(name):
-    assert_equal(one_step(name, sharded=True)[1], one_step(name, sharded=False)[1])
+@pytest.mark.parametrize("name", RECIPES)
+def test_step(name):
+    """Metrics, parameters, their average and moments, of which the first is a tenth of the gradient."""
+    assert_equal(one_step(name, sharded=True), one_step(name, sharded=False))
 
 
 def test_state_is_split():
-    """Parameters and moments before and after the step: linear layers in halves, the rest whole."""
-    before, (_, _, after) = one_step("sla", sharded=True)
+    """Parameters and what belongs to them, before and after a step: linear layers in halves, the rest whole."""
     wanted = {
-        "params.patch_embedding.weight": P("fsdp"),  # [64, 64]
-        "params.blocks.self_attn.q.weight": P(None, "fsdp"),  # [2, 64, 64]: not the layers
-        "params.blocks.ffn.fc1.weight": P(None, "fsdp"),  # [2, 96, 64]
-        "params.blocks.ffn.fc2.weight": P(None, None, "fsdp"),  # [2, 64, 96]
-        "moments.0.mu.blocks.ffn.fc2.weight": P(None, None, "fsdp"),
-        "moments.0.nu.time_projection.weight": P("fsdp"),
-        "moments.0.count": P(),
-        "params.blocks.ffn.fc1.bias": P(),
-        "params.blocks.self_attn.norm_q.weight": P(),
-        "params.blocks.self_attn.proj_l.weight": P(),
-        "params.blocks.modulation": P(),
+        "student.params.patch_embedding.weight": P("fsdp"),  # [64, 64]
+        "student.params.blocks.self_attn.q.weight": P(None, "fsdp"),  # [2, 64, 64]: not the layers
+        "student.params.blocks.ffn.fc1.weight": P(None, "fsdp"),  # [2, 96, 64]
+        "student.params.blocks.ffn.fc2.weight": P(None, None, "fsdp"),  # [2, 64, 96]
+        "student.optimizer.0.mu.blocks.ffn.fc2.weight": P(None, None, "fsdp"),
+        "student.optimizer.0.nu.time_projection.weight": P("fsdp"),
+        "student.optimizer.0.count": P(),
+        "ema.blocks.ffn.fc1.weight": P(None, "fsdp"),
+        "ema.blocks.ffn.fc1.bias": P(),
+        "ema.blocks.self_attn.norm_q.weight": P(),
+        "ema.blocks.self_attn.proj_l.weight": P(),
+        "ema.blocks.modulation": P(),
+        "step": P(),
     }
-    for arrays in (named(before), named(after)):
+    with jax.set_mesh(MESH):
+        before = initial(CONFIGS["sla"])
+    for arrays in (named(before), named(one_step("sla", sharded=True)[0])):
         for name, spec in wanted.items():
             expected = jax.NamedSharding(MESH, spec)
             assert arrays[name].sharding.is_equivalent_to(expected, arrays[name].ndim), name
@@ -133,16 +118,6 @@ def test_state_is_split():
             linear = name.endswith("weight") and "norm" not in name and "proj_l" not in name
             held = [shard.data.nbytes for shard in array.addressable_shards]
             assert held == [array.nbytes // (2 if linear else 1)] * 8, name
-
-
-@pytest.mark.parametrize("name", CONFIGS)
-def test_tangent(name):
-    run = jax.jit(functools.partial(tangent, CONFIGS[name]))
-    params = parameters(CONFIGS[name])
-    expected = run(params, batch())
-    with jax.set_mesh(MESH):
-        got = run(sharding.put_state(params), sharding.put_batch(batch()))
-    assert_equal(got, expected)
 
 
 def test_block_map():
@@ -165,10 +140,11 @@ def test_block_map():
 
 
 def test_one_device_runs_the_same_program():
-    run, params, values = functools.partial(velocity, CONFIGS["sla"]), parameters(CONFIGS["sla"]), batch()
+    arguments = batch()["latents"], np.ones(4, np.float32), batch()["text"]
 
     def program() -> str:
-        return jax.jit(run).lower(params, values["noise"], values["time"], values["text"]).as_text()
+        run = jax.jit(lambda weights, *arguments: wan_skeleton(CONFIGS["sla"]).fill(weights)(*arguments))
+        return run.lower(weights(CONFIGS["sla"]), *arguments).as_text()
 
     alone = program()
     with jax.set_mesh(sharding.make_mesh(devices=jax.devices()[:1])):
@@ -255,11 +231,10 @@ def test_rest_of_the_devices():
     ],
 )
 def test_sizes_that_do_not_divide(sequence, height, message):
-    config = CONFIGS["dense"]
     shapes = (1, 3, height, 12, 16), (1,), (1, 5, 64)
     arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     with jax.set_mesh(sharding.make_mesh(sequence=sequence)), pytest.raises(UserError, match=message):
-        jax.eval_shape(functools.partial(velocity, config), parameters(config), *arguments)
+        jax.eval_shape(wan_skeleton(CONFIGS["dense"]).fill(weights(CONFIGS["dense"])), *arguments)
 
 
 def test_batches_that_do_not_divide():

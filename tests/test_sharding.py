@@ -70,7 +70,7 @@ def test_two_processes():
 def test_without_a_mesh():
     state = {"blocks": {"weight": np.ones((2, 4, 4), np.float32)}}
     assert sharding.state_shardings(state) is None
-    assert sharding.put_state(state) is sharding.constrain_state(state) is state
+    assert sharding.as_sharded(state) is state
     assert sharding.batch_share() == (0, 1)
     np.testing.assert_array_equal(sharding.put_batch(two_processes.samples()), two_processes.samples())
 

@@ -31,7 +31,8 @@ def main() -> None:
     sharding.initialize_distributed()
     mesh = sharding.make_mesh(data=2, fsdp=2, sequence=2)
     with jax.set_mesh(mesh):
-        layers = sharding.put_state({"blocks": {"weight": weights()}})["blocks"]
+        shardings = sharding.state_shardings({"blocks": {"weight": weights()}})["blocks"]
+        layers = jax.jit(lambda: {"weight": jnp.asarray(weights())}, out_shardings=shardings)()
         share, shares = sharding.batch_share()
         batch = sharding.put_batch(np.split(samples(), shares)[share])
         whole = jax.NamedSharding(mesh, jax.P())

@@ -4,8 +4,8 @@ A mesh has three axes: "data" (samples), "fsdp" (samples, too, and parameters wi
 "sequence" (tokens). It is made by `make_mesh` and put in force by `jax.set_mesh`:
 
     with jax.set_mesh(make_mesh(data=2, fsdp=2, sequence=2)):
-        state = put_state(state)
-        state = step(state, put_batch(batch))  # a jitted function whose result goes through `constrain_state`
+        state = jax.jit(init, out_shardings=state_shardings(jax.eval_shape(init, key)))(key)
+        state = step(state, put_batch(batch))  # a jitted function whose result goes through `as_sharded`
 
 Everything here does nothing without a mesh, or on one of one device. The transformer's layers run under `jax.shard_map`
 and not by XLA's partitioner, which can split neither our kernels nor, along the tokens, cuDNN's attention.
@@ -21,7 +21,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from absl import logging
 from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -131,24 +130,11 @@ def state_shardings(state: Any) -> Any:
     return None if mesh.empty else jax.tree.map(functools.partial(NamedSharding, mesh), parameter_specs(state))
 
 
-def put_state(state: Any) -> Any:
-    """Arrays that each process has whole, split as `state_shardings` says; as they are without a mesh."""
-    shardings = state_shardings(state)
-    if shardings is None:
-        return state
-
-    def put(array: Any, sharding: NamedSharding) -> jax.Array:
-        host = np.asarray(array)
-        return jax.make_array_from_callback(host.shape, sharding, lambda index: host[index])
-
-    return jax.tree.map(put, state, shardings)
-
-
-def constrain_state(state: Any) -> Any:
-    """Inside `jax.jit`: the same arrays, split as `state_shardings` says."""
+def as_sharded(state: Any) -> Any:
+    """Inside `jax.jit`: the same arrays, split as `state_shardings` says and not as XLA would choose."""
     if jax.sharding.get_abstract_mesh().empty:
         return state
-    return jax.tree.map(lax.with_sharding_constraint, state, parameter_specs(state))
+    return lax.with_sharding_constraint(state, parameter_specs(state))
 
 
 def batch_share() -> tuple[int, int]:

@@ -20,7 +20,7 @@ from jax import lax
 
 from turbojax.errors import UserError
 from turbojax.models.wan import WanConfig
-from turbojax.sharding import parameter_specs
+from turbojax.sharding import as_sharded
 from turbojax.train import losses
 from turbojax.train.losses import Tangent
 from turbojax.train.schedule import LearningRate, Phases, ema_beta, ema_update
@@ -225,18 +225,12 @@ def mean_gradients(loss: Callable, params: Params, batch: Batch, *, accumulation
     return jax.tree.map(lambda total: total / accumulation, lax.scan(add, zeros, micro)[0])
 
 
-def as_sharded(state: Any) -> Any:
-    """Parameters and what belongs to them as the mesh in force splits them, whatever XLA would choose."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return state
-    return lax.with_sharding_constraint(state, parameter_specs(state))
-
-
 def updated(trained: Trained, grads: Params, optimizer: Optimizer) -> tuple[Trained, Metrics]:
     """The network after the optimizer's step; NaN and infinite gradients count as zero, as in the reference."""
     count = optax.tree_utils.tree_get(trained.optimizer, "ScaleByScheduleState").count
     finite = jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), g, 0), grads)
-    changes, state = optimizer.transform.update(finite, trained.optimizer, trained.params)
+    with jax.numpy_dtype_promotion("standard"):  # Optax raises floats to whole numbers
+        changes, state = optimizer.transform.update(finite, trained.optimizer, trained.params)
     metrics = {"gradient_norm": optax.global_norm(grads), "learning_rate": optimizer.rate(count)}
     return Trained(optax.apply_updates(trained.params, changes), state), metrics
 
