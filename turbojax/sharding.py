@@ -4,9 +4,8 @@ A mesh has three axes: "data" (samples), "fsdp" (samples, too, and parameters wi
 "sequence" (tokens). It is made by `make_mesh` and put in force by `jax.set_mesh`:
 
     with jax.set_mesh(make_mesh(data=2, fsdp=2, sequence=2)):
-        shardings = state_shardings(jax.eval_shape(init, key))
-        state = jax.jit(init, out_shardings=shardings)(key)
-        state = step(state, put_batch(batch))
+        state = jax.jit(init, out_shardings=state_shardings(jax.eval_shape(init, key)))(key)
+        state = step(state, put_batch(batch))  # a jitted function whose result goes through `as_sharded`
 
 Everything here does nothing without a mesh, or on one of one device. The transformer's layers run under `jax.shard_map`
 and not by XLA's partitioner, which can split neither our kernels nor, along the tokens, cuDNN's attention.
@@ -49,25 +48,25 @@ def initialize_distributed(
     Where it names nothing this does nothing. Raises UserError where the processes cannot be joined.
     """
     coordinator = coordinator or os.environ.get("JAX_COORDINATOR_ADDRESS")
-    launched = max(environment_number(name, 1) for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
+    launched = max(environment_number(name) or 1 for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
     if coordinator is None and launched == 1:
         return
     if num_processes is None:
-        num_processes = environment_number("JAX_NUM_PROCESSES", None)
+        num_processes = environment_number("JAX_NUM_PROCESSES")
     if process_id is None:
-        process_id = environment_number("JAX_PROCESS_ID", None)
+        process_id = environment_number("JAX_PROCESS_ID")
     try:
         jax.distributed.initialize(coordinator, num_processes, process_id)
     except (ValueError, RuntimeError) as error:
         given = f"{coordinator=}, {num_processes=}, {process_id=}"
-        raise UserError(f"the processes cannot be joined with {given}: {error}") from error
+        raise UserError(f"the processes cannot be joined: {error} ({given})") from error
 
 
-def environment_number(name: str, default: Any) -> Any:
+def environment_number(name: str) -> int | None:
     value = os.environ.get(name)
     if value is not None and not value.isdigit():
         raise UserError(f"{name}={value} in the environment must be a number")
-    return default if value is None else int(value)
+    return None if value is None else int(value)
 
 
 def make_mesh(*, data: int = -1, fsdp: int = 1, sequence: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -129,6 +128,13 @@ def state_shardings(state: Any) -> Any:
     """
     mesh = jax.sharding.get_mesh()
     return None if mesh.empty else jax.tree.map(functools.partial(NamedSharding, mesh), parameter_specs(state))
+
+
+def as_sharded(state: Any) -> Any:
+    """Inside `jax.jit`: the same arrays, split as `state_shardings` says and not as XLA would choose."""
+    if jax.sharding.get_abstract_mesh().empty:
+        return state
+    return lax.with_sharding_constraint(state, parameter_specs(state))
 
 
 def batch_share() -> tuple[int, int]:
@@ -193,7 +199,6 @@ def scan_layers(
     layer's parameters are gathered over fsdp when it is their turn, here and again for the gradients, which go back in
     parts. Raises UserError for an L that does not divide.
     """
-
     specs = parameter_specs({"blocks": layers})["blocks"]
 
     def run(layers: Any, x: jax.Array, per_sample: Any, per_token: Any) -> jax.Array:
@@ -226,8 +231,8 @@ def over_heads(attend: Callable[..., jax.Array], *arrays: jax.Array) -> jax.Arra
     """attend(q, k, v), each with some tokens of all heads, by attention over all tokens of some heads.
 
     arrays: `[B, L / sequence, N, H]`, and the result likewise; `attend` gets and gives `[B, L, N / sequence, H]` by
-    all-to-all exchanges (DeepSpeed Ulysses, arXiv 2309.14509). Outside `scan_layers` there is nothing to exchange. Raises
-    UserError for an N that does not divide.
+    all-to-all exchanges (DeepSpeed Ulysses, arXiv 2309.14509). Outside `scan_layers` there is nothing to exchange.
+    Raises UserError for an N that does not divide.
     """
     size, heads = axis_size(SEQUENCE), arrays[0].shape[2]
     if size == 1 or SEQUENCE not in jax.sharding.get_abstract_mesh().manual_axes:

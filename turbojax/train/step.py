@@ -21,7 +21,7 @@ from jax import lax
 
 from turbojax.errors import UserError
 from turbojax.models.wan import WanConfig
-from turbojax.sharding import parameter_specs
+from turbojax.sharding import as_sharded
 from turbojax.train import losses
 from turbojax.train.losses import Tangent
 from turbojax.train.schedule import LearningRate, Phases, ema_beta, ema_update
@@ -224,13 +224,6 @@ def mean_gradients(loss: Callable, params: Params, batch: Batch, *, accumulation
     shapes = jax.eval_shape(one, jax.tree.map(lambda a: a[0], micro))
     zeros = jax.tree.map(lambda spec: jnp.zeros(spec.shape, spec.dtype), shapes)
     return jax.tree.map(lambda total: total / accumulation, lax.scan(add, zeros, micro)[0])
-
-
-def as_sharded(state: Any) -> Any:
-    """Parameters and what belongs to them as the mesh in force splits them, whatever XLA would choose."""
-    if jax.sharding.get_abstract_mesh().empty:
-        return state
-    return lax.with_sharding_constraint(state, parameter_specs(state))
 
 
 def updated(trained: Trained, grads: Params, optimizer: Optimizer) -> tuple[Trained, Metrics]:
