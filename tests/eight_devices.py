@@ -65,12 +65,11 @@ def assert_equal(got, expected, tolerance: float = 1e-5):
     """Each array, by its norm."""
     got, expected = named(got), named(expected)
     assert got.keys() == expected.keys()
-    errors = {
-        name: float(np.linalg.norm(got[name] - expected[name]) / max(np.linalg.norm(expected[name]), 1e-30))
-        for name in got
-    }
-    worst = max(errors, key=errors.__getitem__)
-    assert errors[worst] < tolerance, (worst, errors[worst])
+
+    def error(name: str) -> float:
+        return float(np.linalg.norm(got[name] - expected[name]) / max(np.linalg.norm(expected[name]), 1e-30))
+
+    assert not {name: error(name) for name in got if not error(name) < tolerance}
 
 
 @functools.cache
