@@ -14,7 +14,7 @@ from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from turbojax import TurboVideoPipeline, UserError, cli
-from turbojax.config import SETTINGS, describe_settings
+from turbojax.config import describe_settings
 from turbojax.demo import demo_folder
 from turbojax.models.tokenizer import Tokenizer
 from turbojax.models.vae import VAEConfig
@@ -25,15 +25,7 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "file of settings, see 
 
 
 def main() -> None:
-    if not CONFIG.present:
-        raise UserError("no settings; give --config=configs/NAME.py, for instance configs/demo.py")
-    try:
-        missing = [setting.name for setting in SETTINGS if setting.name not in CONFIG.value]
-    except (OSError, TypeError) as error:  # get_config() could not read a file, or returned something else
-        raise UserError(f"the settings cannot be read, {error}") from error
-    if missing:
-        raise UserError(f"get_config() must return turbojax.config.base_config(...); missing: {', '.join(missing)}")
-    generate(CONFIG.value)
+    generate(cli.read_config(CONFIG, example="configs/demo.py"))
 
 
 def generate(config: ConfigDict) -> list[Path]:

@@ -1,5 +1,6 @@
 """What the scripts share: flags, --help, and errors as one sentence with exit code 2."""
 
+import functools
 import logging as standard_logging
 import sys
 from collections.abc import Callable, Sequence
@@ -7,15 +8,19 @@ from pathlib import Path
 
 import jax
 from absl import app, flags, logging
+from ml_collections import ConfigDict
 
-from turbojax.config import check_names
+from turbojax.config import SETTINGS, Setting, check_names
 from turbojax.errors import UserError
 
 USAGE = 2
 
 
-def run(main: Callable[[], None], *, help_text: str) -> None:
-    """Parses the flags and calls main; what the user can mend is printed without a traceback."""
+def run(main: Callable[[], None], *, help_text: str, settings: Sequence[Setting] = SETTINGS) -> None:
+    """Parses the flags and calls main; what the user can mend is printed without a traceback.
+
+    settings: the names that --config.NAME= may have.
+    """
     if {"--help", "-h", "--helpfull", "--helpshort"} & set(sys.argv[1:]):
         print(help_text.strip())
         sys.exit(0)
@@ -35,13 +40,13 @@ def run(main: Callable[[], None], *, help_text: str) -> None:
             print("stopped", file=sys.stderr)
             sys.exit(130)
 
-    app.run(guarded, flags_parser=parse)
+    app.run(guarded, flags_parser=functools.partial(parse, settings=settings))
 
 
-def parse(arguments: Sequence[str]) -> list[str]:
+def parse(arguments: Sequence[str], *, settings: Sequence[Setting]) -> list[str]:
     """Parses the command line; whatever is wrong with it ends the program with one sentence."""
     try:
-        check_config(arguments)
+        check_config(arguments, settings)
         positional = flags.FLAGS(list(arguments))
     except Exception as error:  # a file of settings is Python: it may raise anything
         fail(UserError(f"{describe(error)}; see --help"))
@@ -63,11 +68,24 @@ def describe(error: BaseException) -> str:
     return f"the settings cannot be read, {type(error).__name__}: {text}"
 
 
-def check_config(arguments: Sequence[str]) -> None:
+def read_config(flag: flags.FlagHolder, *, example: str, settings: Sequence[Setting] = SETTINGS) -> ConfigDict:
+    """What --config= gives, with all settings; example: a file of them."""
+    if not flag.present:
+        raise UserError(f"no settings; give --config=configs/NAME.py, for instance {example}")
+    try:
+        missing = [setting.name for setting in settings if setting.name not in flag.value]
+    except (OSError, TypeError) as error:  # get_config() could not read a file, or returned something else
+        raise UserError(f"the settings cannot be read, {error}") from error
+    if missing:
+        raise UserError(f"get_config() must return all settings, as {example} does; missing: {', '.join(missing)}")
+    return flag.value
+
+
+def check_config(arguments: Sequence[str], settings: Sequence[Setting]) -> None:
     """Names the file or the setting that is not there, before the libraries say it in their words."""
     for i, argument in enumerate(arguments):
         if argument.startswith(("--config.", "-config.")):
-            check_names([argument.partition("=")[0].partition(".")[2]])
+            check_names([argument.partition("=")[0].partition(".")[2]], settings)
         if argument in ("--config", "-config") and i + 1 < len(arguments):
             argument = f"--config={arguments[i + 1]}"
         if argument.startswith("--config="):

@@ -1,7 +1,10 @@
-"""The settings of `scripts/generate.py`: names, defaults and what they mean. Files in configs/ change a few of them."""
+"""Settings of scripts: names, defaults and what they mean; here those of `scripts/generate.py`.
+
+Files in configs/ change a few of them. Those of training are in `turbojax.train.config`.
+"""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
@@ -56,30 +59,30 @@ SETTINGS: tuple[Setting, ...] = (
 )
 
 
-def base_config(**changes: Any) -> ConfigDict:
+def base_config(settings: Sequence[Setting] = SETTINGS, **changes: Any) -> ConfigDict:
     """All settings with their defaults, `changes` on top; locked, so that an unknown name is an error."""
-    check_names(changes)
+    check_names(changes, settings)
     config = ConfigDict()
-    for name, default, _ in SETTINGS:
+    for name, default, _ in settings:
         config[name] = placeholder(default) if isinstance(default, type) else default
     config.lock()
     config.update(changes)
     return config
 
 
-def check_names(names: Iterable[str]) -> None:
+def check_names(names: Iterable[str], settings: Sequence[Setting] = SETTINGS) -> None:
     """Raises UserError for a name that is no setting."""
-    known = [setting.name for setting in SETTINGS]
+    known = [setting.name for setting in settings]
     for name in names:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             raise UserError(f"there is no setting {name}{f', perhaps {close[0]}' if close else ''}")
 
 
-def describe_settings() -> str:
+def describe_settings(settings: Sequence[Setting] = SETTINGS) -> str:
     """A line a setting for --help."""
     lines = []
-    for name, default, meaning in SETTINGS:
+    for name, default, meaning in settings:
         shown = "" if isinstance(default, type) or default == "" else f" [{str(default)[:32]}]"
         lines.append(f"  --config.{name}: {meaning}{shown}")
     return "\n".join(lines)

@@ -12,7 +12,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 
 from turbojax.errors import UserError
 from turbojax.kernels.attention import dot_product_attention
@@ -30,6 +29,7 @@ from turbojax.models.layers import (
     rotate,
     time_sinusoid,
 )
+from turbojax.sharding import over_heads, scan_layers
 
 AttentionType = Literal["original", "sla", "sagesla"]
 # Block sizes (queries, keys) that TurboDiffusion's published checkpoints run with: SageSLA's are those on Hopper.
@@ -50,6 +50,7 @@ class WanConfig:
     sage_values: how SageSLA multiplies with v, see `turbojax.kernels.sage`.
     attention_implementation: "reference" for attention that `jax.jvp` can differentiate; None for the fastest.
     quant: how the linear layers inside the blocks hold int8 weights; None for `dtype`.
+    remat: whether gradients compute each block a second time instead of keeping what is inside it.
     """
 
     dim: int
@@ -71,6 +72,7 @@ class WanConfig:
     attention_implementation: Literal["reference"] | None = None
     quant: QuantConfig | None = None
     dtype: Any = jnp.bfloat16
+    remat: bool = False
 
     def __post_init__(self):
         if self.attention_type not in BLOCKS:
@@ -131,22 +133,24 @@ class SelfAttention(nnx.Module):
         c = self.config
         q, k = self.norm_q(self.q(x)), self.norm_k(self.k(x))
         q, k, v = (split_heads(a, c.num_heads) for a in (q, k, self.v(x)))
-        q, k = rotate(q, table), rotate(k, table)
-        if c.attention_type == "original":
-            out = dot_product_attention(q, k, v, implementation=c.attention_implementation)
-        else:
-            projection = self.proj_l.weight[...], self.proj_l.bias[...]
-            settings: dict[str, Any] = {
-                "topk": c.sla_topk,
-                "block_q": c.blocks[0],
-                "block_k": c.blocks[1],
-                "implementation": c.attention_implementation,
-            }
-            if c.attention_type == "sla":
-                out = sparse_linear_attention(q, k, v, *projection, **settings)
-            else:
-                out = sage_sparse_linear_attention(q, k, v, *projection, values=c.sage_values, **settings)
+        out = over_heads(self.attend, rotate(q, table), rotate(k, table), v)
         return self.o(out.reshape(*out.shape[:2], c.dim))
+
+    def attend(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        """Attention over all tokens, q, k and v `[B, L, N, H]`; on a mesh, of some of the heads."""
+        c = self.config
+        if c.attention_type == "original":
+            return dot_product_attention(q, k, v, implementation=c.attention_implementation)
+        projection = self.proj_l.weight[...], self.proj_l.bias[...]
+        settings: dict[str, Any] = {
+            "topk": c.sla_topk,
+            "block_q": c.blocks[0],
+            "block_k": c.blocks[1],
+            "implementation": c.attention_implementation,
+        }
+        if c.attention_type == "sla":
+            return sparse_linear_attention(q, k, v, *projection, **settings)
+        return sage_sparse_linear_attention(q, k, v, *projection, values=c.sage_values, **settings)
 
 
 class CrossAttention(nnx.Module):
@@ -302,10 +306,10 @@ class WanModel(nnx.Module):
     def run_blocks(self, x, e0, text, image, table: Table) -> jax.Array:
         graph, layers = nnx.split(self.blocks)
 
-        def run_block(x, layer):
-            return nnx.merge(graph, layer)(x, e0, text, image, table), None
+        def run_block(layer, x, per_sample, table):
+            return nnx.merge(graph, layer)(x, *per_sample, table)
 
-        return lax.scan(run_block, x, layers)[0]
+        return scan_layers(run_block, layers, x, (e0, text, image), table, remat=self.config.remat)
 
     def check(self, x: jax.Array, y: jax.Array | None, clip: jax.Array | None) -> None:
         c = self.config

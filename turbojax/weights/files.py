@@ -131,6 +131,17 @@ def component_path(path: str | Path, component: str) -> Path:
     return (find(open_repository(path), component) if path.is_dir() else None) or path
 
 
+def transformer_path(path_or_repo: str | Path) -> Path:
+    """The file of a transformer: itself, or the plain (not quantized) one of a folder or repository."""
+    path = Path(path_or_repo).expanduser()
+    if path.is_file():
+        return path
+    repository = open_repository(path_or_repo)
+    if (found := find(repository, "transformer")) is None:
+        raise UserError(f"{repository.name} holds no transformer checkpoint; give the file's path")
+    return found
+
+
 def find_components(repository: Repository | None, given: Mapping[str, str | Path | None]) -> dict[str, Path]:
     """Each component's local path: the given one, else the repository's own, else the shared repository's.
 

@@ -5,12 +5,15 @@ tensor is read from disk when it is used. Every bad file gives one CheckpointErr
 """
 
 import contextlib
+import functools
 import json
 import mmap
 import os
+import re
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any, BinaryIO, Protocol
 
 import jax
@@ -42,7 +45,7 @@ SAFETENSORS_DTYPES: dict[str, np.dtype] = {
 }
 INDEX_SUFFIX = ".safetensors.index.json"
 PTH_SUFFIXES = (".pth", ".pt", ".bin")
-_CHUNK_BYTES = 2**25  # of Orbax
+CHUNK_BYTES = 2**25  # of Orbax
 _AGAIN = "download it again, for example with `hf download`"
 
 
@@ -94,13 +97,17 @@ def _one_sentence(path: Path) -> Iterator[None]:
     except PermissionError as error:
         raise CheckpointError(f"{error.filename or path} may not be read; check its permissions") from error
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {_first_line(error)}") from error
+        raise CheckpointError(f"{path} cannot be read: {reason(error)}") from error
     except Exception as error:  # the file decides which of the many parser errors comes; none is a bug's trace
-        raise CheckpointError(f"{path} is damaged or cut off ({_first_line(error)}); {_AGAIN}") from error
+        raise CheckpointError(f"{path} is damaged or cut off ({reason(error)}); {_AGAIN}") from error
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+def reason(error: BaseException) -> str:
+    """The first line of an error, or the system's own words where TensorStore has put them behind paths."""
+    text = str(error).strip()
+    if wrapped := re.search(r": ([^:]+) \[os_error_code", text):
+        return wrapped[1]
+    return (text.splitlines() or [type(error).__name__])[0][:200]
 
 
 def _file_of_folder(folder: Path) -> Path:
@@ -205,7 +212,7 @@ def _atomic_file(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         os.replace(part, path)
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be written: {_first_line(error)}") from error
+        raise CheckpointError(f"{path} cannot be written: {reason(error)}") from error
     finally:
         with contextlib.suppress(OSError):
             part.unlink(missing_ok=True)
@@ -265,15 +272,13 @@ def write_pth(path: str | os.PathLike, tensors: Iterable[tuple[str, np.ndarray]]
         pth.write(file, tensors)
 
 
-@contextlib.contextmanager
-def _without_messages() -> Iterator[None]:
-    """Orbax reports some 25 lines for every file it touches, through the logger of the application."""
-    before = logging.get_verbosity()
-    logging.set_verbosity(min(before, logging.ERROR))
-    try:
-        yield
-    finally:
-        logging.set_verbosity(before)
+@functools.cache
+def orbax() -> ModuleType:
+    """Orbax, without its reports (25 lines a file, tracebacks too) through the logger of the application: it raises."""
+    import orbax.checkpoint as ocp  # takes a second or more to import
+
+    logging.get_absl_logger().addFilter(lambda record: "orbax" not in Path(record.pathname).parts)
+    return ocp
 
 
 def save_orbax(path: str | os.PathLike, tree: Any) -> None:
@@ -281,18 +286,17 @@ def save_orbax(path: str | os.PathLike, tree: Any) -> None:
 
     Raises CheckpointError if `path` exists or cannot be written.
     """
-    import orbax.checkpoint as ocp  # takes a second or more to import
-
+    ocp = orbax()
     target = Path(os.path.abspath(path))  # Orbax takes no relative paths
     if target.exists():
         raise CheckpointError(f"{path} already exists; remove it or choose another path")
     try:
         # One file a chunk: OCDBT, and chunks as large as their array, take two more copies of it in memory.
-        chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), tree)
-        with _without_messages(), ocp.PyTreeCheckpointer(use_ocdbt=False) as checkpointer:
+        chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
+        with ocp.PyTreeCheckpointer(use_ocdbt=False) as checkpointer:
             checkpointer.save(target, tree, save_args=chunks)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be written: {_first_line(error)}") from error
+    except (OSError, ValueError) as error:  # TensorStore's are ValueErrors
+        raise CheckpointError(f"{path} cannot be written: {reason(error)}") from error
 
 
 def load_orbax(path: str | os.PathLike, abstract_tree: Any) -> Any:
@@ -301,8 +305,7 @@ def load_orbax(path: str | os.PathLike, abstract_tree: Any) -> Any:
     A leaf with a sharding becomes a jax.Array placed by it, one without becomes a numpy array. Raises
     CheckpointError if there is no such checkpoint, it is damaged, or a name, shape or dtype differs.
     """
-    import orbax.checkpoint as ocp  # takes a second or more to import
-
+    ocp = orbax()
     target = Path(os.path.abspath(path))
     if not (target / "_CHECKPOINT_METADATA").exists():
         raise CheckpointError(f"{path} is not an Orbax checkpoint folder")
@@ -312,7 +315,7 @@ def load_orbax(path: str | os.PathLike, abstract_tree: Any) -> Any:
             return ocp.RestoreArgs(restore_type=np.ndarray)
         return ocp.ArrayRestoreArgs(sharding=leaf.sharding)
 
-    with _without_messages(), _one_sentence(target), ocp.PyTreeCheckpointer() as checkpointer:
+    with _one_sentence(target), ocp.PyTreeCheckpointer() as checkpointer:
         saved = checkpointer.metadata(target).item_metadata
         _check_same(target, _described(saved.tree), _described(abstract_tree))
         args = ocp.args.PyTreeRestore(item=abstract_tree, restore_args=jax.tree.map(restore_args, abstract_tree))

@@ -1,0 +1,79 @@
+"""The networks of a run: from checkpoints or at random to the host, and from there to the devices."""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from turbojax.errors import UserError
+from turbojax.models.wan import WanConfig
+from turbojax.pipeline import MODELS
+from turbojax.sharding import state_shardings
+from turbojax.train.state import Params, parameters
+from turbojax.train.toy import toy_config
+from turbojax.weights.files import transformer_path
+from turbojax.weights.load import load_wan, wan_skeleton, with_options
+from turbojax.weights.random import random_module
+
+HostParams = Mapping[str, np.ndarray]
+
+
+class Source(NamedTuple):
+    """A network before training: what it computes in, and its parameters on the host, in float32."""
+
+    config: WanConfig
+    params: HostParams
+
+
+def open_networks(config: ConfigDict) -> tuple[Source, Source | None]:
+    """The student, which rCM's fake score starts from too, and the teacher of sla and rcm."""
+    sla = config.recipe == "sla"
+    student = open_network(config, config.weights, config.attention_type or ("sla" if sla else None))
+    if config.recipe == "teacher":
+        return student, None
+    return student, open_network(config, config.teacher or config.weights, "original" if sla else None)
+
+
+def open_network(config: ConfigDict, path: str, attention_type: str | None) -> Source:
+    """A file's network, or a random one; the memory of the devices is not touched."""
+    options = {"attention_type": attention_type, "sla_topk": config.sla_topk, "dtype": jnp.float32}
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        if path == "random":
+            skeleton = wan_skeleton(with_options(named_config(config.model), **options))
+            module = random_module(skeleton, seed=config.seed, what=f"random {config.model}")
+        else:
+            module = load_wan(transformer_path(path), quant_linear=False, **options)
+        params = {name: np.asarray(value) for name, value in parameters(module).items()}
+    blocks = tuple(config.sla_blocks) if module.config.attention_type == "sla" else None
+    changes = {"sla_blocks": blocks, "dtype": jnp.dtype(config.dtype), "remat": config.remat}
+    return Source(dataclasses.replace(module.config, **changes), params)
+
+
+def named_config(model: str) -> WanConfig:
+    models = {**MODELS, "toy": toy_config}
+    if model not in models:
+        raise UserError(f"{model=} is unknown; choose one of {', '.join(models)}")
+    return models[model]()
+
+
+def place(params: HostParams, like: Mapping[str, jax.ShapeDtypeStruct]) -> Params:
+    """Parameters on the devices of the mesh in force, in the dtypes of `like` and those of its names."""
+    shardings = state_shardings(like)
+
+    def put(name: str) -> jax.Array:
+        value, dtype = params[name], like[name].dtype
+        return jax.make_array_from_callback(value.shape, shardings[name], lambda index: value[index].astype(dtype))
+
+    return {name: put(name) for name in like}
+
+
+def to_host(params: Params) -> dict[str, np.ndarray]:
+    """Whole parameters on every host."""
+    if jax.process_count() == 1:
+        return {name: np.asarray(value) for name, value in params.items()}
+    return {name: multihost_utils.process_allgather(value, tiled=True) for name, value in params.items()}

@@ -1,0 +1,69 @@
+"""Sample videos of a network in training."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from flax import nnx
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from turbojax.demo import demo_folder
+from turbojax.models.tokenizer import Tokenizer
+from turbojax.pipeline import TextEncoder, decode, encode_prompt, make_sampler, sample
+from turbojax.train.data import Shards
+from turbojax.train.state import Params, in_compute_dtype
+from turbojax.video import save_video
+from turbojax.weights.files import find_components
+from turbojax.weights.load import Skeleton, load_umt5, load_vae
+
+MakeVideos = Callable[[int, Params], list[Path]]
+
+
+def prepare_videos(config: ConfigDict, shards: Shards, skeleton: Skeleton, folder: Path) -> MakeVideos:
+    """make_videos(step, parameters): one video a prompt, of the size of the data, always from the same noise.
+
+    Prompts are encoded here and the encoder is dropped; without any, they are those of the first samples of the data.
+    """
+    dtype = jnp.dtype(config.dtype)
+    sampler = make_sampler(
+        config.sampler, num_steps=config.num_inference_steps, sigma_max=config.sigma_max, shift=config.shift
+    )
+    vae = load_vae(component(config, "vae"), dtype=dtype)
+    if config.sample_prompts:
+        tokenizer = Tokenizer.from_path(component(config, "tokenizer"))
+        encoder = TextEncoder(tokenizer, *load_umt5(component(config, "text_encoder"), dtype=dtype))
+        text = np.asarray(encode_prompt(encoder, config.sample_prompts.split("|")))
+        del encoder
+    else:
+        text = np.stack([shards[i]["text"] for i in range(min(config.num_samples, len(shards)))])
+    negative = np.broadcast_to(shards.negative(), text.shape) if config.sample_guidance != 1 else None
+    noise_key, step_key = jax.random.split(jax.random.key(config.seed))
+    noise = jax.random.normal(noise_key, (len(text), *shards.index.latents), jnp.float32)
+    run = jax.jit(sample, static_argnums=(0, 1))
+
+    def make_videos(step: int, params: Params) -> list[Path]:
+        graph, state = nnx.split(skeleton.fill(in_compute_dtype(skeleton, params)))
+        guidance = jnp.float32(config.sample_guidance)
+        latents = run(graph, sampler, state, sampler.initial(noise), text, negative, guidance, step_key, None)
+        if jax.process_count() > 1:
+            latents = multihost_utils.process_allgather(latents, tiled=True)
+        decoded = decode(vae, jnp.asarray(latents))  # by every process: under a mesh that is a computation of all
+        if jax.process_index() > 0:
+            return []
+        paths = []
+        for i, video in enumerate(decoded):
+            paths += save_video(video, folder / f"step_{step:06d}_{i}.mp4", shards.index.fps)
+        logging.info("Wrote %d sample videos to %s", len(paths), folder)
+        return paths
+
+    return make_videos
+
+
+def component(config: ConfigDict, name: str) -> Path:
+    """The path of the VAE, text encoder or tokenizer: the one given, the demo's, or the downloaded one."""
+    given = demo_folder() if config[name] == "demo" else config[name]
+    return find_components(None, {name: given})[name]
