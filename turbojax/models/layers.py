@@ -121,9 +121,11 @@ class MLP(nnx.Module):
 
 
 def contract(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x `[..., in]` times weight `[out, in]`, accumulated in float32, in x's dtype."""
-    dims = (((x.ndim - 1,), (1,)), ((), ()))
-    return lax.dot_general(x, weight, dims, preferred_element_type=jnp.float32).astype(x.dtype)
+    """x `[..., in]` times weight `[out, in]` in x's dtype.
+
+    Sums are float32, on the tensor cores and on CPUs; asked for as a result they would go through memory as such.
+    """
+    return lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())))
 
 
 def along_last(vector: jax.Array, like: jax.Array) -> jax.Array:
