@@ -126,9 +126,9 @@ def test_dequantizing_matmul(scheme, m):
 @pytest.mark.parametrize("scheme", ["block128", "block128_rows"])
 def test_norm_quantize(scheme):
     x = arrays(2 * 1560, 8, 1536)[0].reshape(2, 1560, 1536) * 3 + 1
-    shift, scale = (jax.random.normal(jax.random.key(i), (2, 1, 1536)) for i in (1, 2))
+    gain, shift = (jax.random.normal(jax.random.key(i), (2, 1, 1536)) for i in (1, 2))
     got, expected = (
-        int8.norm_quantize(x, shift, scale, QUANT_SCHEMES[scheme], eps=1e-6, implementation=i)
+        int8.norm_quantize(x, gain, shift, QUANT_SCHEMES[scheme], eps=1e-6, implementation=i)
         for i in ("triton", "reference")
     )
     np.testing.assert_allclose(got.scale, expected.scale, rtol=1e-2)

@@ -211,7 +211,7 @@ def test_timesteps_keep_their_precision():
     expected = np.concatenate((np.cos(angles), np.sin(angles)), axis=1)
     assert np.abs(time_sinusoid(jnp.asarray(times), 256) - expected).max() < 1.5e-6
     model = built(small(dtype=jnp.bfloat16))
-    near, nearer = model.embed_time(jnp.asarray([875.0, 875.5], jnp.float32))[1]
+    near, nearer = model.embed_time(jnp.asarray([875.0, 875.5], jnp.float32)).blocks
     assert near.dtype == jnp.float32
     assert not np.array_equal(near, nearer)
 
