@@ -91,7 +91,8 @@ def matmul(
     rows_a_scale = BLOCK if scheme == "block128" else 1
     scales = pl.cdiv(m, rows_a_cluster) * rows_a_cluster // rows_a_scale
     x_scale = jnp.pad(x_scale, ((0, scales - len(x_scale)),) + ((0, 0),) * (x_scale.ndim - 1))
-    return call(x_q, x_scale, w_q, w_scale, *optional.values())
+    with jax.named_scope("int8_matmul"):
+        return call(x_q, x_scale, w_q, w_scale, *optional.values())
 
 
 def gelu_tanh(x: jax.Array) -> jax.Array:
