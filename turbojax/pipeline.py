@@ -32,7 +32,6 @@ from turbojax.models.wan import TimeEmbedding, WanConfig, WanModel, patch_grid
 from turbojax.weights import files
 from turbojax.weights.load import (
     Skeleton,
-    is_converted,
     load_umt5,
     load_vae,
     load_wan,
@@ -233,7 +232,6 @@ class TurboVideoPipeline:
         """
         start = time.perf_counter()
         given = {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer}
-        where = {name: files.component_path(path, name) for name, path in given.items() if path}
         own = files.open_repository(path_or_repo)
         transformer_path = Path(path_or_repo).expanduser()
         if not transformer_path.is_file():
@@ -241,13 +239,8 @@ class TurboVideoPipeline:
             if found is None:
                 raise UserError(f"{own.name} holds no transformer checkpoint; give the file's path")
             transformer_path = found
-        if not is_converted(transformer_path):
-            open_wan(transformer_path)  # reads names only: a bad file shows before anything is downloaded
-        for name in [name for name in given if name not in where]:
-            path = files.find(own, name) or files.find(files.open_repository(files.SHARED_REPOSITORY), name)
-            if path is None:
-                raise UserError(f"no {name} was found in {own.name} or {files.SHARED_REPOSITORY}; give {name}=PATH")
-            where[name] = path
+        open_wan(transformer_path)  # reads names only: a bad file shows before anything is downloaded
+        where = files.find_components(own, given)
         transformer = load_wan(
             transformer_path,
             quant_linear=quant_linear,
