@@ -18,7 +18,7 @@ from turbojax.kernels.norms import Residual, Table, along_last, layer_norm, modu
 
 
 class Dense(nnx.Module):
-    """y = x W^T + b, x `[..., in]` -> `[..., out]` in x's dtype, accumulated in float32."""
+    """y = x W^T + b, x `[..., in]` -> `[..., out]` in x's dtype, accumulated in float32; add_to takes the sum."""
 
     def __init__(self, features_in: int, features_out: int, *, use_bias: bool = True, dtype, rngs: nnx.Rngs):
         scale = 1 / math.sqrt(features_in)

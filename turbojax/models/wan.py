@@ -143,7 +143,7 @@ class SelfAttention(nnx.Module):
             self.proj_l = Dense(config.head_dim, config.head_dim, dtype=config.dtype, rngs=rngs)
 
     def __call__(self, x: Activation, table: Table, *, add_to: Residual | None = None) -> jax.Array:
-        """x `[B, L, D]`, quantized where the layers are, to `[B, L, D]`."""
+        """x `[B, L, D]`, quantized where the layers are, to `[B, L, D]`, summed into add_to if given."""
         c = self.config
         q, k = self.norm_q.rotated(self.q(x), table), self.norm_k.rotated(self.k(x), table)
         v = split_heads(self.v(x), c.num_heads)
@@ -183,7 +183,7 @@ class CrossAttention(nnx.Module):
     def __call__(
         self, x: Activation, text: KeysValues, image: KeysValues | None, *, add_to: Residual | None = None
     ) -> jax.Array:
-        """x `[B, L, D]`, quantized where the layers are, to `[B, L, D]`; text and image from `keys`."""
+        """x `[B, L, D]`, quantized where the layers are, to `[B, L, D]`, summed into add_to; keys from `keys`."""
         q = split_heads(self.norm_q(self.q(x)), self.config.num_heads)
         out = dot_product_attention(q, *text)
         if image is not None:
@@ -200,7 +200,7 @@ class FeedForward(nnx.Module):
         self.fc2 = linear(config.ffn_dim, config.dim, dtype=config.dtype, rngs=rngs)
 
     def __call__(self, x: Activation, *, add_to: Residual | None = None) -> jax.Array:
-        """x `[B, L, D]`, quantized where the layers are, to `[B, L, D]`."""
+        """x `[B, L, D]`, quantized where the layers are, to `[B, L, D]`, summed into add_to if given."""
         return self.fc2(self.fc1.gelu(x), add_to=add_to)
 
 
@@ -217,7 +217,7 @@ class Block(nnx.Module):
         self.ffn = FeedForward(c, rngs=rngs)
 
     def __call__(self, x: jax.Array, e0: jax.Array, context: Context) -> jax.Array:
-        """x `[B, L, D]`, e0 `[B, 6, D]` float32 to `[B, L, D]`; context: this block's own keys and values."""
+        """x `[B, L, D]`, e0 `[B, 6, D]` float32 to `[B, L, D]`; context with this layer's keys and values alone."""
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation(self.modulation[...], e0)
         h = self.self_attn.q.prepare_normed(x, 1 + scale1, shift1, eps=self.eps)
         x = self.self_attn(h, context.table, add_to=Residual(x, gate1))
