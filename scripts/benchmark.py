@@ -6,14 +6,16 @@
     python scripts/benchmark.py --case=linear
     python scripts/benchmark.py --case=attention
     python scripts/benchmark.py --case=block --model=wan2.1-t2v-14b --resolution=720p
+    python scripts/benchmark.py --case=layer --model=wan2.1-t2v-14b --resolution=720p --attention_type=sagesla \
+        --quant_scheme=block128
     python scripts/benchmark.py --case=tangent --model=wan2.1-t2v-1.3b --num_layers=2 --num_frames=1
     python scripts/benchmark.py --case=diffusion --model=wan2.1-t2v-14b --resolution=720p --quant_scheme=block128
 
 Cases: text_to_video (random weights at full size, prompt to mp4, cold and warm), vae (decoding in chunks),
 linear (int8 layers beside bfloat16), attention (dense, SLA and SageSLA with their parts, gradients and errors),
-block (one transformer block without attention), diffusion (that stage alone), tangent (the forward derivative that sCM
-trains with, of --num_layers=N layers; on any device), compile (seconds for --num_layers=N; a second one in the same
-process would find its kernels tuned).
+block (one transformer block without attention), layer (a whole one, kernel by kernel), diffusion (that stage alone),
+tangent (the forward derivative that sCM trains with, of --num_layers=N layers; on any device), compile (seconds for
+--num_layers=N; a second one in the same process would find its kernels tuned).
 Peak memory has no reset, so run one case a process.
 """
 
@@ -25,16 +27,18 @@ from typing import Any
 import jax
 from absl import flags
 
-from turbojax import UserError, benchmark, benchmark_attention, benchmark_training, cli
+from turbojax import UserError, benchmark, benchmark_attention, benchmark_step, benchmark_training, cli
 from turbojax.demo import demo_folder
 from turbojax.kernels.int8 import QUANT_SCHEMES
 from turbojax.models.tokenizer import Tokenizer
+from turbojax.pipeline import MODELS
 from turbojax.video import video_size
+from turbojax.weights.load import with_options
 
 CASE = flags.DEFINE_enum(
     "case",
     "text_to_video",
-    ["text_to_video", "vae", "compile", "linear", "attention", "block", "diffusion", "tangent"],
+    ["text_to_video", "vae", "compile", "linear", "attention", "block", "layer", "diffusion", "tangent"],
     "what to measure",
 )
 MODEL = flags.DEFINE_string("model", "wan2.1-t2v-1.3b", "network, with random weights")
@@ -52,6 +56,7 @@ def main() -> None:
     if jax.default_backend() != "gpu" and CASE.value != "tangent":
         raise UserError("benchmarks need a GPU; none was found (pip install -e '.[cuda12]')")
     width, height = video_size(RESOLUTION.value, "16:9")
+    tokens = (1 + (FRAMES.value - 1) // 4, height // 16, width // 16)
     if CASE.value == "text_to_video":
         tokenizer = Tokenizer.from_path(demo_folder() / "google" / "umt5-xxl")
         with tempfile.TemporaryDirectory() as folder:
@@ -75,8 +80,16 @@ def main() -> None:
     elif CASE.value == "attention":
         result = benchmark_attention.attention(save)
     elif CASE.value == "block":
-        tokens = (1 + (FRAMES.value - 1) // 4, height // 16, width // 16)
         result = benchmark.one_block(model=MODEL.value, tokens=tokens, schemes=(None, "block128", "channel"))
+    elif CASE.value == "layer":
+        config = with_options(
+            MODELS[MODEL.value](num_layers=benchmark_step.LAYERS),
+            attention_type=ATTENTION.value,
+            sla_topk=TOPK.value,
+            quant_linear=QUANT.value is not None,
+            quant_scheme=QUANT.value,
+        )
+        result = benchmark_step.layer(config, tokens, compiler_options=benchmark_step.NO_COMMAND_BUFFERS)
     elif CASE.value == "diffusion":
         result = benchmark.diffusion(
             model=MODEL.value,

@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
+from turbojax.kernels import norms
 from turbojax.models import layers
 
 
@@ -12,11 +13,11 @@ def recompute(config: dict, t: dict[str, np.ndarray]) -> dict[str, tuple[np.ndar
     weight, bias = t["w.weight"], t["w.bias"]
     fast_weight, fast_bias = jnp.asarray(t["w.fast_weight"]), jnp.asarray(t["w.fast_bias"])
     eps = config["eps"]
-    out = {f"out.rms_eps{e:g}": layers.rms_norm(x, jnp.asarray(weight), eps=e) for e in eps["rms"]}
-    out["out.layernorm"] = layers.layer_norm(x, eps=eps["layernorm"])
-    out["out.layernorm_affine"] = layers.layer_norm(x, jnp.asarray(weight), jnp.asarray(bias), eps=eps["layernorm"])
-    out["out.fast_rmsnorm"] = layers.rms_norm(fast, fast_weight, eps=eps["fast"])
-    true_norm = layers.layer_norm(fast, eps=eps["fast"])
+    out = {f"out.rms_eps{e:g}": norms.rms_norm(x, jnp.asarray(weight), eps=e) for e in eps["rms"]}
+    out["out.layernorm"] = norms.layer_norm(x, eps=eps["layernorm"])
+    out["out.layernorm_affine"] = norms.layer_norm(x, jnp.asarray(weight), jnp.asarray(bias), eps=eps["layernorm"])
+    out["out.fast_rmsnorm"] = norms.rms_norm(fast, fast_weight, eps=eps["fast"])
+    true_norm = norms.layer_norm(fast, eps=eps["fast"])
     out["out.plain_layernorm_of_fast_x"] = true_norm
     padded = true_norm * padding_error(t["in.fast_x"], config["fast_padded_dim"], eps["fast"])
     out["out.fast_layernorm"] = padded
@@ -37,7 +38,7 @@ def padding_error(x: np.ndarray, padded_dim: int, eps: float) -> np.ndarray:
 
 def rotary(config: dict, t: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     grid, head_dim = tuple(config["grid"]), config["head_dim"]
-    rotated = layers.rotate(jnp.asarray(t["in.rope_x"]), layers.rotary_table(grid, head_dim))
+    rotated = norms.rotate(jnp.asarray(t["in.rope_x"]), layers.rotary_table(grid, head_dim))
     pairs = layers.rotary_pairs(head_dim)
     angles = [layers.rotary_angles(size, n) for size, n in zip(grid, pairs, strict=True)]
     return {

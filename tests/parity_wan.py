@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from tests.parity_sla import as_map
-from turbojax.kernels import sla
+from turbojax.kernels import norms, sla
 from turbojax.models import layers, wan
 from turbojax.weights.load import WanModel, build_wan, check_wan
 
@@ -99,36 +99,38 @@ def parts(model: WanModel, args: dict) -> dict[str, wan.jax.Array]:
     out["out.time_sinusoid"] = layers.time_sinusoid(args["timesteps"], c.freq_dim)
     out["out.e"], e0 = model.embed_time(args["timesteps"])
     out["out.e0"] = e0
-    text = out["out.text_embedding"] = model.text_embedding(args["text"])
-    image = None
+    out["out.text_embedding"] = model.text_embedding(args["text"])
     if clip is not None:
-        image = out["out.img_emb"] = model.image_embedding(clip)
+        out["out.img_emb"] = model.image_embedding(clip)
+    context = model.prepare(args["text"], grid, clip=clip)
     pairs = layers.rotary_pairs(c.head_dim)
     angles = [layers.rotary_angles(size, n) for size, n in zip(grid, pairs, strict=True)]
     out["out.rope_angles"] = layers.over_tokens(angles, grid)
-    table = out["out.rope_cos"], out["out.rope_sin"] = layers.rotary_table(grid, c.head_dim)
+    out["out.rope_cos"], out["out.rope_sin"] = context.table
     graph, stacked = wan.nnx.split(model.blocks)
     for i in range(c.num_layers):
-        block = wan.nnx.merge(graph, wan.jax.tree.map(lambda a, i=i: a[i], stacked))
+        block, text, image = wan.jax.tree.map(lambda a, i=i: a[i], (stacked, context.text, context.image))
+        block, own = wan.nnx.merge(graph, block), wan.Context(text, image, context.table)
         if i == 0:
-            out |= block_values(block, tokens, e0, text, image, table)
+            out |= block_values(block, tokens, e0, own)
         if c.attention_type == "sla":
-            out |= {f"out.block{i}.{k}": v for k, v in block_map(block, tokens, e0, table).items()}
-        tokens = out[f"out.block{i}"] = block(tokens, e0, text, image, table)
+            out |= {f"out.block{i}.{k}": v for k, v in block_map(block, tokens, e0, context.table).items()}
+        tokens = out[f"out.block{i}"] = block(tokens, e0, own)
     return out
 
 
-def block_values(block: wan.Block, x, e0, text, image, table) -> dict:
+def block_values(block: wan.Block, x, e0, context: wan.Context) -> dict:
     """The members of one block, in the order in which the block calls them."""
     shift1, scale1, gate1, shift2, scale2, _ = wan.modulation(block.modulation[...], e0)
-    out = {"norm1": layers.layer_norm(x, eps=block.eps)}
-    out["self_attn"] = block.self_attn(wan.modulated_norm(x, shift1, scale1, eps=block.eps), table)
-    x = wan.gated_sum(x, out["self_attn"], gate1)
+    out = {"norm1": norms.layer_norm(x, eps=block.eps)}
+    h = norms.modulated_norm(x, 1 + scale1, shift1, eps=block.eps)
+    out["self_attn"] = block.self_attn(h, context.table)
+    x = norms.Residual(x, gate1).plus(out["self_attn"])
     out["norm3"] = block.norm3(x)
-    out["cross_attn"] = block.cross_attn(out["norm3"], text, image)
+    out["cross_attn"] = block.cross_attn(out["norm3"], context.text, context.image)
     x = x + out["cross_attn"]
-    out["norm2"] = layers.layer_norm(x, eps=block.eps)
-    out["ffn"] = block.ffn(wan.modulated_norm(x, shift2, scale2, eps=block.eps))
+    out["norm2"] = norms.layer_norm(x, eps=block.eps)
+    out["ffn"] = block.ffn(norms.modulated_norm(x, 1 + scale2, shift2, eps=block.eps))
     return {f"out.block0.{name}": value for name, value in out.items()}
 
 
@@ -136,11 +138,8 @@ def block_map(block: wan.Block, x, e0, table) -> dict:
     """SLA's pooled scores and the chosen blocks as a 0 / 1 map."""
     attn, c = block.self_attn, block.self_attn.config
     shift, scale, *_ = wan.modulation(block.modulation[...], e0)
-    h = wan.modulated_norm(x, shift, scale, eps=block.eps)
-    q, k = (
-        layers.rotate(wan.split_heads(norm(linear(h)), c.num_heads), table)
-        for norm, linear in ((attn.norm_q, attn.q), (attn.norm_k, attn.k))
-    )
+    h = norms.modulated_norm(x, 1 + scale, shift, eps=block.eps)
+    q, k = attn.norm_q.rotated(attn.q(h), table), attn.norm_k.rotated(attn.k(h), table)
     blocks = {"block_q": c.blocks[0], "block_k": c.blocks[1]}
     scores = sla.pooled_scores(q, k, **blocks)
     chosen = sla.block_table(q, k, topk=c.sla_topk, **blocks)

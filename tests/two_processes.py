@@ -21,10 +21,10 @@ def samples() -> np.ndarray:
 
 
 def loss(layers: dict, x: jax.Array) -> jax.Array:
-    def run_layer(layer, x, per_sample, per_token):
+    def run_layer(layer, x, per_layer, per_sample, per_token):
         return jnp.tanh(x @ layer["weight"])
 
-    return jnp.mean(sharding.scan_layers(run_layer, layers, x, None, None) ** 2)
+    return jnp.mean(sharding.scan_layers(run_layer, layers, x, None, None, None) ** 2)
 
 
 def main() -> None:

@@ -267,12 +267,12 @@ def one_block(*, model: str, tokens: tuple[int, int, int], schemes: tuple[str | 
         x = jax.random.normal(keys[0], (1, length, config.dim), config.dtype)
         e0 = 0.1 * jax.random.normal(keys[1], (1, 6, config.dim), jnp.float32)
         text = jax.random.normal(keys[2], (1, config.text_len, config.dim), config.dtype)
+        context = wan.Context(*block.cross_attn.keys(text, None), rotary_table(tokens, config.head_dim))
 
         @jax.jit
-        def run(state, x, graph=graph, e0=e0, text=text, config=config):
-            table = rotary_table(tokens, config.head_dim)
+        def run(state, x, graph=graph, e0=e0, context=context):
             with without_attention():
-                return nnx.merge(graph, state)(x, e0, text, None, table)
+                return nnx.merge(graph, state)(x, e0, context)
 
         weights = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state))
         memory = run.lower(state, x).compile().memory_analysis()

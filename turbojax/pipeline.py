@@ -28,7 +28,7 @@ from turbojax.models import vae as vae_model
 from turbojax.models.tokenizer import Tokenizer
 from turbojax.models.umt5 import UMT5Config, UMT5Encoder, encode_text
 from turbojax.models.vae import VAEConfig, WanVAE
-from turbojax.models.wan import WanConfig, WanModel
+from turbojax.models.wan import TimeEmbedding, WanConfig, WanModel, patch_grid
 from turbojax.weights import files
 from turbojax.weights.load import (
     Skeleton,
@@ -153,15 +153,19 @@ def sample(
     graph, state: the split transformer. negative: embedding of the negative prompt, None without guidance.
     """
     batch = latents.shape[0]
+    net: WanModel = nnx.merge(graph, state)
+    context = net.prepare(
+        text if negative is None else jnp.concatenate((text, negative)), patch_grid(latents, net.config.patch)
+    )
 
-    def velocity(x: jax.Array, timestep: jax.Array) -> jax.Array:
-        net = nnx.merge(graph, state)
-        if negative is None:
-            return net(x, jnp.full(batch, timestep), text)
-        both = net(jnp.concatenate((x, x)), jnp.full(2 * batch, timestep), jnp.concatenate((text, negative)))
-        return guide(both[:batch], both[batch:], guidance_scale)
+    def velocity(x: jax.Array, time: TimeEmbedding) -> jax.Array:
+        if negative is not None:
+            x = jnp.concatenate((x, x))
+        net: WanModel = nnx.merge(graph, state)  # a module belongs to the trace that it was made in
+        v = net.velocity(x, TimeEmbedding(*(jnp.broadcast_to(a[None], (len(x), *a.shape)) for a in time)), context)
+        return v if negative is None else guide(v[:batch], v[batch:], guidance_scale)
 
-    return sampler.sample(velocity, latents, key=key, noise=noise)
+    return sampler.sample(velocity, latents, key=key, noise=noise, embed=net.embed_time)
 
 
 def decode(vae: WanVAE, latents: jax.Array, *, chunk: int = vae_model.CHUNK) -> np.ndarray:

@@ -182,9 +182,10 @@ def batch_axes(size: int) -> tuple[str, ...] | None:
 
 
 def scan_layers(
-    run_layer: Callable[[Any, jax.Array, Any, Any], jax.Array],
+    run_layer: Callable[[Any, jax.Array, Any, Any, Any], jax.Array],
     layers: Any,
     x: jax.Array,
+    per_layer: Any,
     per_sample: Any,
     per_token: Any,
     *,
@@ -192,8 +193,9 @@ def scan_layers(
 ) -> jax.Array:
     """x `[B, L, D]` through all layers, by one scan.
 
-    run_layer(layer, x, per_sample, per_token): the next x; layers: parameters of blocks, `[layers, ...]`; per_sample,
-    per_token: pytrees of arrays `[B, ...]` and `[L, ...]`. remat: whether gradients compute each layer a second time.
+    run_layer(layer, x, per_layer, per_sample, per_token): the next x. layers: parameters of blocks, `[layers, ...]`;
+    per_layer, per_sample, per_token: pytrees of arrays `[layers, B, ...]`, `[B, ...]` and `[L, ...]`.
+    remat: whether gradients compute each layer a second time.
 
     Over a mesh, `run_layer` sees what one device has: its samples (all, where B does not divide) and its tokens. A
     layer's parameters are gathered over fsdp when it is their turn, here and again for the gradients, which go back in
@@ -201,25 +203,26 @@ def scan_layers(
     """
     specs = parameter_specs({"blocks": layers})["blocks"]
 
-    def run(layers: Any, x: jax.Array, per_sample: Any, per_token: Any) -> jax.Array:
-        def step(x: jax.Array, layer: Any) -> tuple[jax.Array, None]:
-            return run_layer(jax.tree.map(gather, layer, specs), x, per_sample, per_token), None
+    def run(layers: Any, x: jax.Array, per_layer: Any, per_sample: Any, per_token: Any) -> jax.Array:
+        def step(x: jax.Array, layer: tuple[Any, Any]) -> tuple[jax.Array, None]:
+            parameters, own = layer
+            return run_layer(jax.tree.map(gather, parameters, specs), x, own, per_sample, per_token), None
 
         if remat or axis_size(FSDP) > 1:
             step = jax.checkpoint(step, prevent_cse=False)  # or all layers' gathered parameters are kept
-        return lax.scan(step, x, layers)[0]
+        return lax.scan(step, x, (layers, per_layer))[0]
 
     if all(axis_size(name) == 1 for name in AXES):
-        return run(layers, x, per_sample, per_token)
+        return run(layers, x, per_layer, per_sample, per_token)
     if x.shape[1] % (size := axis_size(SEQUENCE)):
         fewer = max(n for n in range(1, size) if x.shape[1] % n == 0)
         raise UserError(
             f"{x.shape[1]} tokens do not divide over sequence={size}; take sequence={fewer} or another size"
         )
     samples = batch_axes(x.shape[0])
-    in_specs = (specs, P(samples, SEQUENCE), P(samples), P(SEQUENCE))
+    in_specs = (specs, P(samples, SEQUENCE), P(None, samples), P(samples), P(SEQUENCE))
     run = jax.shard_map(run, in_specs=in_specs, out_specs=P(samples, SEQUENCE), check_vma=False)
-    return run(layers, x, per_sample, per_token)
+    return run(layers, x, per_layer, per_sample, per_token)
 
 
 def gather(part: jax.Array, spec: P) -> jax.Array:

@@ -218,6 +218,23 @@ def test_is_one_scan(x, sampler, trajectory):
     assert [eqn.params["length"] for eqn in scans] == [sampler.num_steps]
 
 
+@pytest.mark.parametrize("sampler", [RCM(ode=True), Euler(4), UniPC(4)], ids=str)
+def test_embedded_timesteps(x, sampler):
+    """velocity gets the rows of what embed makes of all timesteps at once."""
+    seen = []
+
+    def embed(timesteps):
+        seen.append(timesteps)
+        return {"once": timesteps / 1000, "table": jnp.stack((timesteps, timesteps), axis=1)}
+
+    def velocity(x, row):
+        assert (row["once"].shape, row["table"].shape) == ((), (2,))
+        return fixture_velocity(x, row["table"][1])
+
+    np.testing.assert_array_equal(sampler.sample(velocity, x, embed=embed), sampler.sample(fixture_velocity, x))
+    np.testing.assert_array_equal(seen[0], sampler.timesteps)
+
+
 def _equations(jaxpr):
     for eqn in jaxpr.eqns:
         yield eqn

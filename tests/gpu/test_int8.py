@@ -9,6 +9,7 @@ from tests.golden_io import GOLDEN, load
 from turbojax.kernels import int8
 from turbojax.kernels.dispatch import compute_capability
 from turbojax.kernels.int8 import QUANT_SCHEMES
+from turbojax.kernels.norms import Residual
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
 
@@ -81,6 +82,25 @@ def test_requantizing_epilogue(m, n, k):
         assert int(jnp.abs(got.q.astype(jnp.int32) - expected.q.astype(jnp.int32)).max()) <= 2
 
 
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(
+    ("scheme", "samples"), [("block128", 1), ("block128", 2), ("block128_rows", 1), ("channel", 1)]
+)
+@pytest.mark.parametrize(("m", "n", "k"), [(272, 256, 640), (2 * 1560, 1536, 8960), (75600, 5120, 1536)])
+def test_residual_epilogue(m, n, k, scheme, samples, gated):
+    """Two samples do not end with tiles: a tile holds rows of both."""
+    quant = QUANT_SCHEMES[scheme]
+    x, w, bias = arrays(m, n, k)
+    x_q, weight = int8.quantize(x.reshape(samples, -1, k), quant), int8.quantize_weight(w, quant.scheme)
+    residual = jax.random.normal(jax.random.key(1), (samples, m // samples, n), BF16)
+    gate = jax.random.normal(jax.random.key(2), (samples, 1, n)) if gated else None
+    add_to = Residual(residual, gate)
+    for implementation in implementations(quant, m, n):
+        expected = add_to.plus(int8.matmul(x_q, *weight, bias, quant, implementation=implementation))
+        got = int8.matmul(x_q, *weight, bias, quant, add_to=add_to, implementation=implementation)
+        assert_bfloat16_close(got, expected)
+
+
 def test_fixture():
     _, t = load(GOLDEN / "int8_linear.safetensors")
     quant = QUANT_SCHEMES["block128"]
@@ -126,9 +146,9 @@ def test_dequantizing_matmul(scheme, m):
 @pytest.mark.parametrize("scheme", ["block128", "block128_rows"])
 def test_norm_quantize(scheme):
     x = arrays(2 * 1560, 8, 1536)[0].reshape(2, 1560, 1536) * 3 + 1
-    shift, scale = (jax.random.normal(jax.random.key(i), (2, 1, 1536)) for i in (1, 2))
+    gain, shift = (jax.random.normal(jax.random.key(i), (2, 1, 1536)) for i in (1, 2))
     got, expected = (
-        int8.norm_quantize(x, shift, scale, QUANT_SCHEMES[scheme], eps=1e-6, implementation=i)
+        int8.norm_quantize(x, gain, shift, QUANT_SCHEMES[scheme], eps=1e-6, implementation=i)
         for i in ("triton", "reference")
     )
     np.testing.assert_allclose(got.scale, expected.scale, rtol=1e-2)

@@ -27,12 +27,51 @@ class Accumulator:
         return x
 
 
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """A tile that a pipeline has fetched, as far as kernels use the reference to it."""
+
+    value: jax.Array
+
+    @property
+    def at(self):
+        return self
+
+    def __getitem__(self, rows):
+        return Block(lax.dynamic_slice_in_dim(self.value, rows.start, rows.size))
+
+    def transpose(self, axes):
+        return Block(self.value.transpose(axes))
+
+
+def pipeline(body, *, grid, in_specs, wg_axis, num_compute_wgs, compute_context, **_):
+    """A pipeline of one axis without the producer: each compute group reads its tiles itself, step by step."""
+
+    def tile(ref, spec, step):
+        starts = [index * size for index, size in zip(spec.index_map(step), spec.block_shape, strict=True)]
+        return Block(ref[tuple(pl.ds(start, size) for start, size in zip(starts, spec.block_shape, strict=True))])
+
+    def run(*refs, allocations):
+        def steps(carry=None):
+            for step in range(grid[0]):
+                tiles = (tile(ref, spec, step) for ref, spec in zip(refs, in_specs, strict=True))
+                carry = body((step,), *tiles, carry)
+            return carry
+
+        pl.when(lax.axis_index(wg_axis) < num_compute_wgs)(lambda: compute_context(steps))
+
+    run.get_allocations = lambda *_: ()
+    return run
+
+
 def is_ref(x) -> bool:
     return "Ref" in type(x).__name__ or "Ref" in type(getattr(x, "aval", None)).__name__
 
 
 def read(x):
     """A value, of a reference too; of a transposed one by transposing what it refers to."""
+    if isinstance(x, Block):
+        return x.value
     transposed = any(type(t).__name__ == "TransposeTransform" for t in getattr(x, "transforms", ()))
     if transposed:
         return dataclasses.replace(x, transforms=x.transforms[:-1])[...].T
@@ -40,7 +79,7 @@ def read(x):
 
 
 def wgmma(acc, a, b) -> None:
-    acc[...] = acc[...] + jnp.dot(read(a).astype(jnp.float32), read(b).astype(jnp.float32))
+    acc[...] = acc[...] + jnp.dot(read(a).astype(acc.dtype), read(b).astype(acc.dtype))
 
 
 def emulate(monkeypatch, mosaic) -> None:
@@ -49,21 +88,25 @@ def emulate(monkeypatch, mosaic) -> None:
 
     kernel, run_scoped, smem = plgpu.kernel, pl.run_scoped, plgpu.SMEM
 
-    def scoped(body, *types, collective_axes=None):
-        buffers = jax.tree.map(
-            lambda t: smem(t.shape, t.dtype) if isinstance(t, Accumulator) else t,
-            types,
-            is_leaf=lambda t: isinstance(t, Accumulator),
-        )
+    def scoped(body, *types, collective_axes=None, **named):
+        def is_accumulator(t):
+            return isinstance(t, Accumulator)
 
-        def zeroed(*refs):
-            for ref, t in zip(refs, types, strict=True):
-                if isinstance(t, Accumulator):
-                    ref[...] = jnp.zeros(ref.shape, ref.dtype)
-            return body(*refs)
+        def buffer(t):
+            return smem(t.shape, t.dtype) if is_accumulator(t) else t
+
+        def zero(t, ref):
+            if is_accumulator(t):
+                ref[...] = jnp.zeros(ref.shape, ref.dtype)
+
+        def zeroed(*refs, **named_refs):
+            for t, ref in (*zip(types, refs, strict=True), *((t, named_refs[name]) for name, t in named.items())):
+                zero(t, ref)
+            return body(*refs, **named_refs)
 
         axes = {"collective_axes": collective_axes} if collective_axes else {}
-        return run_scoped(zeroed, *buffers, **axes)
+        buffers, named_buffers = jax.tree.map(buffer, (types, named), is_leaf=is_accumulator)
+        return run_scoped(zeroed, *buffers, **named_buffers, **axes)
 
     def run_state(body):
         def run(start):
@@ -86,6 +129,8 @@ def emulate(monkeypatch, mosaic) -> None:
     monkeypatch.setattr(plgpu, "SMEM", lambda shape, dtype, transforms=(): smem(shape, dtype))
     monkeypatch.setattr(plgpu, "ACC", Accumulator)
     monkeypatch.setattr(plgpu, "wgmma", wgmma)
+    monkeypatch.setattr(plgpu, "wgmma_wait", lambda n: None)
+    monkeypatch.setattr(plgpu, "emit_pipeline_warp_specialized", pipeline)
     monkeypatch.setattr(plgpu, "wgmma_accumulator_load", lambda ref, wait_n=0: ref[...])
     monkeypatch.setattr(plgpu, "layout_cast", lambda x, layout: x)
     monkeypatch.setattr(

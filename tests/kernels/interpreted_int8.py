@@ -11,6 +11,7 @@ import pytest
 from tests.kernels import interpreter
 from turbojax.kernels import int8, triton_call
 from turbojax.kernels.int8 import QUANT_SCHEMES
+from turbojax.kernels.norms import Residual
 
 BF16 = jnp.bfloat16
 SCHEMES = ["block128", "block128_rows", "channel"]
@@ -83,6 +84,26 @@ def test_matmul_without_bias_and_with_leading_axes():
     assert_bfloat16_close(got, expected)
 
 
+@pytest.mark.parametrize(
+    ("scheme", "samples", "gated"), [("block128", 1, False), ("block128", 2, True), ("channel", 1, True)]
+)
+def test_residual_epilogue(scheme, samples, gated):
+    """Two samples of 150 tokens, so that a tile holds rows of both."""
+    quant = QUANT_SCHEMES[scheme]
+    x, w, bias = arrays(300, 128, 128)
+    x_q = int8.quantize(x.reshape(samples, -1, 128), quant, implementation="reference")
+    weight = int8.quantize_weight(w, quant.scheme)
+    keys = jax.random.split(jax.random.key(5))
+    residual = jax.random.normal(keys[0], (samples, 300 // samples, 128), BF16)
+    gate = jax.random.normal(keys[1], (samples, 1, 128)) if gated else None
+    got, expected = (
+        int8.matmul(x_q, *weight, bias, quant, add_to=Residual(residual, gate), implementation=i)
+        for i in ("triton", "reference")
+    )
+    assert got.shape == residual.shape
+    assert_bfloat16_close(got, expected)
+
+
 @pytest.mark.parametrize("m", [100, 200])
 def test_requantizing_epilogue(m):
     quant = QUANT_SCHEMES["block128"]
@@ -113,9 +134,9 @@ def test_dequantizing_matmul(scheme, m):
 def test_norm_quantize(scheme):
     """Two samples of 150 tokens, so that a block holds rows of both."""
     x = arrays(300, 8, 384)[0].reshape(2, 150, 384) * 3 + 1
-    shift, scale = (jax.random.normal(jax.random.key(i), (2, 1, 384)) for i in (1, 2))
+    gain, shift = (jax.random.normal(jax.random.key(i), (2, 1, 384)) for i in (1, 2))
     got, expected = (
-        int8.norm_quantize(x, shift, scale, QUANT_SCHEMES[scheme], eps=1e-6, implementation=i)
+        int8.norm_quantize(x, gain, shift, QUANT_SCHEMES[scheme], eps=1e-6, implementation=i)
         for i in ("triton", "reference")
     )
     np.testing.assert_allclose(got.scale, expected.scale, rtol=1e-2)

@@ -1,6 +1,4 @@
-"""The int8 linear layer's reference and its choice of implementation. The kernels: test_int8_triton.py, tests/gpu."""
-
-import functools
+"""The int8 linear layer's reference and its choice of implementation. The kernels: test_int8_*.py, tests/gpu."""
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +7,10 @@ import pytest
 from flax import nnx
 
 from turbojax.errors import UserError
-from turbojax.kernels import int8, int8_mosaic
+from turbojax.kernels import int8
 from turbojax.kernels.int8 import QUANT_SCHEMES, QuantConfig
-from turbojax.models.layers import Dense, Int8Dense, modulated_norm
+from turbojax.kernels.norms import modulated_norm
+from turbojax.models.layers import Dense, Int8Dense
 
 SCHEMES = list(QUANT_SCHEMES)
 
@@ -85,10 +84,10 @@ def test_zeros_stay_zeros():
 @pytest.mark.parametrize("scheme", ["block128", "channel"])
 def test_prepared_input_and_fused_forms_equal_the_plain_ones(scheme):
     quantized, _ = layer(scheme, 256, 256)
-    x, shift, scale = normal(1, 2, 70, 256), normal(2, 2, 1, 256), normal(3, 2, 1, 256)
+    x, gain, shift = normal(1, 2, 70, 256), 1 + normal(2, 2, 1, 256), normal(3, 2, 1, 256)
     np.testing.assert_array_equal(quantized(quantized.prepare(x)), quantized(x))
-    normed = modulated_norm(x, shift, scale, eps=1e-6)
-    prepared = quantized.prepare_normed(x, shift, scale, eps=1e-6)
+    normed = modulated_norm(x, gain, shift, eps=1e-6)
+    prepared = quantized.prepare_normed(x, gain, shift, eps=1e-6)
     assert relative_error(quantized(prepared), quantized(normed)) < 1e-3
     assert relative_error(quantized(quantized.gelu(x)), quantized(jax.nn.gelu(quantized(x)))) < 1e-3
 
@@ -122,37 +121,3 @@ def test_choice_of_implementation(monkeypatch, capability, dtype, rows, features
     monkeypatch.setattr(int8, "compute_capability", lambda: capability)
     assert int8.choose(None, dtype=dtype, rows=rows, features_out=features_out) == expected
     assert int8.choose("triton", dtype=dtype) == "triton"
-
-
-@pytest.mark.parametrize("form", ["block128", "channel", "requantize"])
-def test_hopper_kernel_lowers(form):
-    """Tracing and lowering for CUDA need no GPU; running it is the matter of tests/gpu."""
-    m, n, k = 1000, 1536, 1536
-    scales = ((m,), (n,)) if form == "channel" else ((8, k // 128), (n // 128, k // 128))
-    scheme = "channel" if form == "channel" else "block128"
-    call = functools.partial(int8_mosaic.matmul, scheme=scheme, gelu=True, requantize=form == "requantize", num_sms=132)
-    arguments = [
-        jax.ShapeDtypeStruct(*a)
-        for a in (
-            ((m, k), jnp.int8),
-            (scales[0], jnp.float32),
-            ((n, k), jnp.int8),
-            (scales[1], jnp.float32),
-            ((n,), jnp.bfloat16),
-        )
-    ]
-    exported = jax.export.export(jax.jit(call), platforms=["cuda"])(*arguments)
-    assert [tuple(out.shape) for out in exported.out_avals] == [(m, n), *([(8, 12)] if form == "requantize" else [])]
-
-
-def test_hopper_kernel_refuses_rows_it_would_drop():
-    with pytest.raises(UserError, match="rows in eights"):
-        int8_mosaic.matmul(
-            jnp.zeros((127, 256), jnp.int8),
-            jnp.ones((1, 2)),
-            jnp.zeros((128, 256), jnp.int8),
-            jnp.ones((1, 2)),
-            None,
-            scheme="block128",
-            num_sms=132,
-        )

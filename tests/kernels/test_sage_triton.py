@@ -1,21 +1,16 @@
 """The Triton kernels of SageSLA without a GPU: run in the interpreter, and compiled ahead of time."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import jax.numpy as jnp
 import pytest
 
 pytest.importorskip("triton")
 
 from tests.kernels.ahead_of_time import BF16, F32, INT8, INT32, SHARED_MEMORY, usage
+from tests.kernels.interpreter_process import run_in_the_interpreter
 from turbojax.errors import UserError
 from turbojax.kernels import sage, sage_triton, sla
 from turbojax.kernels.sage_triton import Tiles
 
-ROOT = Path(__file__).parents[2]
 E4M3 = "*fp8e4nv"
 SHAPE = {"L": 75600, "N": 40}  # the last blocks are partial
 FORWARD = {"q_code": INT8, "q_scale": F32, "k_code": INT8, "k_scale": F32, "v_scale": F32, "table": INT32} | {
@@ -39,14 +34,7 @@ QUANTIZERS = {
 
 
 def test_kernels_in_the_interpreter():
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/interpreted_sage.py"],
-        cwd=ROOT,
-        env=os.environ | {"TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stdout[-3000:]
+    run_in_the_interpreter("interpreted_sage.py")
 
 
 def check(kernel, pointers, constants, capability: int, tiles: Tiles):

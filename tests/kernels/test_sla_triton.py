@@ -1,18 +1,12 @@
 """The Triton kernels of sparse-linear attention without a GPU: in the interpreter, and compiled ahead of time."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 
 pytest.importorskip("triton")
 
 from tests.kernels.ahead_of_time import BF16, F32, INT32, SHARED_MEMORY, usage
+from tests.kernels.interpreter_process import run_in_the_interpreter
 from turbojax.kernels import sla, sla_backward_triton, sla_linear_triton, sla_triton
-
-ROOT = Path(__file__).parents[2]
 
 SHAPE = {"L": 75600, "N": 40}  # with a partial block at the end
 FORWARD = dict.fromkeys(("q", "k", "v", "projected", "out", "sparse"), BF16) | {"table": INT32}
@@ -26,14 +20,7 @@ SUMMARY = {"k": BF16, "v": BF16, "means": F32, "states": F32, "normalizers": F32
 
 def test_kernels_in_the_interpreter():
     quick_compilation = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/kernels/interpreted_sla.py"],
-        cwd=ROOT,
-        env=os.environ | {"TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": quick_compilation},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stdout[-3000:]
+    run_in_the_interpreter("interpreted_sla.py", XLA_FLAGS=quick_compilation)
 
 
 def assert_within_limits(kernel, pointers, constants, *, warps: int, stages: int, capability: int, spilled: int = 0):

@@ -11,6 +11,8 @@ import pytest
 from flax import nnx
 
 from tests.weights.checkpoints import small, turbo
+from turbojax import pipeline
+from turbojax.diffusion import RCM
 from turbojax.errors import UserError
 from turbojax.kernels import attention, sla
 from turbojax.models import wan
@@ -128,6 +130,30 @@ def test_one_scan_over_the_layers():
     assert counts[0] == counts[1]
 
 
+def test_constant_work_is_outside_the_steps():
+    """Of a whole sampling: text keys and values, rotary table and time embedding are in no step."""
+    config = WanConfig.t2v_14b()
+    graph, state = nnx.split(nnx.eval_shape(lambda: WanModel(config, rngs=nnx.Rngs(0))))
+    spec = jax.ShapeDtypeStruct
+    latents, text = spec((1, 21, 60, 104, 16), jnp.float32), spec((1, 512, 4096), jnp.bfloat16)
+    run = functools.partial(pipeline.sample, graph, RCM(4))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    arguments = state, latents, text, text, spec((), jnp.float32), key, None
+    all_steps = list(equations(jax.make_jaxpr(run)(*arguments).jaxpr))
+    (steps,) = [e for e in all_steps if e.primitive.name == "scan" and e.params["length"] == 4]
+
+    def products_over(found, width):
+        return [e for e in found if e.primitive.name == "dot_general" and e.invars[0].aval.shape[-1] == width]
+
+    step = list(equations(steps.params["jaxpr"].jaxpr))
+    assert not {e.primitive.name for e in step} & {"cos", "sin"}
+    assert len(products_over(step, config.ffn_dim)) == 1
+    # q, k, v, o, the cross-attention's q and o, the ffn's first layer, and the head; of text only outside.
+    assert len(products_over(step, config.dim)) == 8
+    assert len(products_over(step, config.text_dim)) == len(products_over(step, config.freq_dim)) == 0
+    assert len(products_over(all_steps, config.text_dim)) == len(products_over(all_steps, config.freq_dim)) == 1
+
+
 # Attention without [L, L].
 
 
@@ -219,7 +245,7 @@ def test_timesteps_keep_their_precision():
     expected = np.concatenate((np.cos(angles), np.sin(angles)), axis=1)
     assert np.abs(time_sinusoid(jnp.asarray(times), 256) - expected).max() < 1.5e-6
     model = built(small(dtype=jnp.bfloat16))
-    near, nearer = model.embed_time(jnp.asarray([875.0, 875.5], jnp.float32))[1]
+    near, nearer = model.embed_time(jnp.asarray([875.0, 875.5], jnp.float32)).blocks
     assert near.dtype == jnp.float32
     assert not np.array_equal(near, nearer)
 

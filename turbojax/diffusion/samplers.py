@@ -24,8 +24,15 @@ import numpy as np
 from turbojax.diffusion import schedules
 from turbojax.errors import UserError
 
-# velocity(x, timestep) -> v = eps - x0. x, v: [B, ...], x in the state's dtype; timestep: float32 [], 0..1000
-Velocity = Callable[[jax.Array, jax.Array], jax.Array]
+# velocity(x, timestep) -> v = eps - x0. x, v: [B, ...], x in the state's dtype; timestep: float32 [], 0..1000, or what
+# embed makes of it.
+Velocity = Callable[[jax.Array, Any], jax.Array]
+Embed = Callable[[jax.Array], Any]
+
+
+def unembedded(timesteps: jax.Array) -> jax.Array:
+    """What networks that embed timesteps themselves take."""
+    return timesteps
 
 
 def guide(v_cond: jax.Array, v_uncond: jax.Array, scale: float | jax.Array) -> jax.Array:
@@ -63,6 +70,7 @@ class Sampler:
         start: int = 0,
         stop: int | None = None,
         trajectory: bool = False,
+        embed: Embed = unembedded,
     ) -> jax.Array:
         """Runs steps [start, stop) from the state before step `start`.
 
@@ -74,6 +82,8 @@ class Sampler:
             need neither and ignore both.
           start, stop: part of the steps; all by default.
           trajectory: return the states before step `start` and after each step, [stop - start + 1, B, ...].
+          embed: timesteps float32 [steps] to a pytree of [steps, ...], whose rows velocity gets in their place:
+            computed once, before the scan.
 
         Returns:
           [B, ...], the state after the last step; float64 if `latents` are, else float32.
@@ -121,7 +131,9 @@ class RCM(Sampler):
         noise = _state(noise)
         return noise * jnp.asarray(self.times[0], noise.dtype)
 
-    def sample(self, velocity, latents, *, key=None, noise=None, start=0, stop=None, trajectory=False):
+    def sample(
+        self, velocity, latents, *, key=None, noise=None, start=0, stop=None, trajectory=False, embed=unembedded
+    ):
         x = _state(latents)
         steps = self._steps(start, stop)
         times = self.times
@@ -148,7 +160,7 @@ class RCM(Sampler):
         rows = (
             jnp.asarray(t, x.dtype),
             jnp.asarray(t_next, x.dtype),
-            jnp.asarray(self.timesteps[steps]),
+            embed(jnp.asarray(self.timesteps[steps])),
             jnp.arange(steps.start, steps.stop),
             noise,
         )
@@ -178,7 +190,9 @@ class Euler(Sampler):
     def initial(self, noise):
         return _state(noise)
 
-    def sample(self, velocity, latents, *, key=None, noise=None, start=0, stop=None, trajectory=False):
+    def sample(
+        self, velocity, latents, *, key=None, noise=None, start=0, stop=None, trajectory=False, embed=unembedded
+    ):
         del key, noise
         x = _state(latents)
         steps = self._steps(start, stop)
@@ -187,7 +201,7 @@ class Euler(Sampler):
             (x,), (dt, timestep) = carry, row
             return (x - dt * _evaluate(velocity, x, timestep),)
 
-        rows = (jnp.asarray(-np.diff(self.times)[steps], x.dtype), jnp.asarray(self.timesteps[steps]))
+        rows = (jnp.asarray(-np.diff(self.times)[steps], x.dtype), embed(jnp.asarray(self.timesteps[steps])))
         return _scan(step, (x,), rows, trajectory)
 
 
@@ -252,7 +266,9 @@ class UniPC(Sampler):
                 corrector[i + 1] = 0.0, keep, gain * b, gain * (1 - a / q - b), gain * a / q
         return corrector, predictor
 
-    def sample(self, velocity, latents, *, key=None, noise=None, start=0, stop=None, trajectory=False):
+    def sample(
+        self, velocity, latents, *, key=None, noise=None, start=0, stop=None, trajectory=False, embed=unembedded
+    ):
         del key, noise
         x = _state(latents)
         steps = self._steps(start, stop)
@@ -270,7 +286,7 @@ class UniPC(Sampler):
             jnp.asarray(corrector, x.dtype),
             jnp.asarray(predictor, x.dtype),
             jnp.asarray(self.times[:-1], x.dtype),
-            jnp.asarray(self.timesteps),
+            embed(jnp.asarray(self.timesteps)),
         )
         return _scan(step, (x, *(jnp.zeros_like(x),) * 3), rows, trajectory)
 
@@ -293,7 +309,7 @@ def _state(x: jax.Array) -> jax.Array:
     return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
 
 
-def _evaluate(velocity: Velocity, x: jax.Array, timestep: jax.Array) -> jax.Array:
+def _evaluate(velocity: Velocity, x: jax.Array, timestep: Any) -> jax.Array:
     v = velocity(x, timestep)
     if v.shape != x.shape:
         raise UserError(f"velocity returned {v.shape=} for {x.shape=}; it must keep the shape of the latents")

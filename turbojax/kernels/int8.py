@@ -29,6 +29,7 @@ from jax import lax
 
 from turbojax.errors import UserError
 from turbojax.kernels.dispatch import compute_capability
+from turbojax.kernels.norms import Residual, modulated_norm
 from turbojax.kernels.triton_call import triton_call
 
 Scheme = Literal["block128", "channel"]
@@ -202,23 +203,20 @@ def row_blocks(rows: int) -> int:
 
 def norm_quantize(
     x: jax.Array,
+    gain: jax.Array,
     shift: jax.Array,
-    scale: jax.Array,
     quant: QuantConfig,
     *,
     eps: float,
     implementation: Implementation | None = None,
 ) -> Quantized:
-    """layer_norm(x) (1 + scale) + shift, rounded to x's dtype and quantized.
+    """layer_norm(x) gain + shift, rounded to x's dtype and quantized.
 
-    x `[B, L, D]`, shift and scale float32 `[B, 1, D]`. The kernel reads x twice and writes int8 once.
+    x `[B, L, D]`, gain and shift float32 `[B or 1, 1, D]`. The kernel reads x twice and writes int8 once.
     """
     check_features(x.shape[-1])
     if quant.scheme == "channel" or choose(implementation, dtype=x.dtype) == "reference":
-        f = x.astype(jnp.float32)
-        f = f - jnp.mean(f, axis=-1, keepdims=True)
-        f = f * lax.rsqrt(jnp.mean(f * f, axis=-1, keepdims=True) + eps)
-        return quantize((f * (1 + scale) + shift).astype(x.dtype), quant, implementation=implementation)
+        return quantize(modulated_norm(x, gain, shift, eps=eps), quant, implementation=implementation)
     from turbojax.kernels import int8_triton
 
     batch, length, width = x.shape
@@ -238,8 +236,7 @@ def norm_quantize(
         int8_triton.norm_quantize_kernel,
         x,
         statistics,
-        shift.reshape(batch, width),
-        scale.reshape(batch, width),
+        *(jnp.broadcast_to(a, (batch, 1, width)) for a in (gain, shift)),
         out_shape=block_shapes(m, width, quant.group),
         grid=(width // BLOCK, row_blocks(m)),
         num_warps=16,
@@ -263,16 +260,23 @@ def matmul(
     quant: QuantConfig,
     *,
     gelu: bool = False,
+    add_to: Residual | None = None,
     dtype=jnp.bfloat16,
     implementation: Implementation | None = None,
 ) -> jax.Array:
-    """int8 x `[..., K]` times int8 w `[N, K]`, plus bias `[N]`, through GELU (tanh) if asked: `[..., N]` in dtype."""
+    """int8 x `[..., K]` times int8 w `[N, K]`, plus bias `[N]`, through GELU (tanh) if asked: `[..., N]` in dtype.
+
+    With add_to the result is its sum with that, whose x is `[B, L, N]`; the kernels add before they write.
+    """
     n, k = w_q.shape
     check_features(k)
     x_q = x.q.reshape(-1, k)
     chosen = choose(implementation, dtype=dtype, rows=len(x_q), features_out=n)
     if implementation is None and chosen == "mosaic" and quant.group == 1 and quant.scheme == "block128":
         chosen = "triton"  # the Hopper kernel takes one scale a block of 128 rows
+    if add_to is not None and (chosen == "reference" or not adds_in_kernel(add_to, quant)):
+        y = matmul(x, w_q, w_scale, bias, quant, gelu=gelu, dtype=dtype, implementation=implementation)
+        return add_to.plus(y)
     if chosen == "reference":
         if quant.scheme == "block128":
             total = matmul_blocks(x_q, x.scale, w_q, w_scale, group=quant.group)
@@ -282,10 +286,19 @@ def matmul(
     elif chosen == "mosaic":
         from turbojax.kernels import int8_mosaic
 
-        (y,) = int8_mosaic.matmul(x_q, x.scale, w_q, w_scale, bias, scheme=quant.scheme, gelu=gelu)
+        (y,) = int8_mosaic.matmul(x_q, x.scale, w_q, w_scale, bias, scheme=quant.scheme, gelu=gelu, add_to=add_to)
     else:
-        y, _ = matmul_triton(x_q, x.scale, w_q, w_scale, bias, quant, gelu=gelu, requantize=False)
+        y, _ = matmul_triton(x_q, x.scale, w_q, w_scale, bias, quant, gelu=gelu, requantize=False, add_to=add_to)
     return y.reshape(*x.q.shape[:-1], n)
+
+
+def adds_in_kernel(residual: Residual, quant: QuantConfig) -> bool:
+    """Whether a kernel's epilogue takes the sum.
+
+    A tile, of 128 rows at most, may hold rows of two samples with a gate each; channel tiles lack registers for two.
+    """
+    batch, length = residual.x.shape[:2]
+    return batch == 1 or (quant.scheme == "block128" and length >= BLOCK)
 
 
 def matmul_requantize(
@@ -351,11 +364,23 @@ def finish(y: jax.Array, bias: jax.Array | None, *, gelu: bool, dtype) -> jax.Ar
     return jax.nn.gelu(y.astype(jnp.float32)).astype(dtype) if gelu else y
 
 
-def matmul_triton(x_q, x_scale, w_q, w_scale, bias, quant: QuantConfig, *, gelu: bool, requantize: bool):
+def matmul_triton(
+    x_q,
+    x_scale,
+    w_q,
+    w_scale,
+    bias,
+    quant: QuantConfig,
+    *,
+    gelu: bool,
+    requantize: bool,
+    add_to: Residual | None = None,
+):
     """Result and scales; the scales are a placeholder of one element unless requantize."""
     from turbojax.kernels import int8_triton
 
     (m, k), n = x_q.shape, w_q.shape[0]
+    batch = 1 if add_to is None else add_to.x.shape[0]
     tiles = int8_triton.tiles(quant.scheme)
     result = jax.ShapeDtypeStruct((m, n), jnp.int8 if requantize else jnp.bfloat16)
     scales = block_shapes(m, n, BLOCK)[1] if requantize else jax.ShapeDtypeStruct((1, 1), jnp.float32)
@@ -366,6 +391,8 @@ def matmul_triton(x_q, x_scale, w_q, w_scale, bias, quant: QuantConfig, *, gelu:
         w_q,
         w_scale,
         jnp.zeros(n, jnp.bfloat16) if bias is None else bias.astype(jnp.bfloat16),
+        jnp.zeros(8, jnp.bfloat16) if add_to is None else add_to.x,
+        jnp.zeros(4, jnp.float32) if add_to is None else gates(add_to),
         out_shape=(result, scales),
         grid=(-(-m // tiles.rows) * -(-n // tiles.columns),),
         num_warps=tiles.warps,
@@ -377,11 +404,19 @@ def matmul_triton(x_q, x_scale, w_q, w_scale, bias, quant: QuantConfig, *, gelu:
         GROUP=quant.group,
         HAS_BIAS=bias is not None,
         GELU=gelu,
+        BATCH=batch,
+        RESIDUAL=add_to is not None,
         REQUANTIZE=requantize,
         TILE_M=tiles.rows,
         TILE_N=tiles.columns,
         BAND=tiles.band,
     )
+
+
+def gates(residual: Residual) -> jax.Array:
+    """The gate of every sample, float32 `[B, D]`."""
+    batch, _, width = residual.x.shape
+    return jnp.ones((batch, width), jnp.float32) if residual.gate is None else residual.gate.reshape(batch, width)
 
 
 def dequantizing_matmul(

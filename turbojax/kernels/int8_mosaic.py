@@ -16,6 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from turbojax.errors import UserError
 from turbojax.kernels import mosaic
+from turbojax.kernels.norms import Residual
 
 BLOCK = 128
 CONSUMERS = 2  # warp groups that compute
@@ -47,6 +48,7 @@ def matmul(
     scheme: str,
     gelu: bool = False,
     requantize: bool = False,
+    add_to: Residual | None = None,
     tiles: Tiles | None = None,
     num_sms: int | None = None,
 ) -> list[jax.Array]:
@@ -54,6 +56,7 @@ def matmul(
 
     scheme "block128": x_scale `[M / 128, K / 128]`, w_scale `[N / 128, K / 128]`; "channel": `[M]` and `[N]`.
     requantize (block128, K / 128 above the number of stages): the result as int8 and its scales `[M / 128, N / 128]`.
+    add_to (not with requantize): the result is its sum with that, whose x is bfloat16 `[B, L, N]`.
     """
     (m, k), n = x_q.shape, w_q.shape[0]
     if m % 8 or n % BLOCK or k % BLOCK:
@@ -62,9 +65,13 @@ def matmul(
         raise UserError(f"the Hopper int8 kernel takes one scale per {BLOCK} rows, not {len(x_scale)} for {m} rows")
     num_sms = num_sms or jax.devices()[0].core_count
     tiles = tiles or (BLOCK_TILES if scheme == "block128" else CHANNEL_TILES)
-    has_bias = bias is not None
-    body = functools.partial(kernel, m=m, n=n, k=k, tiles=tiles, scheme=scheme, has_bias=has_bias, gelu=gelu)
-    assert not requantize or (scheme == "block128" and k // BLOCK > tiles.stages)
+    assert not requantize or (scheme == "block128" and k // BLOCK > tiles.stages and add_to is None)
+    optional: dict[str, jax.Array] = {} if bias is None else {"bias": bias}
+    if add_to is not None:
+        optional["residual"] = add_to.x.reshape(m, n)
+        if add_to.gate is not None:
+            optional["gate"] = add_to.gate.reshape(-1, n)
+    body = functools.partial(kernel, m=m, n=n, k=k, tiles=tiles, scheme=scheme, optional=tuple(optional), gelu=gelu)
     out_type = [jax.ShapeDtypeStruct((m, n), jnp.int8 if requantize else jnp.bfloat16)]
     if requantize:
         out_type.append(jax.ShapeDtypeStruct((pl.cdiv(m, BLOCK), n // BLOCK), jnp.float32))
@@ -79,13 +86,10 @@ def matmul(
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )
-    # Tiles past the last row are computed and dropped; they read scales too.
-    rows_a_cluster = tiles.rows * CONSUMERS * tiles.cluster
-    rows_a_scale = BLOCK if scheme == "block128" else 1
-    scales = pl.cdiv(m, rows_a_cluster) * rows_a_cluster // rows_a_scale
-    x_scale = jnp.pad(x_scale, ((0, scales - len(x_scale)),) + ((0, 0),) * (x_scale.ndim - 1))
-    operands = (x_q, x_scale, w_q, w_scale)
-    return call(*operands, *((bias.astype(jnp.float32),) if bias is not None else ()))
+    if scheme == "channel":  # tiles past the last row are computed and dropped; they read scales too
+        x_scale = jnp.pad(x_scale, (0, -m % (tiles.rows * CONSUMERS * tiles.cluster)))
+    with jax.named_scope("int8_matmul"):
+        return call(x_q, x_scale, w_q, w_scale, *optional.values())
 
 
 def gelu_tanh(x: jax.Array) -> jax.Array:
@@ -99,9 +103,11 @@ def to_int8(f: jax.Array, amax: jax.Array) -> jax.Array:
     return jnp.minimum(jnp.maximum(rounded, -128.0), 127.0).astype(jnp.int8)
 
 
-def kernel(x, x_scale, w, w_scale, *rest, m, n, k, tiles: Tiles, scheme: str, has_bias: bool, gelu: bool):
-    bias, outputs = (rest[0], rest[1:]) if has_bias else (None, rest)
-    y, y_scale = outputs if len(outputs) == 2 else (outputs[0], None)
+def kernel(x, x_scale, w, w_scale, *rest, m, n, k, tiles: Tiles, scheme: str, optional: tuple[str, ...], gelu: bool):
+    """optional: which of bias `[N]`, residual `[M, N]` and gate `[B, N]` come before the outputs."""
+    given, (y, *scales) = dict(zip(optional, rest, strict=False)), rest[len(optional) :]
+    bias, residual, gate = (given.get(name) for name in ("bias", "residual", "gate"))
+    y_scale = scales[0] if scales else None
     block_m, block_n = tiles.rows * CONSUMERS, tiles.columns
     m_tiles, n_tiles = pl.cdiv(m, block_m * tiles.cluster), n // block_n
     operand = (plgpu.TilingTransform((8, 128)), plgpu.SwizzleTransform(128))
@@ -138,9 +144,10 @@ def kernel(x, x_scale, w, w_scale, *rest, m, n, k, tiles: Tiles, scheme: str, ha
         out_smem=plgpu.SMEM((CONSUMERS, tiles.rows, tiles.columns), y.dtype, transforms=result),
         row_amax=plgpu.SMEM((CONSUMERS * tiles.rows,), jnp.float32),
         both=plgpu.Barrier(num_arrivals=CONSUMERS),
+        residual_ready=plgpu.Barrier(num_barriers=CONSUMERS),
         collective_axes="wg",
     )
-    def scope(allocations, out_smem, row_amax, both):
+    def scope(allocations, out_smem, row_amax, both, residual_ready):
         wg = lax.axis_index("wg")
         in_cluster = lax.axis_index("cluster")
 
@@ -151,6 +158,8 @@ def kernel(x, x_scale, w, w_scale, *rest, m, n, k, tiles: Tiles, scheme: str, ha
             i = m_cluster * tiles.cluster + in_cluster
             block_rows, block_columns = pl.ds(i * block_m, block_m), pl.ds(j * block_n, block_n)
             own_rows = pl.ds(wg * tiles.rows, tiles.rows)
+            first_row, first_column = i * block_m + wg * tiles.rows, j * block_n
+            own_tile = pl.ds(first_row, tiles.rows), pl.ds(first_column, tiles.columns)
 
             def multiply(idxs, x_smem, w_smem, acc):
                 operands = x_smem.at[own_rows], w_smem.transpose((1, 0))
@@ -159,7 +168,8 @@ def kernel(x, x_scale, w, w_scale, *rest, m, n, k, tiles: Tiles, scheme: str, ha
                     plgpu.wgmma_wait(0)
                     return acc
                 (step,) = idxs
-                scale = x_scale[i, step] * w_scale[j, step]
+                # Tiles past the last row are computed and dropped.
+                scale = x_scale[jnp.minimum(i, x_scale.shape[0] - 1), step] * w_scale[j, step]
 
                 def block_sum(part):
                     plgpu.wgmma(part, *operands)
@@ -170,6 +180,9 @@ def kernel(x, x_scale, w, w_scale, *rest, m, n, k, tiles: Tiles, scheme: str, ha
 
             def context(run):
                 shape = (tiles.rows, tiles.columns)
+                if residual is not None:  # arrives during the products, where the result will lie
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                    plgpu.copy_gmem_to_smem(residual.at[own_tile], out_smem.at[wg], residual_ready.at[wg])
                 if scheme == "channel":
 
                     @functools.partial(pl.run_scoped, acc=plgpu.ACC(shape, acc_dtype))
@@ -192,9 +205,24 @@ def kernel(x, x_scale, w, w_scale, *rest, m, n, k, tiles: Tiles, scheme: str, ha
                 plgpu.barrier_wait(both)
                 return jnp.maximum(jnp.max(row_amax[...]), 1e-8)
 
+            def gates(shape):
+                """Of own rows, which belong to two samples at most."""
+                assert gate is not None
+
+                def of_sample(sample):
+                    row = mosaic.load(gate.at[sample, pl.ds(first_column, tiles.columns)])
+                    return lax.broadcast_in_dim(row, shape, [1])
+
+                batch = gate.shape[0]
+                sample = first_row // (m // batch)
+                if batch == 1:
+                    return of_sample(0)
+                sample = jnp.minimum(sample, batch - 1)  # tiles past the last row, too, read gates
+                row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
+                here = row < (sample + 1) * (m // batch) - first_row
+                return jnp.where(here, of_sample(sample), of_sample(jnp.minimum(sample + 1, batch - 1)))
+
             def finish(acc):
-                first_row = i * block_m + wg * tiles.rows
-                first_column = j * block_n
                 if scheme == "channel":
                     acc = acc.astype(jnp.float32)
                     row_scale = mosaic.load(x_scale.at[pl.ds(first_row, tiles.rows)])
@@ -203,7 +231,8 @@ def kernel(x, x_scale, w, w_scale, *rest, m, n, k, tiles: Tiles, scheme: str, ha
                     acc = acc * lax.broadcast_in_dim(column_scale, acc.shape, [1])
                 if bias is not None:
                     b = mosaic.load(bias.at[pl.ds(first_column, tiles.columns)])
-                    acc = acc.astype(jnp.bfloat16).astype(jnp.float32) + lax.broadcast_in_dim(b, acc.shape, [1])
+                    b = lax.broadcast_in_dim(b.astype(jnp.float32), acc.shape, [1])
+                    acc = acc.astype(jnp.bfloat16).astype(jnp.float32) + b
                 if gelu:
                     acc = gelu_tanh(acc.astype(jnp.bfloat16).astype(jnp.float32))
                 out = acc.astype(jnp.bfloat16)
@@ -215,12 +244,16 @@ def kernel(x, x_scale, w, w_scale, *rest, m, n, k, tiles: Tiles, scheme: str, ha
                     def store_scale():
                         y_scale[i, j] = amax / 128.0
 
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                if residual is None:
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                else:
+                    plgpu.barrier_wait(residual_ready.at[wg])
+                    branch = out.astype(jnp.float32) * (gates(out.shape) if gate is not None else 1.0)
+                    before = mosaic.load(out_smem.at[wg], layout=plgpu.Layout.WGMMA)
+                    out = (before.astype(jnp.float32) + branch).astype(jnp.bfloat16)
                 out_smem[wg] = out
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(
-                    out_smem.at[wg], y.at[pl.ds(first_row, tiles.rows), pl.ds(first_column, tiles.columns)]
-                )
+                plgpu.copy_smem_to_gmem(out_smem.at[wg], y.at[own_tile])
 
             pipeline(multiply, context)(x.at[block_rows, :], w.at[block_columns, :], allocations=allocations)
 

@@ -134,12 +134,27 @@ def finish(y, bias, columns, N: tl.constexpr, HAS_BIAS: tl.constexpr, GELU: tl.c
 
 
 @triton.jit
+def row_gates(gate, rows, columns, M: tl.constexpr, N: tl.constexpr, BATCH: tl.constexpr):
+    """The gates of a tile's rows, of gate float32 [BATCH, N]; a tile belongs to two samples at most."""
+    length: tl.constexpr = M // BATCH
+    sample = tl.min(rows, axis=0) // length
+    gates = tl.load(gate + sample * N + columns, mask=columns < N, other=0.0)[None, :]
+    if BATCH > 1:
+        following = tl.minimum(sample + 1, BATCH - 1)
+        second = tl.load(gate + following * N + columns, mask=columns < N, other=0.0)[None, :]
+        gates = tl.where((rows < (sample + 1) * length)[:, None], gates, second)
+    return gates
+
+
+@triton.jit
 def int8_matmul_kernel(
     x,
     x_scale,
     w,
     w_scale,
     bias,
+    residual,
+    gate,
     y,
     y_scale,
     M: tl.constexpr,
@@ -149,12 +164,16 @@ def int8_matmul_kernel(
     GROUP: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     GELU: tl.constexpr,
+    BATCH: tl.constexpr,
+    RESIDUAL: tl.constexpr,
     REQUANTIZE: tl.constexpr,
     TILE_M: tl.constexpr,
     TILE_N: tl.constexpr,
     BAND: tl.constexpr,
 ):
     """y = x w^T: x int8 [M, K], w int8 [N, K], y bfloat16 [M, N], or int8 with a scale per 128 x 128 block.
+
+    With RESIDUAL y = residual + gate (x w^T), residual bfloat16 [M, N], gate float32 [BATCH, N].
 
     SCHEME "block": x_scale [M / GROUP, K / 128], w_scale [N / 128, K / 128]; the tile is 128 x 128.
     SCHEME "channel": x_scale [M], w_scale [N]; one int32 sum over all of K.
@@ -191,6 +210,9 @@ def int8_matmul_kernel(
     out = finish(acc, bias, columns, N, HAS_BIAS, GELU)
     inside = (rows < M)[:, None] & (columns < N)[None, :]
     offsets = rows.to(tl.int64)[:, None] * N + columns[None, :]
+    if RESIDUAL:
+        own = tl.load(residual + offsets, mask=inside, other=0.0).to(tl.float32)
+        out = (own + row_gates(gate, rows, columns, M, N, BATCH) * out.to(tl.float32)).to(tl.bfloat16)
     if REQUANTIZE:
         f = tl.where(inside, out.to(tl.float32), 0.0)
         amax = nan_or_max(f, tl.max(tl.max(tl.abs(f), axis=1), axis=0))
@@ -259,8 +281,8 @@ def row_statistics_kernel(x, statistics, D: tl.constexpr, EPS: tl.constexpr, WID
 def norm_quantize_kernel(
     x,
     statistics,
+    gain,
     shift,
-    scale,
     q,
     q_scale,
     M: tl.constexpr,
@@ -268,7 +290,7 @@ def norm_quantize_kernel(
     D: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """layer_norm(x) (1 + scale) + shift, rounded to bfloat16 and quantized; x [B, L, D], shift and scale [B, D].
+    """layer_norm(x) gain + shift, rounded to bfloat16 and quantized; x [B, L, D], gain and shift [B, D].
 
     One program a 128 x 128 block; its rows may belong to two samples.
     """
@@ -279,7 +301,6 @@ def norm_quantize_kernel(
     mean = tl.load(statistics + 2 * rows, mask=rows < M, other=0.0)[:, None]
     rstd = tl.load(statistics + 2 * rows + 1, mask=rows < M, other=0.0)[:, None]
     modulation = (rows // L)[:, None] * D + columns[None, :]
-    gain = 1.0 + tl.load(scale + modulation, mask=inside, other=0.0)
     f = (tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32) - mean) * rstd
-    f = f * gain + tl.load(shift + modulation, mask=inside, other=0.0)
+    f = f * tl.load(gain + modulation, mask=inside, other=0.0) + tl.load(shift + modulation, mask=inside, other=0.0)
     store_quantized(tl.where(inside, f, 0.0).to(tl.bfloat16), q, q_scale, offsets, rows, i, j, M, D, GROUP)

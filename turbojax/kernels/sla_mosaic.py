@@ -333,4 +333,5 @@ def sparse_forward(
             reduction_scratch_bytes=0,  # rows are reduced within a warp
         ),
     )
-    return call(q, k, v, table, projected, vectors)
+    with jax.named_scope("sla_sparse_forward"):
+        return call(q, k, v, table, projected, vectors)

@@ -27,4 +27,5 @@ def triton_call(
         return override(kernel, *arrays, **settings)
     import jax_triton
 
-    return jax_triton.triton_call(*arrays, kernel=kernel, name=kernel.__name__, **settings)
+    with jax.named_scope(kernel.__name__):  # compiled programs and profiles name it
+        return jax_triton.triton_call(*arrays, kernel=kernel, name=kernel.__name__, **settings)

@@ -14,19 +14,21 @@ from flax import nnx
 from jax import lax
 
 from turbojax.kernels import int8
+from turbojax.kernels.norms import Residual, Table, along_last, layer_norm, modulated_norm, rms_norm, rms_norm_rotate
 
 
 class Dense(nnx.Module):
-    """y = x W^T + b, x `[..., in]` -> `[..., out]` in x's dtype, accumulated in float32."""
+    """y = x W^T + b, x `[..., in]` -> `[..., out]` in x's dtype, accumulated in float32; add_to takes the sum."""
 
     def __init__(self, features_in: int, features_out: int, *, use_bias: bool = True, dtype, rngs: nnx.Rngs):
         scale = 1 / math.sqrt(features_in)
         self.weight = nnx.Param(scale * jax.random.normal(rngs.params(), (features_out, features_in), dtype))
         self.bias: Any = nnx.Param(jnp.zeros(features_out, dtype)) if use_bias else None
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, *, add_to: Residual | None = None) -> jax.Array:
         y = contract(x, self.weight[...].astype(x.dtype))
-        return y if self.bias is None else y + along_last(self.bias[...], y)
+        y = y if self.bias is None else y + along_last(self.bias[...], y)
+        return y if add_to is None else add_to.plus(y)
 
     # The next three are what a layer and its int8 form have in common: the block is written once for both.
 
@@ -34,9 +36,9 @@ class Dense(nnx.Module):
         """x in the form that the layer multiplies, for use by several layers: as it is, or quantized."""
         return x
 
-    def prepare_normed(self, x: jax.Array, shift: jax.Array, scale: jax.Array, *, eps: float) -> jax.Array:
+    def prepare_normed(self, x: jax.Array, gain: jax.Array, shift: jax.Array, *, eps: float) -> jax.Array:
         """`modulated_norm` of x in that form."""
-        return modulated_norm(x, shift, scale, eps=eps)
+        return modulated_norm(x, gain, shift, eps=eps)
 
     def gelu(self, x: jax.Array) -> jax.Array:
         """The layer's result through GELU (tanh), in the form that a following layer of its kind takes."""
@@ -57,25 +59,26 @@ class Int8Dense(nnx.Module):
         return x if self.quant.weight_only else int8.quantize(x, self.quant)
 
     def prepare_normed(
-        self, x: jax.Array, shift: jax.Array, scale: jax.Array, *, eps: float
+        self, x: jax.Array, gain: jax.Array, shift: jax.Array, *, eps: float
     ) -> jax.Array | int8.Quantized:
         if self.quant.weight_only:
-            return modulated_norm(x, shift, scale, eps=eps)
-        return int8.norm_quantize(x, shift, scale, self.quant, eps=eps)
+            return modulated_norm(x, gain, shift, eps=eps)
+        return int8.norm_quantize(x, gain, shift, self.quant, eps=eps)
 
-    def __call__(self, x: jax.Array | int8.Quantized) -> jax.Array:
-        return self._multiply(x, gelu=False)
+    def __call__(self, x: jax.Array | int8.Quantized, *, add_to: Residual | None = None) -> jax.Array:
+        if self.quant.weight_only:
+            y = self._dequantizing(x, gelu=False)
+            return y if add_to is None else add_to.plus(y)
+        return int8.matmul(self._quantized(x), *self._parameters(), self.quant, add_to=add_to, dtype=self.dtype)
 
     def gelu(self, x: jax.Array | int8.Quantized) -> jax.Array | int8.Quantized:
         if self.quant.weight_only:
-            return self._multiply(x, gelu=True)
+            return self._dequantizing(x, gelu=True)
         return int8.matmul_requantize(self._quantized(x), *self._parameters(), self.quant, gelu=True, dtype=self.dtype)
 
-    def _multiply(self, x: jax.Array | int8.Quantized, *, gelu: bool) -> jax.Array:
-        if self.quant.weight_only:
-            assert isinstance(x, jax.Array)
-            return int8.dequantizing_matmul(x, *self._parameters(), self.quant, gelu=gelu)
-        return int8.matmul(self._quantized(x), *self._parameters(), self.quant, gelu=gelu, dtype=self.dtype)
+    def _dequantizing(self, x: jax.Array | int8.Quantized, *, gelu: bool) -> jax.Array:
+        assert isinstance(x, jax.Array)
+        return int8.dequantizing_matmul(x, *self._parameters(), self.quant, gelu=gelu)
 
     def _quantized(self, x: jax.Array | int8.Quantized) -> int8.Quantized:
         return x if isinstance(x, int8.Quantized) else int8.quantize(x, self.quant)
@@ -94,6 +97,10 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         return rms_norm(x, self.weight[...], eps=self.eps)
 
+    def rotated(self, x: jax.Array, table: Table) -> jax.Array:
+        """The norm of x `[B, L, D]`, rotated by heads: `[B, L, N, H]`."""
+        return rms_norm_rotate(x, self.weight[...], table, eps=self.eps)
+
 
 class LayerNorm(nnx.Module):
     """Layer norm with weight and bias over the last axis, in float32."""
@@ -105,6 +112,10 @@ class LayerNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         return layer_norm(x, self.weight[...], self.bias[...], eps=self.eps)
+
+    def affine(self) -> tuple[jax.Array, jax.Array]:
+        """Gain and shift `[1, 1, D]`, as `modulated_norm` takes them."""
+        return self.weight[...].reshape(1, 1, -1), self.bias[...].reshape(1, 1, -1)
 
 
 class MLP(nnx.Module):
@@ -121,43 +132,11 @@ class MLP(nnx.Module):
 
 
 def contract(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x `[..., in]` times weight `[out, in]`, accumulated in float32, in x's dtype."""
-    dims = (((x.ndim - 1,), (1,)), ((), ()))
-    return lax.dot_general(x, weight, dims, preferred_element_type=jnp.float32).astype(x.dtype)
+    """x `[..., in]` times weight `[out, in]` in x's dtype.
 
-
-def along_last(vector: jax.Array, like: jax.Array) -> jax.Array:
-    """A vector `[D]` with leading axes of one and the dtype of `like`, so that the two broadcast explicitly."""
-    return vector.astype(like.dtype).reshape((1,) * (like.ndim - 1) + vector.shape)
-
-
-def rms_norm(x: jax.Array, weight: jax.Array, *, eps: float) -> jax.Array:
-    """x / sqrt(mean(x^2) + eps) * weight; x `[..., D]`, weight `[D]`, in float32, cast back at exit."""
-    f = x.astype(jnp.float32)
-    f = f * lax.rsqrt(jnp.mean(f * f, axis=-1, keepdims=True) + eps)
-    return (f * along_last(weight, f)).astype(x.dtype)
-
-
-def layer_norm(
-    x: jax.Array, weight: jax.Array | None = None, bias: jax.Array | None = None, *, eps: float
-) -> jax.Array:
-    """(x - mean) / sqrt(var + eps) * weight + bias; x `[..., D]`, in float32, cast back at exit.
-
-    This is the true layer norm. TurboDiffusion's fast kernel counts its padding in the variance, see docs/numerics.md.
+    Sums are float32, on the tensor cores and on CPUs; asked for as a result they would go through memory as such.
     """
-    f = x.astype(jnp.float32)
-    f = f - jnp.mean(f, axis=-1, keepdims=True)
-    f = f * lax.rsqrt(jnp.mean(f * f, axis=-1, keepdims=True) + eps)
-    if weight is not None:
-        f = f * along_last(weight, f)
-    if bias is not None:
-        f = f + along_last(bias, f)
-    return f.astype(x.dtype)
-
-
-def modulated_norm(x: jax.Array, shift: jax.Array, scale: jax.Array, *, eps: float) -> jax.Array:
-    """norm(x) (1 + scale) + shift in float32, cast back; x `[B, L, D]`, shift and scale `[B, 1, D]`."""
-    return (layer_norm(x.astype(jnp.float32), eps=eps) * (1 + scale) + shift).astype(x.dtype)
+    return lax.dot_general(x, weight, (((x.ndim - 1,), (1,)), ((), ())))
 
 
 def rotary_pairs(head_dim: int) -> tuple[int, int, int]:
@@ -171,7 +150,7 @@ def rotary_angles(size: int, pairs: int, *, theta: float = 10000.0) -> np.ndarra
     return np.outer(np.arange(size), theta ** (-np.arange(pairs) / max(pairs, 1))).astype(np.float32)
 
 
-def rotary_table(grid: tuple[int, int, int], head_dim: int) -> tuple[jax.Array, jax.Array]:
+def rotary_table(grid: tuple[int, int, int], head_dim: int) -> Table:
     """cos and sin of the 3-D rotary embedding, float32 `[L, head_dim / 2]` each.
 
     grid: patches in time, height and width; tokens run with width fastest. Each axis has its own exponent range.
@@ -189,14 +168,6 @@ def over_tokens(axes: list[np.ndarray], grid: tuple[int, int, int]) -> jax.Array
         shape[i] = grid[i]
         parts.append(jnp.broadcast_to(jnp.asarray(axis).reshape(shape), (*grid, axis.shape[1])))
     return jnp.concatenate(parts, axis=-1).reshape(math.prod(grid), -1)
-
-
-def rotate(x: jax.Array, table: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotates interleaved pairs (0, 1), (2, 3), ... in float32; x `[B, L, N, H]`, table from `rotary_table`."""
-    cos, sin = (a[None, :, None, :] for a in table)
-    pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
-    a, b = pairs[..., 0], pairs[..., 1]
-    return jnp.stack((a * cos - b * sin, a * sin + b * cos), axis=-1).reshape(x.shape).astype(x.dtype)
 
 
 def time_sinusoid(timesteps: jax.Array, dim: int) -> jax.Array:

@@ -7,15 +7,17 @@ B batch, L tokens, N heads, H head dim, D width, F ffn width; latents are `b t h
 import dataclasses
 import functools
 import math
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
 from turbojax.errors import UserError
 from turbojax.kernels.attention import dot_product_attention
 from turbojax.kernels.int8 import QuantConfig, Quantized
+from turbojax.kernels.norms import Residual, Table, modulated_norm
 from turbojax.kernels.sage import VALUES, Values, sage_sparse_linear_attention
 from turbojax.kernels.sla import sparse_linear_attention
 from turbojax.models.layers import (
@@ -24,9 +26,7 @@ from turbojax.models.layers import (
     Int8Dense,
     LayerNorm,
     RMSNorm,
-    modulated_norm,
     rotary_table,
-    rotate,
     time_sinusoid,
 )
 from turbojax.sharding import over_heads, scan_layers
@@ -35,8 +35,27 @@ AttentionType = Literal["original", "sla", "sagesla"]
 # Block sizes (queries, keys) that TurboDiffusion's published checkpoints run with: SageSLA's are those on Hopper.
 BLOCKS: dict[str, tuple[int, int]] = {"original": (0, 0), "sla": (128, 64), "sagesla": (64, 128)}
 
-Table = tuple[jax.Array, jax.Array]
 Activation = jax.Array | Quantized
+KeysValues = tuple[jax.Array, jax.Array]
+
+
+class Context(NamedTuple):
+    """What the blocks need and no step changes; `WanModel.prepare` makes it once for a video.
+
+    text, image: keys and values of every layer, `[layers, B, tokens, N, H]`; image None without CLIP tokens.
+    table: rotary, over the tokens.
+    """
+
+    text: KeysValues
+    image: KeysValues | None
+    table: Table
+
+
+class TimeEmbedding(NamedTuple):
+    """A timestep, as what it modulates: head `[B, D]` and blocks `[B, 6, D]`, float32."""
+
+    head: jax.Array
+    blocks: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,13 +147,12 @@ class SelfAttention(nnx.Module):
         if config.attention_type != "original":
             self.proj_l = Dense(config.head_dim, config.head_dim, dtype=config.dtype, rngs=rngs)
 
-    def __call__(self, x: Activation, table: Table) -> jax.Array:
-        """x `[B, L, D]`, quantized where the layers are, to `[B, L, D]`."""
+    def __call__(self, x: Activation, table: Table, *, add_to: Residual | None = None) -> jax.Array:
+        """x `[B, L, D]`, quantized where the layers are, to `[B, L, D]`, summed into add_to if given."""
         c = self.config
-        q, k = self.norm_q(self.q(x)), self.norm_k(self.k(x))
-        q, k, v = (split_heads(a, c.num_heads) for a in (q, k, self.v(x)))
-        out = over_heads(self.attend, rotate(q, table), rotate(k, table), v)
-        return self.o(out.reshape(*out.shape[:2], c.dim))
+        q, k = self.norm_q.rotated(self.q(x), table), self.norm_k.rotated(self.k(x), table)
+        out = over_heads(self.attend, q, k, split_heads(self.v(x), c.num_heads))
+        return self.o(out.reshape(*out.shape[:2], c.dim), add_to=add_to)
 
     def attend(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         """Attention over all tokens, q, k and v `[B, L, N, H]`; on a mesh, of some of the heads."""
@@ -164,22 +182,26 @@ class CrossAttention(nnx.Module):
             self.k_img, self.v_img = (block_linear(config, rngs) for _ in range(2))
             self.norm_k_img = RMSNorm(config.dim, eps=config.eps)
 
-    def __call__(self, x: jax.Array, text: jax.Array, image: jax.Array | None) -> jax.Array:
-        """x `[B, L, D]`, text `[B, 512, D]`, image `[B, 257, D]` or None to `[B, L, D]`."""
+    def keys(self, text: jax.Array, image: jax.Array | None) -> tuple[KeysValues, KeysValues | None]:
+        """Keys and values `[B, tokens, N, H]` of text `[B, 512, D]` and of image `[B, 257, D]` or None."""
         heads = self.config.num_heads
+        text = self.k.prepare(text)
+        of_text = split_heads(self.norm_k(self.k(text)), heads), split_heads(self.v(text), heads)
+        if image is None:
+            return of_text, None
+        image = self.k_img.prepare(image)
+        return of_text, (split_heads(self.norm_k_img(self.k_img(image)), heads), split_heads(self.v_img(image), heads))
+
+    def __call__(
+        self, x: Activation, text: KeysValues, image: KeysValues | None, *, add_to: Residual | None = None
+    ) -> jax.Array:
+        """x `[B, L, D]`, quantized where the layers are, to `[B, L, D]`, summed into add_to; keys from `keys`."""
         attend = functools.partial(dot_product_attention, implementation=self.config.attention_implementation)
-        q = split_heads(self.norm_q(self.q(x)), heads)
-        keys = self.k.prepare(text)
-        k, v = split_heads(self.norm_k(self.k(keys)), heads), split_heads(self.v(keys), heads)
-        out = attend(q, k, v)
+        q = split_heads(self.norm_q(self.q(x)), self.config.num_heads)
+        out = attend(q, *text)
         if image is not None:
-            image = self.k_img.prepare(image)
-            k, v = (
-                split_heads(self.norm_k_img(self.k_img(image)), heads),
-                split_heads(self.v_img(image), heads),
-            )
-            out = out + attend(q, k, v)
-        return self.o(out.reshape(x.shape))
+            out = out + attend(q, *image)
+        return self.o(out.reshape(*out.shape[:2], self.config.dim), add_to=add_to)
 
 
 class FeedForward(nnx.Module):
@@ -190,9 +212,9 @@ class FeedForward(nnx.Module):
         self.fc1 = linear(config.dim, config.ffn_dim, dtype=config.dtype, rngs=rngs)
         self.fc2 = linear(config.ffn_dim, config.dim, dtype=config.dtype, rngs=rngs)
 
-    def __call__(self, x: Activation) -> jax.Array:
-        """x `[B, L, D]`, quantized where the layers are, to `[B, L, D]`."""
-        return self.fc2(self.fc1.gelu(x))
+    def __call__(self, x: Activation, *, add_to: Residual | None = None) -> jax.Array:
+        """x `[B, L, D]`, quantized where the layers are, to `[B, L, D]`, summed into add_to if given."""
+        return self.fc2(self.fc1.gelu(x), add_to=add_to)
 
 
 class Block(nnx.Module):
@@ -207,16 +229,15 @@ class Block(nnx.Module):
         self.cross_attn = CrossAttention(c, rngs=rngs)
         self.ffn = FeedForward(c, rngs=rngs)
 
-    def __call__(
-        self, x: jax.Array, e0: jax.Array, text: jax.Array, image: jax.Array | None, table: Table
-    ) -> jax.Array:
-        """x `[B, L, D]`, e0 `[B, 6, D]` float32 to `[B, L, D]`."""
+    def __call__(self, x: jax.Array, e0: jax.Array, context: Context) -> jax.Array:
+        """x `[B, L, D]`, e0 `[B, 6, D]` float32 to `[B, L, D]`; context with this layer's keys and values alone."""
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation(self.modulation[...], e0)
-        h = self.self_attn.q.prepare_normed(x, shift1, scale1, eps=self.eps)
-        x = gated_sum(x, self.self_attn(h, table), gate1)
-        x = x + self.cross_attn(self.norm3(x), text, image)
-        h = self.ffn.fc1.prepare_normed(x, shift2, scale2, eps=self.eps)
-        return gated_sum(x, self.ffn(h), gate2)
+        h = self.self_attn.q.prepare_normed(x, 1 + scale1, shift1, eps=self.eps)
+        x = self.self_attn(h, context.table, add_to=Residual(x, gate1))
+        h = self.cross_attn.q.prepare_normed(x, *self.norm3.affine(), eps=self.eps)
+        x = self.cross_attn(h, context.text, context.image, add_to=Residual(x))
+        h = self.ffn.fc1.prepare_normed(x, 1 + scale2, shift2, eps=self.eps)
+        return self.ffn(h, add_to=Residual(x, gate2))
 
 
 class ImageEmbedding(nnx.Module):
@@ -245,7 +266,7 @@ class Head(nnx.Module):
     def __call__(self, x: jax.Array, e: jax.Array) -> jax.Array:
         """x `[B, L, D]`, e `[B, D]` to float32 `[B, L, patch features]`."""
         shift, scale = modulation(self.modulation[...], e[:, None])
-        return self.proj(modulated_norm(x.astype(jnp.float32), shift, scale, eps=self.eps))
+        return self.proj(modulated_norm(x.astype(jnp.float32), 1 + scale, shift, eps=self.eps))
 
 
 class WanModel(nnx.Module):
@@ -286,30 +307,41 @@ class WanModel(nnx.Module):
         clip: CLIP tokens `[B, 257, clip_dim]` (Wan 2.1 image to video).
         """
         self.check(x, y, clip)
+        context = self.prepare(text, patch_grid(x, self.config.patch), clip=clip)
+        return self.velocity(x, self.embed_time(timesteps), context, y=y)
+
+    def prepare(self, text: jax.Array, grid: tuple[int, int, int], *, clip: jax.Array | None = None) -> Context:
+        """What is computed once for a video, see `__call__`; grid: patches in time, height and width."""
         dtype = self.config.dtype
-        x = x.astype(dtype) if y is None else jnp.concatenate((x.astype(dtype), y.astype(dtype)), axis=-1)
-        grid = patch_grid(x, self.config.patch)
-        tokens = self.patch_embedding(patchify(x, self.config.patch))
-        e, e0 = self.embed_time(timesteps)
         text = self.text_embedding(text.astype(dtype))
         image = None if clip is None else self.image_embedding(clip.astype(dtype))
-        table = rotary_table(grid, self.config.head_dim)
-        tokens = self.run_blocks(tokens, e0, text, image, table)
-        return unpatchify(self.head(tokens, e), grid, self.config.patch)
+        graph, layers = nnx.split(self.blocks.cross_attn)
+        keys_of = lambda _, layer: (None, nnx.merge(graph, layer).keys(text, image))  # noqa: E731
+        _, (of_text, of_image) = lax.scan(keys_of, None, layers)
+        return Context(of_text, of_image, rotary_table(grid, self.config.head_dim))
 
-    def embed_time(self, timesteps: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """timesteps `[B]` to e `[B, D]` for the head and e0 `[B, 6, D]` for the blocks, in float32."""
+    def embed_time(self, timesteps: jax.Array) -> TimeEmbedding:
+        """timesteps float32 `[B]` in 0..1000 to what they modulate."""
         e = self.time_embedding(time_sinusoid(timesteps, self.config.freq_dim))
         e0 = self.time_projection(jax.nn.silu(e))
-        return e, e0.reshape(e.shape[0], 6, self.config.dim)
+        return TimeEmbedding(e, e0.reshape(e.shape[0], 6, self.config.dim))
 
-    def run_blocks(self, x, e0, text, image, table: Table) -> jax.Array:
+    def velocity(self, x: jax.Array, time: TimeEmbedding, context: Context, *, y: jax.Array | None = None) -> jax.Array:
+        """One step's part of `__call__`: time from `embed_time`, context from `prepare`."""
+        dtype = self.config.dtype
+        x = x.astype(dtype) if y is None else jnp.concatenate((x.astype(dtype), y.astype(dtype)), axis=-1)
+        tokens = self.patch_embedding(patchify(x, self.config.patch))
+        tokens = self.run_blocks(tokens, time.blocks, context)
+        return unpatchify(self.head(tokens, time.head), patch_grid(x, self.config.patch), self.config.patch)
+
+    def run_blocks(self, x: jax.Array, e0: jax.Array, context: Context) -> jax.Array:
         graph, layers = nnx.split(self.blocks)
 
-        def run_block(layer, x, per_sample, table):
-            return nnx.merge(graph, layer)(x, *per_sample, table)
+        def run_block(layer, x, keys, e0, table):
+            return nnx.merge(graph, layer)(x, e0, Context(*keys, table))
 
-        return scan_layers(run_block, layers, x, (e0, text, image), table, remat=self.config.remat)
+        keys = context.text, context.image
+        return scan_layers(run_block, layers, x, keys, e0, context.table, remat=self.config.remat)
 
     def check(self, x: jax.Array, y: jax.Array | None, clip: jax.Array | None) -> None:
         c = self.config
@@ -340,11 +372,6 @@ def modulation(own: jax.Array, e: jax.Array) -> list[jax.Array]:
     """A block's own modulation `[n, D]` plus the timestep's `[B, n or 1, D]`, as n arrays `[B, 1, D]`, float32."""
     both = own.astype(jnp.float32)[None] + e
     return jnp.split(both, both.shape[1], axis=1)
-
-
-def gated_sum(x: jax.Array, branch: jax.Array, gate: jax.Array) -> jax.Array:
-    """x + gate * branch in float32, cast back."""
-    return (x.astype(jnp.float32) + gate * branch.astype(jnp.float32)).astype(x.dtype)
 
 
 def patch_grid(x: jax.Array, patch: tuple[int, int, int]) -> tuple[int, int, int]:

@@ -1,0 +1,20 @@
+"""Runs a file of tests with the Triton interpreter, which a process has from its start or not at all."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+
+
+def run_in_the_interpreter(file: str, **environment: str) -> None:
+    """The tests of one file beside this one; raises AssertionError with what pytest says where any fails."""
+    result = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", FOLDER / file],
+        cwd=FOLDER.parents[1],
+        env=os.environ | {"TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"} | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stdout[-3000:]
