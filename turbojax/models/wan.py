@@ -66,6 +66,7 @@ class WanConfig:
     attention_type: self-attention: "original" (dense), "sla", or "sagesla" (int8 and float8, forward only).
     sla_topk, sla_blocks: share of key blocks, and rows of query and key blocks (None: as published).
     sage_values: how SageSLA multiplies with v, see `turbojax.kernels.sage`.
+    attention_implementation: "reference" for attention that `jax.jvp` can differentiate; None for the fastest.
     quant: how the linear layers inside the blocks hold int8 weights; None for `dtype`.
     """
 
@@ -85,6 +86,7 @@ class WanConfig:
     sla_topk: float = 0.1
     sla_blocks: tuple[int, int] | None = None
     sage_values: Values = "float8"
+    attention_implementation: Literal["reference"] | None = None
     quant: QuantConfig | None = None
     dtype: Any = jnp.bfloat16
 
@@ -148,10 +150,15 @@ class SelfAttention(nnx.Module):
         q, k = self.norm_q.rotated(self.q(x), table), self.norm_k.rotated(self.k(x), table)
         v = split_heads(self.v(x), c.num_heads)
         if c.attention_type == "original":
-            out = dot_product_attention(q, k, v)
+            out = dot_product_attention(q, k, v, implementation=c.attention_implementation)
         else:
             projection = self.proj_l.weight[...], self.proj_l.bias[...]
-            settings: dict[str, Any] = {"topk": c.sla_topk, "block_q": c.blocks[0], "block_k": c.blocks[1]}
+            settings: dict[str, Any] = {
+                "topk": c.sla_topk,
+                "block_q": c.blocks[0],
+                "block_k": c.blocks[1],
+                "implementation": c.attention_implementation,
+            }
             if c.attention_type == "sla":
                 out = sparse_linear_attention(q, k, v, *projection, **settings)
             else:
@@ -184,10 +191,11 @@ class CrossAttention(nnx.Module):
         self, x: Activation, text: KeysValues, image: KeysValues | None, *, add_to: Residual | None = None
     ) -> jax.Array:
         """x `[B, L, D]`, quantized where the layers are, to `[B, L, D]`, summed into add_to; keys from `keys`."""
+        attend = functools.partial(dot_product_attention, implementation=self.config.attention_implementation)
         q = split_heads(self.norm_q(self.q(x)), self.config.num_heads)
-        out = dot_product_attention(q, *text)
+        out = attend(q, *text)
         if image is not None:
-            out = out + dot_product_attention(q, *image)
+            out = out + attend(q, *image)
         return self.o(out.reshape(*out.shape[:2], self.config.dim), add_to=add_to)
 
 
