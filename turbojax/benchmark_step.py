@@ -21,6 +21,7 @@ from turbojax.weights.random import random_module
 # scales (docs/performance.md).
 BYTES, BFLOAT16, INT8 = 3.0e12, 791e12, 1450e12
 NO_COMMAND_BUFFERS = {"xla_gpu_enable_command_buffer": ""}  # in which a profile would not tell kernels apart
+LAUNCHERS = {"triton_kernel_call", "mpmd_map", "anonymous", "entry", "eval_jaxpr", "body", "while", ""}  # say nothing
 LAYERS = 3  # enough for the stacks of weights to be sliced as in the whole network
 
 
@@ -44,8 +45,7 @@ def layer(
                 jax.block_until_ready(compiled(*arguments))
         measured = profiled_seconds(Path(folder))
     a_layer = {op: total / calls / LAYERS for op, total in measured.items()}
-    body = max(hlo.loop_bodies(text), key=lambda name: sum(kernel.bytes for kernel in hlo.kernels(text, within=name)))
-    rows = [table_row(kernel, a_layer.pop(kernel.name, 0.0), config) for kernel in hlo.kernels(text, within=body)]
+    rows = [table_row(kernel, a_layer.pop(kernel.name, 0.0), config) for kernel in layer_kernels(text)]
     outside = {kernel.name for kernel in hlo.kernels(text)}
     unnamed = {op: 1e3 * total for op, total in a_layer.items() if op not in outside}
     rows.sort(key=lambda row: -row["ms"])
@@ -76,6 +76,12 @@ def layers_function(config: WanConfig, grid: tuple[int, int, int]) -> tuple[Any,
     return jax.jit(run), (state, tokens, e0, context)
 
 
+def layer_kernels(text: str) -> list[hlo.Kernel]:
+    """The kernels of one layer, in order: the body of the loop that moves the most bytes."""
+    bodies = (hlo.kernels(text, within=name) for name in hlo.loop_bodies(text))
+    return max(bodies, key=lambda kernels: sum(kernel.bytes for kernel in kernels))
+
+
 def profiled_seconds(folder: Path) -> dict[str, float]:
     """Seconds of every instruction of compiled programs in a profile, summed; on the devices, or else on the host."""
     (file,) = folder.rglob("*.xplane.pb")
@@ -94,9 +100,10 @@ def profiled_seconds(folder: Path) -> dict[str, float]:
 def table_row(kernel: hlo.Kernel, seconds: float, config: WanConfig) -> dict[str, Any]:
     count, rate = operations(kernel, config)
     floor = max(kernel.bytes / BYTES, count / rate)
+    scopes = [scope for scope in kernel.source.split("/") if scope not in LAUNCHERS]
     return {
         "kernel": kernel.name,
-        "what": "/".join((kernel.source or kernel.opcode).split("/")[-2:]),
+        "what": "/".join(scopes[-2:]) or kernel.opcode,
         "ms": 1e3 * seconds,
         "bytes": kernel.bytes,
         "operations": count,

@@ -274,7 +274,8 @@ def matmul(
     chosen = choose(implementation, dtype=dtype, rows=len(x_q), features_out=n)
     if implementation is None and chosen == "mosaic" and quant.group == 1 and quant.scheme == "block128":
         chosen = "triton"  # the Hopper kernel takes one scale a block of 128 rows
-    if add_to is not None and (chosen == "reference" or not adds_in_kernel(add_to, quant)):
+    unproven = chosen == "mosaic" and implementation is None  # that epilogue has not run on a card yet: only when named
+    if add_to is not None and (chosen == "reference" or unproven or not adds_in_kernel(add_to, quant)):
         y = matmul(x, w_q, w_scale, bias, quant, gelu=gelu, dtype=dtype, implementation=implementation)
         return add_to.plus(y)
     if chosen == "reference":
