@@ -136,6 +136,10 @@ class CausalConv3d(nnx.Module):
         size, _, _, features_in, _ = self.kernel.shape
         return jnp.zeros((batch, size - self.stride, height, width, features_in), self.dtype)
 
+    def settled(self, frame: int) -> int:
+        """The result's frame from which on nothing changes, if the input's does not from `frame` on."""
+        return -(-(frame + self.kernel.shape[0] - 1) // self.stride)
+
     def __call__(self, x: jax.Array, past: jax.Array) -> tuple[jax.Array, jax.Array]:
         x = jnp.concatenate((past, x), axis=1)
         y = conv_over_time(x, self.kernel[...], self.bias[...], stride=self.stride)
@@ -162,10 +166,15 @@ class Block(nnx.Module):
     """
 
     scale = 1.0  # height and width are multiplied by it
+    stride = 1  # frames after the first are divided by it
 
     def init_cache(self, batch: int, height: int, width: int) -> Cache:
         """Zeros, as before the first frame; height and width are those of the input."""
         return ()
+
+    def settled(self, frame: int) -> int:
+        """As CausalConv3d.settled: frames are counted from 0, the clip's first."""
+        return frame
 
     def __call__(self, x: jax.Array, cache: Cache, *, first: bool) -> tuple[jax.Array, Cache]:
         raise NotImplementedError
@@ -184,6 +193,9 @@ class ResidualBlock(Block):
 
     def init_cache(self, batch: int, height: int, width: int) -> Cache:
         return self.conv1.init_cache(batch, height, width), self.conv2.init_cache(batch, height, width)
+
+    def settled(self, frame: int) -> int:
+        return self.conv2.settled(self.conv1.settled(frame))
 
     def __call__(self, x: jax.Array, cache: Cache, *, first: bool) -> tuple[jax.Array, Cache]:
         past1, past2 = cache
@@ -216,9 +228,13 @@ class Downsample(Block):
         make = functools.partial(CausalConv3d, size=(3, 1, 1), stride=2, config=config, rngs=rngs)
         self.conv = Conv2d(features, features, stride=2, config=config, rngs=rngs)
         self.time_conv = make(features, features) if temporal else None
+        self.stride = 2 if temporal else 1
 
     def init_cache(self, batch: int, height: int, width: int) -> Cache:
         return () if self.time_conv is None else self.time_conv.init_cache(batch, height // 2, width // 2)
+
+    def settled(self, frame: int) -> int:
+        return frame if self.time_conv is None else self.time_conv.settled(frame)
 
     def __call__(self, x: jax.Array, cache: Cache, *, first: bool) -> tuple[jax.Array, Cache]:
         x = self.conv(x)
@@ -275,15 +291,20 @@ class Coder(nnx.Module):
             height, width = int(height * block.scale), int(width * block.scale)
         return conv_in, blocks, self.conv_out.init_cache(batch, height, width)
 
-    def __call__(self, x: jax.Array, cache: Cache, *, first: bool) -> tuple[jax.Array, Cache]:
+    def __call__(
+        self, x: jax.Array, cache: Cache, *, first: bool, part: range | None = None
+    ) -> tuple[jax.Array, Cache]:
+        """part (static): run these blocks only; the first one brings conv_in along and the last one conv_out."""
         past_in, pasts, past_out = cache
-        x, past_in = self.conv_in(x, past_in)
-        after = []
-        for block, past in zip(self.blocks, pasts, strict=True):
-            x, past = block(x, past, first=first)
-            after.append(past)
-        x, past_out = self.conv_out(jax.nn.silu(self.norm(x)), past_out)
-        return x, (past_in, after, past_out)
+        blocks, pasts = self.blocks, list(pasts)
+        part = range(len(blocks)) if part is None else part
+        if part.start == 0:
+            x, past_in = self.conv_in(x, past_in)
+        for i in part:
+            x, pasts[i] = blocks[i](x, pasts[i], first=first)
+        if part.stop == len(blocks):
+            x, past_out = self.conv_out(jax.nn.silu(self.norm(x)), past_out)
+        return x, (past_in, pasts, past_out)
 
 
 class Encoder(Coder):
@@ -307,6 +328,13 @@ class Encoder(Coder):
     @property
     def blocks(self) -> list[Block]:
         return [*self.downsamples, *self.middle]
+
+    @property
+    def stages(self) -> list[range]:
+        """The blocks by resolution: each Downsample ends a part of them."""
+        blocks = self.blocks
+        ends = [i + 1 for i, block in enumerate(blocks) if isinstance(block, Downsample)]
+        return [range(start, stop) for start, stop in itertools.pairwise((0, *ends, len(blocks)))]
 
 
 class Decoder(Coder):
@@ -357,9 +385,18 @@ class WanVAE(nnx.Module):
         """The cache before the first latent: zeros. height and width in latents, an eighth of the pixels."""
         return self.decoder.init_cache(batch, height, width)
 
-    def encode_chunk(self, video: jax.Array, cache: Cache, *, first: bool) -> tuple[jax.Array, Cache]:
-        """video `[b, 4n, h, w, 3]` in [-1, 1] to latents, float32 `[b, n, h/8, w/8, z_dim]`, and cache."""
-        x, cache = self.encoder(video.astype(self.config.dtype), cache, first=first)
+    def encode_chunk(
+        self, video: jax.Array, cache: Cache, *, first: bool, stage: int | None = None
+    ) -> tuple[jax.Array, Cache]:
+        """video `[b, 4n, h, w, 3]` in [-1, 1] to latents, float32 `[b, n, h/8, w/8, z_dim]`, and cache.
+
+        stage (static): go through this one of the encoder's stages only, from what the one before it gave.
+        """
+        stages = self.encoder.stages
+        part = None if stage is None else stages[stage]
+        x, cache = self.encoder(video.astype(self.config.dtype), cache, first=first, part=part)
+        if part and part != stages[-1]:
+            return x, cache
         mu = self.quant(x)[..., : self.config.z_dim].astype(jnp.float32)
         mean, std = self.statistics(mu)
         return (mu - mean) / std, cache

@@ -1,0 +1,82 @@
+"""What an image-to-video network is given of its images: a mask and latents, for all frames of the video.
+
+The clip to encode is the image, then grey (0) up to the end, or up to a last image. B is 1 here: one condition serves
+all samples. Latents are `b t h w c`. Source: TurboDiffusion, inference/wan2.2_i2v_infer.py.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from turbojax.errors import UserError
+from turbojax.models.vae import Cache, VAEConfig, WanVAE, check_video
+
+
+def condition(vae: WanVAE, image: np.ndarray, *, num_frames: int, last_image: np.ndarray | None = None) -> jax.Array:
+    """Mask and latents, float32 `[1, 1 + n, h/8, w/8, 4 + z_dim]`, the network's `y`.
+
+    image, last_image: `[h, w, 3]` in [-1, 1]. num_frames: 1 + 4n.
+    """
+    latents = encode_still(vae, image, num_frames=num_frames, last_image=last_image)
+    return jnp.concatenate((mask(latents.shape, vae.config, last=last_image is not None), latents), axis=-1)
+
+
+def mask(shape: tuple[int, ...], config: VAEConfig, *, last: bool) -> jax.Array:
+    """1 where a frame is given, a channel for each of a latent's frames (4 times the first one), in float32."""
+    given = np.zeros((*shape[:-1], config.temporal_factor), np.float32)
+    given[:, 0] = 1
+    if last:
+        given[:, -1, ..., -1] = 1
+    return jnp.asarray(given)
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "first", "stage"), donate_argnames="cache")
+def encode_stage(graph, state, x: jax.Array, cache: Cache, *, first: bool, stage: int) -> tuple[jax.Array, Cache]:
+    return nnx.merge(graph, state).encode_chunk(x, cache, first=first, stage=stage)
+
+
+def encode_still(vae: WanVAE, image: np.ndarray, *, num_frames: int, last_image: np.ndarray | None = None) -> jax.Array:
+    """Latents of the clip of an image and grey frames, as `turbojax.models.vae.encode` gives them, for less work.
+
+    The encoder looks back only, so some time after the image each of its stages gives the same for every chunk. From
+    there on the stage is passed over and its result used again; only the smallest resolution runs to the end. Of the
+    20 chunks of 80 grey frames the first stage computes 4, the second 6, the third 11.
+    """
+    clip = jnp.asarray(image, vae.config.dtype)[None, None]
+    check_video((1, num_frames, *clip.shape[2:]), vae.config)
+    factor = vae.config.temporal_factor
+    grey = jnp.zeros((1, factor, *clip.shape[2:]), clip.dtype)
+    chunks = [clip] + [grey] * ((num_frames - 1) // factor)
+    if last_image is not None:
+        if clip.shape[2:] != last_image.shape or len(chunks) == 1:
+            raise UserError("a last image needs the size of the first, and more than one frame")
+        chunks[-1] = grey.at[:, -1].set(jnp.asarray(last_image, clip.dtype)[None])
+    graph, state = nnx.split(vae)
+    cache = vae.init_encode_cache(1, *clip.shape[2:4])
+    settled = settled_chunks(vae)
+    results: list[Any] = [None] * len(settled)
+    latents = []
+    for i, x in enumerate(chunks):
+        ends = last_image is not None and i == len(chunks) - 1
+        for stage, final in enumerate(settled):
+            if i <= final or ends:
+                results[stage], cache = encode_stage(graph, state, x, cache, first=i == 0, stage=stage)
+            x = results[stage]
+        latents.append(x)
+    return jnp.concatenate(latents, axis=1)
+
+
+def settled_chunks(vae: WanVAE) -> list[int]:
+    """For each stage of the encoder, the chunk from which on its result repeats; chunk 0 is the image."""
+    encoder, rate, chunks = vae.encoder, vae.config.temporal_factor, []
+    frame = encoder.conv_in.settled(1)
+    for stage in encoder.stages:
+        for block in (encoder.blocks[i] for i in stage):
+            frame = block.settled(frame)
+            rate //= block.stride
+        chunks.append(1 - -(frame - 1) // rate)
+    return chunks
