@@ -133,8 +133,9 @@ def test_converted(tmp_path, file, model, output):
 
 
 @pytest.mark.parametrize("arrange", [official, diffusers], ids=lambda f: f.__name__)
-def test_image_to_video_with_clip(tmp_path, arrange):
-    config = small(in_channels=36, clip_dim=128)
+@pytest.mark.parametrize("images", [1, 2])
+def test_image_to_video_with_clip(tmp_path, arrange, images):
+    config = small(in_channels=36, clip_dim=128, clip_images=images)
     path = save(tmp_path / "i2v.safetensors", arrange(turbo(config)))
     assert open_wan(path).config == dataclasses.replace(config, dtype=jnp.bfloat16)
     expected = load_wan(save(tmp_path / "turbo.pth", turbo(config)), dtype=jnp.float32)

@@ -35,6 +35,8 @@ AttentionType = Literal["original", "sla", "sagesla"]
 # Block sizes (queries, keys) that TurboDiffusion's published checkpoints run with: SageSLA's are those on Hopper.
 BLOCKS: dict[str, tuple[int, int]] = {"original": (0, 0), "sla": (128, 64), "sagesla": (64, 128)}
 
+CLIP_TOKENS = 257  # of an image
+
 Table = tuple[jax.Array, jax.Array]
 Activation = jax.Array | Quantized
 
@@ -45,6 +47,7 @@ class WanConfig:
 
     in_channels: latent channels (16), with mask (4) and condition latent (16) put behind them for image to video.
     clip_dim: width of the CLIP image tokens (Wan 2.1 image to video), None without.
+    clip_images: images whose tokens it takes: 2 for the model of a first and a last frame.
     attention_type: self-attention: "original" (dense), "sla", or "sagesla" (int8 and float8, forward only).
     sla_topk, sla_blocks: share of key blocks, and rows of query and key blocks (None: as published).
     sage_values: how SageSLA multiplies with v, see `turbojax.kernels.sage`.
@@ -62,6 +65,7 @@ class WanConfig:
     text_dim: int = 4096
     text_len: int = 512
     clip_dim: int | None = None
+    clip_images: int = 1
     eps: float = 1e-6
     attention_type: AttentionType = "original"
     sla_topk: float = 0.1
@@ -154,7 +158,7 @@ class CrossAttention(nnx.Module):
             self.norm_k_img = RMSNorm(config.dim, eps=config.eps)
 
     def __call__(self, x: jax.Array, text: jax.Array, image: jax.Array | None) -> jax.Array:
-        """x `[B, L, D]`, text `[B, 512, D]`, image `[B, 257, D]` or None to `[B, L, D]`."""
+        """x `[B, L, D]`, text `[B, 512, D]`, image `[B, 257 or 514, D]` or None to `[B, L, D]`."""
         heads = self.config.num_heads
         q = split_heads(self.norm_q(self.q(x)), heads)
         keys = self.k.prepare(text)
@@ -208,7 +212,7 @@ class Block(nnx.Module):
 
 
 class ImageEmbedding(nnx.Module):
-    """CLIP tokens `[B, 257, clip_dim]` to `[B, 257, D]`."""
+    """CLIP tokens `[B, 257, clip_dim]` to `[B, 257, D]`; those of two images one after the other, with positions."""
 
     def __init__(self, config: WanConfig, *, rngs: nnx.Rngs):
         width, dim = config.clip_dim, config.dim
@@ -216,8 +220,12 @@ class ImageEmbedding(nnx.Module):
         self.norm_in, self.norm_out = LayerNorm(width, eps=1e-5), LayerNorm(dim, eps=1e-5)
         exact_gelu = lambda x: jax.nn.gelu(x, approximate=False)  # noqa: E731
         self.mlp = MLP((width, width, dim), exact_gelu, dtype=config.dtype, rngs=rngs)
+        tokens = config.clip_images * CLIP_TOKENS
+        self.positions = nnx.Param(jnp.zeros((tokens, width), config.dtype)) if config.clip_images > 1 else None
 
     def __call__(self, clip: jax.Array) -> jax.Array:
+        if self.positions is not None:
+            clip = clip + self.positions[...].astype(clip.dtype)[None]
         return self.norm_out(self.mlp(self.norm_in(clip)))
 
 
@@ -271,7 +279,7 @@ class WanModel(nnx.Module):
         timesteps: float32 `[B]` in 0..1000.
         text: text embedding `[B, 512, text_dim]`, zero rows past the prompt's end.
         y: mask and condition latents `[B, T, H, W, 20]` (image to video).
-        clip: CLIP tokens `[B, 257, clip_dim]` (Wan 2.1 image to video).
+        clip: CLIP tokens `[B, 257, clip_dim]`, of two images 514 (Wan 2.1 image to video).
         """
         self.check(x, y, clip)
         dtype = self.config.dtype
@@ -306,6 +314,9 @@ class WanModel(nnx.Module):
             raise UserError(f"the model takes {c.in_channels} latent channels (condition included), not {channels}")
         if (clip is None) != (c.clip_dim is None):
             raise UserError(f"clip tokens were {'not ' if clip is None else ''}given to a model with {c.clip_dim=}")
+        if clip is not None and clip.shape[1] != c.clip_images * CLIP_TOKENS:
+            tokens = c.clip_images * CLIP_TOKENS
+            raise UserError(f"{clip.shape[1]} clip tokens were given and the model takes {tokens}, those of its images")
         for size, patch in zip(x.shape[1:4], c.patch, strict=True):
             if size % patch:
                 raise UserError(f"latents of shape {x.shape[1:4]} do not divide into patches of {c.patch}")

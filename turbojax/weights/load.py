@@ -24,12 +24,14 @@ from tqdm import tqdm
 
 from turbojax.errors import CheckpointError
 from turbojax.kernels import int8
+from turbojax.models.clip import CLIPConfig, CLIPVision
 from turbojax.models.umt5 import UMT5Config, UMT5Encoder
 from turbojax.models.vae import VAEConfig, WanVAE
 from turbojax.models.wan import WanConfig, WanModel
+from turbojax.weights.clip import clip_rules, clip_tensors, detect_clip_config
 from turbojax.weights.files import CONVERTED
 from turbojax.weights.io import file_metadata, load_orbax, read_tensors, release
-from turbojax.weights.published import Layout, umt5_layout, vae_layout, wan_layout
+from turbojax.weights.published import Layout, clip_layout, umt5_layout, vae_layout, wan_layout
 from turbojax.weights.rules import Entry, Rule, assign, describe, relaid, rename, shorten
 from turbojax.weights.umt5 import detect_umt5_config, token_table, umt5_rules
 from turbojax.weights.vae import detect_vae_config, vae_rules
@@ -397,6 +399,15 @@ def open_umt5(path: str | os.PathLike, *, dtype: Any = jnp.bfloat16) -> PlainChe
         return check_plain(skeleton, tensors, umt5_rules(tensors), umt5_layout(config))
 
 
+def open_clip(path: str | os.PathLike, *, dtype: Any = jnp.float16) -> PlainCheckpoint:
+    """Opens a CLIP image encoder, official or transformers' names; raises CheckpointError as the others do."""
+    tensors = read_tensors(path)
+    with naming(path):
+        config: CLIPConfig = dataclasses.replace(detect_clip_config(tensors), dtype=dtype)
+        skeleton = Skeleton.of(lambda: CLIPVision(config, rngs=nnx.Rngs(0)))
+        return check_plain(skeleton, clip_tensors(tensors, config.num_layers), clip_rules(tensors), clip_layout(config))
+
+
 def check_plain(
     skeleton: Skeleton, tensors: Mapping[str, np.ndarray], rules: Iterable[Rule], layout: Layout
 ) -> PlainCheckpoint:
@@ -414,6 +425,11 @@ def load_umt5(path: str | os.PathLike, *, dtype: Any = jnp.bfloat16) -> tuple[UM
     """Loads a umT5 encoder; returns it and its token table `[vocab, D]`, which stays in the memory-mapped file."""
     encoder = load_plain(open_umt5(path, dtype=dtype), what=Path(path).name)
     return encoder, token_table(read_tensors(path))
+
+
+def load_clip(path: str | os.PathLike, *, dtype: Any = jnp.float16) -> CLIPVision:
+    """Loads a CLIP image encoder, official or transformers' names."""
+    return load_plain(open_clip(path, dtype=dtype), what=Path(path).name)
 
 
 def load_plain(checkpoint: PlainCheckpoint, *, what: str) -> Any:
