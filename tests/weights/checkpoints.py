@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from turbojax.models.wan import WanConfig
 from turbojax.weights.io import write_pth, write_safetensors
@@ -79,6 +80,12 @@ def diffusers(tensors: Tensors) -> Tensors:
             name = name.replace(ours, theirs)
         renamed[name] = tensor
     return renamed
+
+
+def parameters(model: nnx.Module) -> dict[str, np.ndarray]:
+    """A module's arrays by dotted path."""
+    flat = nnx.to_flat_state(nnx.state(model))
+    return {".".join(map(str, path)): np.asarray(variable.get_value()) for path, variable in flat}
 
 
 def save(path: Path, tensors: Tensors, **metadata: str) -> Path:

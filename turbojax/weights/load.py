@@ -10,7 +10,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,6 +31,7 @@ from turbojax.models.wan import WanConfig, WanModel
 from turbojax.weights.clip import clip_rules, clip_tensors, detect_clip_config
 from turbojax.weights.files import CONVERTED
 from turbojax.weights.io import file_metadata, load_orbax, read_tensors, release
+from turbojax.weights.lora import Changes, Expert, LoRA, merge, read_loras
 from turbojax.weights.published import Layout, clip_layout, umt5_layout, vae_layout, wan_layout
 from turbojax.weights.rules import Entry, Rule, assign, describe, relaid, rename, shorten
 from turbojax.weights.umt5 import detect_umt5_config, token_table, umt5_rules
@@ -163,11 +164,14 @@ def load_wan(
     sla_topk: float | None = None,
     sage_values: str | None = None,
     dtype: Any = jnp.bfloat16,
+    loras: Sequence[LoRA] = (),
+    expert: Expert | None = None,
 ) -> WanModel:
     """Loads a transformer; options that are None follow the checkpoint.
 
     quant_linear: True quantizes a bfloat16 checkpoint while it loads, False dequantizes an int8 one.
     quant_scheme: a name of `int8.QUANT_SCHEMES`; "block128" unless the checkpoint has another.
+    loras: merged in float32, before quantization. expert: which of two networks this is, as far as they are concerned.
     """
     options: dict[str, Any] = dict(
         quant_linear=quant_linear,
@@ -178,15 +182,16 @@ def load_wan(
         dtype=dtype,
     )
     if is_converted(path):
-        return load_converted(Path(path), options)
-    return build_wan(open_wan(path), **options)
+        return load_converted(Path(path), options, loras, expert)
+    checkpoint = open_wan(path)
+    return build_wan(checkpoint, read_loras(loras, checkpoint.config, expert=expert), **options)
 
 
-def build_wan(checkpoint: WanCheckpoint, **options: Any) -> WanModel:
-    """The network of a checked checkpoint; options as `load_wan` takes them."""
+def build_wan(checkpoint: WanCheckpoint, changes: Changes | None = None, **options: Any) -> WanModel:
+    """The network of a checked checkpoint, with the changes of LoRAs; options as `load_wan` takes them."""
     config = with_options(checkpoint.config, **options)
     skeleton = wan_skeleton(config)
-    model = skeleton.fill(place(skeleton, Pieces(checkpoint, config), what=checkpoint.what))
+    model = skeleton.fill(place(skeleton, Pieces(checkpoint, config, changes or {}), what=checkpoint.what))
     log_quantization(checkpoint.config, config, skeleton)
     return model
 
@@ -211,16 +216,20 @@ def log_quantization(stored: WanConfig, config: WanConfig, skeleton: Skeleton) -
 
 @dataclasses.dataclass(frozen=True)
 class Pieces:
-    """The checkpoint's tensors in the form that a configuration wants: quantized, dequantized, with or without SLA."""
+    """The tensors in the form that a configuration wants: quantized, dequantized, with or without SLA, with LoRAs."""
 
     checkpoint: WanCheckpoint
     config: WanConfig
+    changes: Changes = dataclasses.field(default_factory=dict)
 
     def __call__(self, entry: Entry) -> Any:
         if ".proj_l." in entry.target and entry not in self.checkpoint.tensors:
             return self.untrained_projection(entry)
         linear = QUANTIZED.fullmatch(entry.target)
-        if linear is None or scheme(self.checkpoint.config) == scheme(self.config):
+        if linear is None:
+            return self.changed(entry, self.checkpoint.tensors[entry])
+        merges = Entry(f"{linear['name']}.weight", entry.layer) in self.changes
+        if not merges and scheme(self.checkpoint.config) == scheme(self.config):
             return self.checkpoint.tensors[entry]
         weight = self.weight(linear["name"], entry.layer)
         if self.config.quant is None:
@@ -233,10 +242,15 @@ class Pieces:
 
     def weight(self, name: str, layer: int | None) -> Any:
         """A linear layer's weight as numbers."""
-        stored = self.checkpoint.tensors[Entry(f"{name}.weight", layer)]
-        if self.checkpoint.config.quant is None:
-            return stored
-        return dequantize_weight(stored, self.checkpoint.tensors[Entry(f"{name}.scale", layer)])
+        entry = Entry(f"{name}.weight", layer)
+        stored = self.checkpoint.tensors[entry]
+        if self.checkpoint.config.quant is not None:
+            stored = dequantize_weight(stored, self.checkpoint.tensors[Entry(f"{name}.scale", layer)])
+        return self.changed(entry, stored)
+
+    def changed(self, entry: Entry, stored: Any) -> Any:
+        changes = self.changes.get(entry)
+        return merge(stored, changes) if changes else stored
 
     def untrained_projection(self, entry: Entry) -> np.ndarray:
         if entry == Entry("blocks.self_attn.proj_l.weight", 0):
@@ -325,7 +339,9 @@ def stack_on_device(spec: jax.ShapeDtypeStruct, values: Iterator[tuple[int | Non
     return array
 
 
-def load_converted(path: Path, options: dict[str, Any]) -> WanModel:
+def load_converted(
+    path: Path, options: dict[str, Any], loras: Sequence[LoRA] = (), expert: Expert | None = None
+) -> WanModel:
     """Loads a transformer that `scripts/convert.py --format=orbax` wrote, straight to the device where it fits."""
     try:
         fields = json.loads((path / CONVERTED).read_text())
@@ -342,7 +358,8 @@ def load_converted(path: Path, options: dict[str, Any]) -> WanModel:
         raise CheckpointError(f"{path / CONVERTED} is damaged: {error}; convert the checkpoint again") from error
     config = with_options(stored, **options)
     skeleton = wan_skeleton(stored)
-    if wan_skeleton(config).specs == skeleton.specs:
+    additions = read_loras(loras, stored, expert=expert)
+    if not additions and wan_skeleton(config).specs == skeleton.specs:
         device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
         return wan_skeleton(config).fill(load_arrays(path, skeleton, device))
     arrays = load_arrays(path, skeleton, None)
@@ -350,7 +367,7 @@ def load_converted(path: Path, options: dict[str, Any]) -> WanModel:
         entry: arrays[entry.target] if entry.layer is None else arrays[entry.target][entry.layer]
         for entry in skeleton.entries()
     }
-    return build_wan(WanCheckpoint(stored, tensors, path.name), **options)
+    return build_wan(WanCheckpoint(stored, tensors, path.name), additions, **options)
 
 
 def load_arrays(path: Path, skeleton: Skeleton, sharding: jax.sharding.Sharding | None) -> dict[str, Any]:
