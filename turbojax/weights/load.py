@@ -64,6 +64,10 @@ class Skeleton(NamedTuple):
                 out[Entry(name, None)] = spec
         return out
 
+    def abstract(self) -> Any:
+        """The module with shapes and dtypes in place of its parameters, to trace and compile with."""
+        return nnx.merge(self.graph, nnx.from_flat_state(list(self.variables.items())))
+
     def fill(self, arrays: Mapping[str, jax.Array]) -> Any:
         """The module with these arrays as its parameters."""
         flat = [(path, variable.replace(arrays[dotted(path)])) for path, variable in self.variables.items()]
@@ -339,10 +343,12 @@ def stack_on_device(spec: jax.ShapeDtypeStruct, values: Iterator[tuple[int | Non
     return array
 
 
-def load_converted(
-    path: Path, options: dict[str, Any], loras: Sequence[LoRA] = (), expert: Expert | None = None
-) -> WanModel:
-    """Loads a transformer that `scripts/convert.py --format=orbax` wrote, straight to the device where it fits."""
+def read_config(path: str | os.PathLike) -> WanConfig:
+    """The configuration of a transformer as it is stored; names and shapes are read and checked, no weights."""
+    return converted_config(Path(path)) if is_converted(path) else open_wan(path).config
+
+
+def converted_config(path: Path) -> WanConfig:
     try:
         fields = json.loads((path / CONVERTED).read_text())
         quant = int8.QuantConfig(**fields["quant"]) if fields["quant"] else None
@@ -353,9 +359,16 @@ def load_converted(
             "dtype": jnp.dtype(fields["dtype"]),
             "quant": quant,
         }
-        stored = WanConfig(**(fields | changes))
+        return WanConfig(**(fields | changes))
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{path / CONVERTED} is damaged: {error}; convert the checkpoint again") from error
+
+
+def load_converted(
+    path: Path, options: dict[str, Any], loras: Sequence[LoRA] = (), expert: Expert | None = None
+) -> WanModel:
+    """Loads a transformer that `scripts/convert.py --format=orbax` wrote, straight to the device where it fits."""
+    stored = converted_config(path)
     config = with_options(stored, **options)
     skeleton = wan_skeleton(stored)
     additions = read_loras(loras, stored, expert=expert)
