@@ -1,7 +1,8 @@
-"""Makes a video from a prompt.
+"""Makes a video from a prompt, or from an image and a prompt.
 
     python scripts/generate.py --config=configs/demo.py
     python scripts/generate.py --config=configs/wan1_3b.py --config.prompt="A cat surfing a wave" --config.seed=1
+    python scripts/generate.py --config=configs/wan22_i2v_quant.py --config.image=cat.jpg --config.prompt="It jumps"
 
 Every setting of a configuration can be changed as --config.NAME=VALUE:
 """
@@ -11,16 +12,19 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from turbojax import TurboVideoPipeline, UserError, cli
 from turbojax.config import SETTINGS, describe_settings
 from turbojax.demo import demo_folder
+from turbojax.image import read_image
 from turbojax.models.tokenizer import Tokenizer
 from turbojax.models.vae import VAEConfig
-from turbojax.pipeline import check_seed, latent_shape, make_sampler
+from turbojax.pipeline import check_seed, latent_shape, make_sampler, video_shape
 from turbojax.video import check_fps, check_path, make_parent, video_size
+from turbojax.weights.lora import Expert, LoRA
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "file of settings, see configs/", lock_config=True)
 
@@ -28,7 +32,7 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "file of settings, see 
 # Settings that the pipeline's call takes by the same names; height and width may come from elsewhere.
 CALL_SETTINGS = (
     *("prompt", "negative_prompt", "num_samples", "seed", "num_frames", "sampler", "num_inference_steps"),
-    *("sigma_max", "ode", "guidance_scale", "shift"),
+    *("sigma_max", "ode", "guidance_scale", "shift", "background", "adaptive_size"),
 )
 
 
@@ -48,9 +52,11 @@ def generate(config: ConfigDict) -> list[Path]:
     """Loads the pipeline, makes the videos and returns the files written."""
     make_parent(check_path(config.output))
     width, height = check_settings(config)
-    settings = {name: config[name] for name in CALL_SETTINGS} | {"width": width, "height": height}
+    images = read_pictures(config)
+    settings = {name: config[name] for name in CALL_SETTINGS} | {"width": width, "height": height} | images
     pipe = load_pipeline(config, prepare=settings)
-    logging.info("Making %d x %d, %d frames, seed %d: %s", width, height, config.num_frames, config.seed, config.prompt)
+    shown = video_shape(width, height, list(images.values())[:1] if config.adaptive_size else [])
+    logging.info("Making %d x %d, %d frames, seed %d: %s", *shown, config.num_frames, config.seed, config.prompt)
     written = pipe(**settings, output=config.output, fps=config.fps).files
     logging.info("Wrote %s", ", ".join(str(path) for path in written[:4]) + (" ..." if len(written) > 4 else ""))
     return written
@@ -68,6 +74,27 @@ def check_settings(config: ConfigDict) -> tuple[int, int]:
     return width, height
 
 
+def read_pictures(config: ConfigDict) -> dict[str, np.ndarray]:
+    """The images that are given, read before the weights are: a bad file shows at once."""
+    if config.last_image and not config.image:
+        raise UserError("last_image needs an image to start from; give --config.image=FILE")
+    named = {name: config[name] for name in ("image", "last_image") if config[name]}
+    paths = {name: demo_folder(image=True) / "image.png" if path == "demo" else path for name, path in named.items()}
+    return {name: read_image(path, background=config.background) for name, path in paths.items()}
+
+
+def loras(config: ConfigDict) -> list[LoRA]:
+    named: tuple[tuple[str | None, Expert | None], ...] = (
+        *((config.lora, None), (config.lora_high, "high"), (config.lora_low, "low")),
+    )
+    return [
+        LoRA(path.strip(), config.lora_strength, expert)
+        for paths, expert in named
+        for path in (paths or "").split(",")
+        if path.strip()
+    ]
+
+
 def load_pipeline(config: ConfigDict, *, prepare: dict[str, Any] | None = None) -> TurboVideoPipeline:
     if config.dtype not in ("bfloat16", "float32"):
         raise UserError(f"dtype={config.dtype!r} is unknown; choose bfloat16 or float32")
@@ -78,6 +105,7 @@ def load_pipeline(config: ConfigDict, *, prepare: dict[str, Any] | None = None) 
         "sla_topk": config.sla_topk,
         "sage_values": config.sage_values,
         "dtype": jnp.dtype(config.dtype),
+        "resident_experts": config.resident_experts,
         "prepare": prepare,
     }
     if config.weights == "random":
@@ -85,14 +113,18 @@ def load_pipeline(config: ConfigDict, *, prepare: dict[str, Any] | None = None) 
         return TurboVideoPipeline.random(config.model, tokenizer, **options)
     if not config.weights:
         raise UserError("no weights; give --config.weights= a file, a folder, a Hugging Face repository, or random")
-    weights = str(demo_folder()) if config.weights == "demo" else config.weights
-    if jax.default_backend() == "cpu" and config.weights != "demo":
+    demo = {"demo": False, "demo-i2v": True}.get(config.weights)
+    weights = config.weights if demo is None else str(demo_folder(image=demo))
+    if jax.default_backend() == "cpu" and demo is None:
         logging.warning("No GPU was found; a real model takes hours on a CPU (pip install turbojax[cuda12])")
     return TurboVideoPipeline.from_pretrained(
         weights,
         vae=config.vae,
         text_encoder=config.text_encoder,
         tokenizer=config.tokenizer,
+        image_encoder=config.image_encoder,
+        loras=loras(config),
+        boundary=config.boundary,
         cache_prompts=config.cache_prompts,
         **options,
     )

@@ -1,5 +1,6 @@
 """The encoding of an image and grey frames: the same as that of the whole clip, for less work."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ def test_settled_chunks_are_the_first_ones_that_repeat(vae, images):
     settled = condition.settled_chunks(vae)
     assert settled == [4, 6, 11, 27]
     graph, state = nnx.split(vae)
-    cache = vae.init_encode_cache(1, HEIGHT, WIDTH)
+    cache = None
     results: list[list[np.ndarray]] = [[] for _ in settled]
     for i in range(settled[2] + 2):
         x = jnp.asarray(images[:1, None]) if i == 0 else jnp.zeros((1, 4, HEIGHT, WIDTH, 3))
@@ -73,3 +74,19 @@ def test_errors(vae, images):
     for frames, last in ((1, images[1]), (9, images[1, :8])):
         with pytest.raises(UserError, match="last image"):
             condition.encode_still(vae, images[0], num_frames=frames, last_image=last)
+
+
+def test_compiled_ahead(vae, images):
+    """What `compile_still` compiled is found again: XLA has nothing more to do for the stages."""
+    condition.compile_still(vae, 16, 16)
+    compiled: list[str] = []
+
+    def listen(event: str, duration: float, **details) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(details.get("fun_name", event))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    condition.encode_still(vae, images[0, :, :16], num_frames=9)
+    assert not [name for name in compiled if "encode_stage" in name]
+    condition.encode_still(vae, images[0, :, :8], num_frames=9)
+    assert [name for name in compiled if "encode_stage" in name]

@@ -33,7 +33,7 @@ def assert_equal(ours: list, theirs: list):
 @pytest.mark.parametrize("config", [PLAIN, INT8], ids=["float", "int8"])
 @pytest.mark.parametrize("room", [0, 200_000, 2**40], ids=["no_room", "some_room", "room"])
 def test_one_at_a_time(config, room):
-    experts = Experts(resident=False, room=room)
+    experts = Experts(resident=False)
     expected = {}
     for name, seed in (("low", 1), ("high", 2)):
         model = network(config, seed)
@@ -46,7 +46,7 @@ def test_one_at_a_time(config, room):
         model = experts.bring(name)
         assert_equal(numbers(model), expected[name])
         assert experts.bytes_by_place() == {"device": one, "host": 2 * one if both_on_host else one}
-        experts.prefetch(following)
+        experts.prefetch(following, room)
         extra = experts.bytes_by_place()["device"] - one
         assert extra <= room
         assert (extra == one) == (room > one and following != name)
@@ -64,14 +64,12 @@ def test_both_stay():
 
 
 def test_steps():
+    assert Experts.of(network(PLAIN, 1)).parts(RCM(4, 200.0)) == [("high", (0, 4))]
     experts = Experts()
-    experts.add("high", network(PLAIN, 1))
-    assert experts.parts(RCM(4, 200.0)) == [("high", 0, 4)]
-    experts.add("low", network(PLAIN, 2))
-    assert experts.parts(RCM(4, 200.0)) == [("high", 0, 2), ("low", 2, 4)]
-    assert experts.parts(RCM(1, 200.0)) == [("high", 0, 1)]
-    assert experts.parts(RCM(1, 1.0)) == [("low", 0, 1)]
-    assert experts.parts(RCM(4, 200.0), boundary=0.8) == [("high", 0, 3), ("low", 3, 4)]
+    assert experts.parts(RCM(4, 200.0)) == [("high", (0, 2)), ("low", (2, 4))]
+    assert experts.parts(RCM(1, 200.0)) == [("high", (0, 1))]
+    assert experts.parts(RCM(1, 1.0)) == [("low", (0, 1))]
+    assert Experts(boundary=0.8).parts(RCM(4, 200.0)) == [("high", (0, 3)), ("low", (3, 4))]
 
 
 def test_different_kinds():

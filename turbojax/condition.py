@@ -5,6 +5,7 @@ all samples. Latents are `b t h w c`. Source: TurboDiffusion, inference/wan2.2_i
 """
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,7 +14,33 @@ import numpy as np
 from flax import nnx
 
 from turbojax.errors import UserError
+from turbojax.image import resize, to_unit
+from turbojax.models.clip import CLIPVision, clip_dtype, encode_image
 from turbojax.models.vae import Cache, VAEConfig, WanVAE, check_video
+from turbojax.models.wan import CLIP_TOKENS, WanConfig
+
+
+def image_inputs(
+    vae: WanVAE, clip: CLIPVision | None, images: Sequence[np.ndarray], *, num_frames: int, width: int, height: int
+) -> dict[str, jax.Array]:
+    """`y`, and `clip` where there is an image encoder.
+
+    images: uint8 `[H, W, 3]` of any size, for the first frame or for the first and the last.
+    """
+    frames = [to_unit(resize(image, width, height)) for image in images]
+    inputs = {"y": condition(vae, frames[0], num_frames=num_frames, last_image=frames[1] if frames[1:] else None)}
+    if clip is not None:
+        inputs["clip"] = jnp.concatenate([encode_image(clip, image) for image in images], axis=1)
+    return inputs
+
+
+def image_shapes(config: WanConfig, vae: VAEConfig, shape: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of `image_inputs` for latents `[B, t, h, w, c]`."""
+    y = jax.ShapeDtypeStruct((1, *shape[1:-1], vae.temporal_factor + vae.z_dim), jnp.float32)
+    if not config.clip_dim:
+        return {"y": y}
+    tokens = (1, config.clip_images * CLIP_TOKENS, config.clip_dim)
+    return {"y": y, "clip": jax.ShapeDtypeStruct(tokens, clip_dtype(config.dtype))}
 
 
 def condition(vae: WanVAE, image: np.ndarray, *, num_frames: int, last_image: np.ndarray | None = None) -> jax.Array:
@@ -35,8 +62,25 @@ def mask(shape: tuple[int, ...], config: VAEConfig, *, last: bool) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "first", "stage"), donate_argnames="cache")
-def encode_stage(graph, state, x: jax.Array, cache: Cache, *, first: bool, stage: int) -> tuple[jax.Array, Cache]:
-    return nnx.merge(graph, state).encode_chunk(x, cache, first=first, stage=stage)
+def encode_stage(
+    graph, state, x: jax.Array, cache: Cache | None, *, first: bool, stage: int
+) -> tuple[jax.Array, Cache]:
+    """One stage of the encoder for a chunk; cache None before all else."""
+    vae = nnx.merge(graph, state)
+    cache = vae.init_encode_cache(x.shape[0], *x.shape[2:4]) if cache is None else cache
+    return vae.encode_chunk(x, cache, first=first, stage=stage)
+
+
+def compile_still(vae: WanVAE, height: int, width: int) -> None:
+    """Compiles what `encode_still` runs for an image of this size; vae may be abstract."""
+    graph, state = nnx.split(vae)
+    cache = None
+    for frames in (1, vae.config.temporal_factor):
+        x = jax.ShapeDtypeStruct((1, frames, height, width, 3), vae.config.dtype)
+        for stage in range(len(vae.encoder.stages)):
+            lowered = encode_stage.lower(graph, state, x, cache, first=frames == 1, stage=stage)
+            lowered.compile()
+            x, cache = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), lowered.out_info)
 
 
 def encode_still(vae: WanVAE, image: np.ndarray, *, num_frames: int, last_image: np.ndarray | None = None) -> jax.Array:
@@ -56,7 +100,7 @@ def encode_still(vae: WanVAE, image: np.ndarray, *, num_frames: int, last_image:
             raise UserError("a last image needs the size of the first, and more than one frame")
         chunks[-1] = grey.at[:, -1].set(jnp.asarray(last_image, clip.dtype)[None])
     graph, state = nnx.split(vae)
-    cache = vae.init_encode_cache(1, *clip.shape[2:4])
+    cache = None
     settled = settled_chunks(vae)
     results: list[Any] = [None] * len(settled)
     latents = []

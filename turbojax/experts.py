@@ -5,7 +5,7 @@ engine reads by itself: as much of it as there is room for travels while the fir
 """
 
 import time
-from typing import Any, Literal
+from typing import Any
 
 import jax
 from absl import logging
@@ -14,8 +14,10 @@ from flax import nnx
 from turbojax.diffusion import Sampler, expert_split
 from turbojax.errors import UserError
 from turbojax.models.wan import WanConfig, WanModel
+from turbojax.weights.lora import Expert
 
-Expert = Literal["high", "low"]
+NAMES: tuple[Expert, ...] = ("high", "low")  # in the order of their steps
+SLACK = 2**30  # bytes of the device left free beside what is known to be needed
 BOUNDARY = 0.9  # rectified-flow time at which Wan 2.2 image to video changes experts
 
 
@@ -83,24 +85,34 @@ class Experts:
 
     resident: both stay on the device. Otherwise one is there at a time, and host memory keeps both if they are int8, so
     that a change is one copy, else only the one that is away.
-    room: bytes of the device that the network which comes next may take while the other one computes.
     """
 
-    def __init__(self, *, boundary: float = BOUNDARY, resident: bool = True, room: int = 0):
-        self.boundary, self.resident, self.room = boundary, resident, room
+    def __init__(self, *, names: tuple[Expert, ...] = NAMES, boundary: float = BOUNDARY, resident: bool = True):
+        self.names, self.boundary, self.resident = names, boundary, resident
         self.networks: dict[Expert, Network] = {}
         self._last: Network | None = None  # the one on the device, where there is one at a time
 
+    @classmethod
+    def of(cls, model: WanModel) -> "Experts":
+        """A single network for all steps."""
+        experts = cls(names=("high",))
+        experts.add("high", model)
+        return experts
+
     def add(self, name: Expert, model: WanModel) -> None:
-        """Adds a network that is on the device, "low" before "high": without room for both the first one leaves."""
+        """Adds a network that is on the device, those needed later first: without room for both they leave at once."""
         for other in self.networks.values():
             if other.config != model.config:
                 raise UserError("the two experts are of different kinds; give both plain or both quantized files")
-            if not self.resident:
-                other.leave()
-        network = self.networks[name] = self._last = Network(model)
-        if not self.resident and self.keeps:
+        network = self.networks[name] = Network(model)
+        if self.resident:
+            return
+        if self.keeps:
             network.copy_to_host()
+        if name == self.names[0]:
+            self._last = network
+        else:
+            network.leave()
 
     @property
     def config(self) -> WanConfig:
@@ -111,27 +123,29 @@ class Experts:
         """Whether host memory holds both networks; never two of full precision."""
         return self.config.quant is not None
 
-    def parts(self, sampler: Sampler, boundary: float | None = None) -> list[tuple[Expert, int, int]]:
+    def parts(self, sampler: Sampler) -> list[tuple[Expert, tuple[int, int]]]:
         """Which network makes which steps [start, stop)."""
-        if "low" not in self.networks:
-            return [("high", 0, sampler.num_steps)]
-        k = expert_split(sampler.times, self.boundary if boundary is None else boundary)
-        parts: list[tuple[Expert, int, int]] = [("high", 0, k), ("low", k, sampler.num_steps)]
-        return [part for part in parts if part[1] < part[2]]
+        n = sampler.num_steps
+        if len(self.names) == 1:
+            return [(self.names[0], (0, n))]
+        k = expert_split(sampler.times, self.boundary)
+        steps: list[tuple[Expert, tuple[int, int]]] = [("high", (0, k)), ("low", (k, n))]
+        return [(name, part) for name, part in steps if part[0] < part[1]]
 
     def bring(self, name: Expert) -> WanModel:
         """The network, on the device; waits for it. Nothing that uses the other one may still run."""
         network = self.networks[name]
-        if not self.resident and self._last is not None and self._last is not network:
+        if self._last not in (None, network):
             start = time.perf_counter()
             network.take_the_place_of(self._last, keep=self.keeps)
             logging.info("The %s-noise expert came to the device in %.2f s", name, time.perf_counter() - start)
-        self._last = network
+            self._last = network
         return network.model
 
-    def prefetch(self, name: Expert) -> None:
-        """Starts to copy a network that is not here, as far as there is room; to be called before the other runs."""
-        self.networks[name].fetch(self.room)
+    def prefetch(self, name: Expert, room: int) -> None:
+        """Starts to copy a network that is away, as much of it as fits in `room` bytes of the device."""
+        if not self.resident:
+            self.networks[name].fetch(room)
 
     def bytes_by_place(self) -> dict[str, int]:
         """Bytes of parameters on the "device" and in "host" memory."""
@@ -140,6 +154,21 @@ class Experts:
             places["device"] += network.device
             places["host"] += network.host
         return {place: sum(leaf.nbytes for leaf in leaves if leaf is not None) for place, leaves in places.items()}
+
+
+def both_fit(weight_bytes: int) -> bool:
+    """Whether two networks of so many bytes leave a quarter of the device's memory to all else."""
+    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    return limit is None or 2 * weight_bytes <= 0.75 * limit
+
+
+def room_beside(program: jax.stages.Compiled) -> int:
+    """Bytes of the device that are free now and are not needed while the program runs; 0 where nothing tells."""
+    stats, needs = jax.devices()[0].memory_stats() or {}, program.memory_analysis()
+    if "bytes_limit" not in stats or needs is None:
+        return 0
+    own = needs.temp_size_in_bytes + needs.output_size_in_bytes
+    return max(0, stats["bytes_limit"] - stats["bytes_in_use"] - own - SLACK)
 
 
 def memory(kind: str | None = None) -> jax.sharding.Sharding:

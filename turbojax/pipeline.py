@@ -1,4 +1,4 @@
-"""From a prompt to a video: the pipeline and the functions it is made of.
+"""From a prompt, or an image and a prompt, to a video: the pipeline and the functions it is made of.
 
     pipe = TurboVideoPipeline.from_pretrained("TurboWan2.1-T2V-1.3B-480P.pth")
     result = pipe("A cat surfing a wave at sunset", seed=1)
@@ -26,9 +26,13 @@ from tqdm import tqdm
 
 from turbojax.ahead import Programs
 from turbojax.cache import use_compilation_cache
+from turbojax.condition import compile_still, image_inputs, image_shapes
 from turbojax.diffusion import RCM, Euler, Sampler, UniPC, guide
 from turbojax.errors import UserError
+from turbojax.experts import BOUNDARY, Experts, both_fit, room_beside
+from turbojax.image import ImageSource, adaptive_size, read_image
 from turbojax.models import vae as vae_model
+from turbojax.models.clip import CLIPConfig, CLIPVision, clip_dtype
 from turbojax.models.tokenizer import Tokenizer
 from turbojax.models.umt5 import TEXT_LEN, UMT5Config, UMT5Encoder
 from turbojax.models.vae import VAEConfig, WanVAE
@@ -37,7 +41,17 @@ from turbojax.stopwatch import Stopwatch
 from turbojax.text import TextEncoder
 from turbojax.video import check_fps, check_path, files_of, numbered, open_video, save_video
 from turbojax.weights import files
-from turbojax.weights.load import Skeleton, load_plain, load_wan, open_vae, read_config, wan_skeleton, with_options
+from turbojax.weights.load import (
+    Skeleton,
+    load_clip,
+    load_plain,
+    load_wan,
+    open_vae,
+    read_config,
+    wan_skeleton,
+    with_options,
+)
+from turbojax.weights.lora import LoRA
 from turbojax.weights.random import random_module, random_token_table
 
 SamplerName = Literal["rcm", "euler", "unipc"]
@@ -50,6 +64,7 @@ MODELS: dict[str, Callable[..., WanConfig]] = {
     "wan2.1-i2v-14b": WanConfig.i2v_14b,
     "wan2.2-i2v-a14b": WanConfig.i2v_a14b,
 }
+TWO_EXPERTS = ("wan2.2-i2v-a14b",)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +113,7 @@ def make_sampler(name: str, *, num_steps: int, sigma_max: float, ode: bool = Fal
 def sample(
     graph: Any,
     sampler: Sampler,
+    steps: tuple[int, int],
     state: Any,
     latents: jax.Array,
     text: jax.Array,
@@ -105,21 +121,27 @@ def sample(
     guidance_scale: jax.Array,
     key: jax.Array,
     noise: jax.Array | None,
+    images: dict[str, jax.Array],
 ) -> jax.Array:
-    """Initial latents `[B, t, h, w, c]` and text `[B, 512, D]` to clean latents; one scan over the steps.
+    """Latents `[B, t, h, w, c]` before and after steps [start, stop), with text `[B, 512, D]`; one scan over the steps.
 
     graph, state: the split transformer. negative: embedding of the negative prompt, None without guidance.
+    images: what the network is given of images, see `turbojax.condition`; one serves the whole batch.
     """
     batch = latents.shape[0]
 
+    def network(x: jax.Array, timestep: jax.Array, text: jax.Array) -> jax.Array:
+        given = {name: jnp.broadcast_to(a, (len(x), *a.shape[1:])) for name, a in images.items()}
+        return nnx.merge(graph, state)(x, jnp.full(len(x), timestep), text, **given)
+
     def velocity(x: jax.Array, timestep: jax.Array) -> jax.Array:
-        net = nnx.merge(graph, state)
         if negative is None:
-            return net(x, jnp.full(batch, timestep), text)
-        both = net(jnp.concatenate((x, x)), jnp.full(2 * batch, timestep), jnp.concatenate((text, negative)))
+            return network(x, timestep, text)
+        both = network(jnp.concatenate((x, x)), timestep, jnp.concatenate((text, negative)))
         return guide(both[:batch], both[batch:], guidance_scale)
 
-    return sampler.sample(velocity, latents, key=key, noise=noise)
+    start, stop = steps
+    return sampler.sample(velocity, latents, key=key, noise=noise, start=start, stop=stop)
 
 
 def decode(vae: WanVAE, latents: np.ndarray, *, chunk: int = vae_model.CHUNK) -> Iterator[np.ndarray]:
@@ -139,6 +161,7 @@ def sampler_arguments(
     seed: int,
     latents: jax.Array | None,
     noise: jax.Array | None,
+    images: dict[str, jax.Array],
 ) -> tuple:
     """What `sample` takes besides the network; options as the pipeline's call takes them."""
     first_key, step_key = jax.random.split(jax.random.key(seed))
@@ -146,62 +169,116 @@ def sampler_arguments(
         latents = jax.random.normal(first_key, shape, jnp.float32)
     noise = None if noise is None else jnp.asarray(noise)
     scale = jnp.asarray(guidance_scale, jnp.float32)
-    return sampler.initial(jnp.asarray(latents)), text, negative, scale, step_key, noise
+    return sampler.initial(jnp.asarray(latents)), text, negative, scale, step_key, noise, images
 
 
-def sampler_program(sampler: Sampler, transformer: WanModel, arguments: tuple) -> tuple[Hashable, Callable[[], Any]]:
+def sampler_program(
+    sampler: Sampler, steps: tuple[int, int], config: WanConfig, arguments: tuple
+) -> tuple[Hashable, Callable[[], Any]]:
     """Name of the compiled `sample` for these settings and shapes, and the function that compiles it.
 
-    Neither the transformer nor the arguments need be more than shapes.
+    arguments: need not be more than shapes.
     """
-    graph, state = nnx.split(transformer)
     shapes = jax.tree.map(lambda a: (a.shape, a.dtype), arguments)
-    name = (sampler, transformer.config, jax.tree.structure(shapes), tuple(jax.tree.leaves(shapes)))
+    name = (sampler, steps, config, jax.tree.structure(shapes), tuple(jax.tree.leaves(shapes)))
 
     def build() -> Any:
         logging.info("Compiling the sampler: %s", sampler)
-        return jax.jit(sample, static_argnums=(0, 1)).lower(graph, sampler, state, *arguments).compile()
+        graph, state = nnx.split(wan_skeleton(config).abstract())
+        return jax.jit(sample, static_argnums=(0, 1, 2)).lower(graph, sampler, steps, state, *arguments).compile()
 
     return name, build
 
 
 def compile_ahead(
-    programs: Programs, transformer: WanModel, vae: WanVAE, text: TextEncoder, settings: Mapping[str, Any]
+    programs: Programs, experts: Experts, config: WanConfig, vae: WanVAE, text: TextEncoder, settings: Mapping[str, Any]
 ) -> None:
-    """Starts to compile what a call with these settings will run. transformer and vae may be abstract."""
+    """Starts to compile what a call with these settings will run. vae may be abstract."""
     call = inspect.signature(TurboVideoPipeline.__call__).bind(None, **{"prompt": "", **settings})
     call.apply_defaults()
     c = call.arguments
     prompts = [c["prompt"]] if isinstance(c["prompt"], str) else c["prompt"]
     batch = len(prompts) * c["num_samples"]
-    shape = (batch, *latent_shape(vae.config, c["num_frames"], c["height"], c["width"]))
+    pictures = read_images(config, c["image"], c["last_image"], c["background"])
+    width, height = video_shape(c["width"], c["height"], pictures if c["adaptive_size"] else [])
+    shape = (batch, *latent_shape(vae.config, c["num_frames"], height, width))
     sampler = make_sampler(
         c["sampler"],
         num_steps=c["num_inference_steps"],
-        **{name: c[name] for name in ("sigma_max", "ode", "shift")},
+        sigma_max=first_noise_level(c["sigma_max"], pictures),
+        **{name: c[name] for name in ("ode", "shift")},
     )
     embedding = jax.ShapeDtypeStruct((batch, TEXT_LEN, text.config.dim), text.config.dtype)
     guided = c["guidance_scale"] != 1.0
     options = {name: c[name] for name in ("guidance_scale", "seed", "latents", "noise")}
+    images = image_shapes(config, vae.config, shape) if pictures else {}
 
-    def arguments(embedding: jax.Array) -> tuple:
-        return sampler_arguments(sampler, shape, embedding, negative=embedding if guided else None, **options)
+    def arguments(embedding: jax.Array, images: dict[str, jax.Array]) -> tuple:
+        negative = embedding if guided else None
+        return sampler_arguments(sampler, shape, embedding, negative=negative, images=images, **options)
 
-    network = with_topk(transformer, c["sla_topk"])
-    programs.start(*sampler_program(sampler, network, jax.eval_shape(arguments, embedding)))
+    abstract = jax.eval_shape(arguments, embedding, images)
+    for _, steps in experts.parts(sampler):
+        programs.start(*sampler_program(sampler, steps, with_topk(config, c["sla_topk"]), abstract))
     programs.start("text", text.compile)
+    if pictures:
+        programs.start("image", lambda: compile_still(vae, height, width))
     programs.start("vae", lambda: vae_model.compile_decoding(vae, (1, *shape[1:]), as_uint8=True))
 
 
-def with_topk(transformer: WanModel, sla_topk: float | None) -> WanModel:
-    """The transformer with another sla_topk; the weights are shared."""
-    config = transformer.config
+def with_topk(config: WanConfig, sla_topk: float | None) -> WanConfig:
+    """The transformer's configuration with another sla_topk; the weights are the same."""
     if sla_topk is None or sla_topk == config.sla_topk:
-        return transformer
+        return config
     if config.attention_type == "original":
         raise UserError(f"{sla_topk=} has no effect on attention_type='original'; load with attention_type='sla'")
-    graph = wan_skeleton(dataclasses.replace(config, sla_topk=sla_topk)).graph
-    return nnx.merge(graph, nnx.state(transformer))
+    return dataclasses.replace(config, sla_topk=sla_topk)
+
+
+def read_images(
+    config: WanConfig, image: ImageSource | None, last_image: ImageSource | None, background: str
+) -> list[np.ndarray]:
+    """The images of a call, uint8 `[H, W, 3]`: none, one, or the first and the last frame's.
+
+    Raises UserError where they are not what the network takes.
+    """
+    if image is None:
+        if takes_images(config):
+            raise UserError("this transformer makes videos from images; give image=, or a text-to-video checkpoint")
+        if last_image is not None:
+            raise UserError("last_image= needs an image= to start from")
+        return []
+    if not takes_images(config):
+        raise UserError("this transformer makes videos from text alone; leave out image=, or give another checkpoint")
+    if config.clip_dim and (last_image is None) != (config.clip_images == 1):
+        takes = "a first and a last image" if config.clip_images > 1 else "a first image only"
+        raise UserError(f"this transformer takes {takes}; give {'both' if last_image is None else 'no last_image'}")
+    sources = [image] if last_image is None else [image, last_image]
+    return [read_image(source, background=background) for source in sources]
+
+
+def takes_images(config: WanConfig) -> bool:
+    return config.in_channels != config.out_channels
+
+
+def first_noise_level(sigma_max: float | None, images: Sequence[np.ndarray]) -> float:
+    """rCM's first noise level, as the published models were distilled for where none is given."""
+    return (200.0 if images else 80.0) if sigma_max is None else sigma_max
+
+
+def video_shape(width: int, height: int, images: Sequence[np.ndarray]) -> tuple[int, int]:
+    """Width and height of a video that keeps the first image's shape, at the area given; as given without images."""
+    return adaptive_size(images[0].shape[1::-1], (width, height)) if images else (width, height)
+
+
+def arrange(config: WanConfig, *, two: bool, boundary: float = BOUNDARY, resident: bool | None) -> Experts:
+    """Where one or two networks of a configuration are to be; resident None decides by the device's memory."""
+    if not two:
+        return Experts(names=("high",))
+    if resident is None:
+        resident = both_fit(sum(spec.size * spec.dtype.itemsize for spec in wan_skeleton(config).specs.values()))
+    logging.info("Experts: %s on the device", "both" if resident else "one at a time")
+    return Experts(boundary=boundary, resident=resident)
 
 
 def bytes_by_dtype(arrays: Any) -> dict[str, int]:
@@ -213,18 +290,40 @@ def bytes_by_dtype(arrays: Any) -> dict[str, int]:
 
 
 class TurboVideoPipeline:
-    """Text encoder, transformer and VAE, loaded once and used for many videos."""
+    """Text encoder, transformer (one, or two experts), VAE and image encoder, loaded once and used for many videos."""
 
-    def __init__(self, transformer: WanModel, vae: WanVAE, text: TextEncoder, *, programs: Programs | None = None):
-        if transformer.config.text_dim != text.config.dim:
+    def __init__(
+        self,
+        transformer: WanModel | Experts,
+        vae: WanVAE,
+        text: TextEncoder,
+        *,
+        image_encoder: CLIPVision | None = None,
+        programs: Programs | None = None,
+    ):
+        self.experts = transformer if isinstance(transformer, Experts) else Experts.of(transformer)
+        self.vae, self.text, self.image_encoder = vae, text, image_encoder
+        c = self.config
+        if c.text_dim != text.config.dim:
             raise UserError(
                 f"the text encoder gives {text.config.dim} features and the transformer takes "
-                f"{transformer.config.text_dim}; give the text encoder that belongs to it"
+                f"{c.text_dim}; give the text encoder that belongs to it"
             )
-        self.transformer, self.vae, self.text = transformer, vae, text
+        if c.clip_dim != (image_encoder.config.dim if image_encoder else None):
+            raise UserError(f"the transformer with {c.clip_dim=} needs the image encoder that belongs to it")
         self.load_seconds = 0.0
         self._clock = Stopwatch()
         self._programs = programs or Programs()
+
+    @property
+    def config(self) -> WanConfig:
+        """The transformer's; experts have the same."""
+        return self.experts.config
+
+    @property
+    def transformer(self) -> WanModel:
+        """The transformer, or the expert for high noise, brought to the device if it was not there."""
+        return self.experts.bring("high")
 
     @classmethod
     def from_pretrained(
@@ -234,6 +333,10 @@ class TurboVideoPipeline:
         vae: str | Path | None = None,
         text_encoder: str | Path | None = None,
         tokenizer: str | Path | None = None,
+        image_encoder: str | Path | None = None,
+        loras: Sequence[LoRA] = (),
+        boundary: float = BOUNDARY,
+        resident_experts: bool | None = None,
         quant_linear: bool | None = None,
         quant_scheme: str | None = None,
         attention_type: str | None = None,
@@ -245,9 +348,13 @@ class TurboVideoPipeline:
     ) -> "TurboVideoPipeline":
         """Loads published or converted checkpoints; None follows what the checkpoint says.
 
-        path_or_repo: a transformer file, a folder or a Hugging Face repository. What it does not hold (TurboDiffusion's
-          repositories have the transformer alone) comes from vae, text_encoder and tokenizer, or else from
-          Wan-AI/Wan2.1-T2V-1.3B.
+        path_or_repo: a transformer file, a folder or a Hugging Face repository; of two experts, either one's file finds
+          the other. What it does not hold (TurboDiffusion's repositories have the transformer alone) comes from vae,
+          text_encoder and tokenizer, or else from Wan-AI/Wan2.1-T2V-1.3B; image_encoder (CLIP, for Wan 2.1 image to
+          video) from Wan-AI/Wan2.1-I2V-14B-480P.
+        loras: merged while loading, before quantization; see `turbojax.weights.lora`.
+        boundary: the rectified-flow time at which experts change, from high noise to low.
+        resident_experts: both on the device, or one at a time, see `turbojax.experts`; None decides by its memory.
         quant_linear: True for int8 linear layers in the blocks, quantizing while loading where the file is not.
         quant_scheme: a name of `turbojax.kernels.int8.QUANT_SCHEMES`, "block128" unless the checkpoint has another.
         attention_type: "original", "sla" or "sagesla". sla_topk: share of key blocks that the latter two attend to.
@@ -260,15 +367,13 @@ class TurboVideoPipeline:
         Raises UserError or CheckpointError with one sentence for what cannot be found or does not fit.
         """
         start = time.perf_counter()
-        given = {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer}
+        given = {
+            **{"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer},
+            "image_encoder": image_encoder,
+        }
         where = {name: files.component_path(path, name) for name, path in given.items() if path}
         own = files.open_repository(path_or_repo)
-        transformer_path = Path(path_or_repo).expanduser()
-        if not transformer_path.is_file():
-            found = files.find(own, "transformer", quantized=quant_linear)
-            if found is None:
-                raise UserError(f"{own.name} holds no transformer checkpoint; give the file's path")
-            transformer_path = found
+        high, low = files.find_networks(path_or_repo, quantized=quant_linear)
         options: dict[str, Any] = dict(
             quant_linear=quant_linear,
             quant_scheme=quant_scheme,
@@ -278,21 +383,30 @@ class TurboVideoPipeline:
             dtype=dtype,
         )
         # Reads names only: a bad file shows before anything is downloaded.
-        config = with_options(read_config(transformer_path), **options)
-        for name in [name for name in given if name not in where]:
-            path = files.find(own, name) or files.find(files.open_repository(files.SHARED_REPOSITORY), name)
+        config = with_options(read_config(high), **options)
+        if low is None and (single := [lora for lora in loras if lora.expert]):
+            raise UserError(f"{single[0].path} is for an expert, and {high.name} is the only network; give it for all")
+        needed = [name for name in given if name != "image_encoder" or config.clip_dim]
+        for name in [name for name in needed if name not in where]:
+            shared = files.IMAGE_ENCODER_REPOSITORY if name == "image_encoder" else files.SHARED_REPOSITORY
+            path = files.find(own, name) or files.find(files.open_repository(shared), name)
             if path is None:
-                raise UserError(f"no {name} was found in {own.name} or {files.SHARED_REPOSITORY}; give {name}=PATH")
+                raise UserError(f"no {name} was found in {own.name} or {shared}; give {name}=PATH")
             where[name] = path
         use_compilation_cache()
         text = TextEncoder.from_files(where["text_encoder"], where["tokenizer"], dtype=dtype, cache=cache_prompts)
         vae_file, programs = open_vae(where["vae"], dtype=dtype), Programs()
+        experts = arrange(config, two=low is not None, boundary=boundary, resident=resident_experts)
         if prepare is not None:
-            compile_ahead(programs, wan_skeleton(config).abstract(), vae_file.skeleton.abstract(), text, prepare)
+            compile_ahead(programs, experts, config, vae_file.skeleton.abstract(), text, prepare)
         with programs.needed():
-            transformer = load_wan(transformer_path, **options)
-            pipe = cls(transformer, load_plain(vae_file, what=where["vae"].name), text, programs=programs)
-        return pipe._loaded(transformer_path.name, start)
+            if low is not None:
+                experts.add("low", load_wan(low, loras=loras, expert="low", **options))
+            experts.add("high", load_wan(high, loras=loras, expert="high" if low else None, **options))
+            clip = load_clip(where["image_encoder"], dtype=clip_dtype(dtype)) if config.clip_dim else None
+            network = load_plain(vae_file, what=where["vae"].name)
+            pipe = cls(experts, network, text, image_encoder=clip, programs=programs)
+        return pipe._loaded(high.name if low is None else f"{high.name} and {low.name}", start)
 
     @classmethod
     def random(
@@ -306,6 +420,7 @@ class TurboVideoPipeline:
         sla_topk: float | None = None,
         sage_values: str | None = None,
         dtype: Any = jnp.bfloat16,
+        resident_experts: bool | None = None,
         seed: int = 0,
         prepare: Mapping[str, Any] | None = None,
     ) -> "TurboVideoPipeline":
@@ -329,26 +444,29 @@ class TurboVideoPipeline:
         use_compilation_cache()
         t5, vae_config = UMT5Config.xxl(dtype=dtype), VAEConfig.wan2_1(dtype=dtype)
         encoder = Skeleton.of(lambda: UMT5Encoder(t5, rngs=nnx.Rngs(0)))
-        vae, network, programs = (
-            Skeleton.of(lambda: WanVAE(vae_config, rngs=nnx.Rngs(0))),
-            wan_skeleton(config),
-            Programs(),
-        )
+        vae, programs = Skeleton.of(lambda: WanVAE(vae_config, rngs=nnx.Rngs(0))), Programs()
+        experts = arrange(config, two=model in TWO_EXPERTS, resident=resident_experts)
         table = random_token_table(tokenizer.vocab_size, t5.dim, dtype, seed=seed)
         generate = functools.partial(random_module, seed=seed)
         text = TextEncoder(tokenizer, encoder.abstract(), table, lambda: generate(encoder, what="random umT5"))
         if prepare is not None:
-            compile_ahead(programs, network.abstract(), vae.abstract(), text, prepare)
+            compile_ahead(programs, experts, config, vae.abstract(), text, prepare)
         with programs.needed():
-            transformer = generate(network, what=f"random {model}")
-            pipe = cls(transformer, generate(vae, what="random VAE"), text, programs=programs)
+            for i, name in enumerate(reversed(experts.names)):
+                experts.add(name, random_module(wan_skeleton(config), seed=seed + i, what=f"random {model}"))
+            clip = None
+            if config.clip_dim:
+                vit = CLIPConfig.vit_h_14(dtype=clip_dtype(dtype))
+                clip = generate(Skeleton.of(lambda: CLIPVision(vit, rngs=nnx.Rngs(0))), what="random CLIP")
+            network = generate(vae, what="random VAE")
+            pipe = cls(experts, network, text, image_encoder=clip, programs=programs)
             jax.block_until_ready(nnx.state(text.encoder))
         return pipe._loaded(f"random {model}", start)
 
     def _loaded(self, what: str, start: float) -> "TurboVideoPipeline":
         jax.block_until_ready((nnx.state(self.transformer), nnx.state(self.vae)))
         self.load_seconds = time.perf_counter() - start
-        c = self.transformer.config
+        c = self.config
         logging.info(
             "Loaded %s in %.1f s: %d layers of width %d, %s linear layers, %s attention",
             what,
@@ -364,6 +482,10 @@ class TurboVideoPipeline:
         self,
         prompt: str | Sequence[str],
         *,
+        image: ImageSource | None = None,
+        last_image: ImageSource | None = None,
+        background: str = "white",
+        adaptive_size: bool = True,
         negative_prompt: str | None = None,
         num_frames: int = 81,
         height: int = 480,
@@ -371,7 +493,7 @@ class TurboVideoPipeline:
         num_inference_steps: int = 4,
         guidance_scale: float = 1.0,
         sampler: SamplerName = "rcm",
-        sigma_max: float = 80.0,
+        sigma_max: float | None = None,
         ode: bool = False,
         shift: float = 5.0,
         sla_topk: float | None = None,
@@ -384,10 +506,14 @@ class TurboVideoPipeline:
     ) -> VideoOutput:
         """Makes num_samples videos of each prompt.
 
+        image: the first frame (a path, an array or a PIL image) for networks that make videos from images; last_image:
+          the last frame, for those that take one. background shows through where they are transparent.
+        adaptive_size: with an image, the video has its shape and the area of height x width; False squeezes the image.
         num_frames: 4 n + 1; height, width: pixels, multiples of 16.
         num_inference_steps: 1 to 4 for "rcm", about 50 for "euler" and "unipc".
         guidance_scale: other than 1 runs the network for the negative prompt too (undistilled models).
-        sigma_max: first noise level of rCM; ode: deterministic steps. shift: of Euler's and UniPC's times.
+        sigma_max: first noise level of rCM, None for 80, with an image 200; ode: deterministic steps.
+        shift: of Euler's and UniPC's times.
         sla_topk: another share of key blocks for this call; compiles once for each value.
         latents: standard normal `[B, t, h, w, c]` in place of the seed's; noise: `[steps, B, t, h, w, c]` likewise for
           the noise that rCM's SDE adds. B counts the samples of the first prompt, then those of the second.
@@ -402,9 +528,15 @@ class TurboVideoPipeline:
         if not prompts or num_samples < 1:
             raise UserError(f"{len(prompts)} prompts and {num_samples=} ask for no video; give at least one of each")
         check_seed(seed)
-        if self.transformer.config.in_channels != self.vae.config.z_dim:
-            raise UserError("this transformer makes videos from images; give a text-to-video checkpoint")
-        steps = make_sampler(sampler, num_steps=num_inference_steps, sigma_max=sigma_max, ode=ode, shift=shift)
+        pictures = read_images(self.config, image, last_image, background)
+        width, height = video_shape(width, height, pictures if adaptive_size else [])
+        steps = make_sampler(
+            sampler,
+            num_steps=num_inference_steps,
+            sigma_max=first_noise_level(sigma_max, pictures),
+            ode=ode,
+            shift=shift,
+        )
         guided = guidance_scale != 1.0
         if negative_prompt and not guided:
             logging.warning("negative_prompt has no effect with guidance_scale=1")
@@ -425,6 +557,13 @@ class TurboVideoPipeline:
         with self._clock.stage("text"):
             text = jnp.repeat(self.text(prompts), num_samples, axis=0)
             negative = jnp.broadcast_to(self.text([negative_prompt or ""]), text.shape) if guided else None
+        images: dict[str, jax.Array] = {}
+        if pictures:
+            with self._clock.stage("compile"):
+                self._programs.wait("image")
+            with self._clock.stage("image"):
+                sizes = dict(num_frames=num_frames, width=width, height=height)
+                images = jax.block_until_ready(image_inputs(self.vae, self.image_encoder, pictures, **sizes))
         arguments = sampler_arguments(
             steps,
             shape,
@@ -434,8 +573,9 @@ class TurboVideoPipeline:
             seed=seed,
             latents=latents,
             noise=noise,
+            images=images,
         )
-        clean = self._sample(steps, with_topk(self.transformer, sla_topk), arguments)
+        clean = self._sample(steps, with_topk(self.config, sla_topk), arguments)
         if not bool(jnp.isfinite(clean).all()):
             raise UserError("the network returned NaN or infinity; check the checkpoint, or try dtype float32")
         with self._clock.stage("compile"):
@@ -444,12 +584,20 @@ class TurboVideoPipeline:
         written = [file for path in outputs for file in files_of(path, num_frames)]
         return VideoOutput(videos, clean, self._clock.take(), written)
 
-    def _sample(self, sampler: Sampler, transformer: WanModel, arguments: tuple) -> jax.Array:
-        """Compiled once for each sampler, configuration and shape."""
+    def _sample(self, sampler: Sampler, config: WanConfig, arguments: tuple) -> jax.Array:
+        """Compiled once for each sampler, part of the steps, configuration and shape."""
+        parts = self.experts.parts(sampler)
         with self._clock.stage("compile"):
-            program = self._programs.get(*sampler_program(sampler, transformer, arguments))
-        with self._clock.stage("diffusion"):
-            return jax.block_until_ready(program(nnx.state(transformer), *arguments))
+            programs = [self._programs.get(*sampler_program(sampler, steps, config, arguments)) for _, steps in parts]
+        latents, *rest = arguments
+        for (name, _), program, following in zip(parts, programs, (*parts[1:], None), strict=True):
+            with nullcontext() if self.experts.resident else self._clock.stage("experts"):
+                state = nnx.state(self.experts.bring(name))
+                if following:
+                    self.experts.prefetch(following[0], room_beside(program))
+            with self._clock.stage("diffusion"):
+                latents = jax.block_until_ready(program(state, latents, *rest))
+        return latents
 
     def _decode(self, latents: np.ndarray, outputs: Sequence[Path], fps: int) -> np.ndarray:
         """Latents `[B, t, h, w, c]` to uint8 videos `[B, T, H, W, 3]`, written to the outputs as their frames come."""
@@ -469,11 +617,14 @@ class TurboVideoPipeline:
         return videos
 
     def memory_report(self) -> dict[str, dict[str, int]]:
-        """Bytes by component and dtype, measured from the arrays; "host" is the text encoder's token table."""
+        """Bytes by component and dtype, measured from the arrays; "host" has tokens and experts that are away."""
         encoder = self.text.encoder if self.text.loaded else None
-        modules = {"transformer": self.transformer, "vae": self.vae, "text_encoder": encoder}
+        modules = {"vae": self.vae, "text_encoder": encoder, "image_encoder": self.image_encoder}
         report = {name: bytes_by_dtype(nnx.state(module) if module else ()) for name, module in modules.items()}
-        return report | {"host": bytes_by_dtype(self.text.table)}
+        networks = self.experts.networks.values()
+        transformer = bytes_by_dtype([network.device for network in networks])
+        host = bytes_by_dtype([self.text.table, [network.host for network in networks]])
+        return {"transformer": transformer, **report, "host": host}
 
     def save_video(self, video: np.ndarray, path: str | Path, fps: int = 16) -> list[Path]:
         """Writes one video, uint8 `[T, H, W, 3]`, as .mp4, .gif or numbered .png; see `turbojax.video.save_video`."""

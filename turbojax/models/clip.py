@@ -56,6 +56,11 @@ class CLIPConfig:
         return cls(**changes)
 
 
+def clip_dtype(dtype: Any) -> Any:
+    """The encoder's dtype beside a video network's: float16 where that one is bfloat16."""
+    return jnp.float16 if jnp.dtype(dtype) == jnp.bfloat16 else dtype
+
+
 class Attention(nnx.Module):
     """o(attention(q, k, v)) over all tokens."""
 
