@@ -1,6 +1,7 @@
 """Measures turbojax and writes JSON: device, versions, command, date and figures.
 
     python scripts/benchmark.py --case=text_to_video --model=wan2.1-t2v-1.3b --out=benchmarks/t2v.json
+    python scripts/benchmark.py --case=image_to_video --model=wan2.2-i2v-a14b --quant_scheme=block128
     python scripts/benchmark.py --case=vae
     python scripts/benchmark.py --case=compile --model=wan2.1-t2v-14b
     python scripts/benchmark.py --case=linear
@@ -8,7 +9,8 @@
     python scripts/benchmark.py --case=block --model=wan2.1-t2v-14b --resolution=720p
     python scripts/benchmark.py --case=diffusion --model=wan2.1-t2v-14b --resolution=720p --quant_scheme=block128
 
-Cases: text_to_video (random weights at full size, prompt to mp4, cold and warm), vae (decoding in chunks),
+Cases: text_to_video (random weights at full size, prompt to mp4, cold and warm), image_to_video (likewise with an
+image), vae (decoding in chunks),
 linear (int8 layers beside bfloat16), attention (dense, SLA and SageSLA with their parts, gradients and errors),
 block (one transformer block without attention), diffusion (that stage alone), compile (seconds for --num_layers=N; a
 second one in the same process would find its kernels tuned).
@@ -24,7 +26,7 @@ import jax
 from absl import flags
 
 from turbojax import UserError, benchmark, benchmark_attention, cli
-from turbojax.demo import demo_folder
+from turbojax.demo import demo_folder, demo_picture
 from turbojax.kernels.int8 import QUANT_SCHEMES
 from turbojax.models.tokenizer import Tokenizer
 from turbojax.video import video_size
@@ -32,7 +34,7 @@ from turbojax.video import video_size
 CASE = flags.DEFINE_enum(
     "case",
     "text_to_video",
-    ["text_to_video", "vae", "compile", "linear", "attention", "block", "diffusion"],
+    ["text_to_video", "image_to_video", "vae", "compile", "linear", "attention", "block", "diffusion"],
     "what to measure",
 )
 MODEL = flags.DEFINE_string("model", "wan2.1-t2v-1.3b", "network, with random weights")
@@ -43,6 +45,7 @@ ATTENTION = flags.DEFINE_string("attention_type", "original", "original, sla or 
 TOPK = flags.DEFINE_float("sla_topk", 0.1, "share of key blocks")
 LAYERS = flags.DEFINE_integer("num_layers", 40, "layers, of the case compile")
 QUANT = flags.DEFINE_enum("quant_scheme", None, list(QUANT_SCHEMES), "int8 linear layers")
+RESIDENT = flags.DEFINE_boolean("resident_experts", None, "both experts on the device; by its memory if not given")
 OUT = flags.DEFINE_string("out", None, "JSON file to write; printed only if not given")
 
 
@@ -50,10 +53,10 @@ def main() -> None:
     if jax.default_backend() != "gpu":
         raise UserError("benchmarks need a GPU; none was found (pip install -e '.[cuda12]')")
     width, height = video_size(RESOLUTION.value, "16:9")
-    if CASE.value == "text_to_video":
+    if CASE.value in ("text_to_video", "image_to_video"):
         tokenizer = Tokenizer.from_path(demo_folder() / "google" / "umt5-xxl")
         with tempfile.TemporaryDirectory() as folder:
-            result = benchmark.text_to_video(
+            result = benchmark.whole_video(
                 tokenizer,
                 model=MODEL.value,
                 num_frames=FRAMES.value,
@@ -64,6 +67,8 @@ def main() -> None:
                 sla_topk=TOPK.value,
                 quant_linear=QUANT.value is not None,
                 quant_scheme=QUANT.value,
+                resident_experts=RESIDENT.value,
+                image=demo_picture() if CASE.value == "image_to_video" else None,
                 output=Path(folder) / "video.mp4",
             )
     elif CASE.value == "vae":
@@ -94,7 +99,7 @@ def main() -> None:
 
 def save(result: dict[str, Any]) -> dict[str, Any]:
     """The result with what was measured; into --out where that is given."""
-    own = (CASE, MODEL, RESOLUTION, FRAMES, STEPS, ATTENTION, TOPK, LAYERS, QUANT)
+    own = (CASE, MODEL, RESOLUTION, FRAMES, STEPS, ATTENTION, TOPK, LAYERS, QUANT, RESIDENT)
     whole = {"case": CASE.value, "settings": {flag.name: flag.value for flag in own}, "result": result}
     if OUT.value:
         benchmark.save(whole, Path(OUT.value))
