@@ -7,7 +7,6 @@ stays on the device, stacked over the layers. Results are those of the resident 
 import collections
 import dataclasses
 import functools
-from collections.abc import Mapping
 from typing import Any
 
 import jax
