@@ -7,6 +7,7 @@ Every setting of a configuration can be changed as --config.NAME=VALUE:
 """
 
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,10 +19,17 @@ from turbojax.config import SETTINGS, describe_settings
 from turbojax.demo import demo_folder
 from turbojax.models.tokenizer import Tokenizer
 from turbojax.models.vae import VAEConfig
-from turbojax.pipeline import latent_shape, make_sampler
-from turbojax.video import check_fps, check_path, make_parent, numbered, video_size
+from turbojax.pipeline import check_seed, latent_shape, make_sampler
+from turbojax.video import check_fps, check_path, make_parent, video_size
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "file of settings, see configs/", lock_config=True)
+
+
+# Settings that the pipeline's call takes by the same names; height and width may come from elsewhere.
+CALL_SETTINGS = (
+    *("prompt", "negative_prompt", "num_samples", "seed", "num_frames", "sampler", "num_inference_steps"),
+    *("sigma_max", "ode", "guidance_scale", "shift"),
+)
 
 
 def main() -> None:
@@ -38,29 +46,12 @@ def main() -> None:
 
 def generate(config: ConfigDict) -> list[Path]:
     """Loads the pipeline, makes the videos and returns the files written."""
-    output = check_path(config.output)
-    make_parent(output)
+    make_parent(check_path(config.output))
     width, height = check_settings(config)
-    pipe = load_pipeline(config)
+    settings = {name: config[name] for name in CALL_SETTINGS} | {"width": width, "height": height}
+    pipe = load_pipeline(config, prepare=settings)
     logging.info("Making %d x %d, %d frames, seed %d: %s", width, height, config.num_frames, config.seed, config.prompt)
-    result = pipe(
-        config.prompt,
-        negative_prompt=config.negative_prompt or None,
-        num_frames=config.num_frames,
-        height=height,
-        width=width,
-        num_inference_steps=config.num_inference_steps,
-        guidance_scale=config.guidance_scale,
-        sampler=config.sampler,
-        sigma_max=config.sigma_max,
-        ode=config.ode,
-        shift=config.shift,
-        seed=config.seed,
-        num_samples=config.num_samples,
-    )
-    written = []
-    for i, video in enumerate(result.videos):
-        written += pipe.save_video(video, numbered(output, i, len(result.videos)), config.fps)
+    written = pipe(**settings, output=config.output, fps=config.fps).files
     logging.info("Wrote %s", ", ".join(str(path) for path in written[:4]) + (" ..." if len(written) > 4 else ""))
     return written
 
@@ -72,11 +63,12 @@ def check_settings(config: ConfigDict) -> tuple[int, int]:
     height = height if config.height is None else config.height
     latent_shape(VAEConfig.wan2_1(), config.num_frames, height, width)
     make_sampler(config.sampler, num_steps=config.num_inference_steps, sigma_max=config.sigma_max, shift=config.shift)
+    check_seed(config.seed)
     check_fps(config.fps)
     return width, height
 
 
-def load_pipeline(config: ConfigDict) -> TurboVideoPipeline:
+def load_pipeline(config: ConfigDict, *, prepare: dict[str, Any] | None = None) -> TurboVideoPipeline:
     if config.dtype not in ("bfloat16", "float32"):
         raise UserError(f"dtype={config.dtype!r} is unknown; choose bfloat16 or float32")
     options = {
@@ -86,6 +78,7 @@ def load_pipeline(config: ConfigDict) -> TurboVideoPipeline:
         "sla_topk": config.sla_topk,
         "sage_values": config.sage_values,
         "dtype": jnp.dtype(config.dtype),
+        "prepare": prepare,
     }
     if config.weights == "random":
         tokenizer = Tokenizer.from_path(config.tokenizer or demo_folder() / "google" / "umt5-xxl")
@@ -96,7 +89,12 @@ def load_pipeline(config: ConfigDict) -> TurboVideoPipeline:
     if jax.default_backend() == "cpu" and config.weights != "demo":
         logging.warning("No GPU was found; a real model takes hours on a CPU (pip install turbojax[cuda12])")
     return TurboVideoPipeline.from_pretrained(
-        weights, vae=config.vae, text_encoder=config.text_encoder, tokenizer=config.tokenizer, **options
+        weights,
+        vae=config.vae,
+        text_encoder=config.text_encoder,
+        tokenizer=config.tokenizer,
+        cache_prompts=config.cache_prompts,
+        **options,
     )
 
 

@@ -276,7 +276,7 @@ def small_config(output: Path, **changes):
     ],
 )
 def test_outputs(generate, demo_pipe, monkeypatch, tmp_path, output, samples, expected):
-    monkeypatch.setattr(generate, "load_pipeline", lambda config: demo_pipe)
+    monkeypatch.setattr(generate, "load_pipeline", lambda config, prepare: demo_pipe)
     written = generate.generate(small_config(tmp_path / "deep" / output, num_samples=samples))
     assert [path.name for path in written] == expected
     assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == sorted(expected)
@@ -292,13 +292,13 @@ def test_settings_reach_the_pipeline(generate, monkeypatch, tmp_path):
             calls.update(settings, prompt=prompt)
             raise StopIteration
 
-    monkeypatch.setattr(generate, "load_pipeline", lambda config: Recorder())
+    monkeypatch.setattr(generate, "load_pipeline", lambda config, prepare: Recorder())
     config = small_config(tmp_path / "x.mp4", height=None, width=None, resolution="720p", aspect_ratio="9:16", seed=5)
     with pytest.raises(StopIteration):
         generate.generate(config)
     assert (calls["width"], calls["height"], calls["seed"]) == (720, 1280, 5)
     not_the_calls = {
-        *("output", "fps", "resolution", "aspect_ratio", "model", "weights", "vae", "text_encoder", "tokenizer"),
+        *("resolution", "aspect_ratio", "model", "weights", "vae", "text_encoder", "tokenizer", "cache_prompts"),
         *("quant_linear", "quant_scheme", "attention_type", "sla_topk", "sage_values", "dtype"),
     }
     assert set(calls) == {setting.name for setting in SETTINGS} - not_the_calls

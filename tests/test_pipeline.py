@@ -31,7 +31,7 @@ def run(demo_pipe):
 @pytest.fixture
 def undecoded(monkeypatch):
     """Only latents: for what the VAE has no part in."""
-    monkeypatch.setattr(pipeline, "decode", lambda vae, latents: np.zeros((len(latents), 5, 32, 48, 3), np.uint8))
+    monkeypatch.setattr(pipeline, "decode", lambda vae, latents: iter(()))
 
 
 def drawn(seed: int, batch: int = 1) -> dict[str, jax.Array]:
@@ -56,7 +56,7 @@ def test_output(run):
     result = run()
     assert (result.videos.shape, result.videos.dtype) == ((1, 5, 32, 48, 3), np.uint8)
     assert (result.latents.shape, result.latents.dtype) == ((1, *LATENTS), jnp.float32)
-    assert set(result.timings) == {"text", "diffusion", "vae", "compile"}
+    assert set(result.timings) == {"text", "diffusion", "vae", "file", "compile"}
     assert all(seconds >= 0 for seconds in result.timings.values())
     assert result.videos.std() > 1
 
@@ -70,10 +70,10 @@ def test_seeds(run):
 
 def test_a_second_call_compiles_nothing(demo_pipe, run):
     run(seed=1)
-    compiled = len(demo_pipe._compiled)
+    compiled = len(demo_pipe._programs)
     result = run(CAT, seed=2)
-    assert len(demo_pipe._compiled) == compiled
-    assert result.timings["compile"] == 0
+    assert len(demo_pipe._programs) == compiled
+    assert result.timings["compile"] < 0.02
     assert (result.videos != run(BIRD, seed=2).videos).any()
 
 
@@ -133,7 +133,7 @@ def test_sla_int8_and_bfloat16(demo, undecoded, caplog):
     assert (c.attention_type, c.sla_topk, c.dtype, c.quant.scheme) == ("sla", 0.2, jnp.bfloat16, "block128")
     settings = dict(height=128, width=192, num_frames=13, num_inference_steps=1)  # 384 tokens: 6 blocks of keys
     usual, same, more = (pipe(BIRD, sla_topk=topk, **settings).latents for topk in (None, 0.2, 1.0))
-    assert len(pipe._compiled) == 2
+    assert len(pipe._programs) == 2
     np.testing.assert_array_equal(usual, same)
     assert np.abs(usual - more).max() > 1e-3
     assert pipe.transformer.config.sla_topk == 0.2
@@ -210,7 +210,7 @@ def test_nan(demo_pipe, demo):
     message = refused(pipe, BIRD, num_inference_steps=1, **SIZE)
     assert message == "the network returned NaN or infinity; check the checkpoint, or try dtype float32"
     pipe.transformer = demo_pipe.transformer
-    assert set(pipe(BIRD, num_inference_steps=1, **SIZE).timings) == {"text", "diffusion", "vae", "compile"}
+    assert set(pipe(BIRD, num_inference_steps=1, **SIZE).timings) == {"text", "diffusion", "vae", "file", "compile"}
 
 
 def test_an_image_to_video_transformer(demo_pipe, tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 from absl import app, flags, logging
 
+from turbojax.cache import use_compilation_cache
 from turbojax.config import check_names
 from turbojax.errors import UserError
 
@@ -24,6 +25,7 @@ def run(main: Callable[[], None], *, help_text: str) -> None:
         try:
             if len(arguments) > 1:
                 raise UserError(f"unexpected argument {arguments[1]!r}; flags start with --, see --help")
+            use_compilation_cache()
             main()
         except UserError as error:
             fail(error)

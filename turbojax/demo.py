@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from absl import logging
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from turbojax.cache import user_cache
 from turbojax.errors import UserError
 from turbojax.models.umt5 import UMT5Config
 from turbojax.models.vae import VAEConfig
@@ -32,8 +33,7 @@ def demo_configs() -> tuple[WanConfig, VAEConfig, UMT5Config]:
 
 def demo_folder() -> Path:
     """The folder with the demo's files, in the user's cache; written on the first call, whole or not at all."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = cache / "turbojax" / f"demo-{VERSION}"
+    folder = user_cache() / f"demo-{VERSION}"
     if not folder.is_dir():
         logging.info("Writing the demo's random checkpoint to %s", folder)
         temporary = folder.with_name(f".{folder.name}.{os.getpid()}.part")

@@ -8,11 +8,14 @@ B batch; video is `b t h w c`, latents `[B, 1 + (frames - 1) / 4, height / 8, wi
 """
 
 import dataclasses
+import functools
+import inspect
+import itertools
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,25 +24,20 @@ from absl import logging
 from flax import nnx
 from tqdm import tqdm
 
-from turbojax import video as video_files
+from turbojax.ahead import Programs
+from turbojax.cache import use_compilation_cache
 from turbojax.diffusion import RCM, Euler, Sampler, UniPC, guide
 from turbojax.errors import UserError
 from turbojax.models import vae as vae_model
 from turbojax.models.tokenizer import Tokenizer
-from turbojax.models.umt5 import UMT5Config, UMT5Encoder, encode_text
+from turbojax.models.umt5 import TEXT_LEN, UMT5Config, UMT5Encoder
 from turbojax.models.vae import VAEConfig, WanVAE
 from turbojax.models.wan import WanConfig, WanModel
+from turbojax.stopwatch import Stopwatch
+from turbojax.text import TextEncoder
+from turbojax.video import check_fps, check_path, files_of, numbered, open_video, save_video
 from turbojax.weights import files
-from turbojax.weights.load import (
-    Skeleton,
-    is_converted,
-    load_umt5,
-    load_vae,
-    load_wan,
-    open_wan,
-    wan_skeleton,
-    with_options,
-)
+from turbojax.weights.load import Skeleton, load_plain, load_wan, open_vae, read_config, wan_skeleton, with_options
 from turbojax.weights.random import random_module, random_token_table
 
 SamplerName = Literal["rcm", "euler", "unipc"]
@@ -54,60 +52,14 @@ MODELS: dict[str, Callable[..., WanConfig]] = {
 }
 
 
-class TextEncoder(NamedTuple):
-    """Everything between a prompt and its embedding; the table `[vocab, D]` stays on the host."""
-
-    tokenizer: Tokenizer
-    encoder: UMT5Encoder
-    table: np.ndarray
-
-
 @dataclasses.dataclass(frozen=True)
 class VideoOutput:
-    """videos: uint8 `[B, T, H, W, 3]`; latents: float32, what was decoded; timings: seconds by stage."""
+    """videos: uint8 `[B, T, H, W, 3]`; latents: float32, what was decoded; timings: seconds by stage; files written."""
 
     videos: np.ndarray
     latents: jax.Array
     timings: dict[str, float]
-
-
-class Stopwatch:
-    """Wall-clock seconds by stage; compilation (lowering and XLA) is counted apart, as "compile"."""
-
-    COMPILING = (
-        "/jax/core/compile/jaxpr_to_mlir_module_duration",
-        "/jax/core/compile/backend_compile_duration",
-    )
-
-    def __init__(self):
-        self.seconds: dict[str, float] = {}
-        self._compile = 0.0
-        jax.monitoring.register_event_duration_secs_listener(self._listen)
-
-    def _listen(self, event: str, duration_secs: float, **kwargs: str | int) -> None:
-        if event in self.COMPILING:
-            self._compile += duration_secs
-
-    @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        start, compiled = time.perf_counter(), self._compile
-        yield
-        compiling = self._compile - compiled
-        elapsed = time.perf_counter() - start - compiling
-        self.seconds[name] = self.seconds.get(name, 0.0) + elapsed
-        self.seconds["compile"] = self.seconds.get("compile", 0.0) + compiling
-        logging.info("%s: %.2f s%s", name, elapsed, f", compilation {compiling:.2f} s" if compiling > 0.01 else "")
-
-    def take(self) -> dict[str, float]:
-        """The seconds so far; starts again from zero."""
-        seconds, self.seconds = self.seconds, {}
-        return seconds
-
-
-def encode_prompt(text: TextEncoder, prompts: Sequence[str]) -> jax.Array:
-    """Prompts to text embeddings `[B, 512, D]`, zero rows past each prompt's end."""
-    ids, mask = text.tokenizer(list(prompts))
-    return encode_text(text.encoder, text.table, ids, mask)
+    files: list[Path] = dataclasses.field(default_factory=list)
 
 
 def latent_shape(config: VAEConfig, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
@@ -125,6 +77,11 @@ def latent_shape(config: VAEConfig, num_frames: int, height: int, width: int) ->
         )
     t = 1 + (num_frames - 1) // config.temporal_factor
     return t, height // config.spatial_factor, width // config.spatial_factor, config.z_dim
+
+
+def check_seed(seed: int) -> None:
+    if not 0 <= seed < 2**32:
+        raise UserError(f"{seed=} must be in 0..{2**32 - 1}")
 
 
 def make_sampler(name: str, *, num_steps: int, sigma_max: float, ode: bool = False, shift: float = 5.0) -> Sampler:
@@ -165,17 +122,86 @@ def sample(
     return sampler.sample(velocity, latents, key=key, noise=noise)
 
 
-def decode(vae: WanVAE, latents: jax.Array, *, chunk: int = vae_model.CHUNK) -> np.ndarray:
-    """Latents `[B, t, h, w, c]` to uint8 videos `[B, T, H, W, 3]`, a video and a chunk of latent frames at a time."""
-    videos = []
-    for latent in latents:
-        chunks = vae_model.decode_chunks(vae, latent[None], chunk=chunk, as_uint8=True)
-        frames = []
-        for part in tqdm(chunks, desc="Decoding", unit="chunk", disable=None, leave=False):
-            part.copy_to_host_async()  # travels while the next chunk is computed
-            frames.append(part)
-        videos.append(np.concatenate([np.asarray(part)[0] for part in frames]))
-    return np.stack(videos)
+def decode(vae: WanVAE, latents: np.ndarray, *, chunk: int = vae_model.CHUNK) -> Iterator[np.ndarray]:
+    """One video's latents `[t, h, w, c]` to uint8 frames `[n, H, W, 3]` on the host, piece by piece."""
+    chunks = vae_model.decode_chunks(vae, latents[None], chunk=chunk, as_uint8=True)
+    for part in tqdm(chunks, desc="Decoding", unit="chunk", disable=None, leave=False):
+        yield np.asarray(part)[0]  # travels while the next chunk is computed
+
+
+def sampler_arguments(
+    sampler: Sampler,
+    shape: tuple[int, ...],
+    text: jax.Array,
+    *,
+    negative: jax.Array | None,
+    guidance_scale: float,
+    seed: int,
+    latents: jax.Array | None,
+    noise: jax.Array | None,
+) -> tuple:
+    """What `sample` takes besides the network; options as the pipeline's call takes them."""
+    first_key, step_key = jax.random.split(jax.random.key(seed))
+    if latents is None:
+        latents = jax.random.normal(first_key, shape, jnp.float32)
+    noise = None if noise is None else jnp.asarray(noise)
+    scale = jnp.asarray(guidance_scale, jnp.float32)
+    return sampler.initial(jnp.asarray(latents)), text, negative, scale, step_key, noise
+
+
+def sampler_program(sampler: Sampler, transformer: WanModel, arguments: tuple) -> tuple[Hashable, Callable[[], Any]]:
+    """Name of the compiled `sample` for these settings and shapes, and the function that compiles it.
+
+    Neither the transformer nor the arguments need be more than shapes.
+    """
+    graph, state = nnx.split(transformer)
+    shapes = jax.tree.map(lambda a: (a.shape, a.dtype), arguments)
+    name = (sampler, transformer.config, jax.tree.structure(shapes), tuple(jax.tree.leaves(shapes)))
+
+    def build() -> Any:
+        logging.info("Compiling the sampler: %s", sampler)
+        return jax.jit(sample, static_argnums=(0, 1)).lower(graph, sampler, state, *arguments).compile()
+
+    return name, build
+
+
+def compile_ahead(
+    programs: Programs, transformer: WanModel, vae: WanVAE, text: TextEncoder, settings: Mapping[str, Any]
+) -> None:
+    """Starts to compile what a call with these settings will run. transformer and vae may be abstract."""
+    call = inspect.signature(TurboVideoPipeline.__call__).bind(None, **{"prompt": "", **settings})
+    call.apply_defaults()
+    c = call.arguments
+    prompts = [c["prompt"]] if isinstance(c["prompt"], str) else c["prompt"]
+    batch = len(prompts) * c["num_samples"]
+    shape = (batch, *latent_shape(vae.config, c["num_frames"], c["height"], c["width"]))
+    sampler = make_sampler(
+        c["sampler"],
+        num_steps=c["num_inference_steps"],
+        **{name: c[name] for name in ("sigma_max", "ode", "shift")},
+    )
+    embedding = jax.ShapeDtypeStruct((batch, TEXT_LEN, text.config.dim), text.config.dtype)
+    guided = c["guidance_scale"] != 1.0
+    options = {name: c[name] for name in ("guidance_scale", "seed", "latents", "noise")}
+
+    def arguments(embedding: jax.Array) -> tuple:
+        return sampler_arguments(sampler, shape, embedding, negative=embedding if guided else None, **options)
+
+    network = with_topk(transformer, c["sla_topk"])
+    programs.start(*sampler_program(sampler, network, jax.eval_shape(arguments, embedding)))
+    programs.start("text", text.compile)
+    programs.start("vae", lambda: vae_model.compile_decoding(vae, (1, *shape[1:]), as_uint8=True))
+
+
+def with_topk(transformer: WanModel, sla_topk: float | None) -> WanModel:
+    """The transformer with another sla_topk; the weights are shared."""
+    config = transformer.config
+    if sla_topk is None or sla_topk == config.sla_topk:
+        return transformer
+    if config.attention_type == "original":
+        raise UserError(f"{sla_topk=} has no effect on attention_type='original'; load with attention_type='sla'")
+    graph = wan_skeleton(dataclasses.replace(config, sla_topk=sla_topk)).graph
+    return nnx.merge(graph, nnx.state(transformer))
 
 
 def bytes_by_dtype(arrays: Any) -> dict[str, int]:
@@ -189,16 +215,16 @@ def bytes_by_dtype(arrays: Any) -> dict[str, int]:
 class TurboVideoPipeline:
     """Text encoder, transformer and VAE, loaded once and used for many videos."""
 
-    def __init__(self, transformer: WanModel, vae: WanVAE, text: TextEncoder, *, load_seconds: float = 0.0):
-        if transformer.config.text_dim != text.encoder.config.dim:
+    def __init__(self, transformer: WanModel, vae: WanVAE, text: TextEncoder, *, programs: Programs | None = None):
+        if transformer.config.text_dim != text.config.dim:
             raise UserError(
-                f"the text encoder gives {text.encoder.config.dim} features and the transformer takes "
+                f"the text encoder gives {text.config.dim} features and the transformer takes "
                 f"{transformer.config.text_dim}; give the text encoder that belongs to it"
             )
         self.transformer, self.vae, self.text = transformer, vae, text
-        self.load_seconds = load_seconds
+        self.load_seconds = 0.0
         self._clock = Stopwatch()
-        self._compiled: dict[Any, Callable] = {}
+        self._programs = programs or Programs()
 
     @classmethod
     def from_pretrained(
@@ -214,6 +240,8 @@ class TurboVideoPipeline:
         sla_topk: float | None = None,
         sage_values: str | None = None,
         dtype: Any = jnp.bfloat16,
+        cache_prompts: bool = True,
+        prepare: Mapping[str, Any] | None = None,
     ) -> "TurboVideoPipeline":
         """Loads published or converted checkpoints; None follows what the checkpoint says.
 
@@ -224,6 +252,10 @@ class TurboVideoPipeline:
         quant_scheme: a name of `turbojax.kernels.int8.QUANT_SCHEMES`, "block128" unless the checkpoint has another.
         attention_type: "original", "sla" or "sagesla". sla_topk: share of key blocks that the latter two attend to.
         sage_values: how SageSLA multiplies with v, see `turbojax.kernels.sage`.
+        cache_prompts: keep text embeddings in the user's cache folder. The text encoder is checked here and loaded at
+          the first prompt that is not there.
+        prepare: settings of the first call, such as `dict(height=720, width=1280)`; what it runs is compiled while the
+          weights load.
 
         Raises UserError or CheckpointError with one sentence for what cannot be found or does not fit.
         """
@@ -237,15 +269,7 @@ class TurboVideoPipeline:
             if found is None:
                 raise UserError(f"{own.name} holds no transformer checkpoint; give the file's path")
             transformer_path = found
-        if not is_converted(transformer_path):
-            open_wan(transformer_path)  # reads names only: a bad file shows before anything is downloaded
-        for name in [name for name in given if name not in where]:
-            path = files.find(own, name) or files.find(files.open_repository(files.SHARED_REPOSITORY), name)
-            if path is None:
-                raise UserError(f"no {name} was found in {own.name} or {files.SHARED_REPOSITORY}; give {name}=PATH")
-            where[name] = path
-        transformer = load_wan(
-            transformer_path,
+        options: dict[str, Any] = dict(
             quant_linear=quant_linear,
             quant_scheme=quant_scheme,
             attention_type=attention_type,
@@ -253,8 +277,21 @@ class TurboVideoPipeline:
             sage_values=sage_values,
             dtype=dtype,
         )
-        text = TextEncoder(Tokenizer.from_path(where["tokenizer"]), *load_umt5(where["text_encoder"], dtype=dtype))
-        pipe = cls(transformer, load_vae(where["vae"], dtype=dtype), text)
+        # Reads names only: a bad file shows before anything is downloaded.
+        config = with_options(read_config(transformer_path), **options)
+        for name in [name for name in given if name not in where]:
+            path = files.find(own, name) or files.find(files.open_repository(files.SHARED_REPOSITORY), name)
+            if path is None:
+                raise UserError(f"no {name} was found in {own.name} or {files.SHARED_REPOSITORY}; give {name}=PATH")
+            where[name] = path
+        use_compilation_cache()
+        text = TextEncoder.from_files(where["text_encoder"], where["tokenizer"], dtype=dtype, cache=cache_prompts)
+        vae_file, programs = open_vae(where["vae"], dtype=dtype), Programs()
+        if prepare is not None:
+            compile_ahead(programs, wan_skeleton(config).abstract(), vae_file.skeleton.abstract(), text, prepare)
+        with programs.needed():
+            transformer = load_wan(transformer_path, **options)
+            pipe = cls(transformer, load_plain(vae_file, what=where["vae"].name), text, programs=programs)
         return pipe._loaded(transformer_path.name, start)
 
     @classmethod
@@ -270,8 +307,12 @@ class TurboVideoPipeline:
         sage_values: str | None = None,
         dtype: Any = jnp.bfloat16,
         seed: int = 0,
+        prepare: Mapping[str, Any] | None = None,
     ) -> "TurboVideoPipeline":
-        """The full-size network with generated weights, for benchmarks: it makes noise, not videos."""
+        """The full-size network with generated weights, for benchmarks: it makes noise, not videos.
+
+        Options as `from_pretrained` takes them.
+        """
         if model not in MODELS:
             raise UserError(f"{model=} is unknown; choose one of {', '.join(MODELS)}")
         start = time.perf_counter()
@@ -285,23 +326,27 @@ class TurboVideoPipeline:
             sage_values=sage_values,
             dtype=dtype,
         )
-        t5, vae = UMT5Config.xxl(dtype=dtype), VAEConfig.wan2_1(dtype=dtype)
-        build_t5 = Skeleton.of(lambda: UMT5Encoder(t5, rngs=nnx.Rngs(0)))
-        build_vae = Skeleton.of(lambda: WanVAE(vae, rngs=nnx.Rngs(0)))
-        text = TextEncoder(
-            tokenizer,
-            random_module(build_t5, seed=seed, what="random umT5"),
-            random_token_table(tokenizer.vocab_size, t5.dim, dtype, seed=seed),
+        use_compilation_cache()
+        t5, vae_config = UMT5Config.xxl(dtype=dtype), VAEConfig.wan2_1(dtype=dtype)
+        encoder = Skeleton.of(lambda: UMT5Encoder(t5, rngs=nnx.Rngs(0)))
+        vae, network, programs = (
+            Skeleton.of(lambda: WanVAE(vae_config, rngs=nnx.Rngs(0))),
+            wan_skeleton(config),
+            Programs(),
         )
-        pipe = cls(
-            random_module(wan_skeleton(config), seed=seed, what=f"random {model}"),
-            random_module(build_vae, seed=seed, what="random VAE"),
-            text,
-        )
+        table = random_token_table(tokenizer.vocab_size, t5.dim, dtype, seed=seed)
+        generate = functools.partial(random_module, seed=seed)
+        text = TextEncoder(tokenizer, encoder.abstract(), table, lambda: generate(encoder, what="random umT5"))
+        if prepare is not None:
+            compile_ahead(programs, network.abstract(), vae.abstract(), text, prepare)
+        with programs.needed():
+            transformer = generate(network, what=f"random {model}")
+            pipe = cls(transformer, generate(vae, what="random VAE"), text, programs=programs)
+            jax.block_until_ready(nnx.state(text.encoder))
         return pipe._loaded(f"random {model}", start)
 
     def _loaded(self, what: str, start: float) -> "TurboVideoPipeline":
-        jax.block_until_ready((nnx.state(self.transformer), nnx.state(self.text.encoder), nnx.state(self.vae)))
+        jax.block_until_ready((nnx.state(self.transformer), nnx.state(self.vae)))
         self.load_seconds = time.perf_counter() - start
         c = self.transformer.config
         logging.info(
@@ -334,6 +379,8 @@ class TurboVideoPipeline:
         num_samples: int = 1,
         latents: jax.Array | None = None,
         noise: jax.Array | None = None,
+        output: str | Path | None = None,
+        fps: int = 16,
     ) -> VideoOutput:
         """Makes num_samples videos of each prompt.
 
@@ -344,15 +391,17 @@ class TurboVideoPipeline:
         sla_topk: another share of key blocks for this call; compiles once for each value.
         latents: standard normal `[B, t, h, w, c]` in place of the seed's; noise: `[steps, B, t, h, w, c]` likewise for
           the noise that rCM's SDE adds. B counts the samples of the first prompt, then those of the second.
+        output: a file to write while decoding, with fps frames a second, as `save_video` does; several videos are
+          numbered, clip_0000.mp4, clip_0001.mp4, ...
         The same seed gives the same videos.
 
-        Raises UserError for impossible sizes and settings, and where the network returns NaN.
+        Raises UserError for impossible sizes and settings, for files that cannot be written, and where the network
+        returns NaN.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         if not prompts or num_samples < 1:
             raise UserError(f"{len(prompts)} prompts and {num_samples=} ask for no video; give at least one of each")
-        if not 0 <= seed < 2**32:
-            raise UserError(f"{seed=} must be in 0..{2**32 - 1}")
+        check_seed(seed)
         if self.transformer.config.in_channels != self.vae.config.z_dim:
             raise UserError("this transformer makes videos from images; give a text-to-video checkpoint")
         steps = make_sampler(sampler, num_steps=num_inference_steps, sigma_max=sigma_max, ode=ode, shift=shift)
@@ -367,59 +416,65 @@ class TurboVideoPipeline:
             if value is not None and value.shape != expected:
                 raise UserError(f"{name} has the shape {value.shape} and must have {expected}")
 
+        outputs = [] if output is None else [numbered(check_path(output), i, shape[0]) for i in range(shape[0])]
+        check_fps(fps)
+
         self._clock.take()  # what a call that failed has left
+        with self._clock.stage("compile"):
+            self._programs.wait("text")
         with self._clock.stage("text"):
-            text = jnp.repeat(encode_prompt(self.text, prompts), num_samples, axis=0)
-            negative = None
-            if guided:
-                negative = jnp.broadcast_to(encode_prompt(self.text, [negative_prompt or ""]), text.shape)
-            jax.block_until_ready((text, negative))
-        with self._clock.stage("diffusion"):
-            first_key, step_key = jax.random.split(jax.random.key(seed))
-            if latents is None:
-                latents = jax.random.normal(first_key, shape, jnp.float32)
-            arguments = (
-                steps.initial(jnp.asarray(latents)),
-                text,
-                negative,
-                jnp.asarray(guidance_scale, jnp.float32),
-                step_key,
-                None if noise is None else jnp.asarray(noise),
-            )
-            clean = jax.block_until_ready(self._sample(steps, self.with_topk(sla_topk), arguments))
+            text = jnp.repeat(self.text(prompts), num_samples, axis=0)
+            negative = jnp.broadcast_to(self.text([negative_prompt or ""]), text.shape) if guided else None
+        arguments = sampler_arguments(
+            steps,
+            shape,
+            text,
+            negative=negative,
+            guidance_scale=guidance_scale,
+            seed=seed,
+            latents=latents,
+            noise=noise,
+        )
+        clean = self._sample(steps, with_topk(self.transformer, sla_topk), arguments)
         if not bool(jnp.isfinite(clean).all()):
             raise UserError("the network returned NaN or infinity; check the checkpoint, or try dtype float32")
-        with self._clock.stage("vae"):
-            videos = decode(self.vae, clean)
-        return VideoOutput(videos, clean, self._clock.take())
-
-    def with_topk(self, sla_topk: float | None) -> WanModel:
-        """The transformer with another sla_topk; the weights are shared."""
-        config = self.transformer.config
-        if sla_topk is None or sla_topk == config.sla_topk:
-            return self.transformer
-        if config.attention_type == "original":
-            raise UserError(f"{sla_topk=} has no effect on attention_type='original'; load with attention_type='sla'")
-        graph = wan_skeleton(dataclasses.replace(config, sla_topk=sla_topk)).graph
-        return nnx.merge(graph, nnx.state(self.transformer))
+        with self._clock.stage("compile"):
+            self._programs.wait("vae")
+        videos = self._decode(np.asarray(clean), outputs, fps)
+        written = [file for path in outputs for file in files_of(path, num_frames)]
+        return VideoOutput(videos, clean, self._clock.take(), written)
 
     def _sample(self, sampler: Sampler, transformer: WanModel, arguments: tuple) -> jax.Array:
         """Compiled once for each sampler, configuration and shape."""
-        graph, state = nnx.split(transformer)
-        shapes = jax.tree.map(lambda a: (a.shape, a.dtype), arguments)
-        name = (sampler, transformer.config, jax.tree.structure(shapes), tuple(jax.tree.leaves(shapes)))
-        if name not in self._compiled:
-            logging.info("Compiling the sampler: %s", sampler)
-            function = jax.jit(sample, static_argnums=(0, 1))
-            self._compiled[name] = function.lower(graph, sampler, state, *arguments).compile()
-        return self._compiled[name](state, *arguments)
+        with self._clock.stage("compile"):
+            program = self._programs.get(*sampler_program(sampler, transformer, arguments))
+        with self._clock.stage("diffusion"):
+            return jax.block_until_ready(program(nnx.state(transformer), *arguments))
+
+    def _decode(self, latents: np.ndarray, outputs: Sequence[Path], fps: int) -> np.ndarray:
+        """Latents `[B, t, h, w, c]` to uint8 videos `[B, T, H, W, 3]`, written to the outputs as their frames come."""
+        c = self.vae.config
+        _, t, h, w, _ = latents.shape
+        shape = (1 + (t - 1) * c.temporal_factor, h * c.spatial_factor, w * c.spatial_factor, 3)
+        videos = np.empty((len(latents), *shape), np.uint8)
+        for latent, video, output in itertools.zip_longest(latents, videos, outputs):
+            writing = open_video(output, shape, fps) if output else nullcontext(None)
+            with self._clock.stage("file"), writing as append, self._clock.stage("vae"):
+                start = 0
+                for frames in decode(self.vae, latent):
+                    video[start : start + len(frames)] = frames
+                    start += len(frames)
+                    if append:
+                        append(frames)
+        return videos
 
     def memory_report(self) -> dict[str, dict[str, int]]:
         """Bytes by component and dtype, measured from the arrays; "host" is the text encoder's token table."""
-        modules = {"transformer": self.transformer, "vae": self.vae, "text_encoder": self.text.encoder}
-        report = {name: bytes_by_dtype(nnx.state(module)) for name, module in modules.items()}
+        encoder = self.text.encoder if self.text.loaded else None
+        modules = {"transformer": self.transformer, "vae": self.vae, "text_encoder": encoder}
+        report = {name: bytes_by_dtype(nnx.state(module) if module else ()) for name, module in modules.items()}
         return report | {"host": bytes_by_dtype(self.text.table)}
 
     def save_video(self, video: np.ndarray, path: str | Path, fps: int = 16) -> list[Path]:
         """Writes one video, uint8 `[T, H, W, 3]`, as .mp4, .gif or numbered .png; see `turbojax.video.save_video`."""
-        return video_files.save_video(video, path, fps)
+        return save_video(video, path, fps)

@@ -380,17 +380,20 @@ class WanVAE(nnx.Module):
         return mean, std
 
 
-# Module-level, so that a second clip of a size compiles nothing; the donated cache is updated in place.
-@functools.partial(jax.jit, static_argnames=("graph", "first"), donate_argnames="cache")
-def _encode_chunk(graph, state, video: jax.Array, cache: Cache, *, first: bool) -> tuple[jax.Array, Cache]:
-    return nnx.merge(graph, state).encode_chunk(video, cache, first=first)
+# Module-level, so that a second clip of a size compiles nothing; the donated cache is updated in place. The first chunk
+# has no cache yet: its zeros are made inside.
+@functools.partial(jax.jit, static_argnames="graph", donate_argnames="cache")
+def _encode_chunk(graph, state, video: jax.Array, cache: Cache | None) -> tuple[jax.Array, Cache]:
+    vae, first = nnx.merge(graph, state), cache is None
+    cache = vae.init_encode_cache(video.shape[0], *video.shape[2:4]) if first else cache
+    return vae.encode_chunk(video, cache, first=first)
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "first", "as_uint8"), donate_argnames="cache")
-def _decode_chunk(
-    graph, state, latents: jax.Array, cache: Cache, *, first: bool, as_uint8: bool
-) -> tuple[jax.Array, Cache]:
-    frames, cache = nnx.merge(graph, state).decode_chunk(latents, cache, first=first)
+@functools.partial(jax.jit, static_argnames=("graph", "as_uint8"), donate_argnames="cache")
+def _decode_chunk(graph, state, latents: jax.Array, cache: Cache | None, *, as_uint8: bool) -> tuple[jax.Array, Cache]:
+    vae, first = nnx.merge(graph, state), cache is None
+    cache = vae.init_decode_cache(latents.shape[0], *latents.shape[2:4]) if first else cache
+    frames, cache = vae.decode_chunk(latents, cache, first=first)
     return to_uint8(frames) if as_uint8 else frames, cache
 
 
@@ -412,11 +415,10 @@ def encode(vae: WanVAE, video: jax.Array | np.ndarray, *, chunk: int = CHUNK) ->
     """
     check_video(video.shape, vae.config)
     graph, state = nnx.split(vae)
-    cache = vae.init_encode_cache(video.shape[0], *video.shape[2:4])
-    factor, start, latents = vae.config.temporal_factor, 0, []
+    factor, cache, start, latents = vae.config.temporal_factor, None, 0, []
     for size in (1, *(factor * n for n in chunk_sizes((video.shape[1] - 1) // factor, chunk))):
         piece = jnp.asarray(video[:, start : start + size], vae.config.dtype)
-        z, cache = _encode_chunk(graph, state, piece, cache, first=start == 0)
+        z, cache = _encode_chunk(graph, state, piece, cache)
         latents.append(z)
         start += size
     return jnp.concatenate(latents, axis=1)
@@ -445,18 +447,28 @@ def decode_chunks(
 
     def pieces() -> Iterator[jax.Array]:
         graph, state = nnx.split(vae)
-        cache = vae.init_decode_cache(latents.shape[0], *latents.shape[2:4])
         waiting: list[jax.Array] = []
-        start = 0
+        cache, start = None, 0
         for size in sizes:
             z = jnp.asarray(latents[:, start : start + size], jnp.float32)
-            frames, cache = _decode_chunk(graph, state, z, cache, first=start == 0, as_uint8=as_uint8)
+            frames, cache = _decode_chunk(graph, state, z, cache, as_uint8=as_uint8)
             yield from waiting
             waiting = [frames]
             start += size
         yield from waiting
 
     return pieces()
+
+
+def compile_decoding(vae: WanVAE, shape: tuple[int, ...], *, chunk: int = CHUNK, as_uint8: bool = False) -> None:
+    """Compiles what `decode_chunks` runs for latents of a shape `[b, 1 + n, h, w, z_dim]`; vae may be abstract."""
+    check_latents(shape, vae.config)
+    graph, state = nnx.split(vae)
+    cache = jax.eval_shape(lambda: vae.init_decode_cache(shape[0], *shape[2:4]))
+    sizes = chunk_sizes(shape[1] - 1, chunk)
+    for size, past in ((1, None), *((size, cache) for size in dict.fromkeys(sizes))):
+        z = jax.ShapeDtypeStruct((shape[0], size, *shape[2:]), jnp.float32)
+        _decode_chunk.lower(graph, state, z, past, as_uint8=as_uint8).compile()
 
 
 def chunk_sizes(n: int, chunk: int) -> tuple[int, ...]:

@@ -62,6 +62,10 @@ class Skeleton(NamedTuple):
                 out[Entry(name, None)] = spec
         return out
 
+    def abstract(self) -> Any:
+        """The module with shapes and dtypes in place of its parameters, to trace and compile with."""
+        return nnx.merge(self.graph, nnx.from_flat_state(list(self.variables.items())))
+
     def fill(self, arrays: Mapping[str, Any]) -> Any:
         """The module with these arrays as its parameters; a streamed one if parameters are lists, an array a layer."""
         if any(isinstance(array, list) for array in arrays.values()):
@@ -89,7 +93,7 @@ class Skeleton(NamedTuple):
 
     def parts(self) -> tuple[Any, nnx.GraphDef, nnx.GraphDef]:
         """The configuration, and the structures of the module without its blocks and of one block."""
-        module = nnx.merge(self.graph, nnx.from_flat_state(list(self.variables.items())))
+        module = self.abstract()
         blocks = module.blocks
         del module.blocks
         return module.config, nnx.split(module)[0], nnx.split(blocks)[0]
@@ -371,8 +375,12 @@ def stack_on_device(spec: jax.ShapeDtypeStruct, values: Iterator[tuple[int | Non
     return array
 
 
-def load_converted(path: Path, options: dict[str, Any], *, streamed: bool = False) -> WanModel | Streamed:
-    """Loads a transformer that `scripts/convert.py --format=orbax` wrote, straight to the device where it fits."""
+def read_config(path: str | os.PathLike) -> WanConfig:
+    """The configuration of a transformer as it is stored; names and shapes are read and checked, no weights."""
+    return converted_config(Path(path)) if is_converted(path) else open_wan(path).config
+
+
+def converted_config(path: Path) -> WanConfig:
     try:
         fields = json.loads((path / CONVERTED).read_text())
         quant = int8.QuantConfig(**fields["quant"]) if fields["quant"] else None
@@ -383,9 +391,14 @@ def load_converted(path: Path, options: dict[str, Any], *, streamed: bool = Fals
             "dtype": jnp.dtype(fields["dtype"]),
             "quant": quant,
         }
-        stored = WanConfig(**(fields | changes))
+        return WanConfig(**(fields | changes))
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{path / CONVERTED} is damaged: {error}; convert the checkpoint again") from error
+
+
+def load_converted(path: Path, options: dict[str, Any], *, streamed: bool = False) -> WanModel | Streamed:
+    """Loads a transformer that `scripts/convert.py --format=orbax` wrote, straight to the device where it fits."""
+    stored = converted_config(path)
     config = with_options(stored, **options)
     skeleton = wan_skeleton(stored)
     if wan_skeleton(config).specs == skeleton.specs and not streamed:
