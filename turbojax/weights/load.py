@@ -66,6 +66,14 @@ class Skeleton(NamedTuple):
         """The module with shapes and dtypes in place of its parameters, to trace and compile with."""
         return nnx.merge(self.graph, nnx.from_flat_state(list(self.variables.items())))
 
+    def abstract_streamed(self) -> Streamed:
+        """The streamed form of `abstract`."""
+        specs: dict[str, Any] = dict(self.specs)
+        for name, spec in self.specs.items():
+            if is_stacked(name) and is_streamed(layer_of(spec)):
+                specs[name] = [layer_of(spec)] * spec.shape[0]
+        return self.fill_streamed(specs)
+
     def fill(self, arrays: Mapping[str, Any]) -> Any:
         """The module with these arrays as its parameters; a streamed one if parameters are lists, an array a layer."""
         if any(isinstance(array, list) for array in arrays.values()):
