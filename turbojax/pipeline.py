@@ -424,7 +424,9 @@ class TurboVideoPipeline:
             self._programs.wait("text")
         with self._clock.stage("text"):
             text = jax.device_put(np.repeat(self.text(prompts), num_samples, axis=0))
-            negative = jax.device_put(np.repeat(self.text([negative_prompt or ""]), shape[0], axis=0)) if guided else None
+            negative = (
+                jax.device_put(np.repeat(self.text([negative_prompt or ""]), shape[0], axis=0)) if guided else None
+            )
         arguments = sampler_arguments(
             steps,
             shape,
