@@ -423,8 +423,10 @@ class TurboVideoPipeline:
         with self._clock.stage("compile"):
             self._programs.wait("text")
         with self._clock.stage("text"):
-            text = jnp.repeat(self.text(prompts), num_samples, axis=0)
-            negative = jnp.broadcast_to(self.text([negative_prompt or ""]), text.shape) if guided else None
+            text = jax.device_put(np.repeat(self.text(prompts), num_samples, axis=0))
+            negative = (
+                jax.device_put(np.repeat(self.text([negative_prompt or ""]), shape[0], axis=0)) if guided else None
+            )
         arguments = sampler_arguments(
             steps,
             shape,
@@ -436,11 +438,12 @@ class TurboVideoPipeline:
             noise=noise,
         )
         clean = self._sample(steps, with_topk(self.transformer, sla_topk), arguments)
-        if not bool(jnp.isfinite(clean).all()):
+        host = np.asarray(clean)
+        if not np.isfinite(host).all():
             raise UserError("the network returned NaN or infinity; check the checkpoint, or try dtype float32")
         with self._clock.stage("compile"):
             self._programs.wait("vae")
-        videos = self._decode(np.asarray(clean), outputs, fps)
+        videos = self._decode(host, outputs, fps)
         written = [file for path in outputs for file in files_of(path, num_frames)]
         return VideoOutput(videos, clean, self._clock.take(), written)
 

@@ -88,9 +88,11 @@ class TextEncoder:
         out = jax.ShapeDtypeStruct(x.shape, self.config.dtype)
         zero_past_end.lower(out, mask, length=TEXT_LEN).compile()
 
-    def __call__(self, prompts: Sequence[str]) -> jax.Array:
-        """Embeddings `[B, 512, D]`, zero rows past each prompt's end. Prompts are encoded one at a time, so that a
-        prompt's embedding does not depend on the others'."""
+    def __call__(self, prompts: Sequence[str]) -> np.ndarray:
+        """Embeddings `[B, 512, D]` on the host, zero rows past each prompt's end.
+
+        Prompts are encoded one at a time, so that a prompt's embedding does not depend on the others'.
+        """
         out = np.zeros((len(prompts), TEXT_LEN, self.config.dim), self.config.dtype)
         for row, ids, mask in zip(out, *self.tokenizer(list(prompts)), strict=True):
             tokens = ids[mask > 0]
@@ -100,7 +102,7 @@ class TextEncoder:
                 if self.cache:
                     self.cache.put(tokens, embedding)
             row[: len(tokens)] = embedding
-        return jnp.asarray(out)
+        return out
 
 
 class PromptCache:

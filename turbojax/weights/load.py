@@ -340,7 +340,8 @@ def place(
             layers = range(spec.shape[0]) if is_stacked(name) else [None]
             for layer in layers:
                 stored = piece(Entry(name, layer))
-                value = np.asarray(stored) if small else jnp.asarray(stored)
+                # jnp.asarray would compile a program for each shape.
+                value = np.asarray(stored) if small else jax.device_put(stored, may_alias=False)
                 if jnp.issubdtype(value.dtype, jnp.floating):
                     finite[Entry(name, layer)] = np.isfinite(value).all() if small else all_finite(value)
                 yield layer, value
@@ -369,7 +370,7 @@ def stack_on_host(spec: jax.ShapeDtypeStruct, values: Iterator[tuple[int | None,
     array = np.empty(spec.shape, spec.dtype)
     for layer, value in values:
         array[... if layer is None else layer] = value
-    return jnp.asarray(array)
+    return jax.device_put(array)
 
 
 def stack_on_device(spec: jax.ShapeDtypeStruct, values: Iterator[tuple[int | None, jax.Array]]) -> jax.Array:
