@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,16 +28,19 @@ from turbojax.ahead import Programs
 from turbojax.cache import use_compilation_cache
 from turbojax.diffusion import RCM, Euler, Sampler, UniPC, guide
 from turbojax.errors import UserError
+from turbojax.memory import Plan, device_limit, loading_advice, out_of_memory, plan, way_out
 from turbojax.models import vae as vae_model
+from turbojax.models.streaming import Placed, Streamed, placed
 from turbojax.models.tokenizer import Tokenizer
-from turbojax.models.umt5 import TEXT_LEN, UMT5Config, UMT5Encoder
+from turbojax.models.umt5 import TEXT_LEN, UMT5Config
 from turbojax.models.vae import VAEConfig, WanVAE
 from turbojax.models.wan import WanConfig, WanModel
 from turbojax.stopwatch import Stopwatch
+from turbojax.temporaries import Parts, Residency, Work, text_skeleton, vae_skeleton
 from turbojax.text import TextEncoder
 from turbojax.video import check_fps, check_path, files_of, numbered, open_video, save_video
 from turbojax.weights import files
-from turbojax.weights.load import Skeleton, load_plain, load_wan, open_vae, read_config, wan_skeleton, with_options
+from turbojax.weights.load import load_plain, load_wan, open_vae, read_config, wan_skeleton, with_options
 from turbojax.weights.random import random_module, random_token_table
 
 SamplerName = Literal["rcm", "euler", "unipc"]
@@ -95,31 +98,36 @@ def make_sampler(name: str, *, num_steps: int, sigma_max: float, ode: bool = Fal
     raise UserError(f"sampler={name!r} is unknown; choose {', '.join(SAMPLERS)}")
 
 
-def sample(
-    graph: Any,
+def sample(graph: Any, sampler: Sampler, state: Any, *arguments: Any) -> jax.Array:
+    """`denoise` by a split transformer, to be compiled: one scan over the steps."""
+    return denoise(lambda *inputs: nnx.merge(graph, state)(*inputs), sampler, *arguments)
+
+
+def denoise(
+    network: Callable[..., jax.Array],
     sampler: Sampler,
-    state: Any,
     latents: jax.Array,
     text: jax.Array,
     negative: jax.Array | None,
     guidance_scale: jax.Array,
     key: jax.Array,
     noise: jax.Array | None,
+    *,
+    scan: bool = True,
 ) -> jax.Array:
-    """Initial latents `[B, t, h, w, c]` and text `[B, 512, D]` to clean latents; one scan over the steps.
+    """Initial latents `[B, t, h, w, c]` and text `[B, 512, D]` to clean latents.
 
-    graph, state: the split transformer. negative: embedding of the negative prompt, None without guidance.
+    negative: embedding of the negative prompt, None without guidance. scan: False for a streamed transformer.
     """
     batch = latents.shape[0]
 
     def velocity(x: jax.Array, timestep: jax.Array) -> jax.Array:
-        net = nnx.merge(graph, state)
         if negative is None:
-            return net(x, jnp.full(batch, timestep), text)
-        both = net(jnp.concatenate((x, x)), jnp.full(2 * batch, timestep), jnp.concatenate((text, negative)))
+            return network(x, jnp.full(batch, timestep), text)
+        both = network(jnp.concatenate((x, x)), jnp.full(2 * batch, timestep), jnp.concatenate((text, negative)))
         return guide(both[:batch], both[batch:], guidance_scale)
 
-    return sampler.sample(velocity, latents, key=key, noise=noise)
+    return sampler.sample(velocity, latents, key=key, noise=noise, scan=scan)
 
 
 def decode(vae: WanVAE, latents: np.ndarray, *, chunk: int = vae_model.CHUNK) -> Iterator[np.ndarray]:
@@ -165,43 +173,123 @@ def sampler_program(sampler: Sampler, transformer: WanModel, arguments: tuple) -
     return name, build
 
 
-def compile_ahead(
-    programs: Programs, transformer: WanModel, vae: WanVAE, text: TextEncoder, settings: Mapping[str, Any]
-) -> None:
-    """Starts to compile what a call with these settings will run. transformer and vae may be abstract."""
-    call = inspect.signature(TurboVideoPipeline.__call__).bind(None, **{"prompt": "", **settings})
-    call.apply_defaults()
-    c = call.arguments
-    prompts = [c["prompt"]] if isinstance(c["prompt"], str) else c["prompt"]
-    batch = len(prompts) * c["num_samples"]
-    shape = (batch, *latent_shape(vae.config, c["num_frames"], c["height"], c["width"]))
-    sampler = make_sampler(
-        c["sampler"],
-        num_steps=c["num_inference_steps"],
-        **{name: c[name] for name in ("sigma_max", "ode", "shift")},
-    )
-    embedding = jax.ShapeDtypeStruct((batch, TEXT_LEN, text.config.dim), text.config.dtype)
-    guided = c["guidance_scale"] != 1.0
-    options = {name: c[name] for name in ("guidance_scale", "seed", "latents", "noise")}
+class Call(NamedTuple):
+    """A call of the pipeline in shapes: its sampler, what `sample` takes besides the network, and sla_topk."""
 
-    def arguments(embedding: jax.Array) -> tuple:
-        return sampler_arguments(sampler, shape, embedding, negative=embedding if guided else None, **options)
+    sampler: Sampler
+    arguments: tuple
+    sla_topk: float | None
 
-    network = with_topk(transformer, c["sla_topk"])
-    programs.start(*sampler_program(sampler, network, jax.eval_shape(arguments, embedding)))
+    @classmethod
+    def of(cls, parts: Parts, settings: Mapping[str, Any]) -> "Call":
+        """settings: of `TurboVideoPipeline.__call__`, whose defaults stand for the others."""
+        call = inspect.signature(TurboVideoPipeline.__call__).bind(None, **{"prompt": "", **settings})
+        call.apply_defaults()
+        c = call.arguments
+        prompts = [c["prompt"]] if isinstance(c["prompt"], str) else c["prompt"]
+        batch = len(prompts) * c["num_samples"]
+        shape = (batch, *latent_shape(parts.vae, c["num_frames"], c["height"], c["width"]))
+        sampler = make_sampler(
+            c["sampler"],
+            num_steps=c["num_inference_steps"],
+            **{name: c[name] for name in ("sigma_max", "ode", "shift")},
+        )
+        embedding = jax.ShapeDtypeStruct((batch, TEXT_LEN, parts.text.dim), parts.text.dtype)
+        guided = c["guidance_scale"] != 1.0
+        options = {name: c[name] for name in ("guidance_scale", "seed", "latents", "noise")}
+
+        def arguments(embedding: jax.Array) -> tuple:
+            return sampler_arguments(sampler, shape, embedding, negative=embedding if guided else None, **options)
+
+        return cls(sampler, jax.eval_shape(arguments, embedding), c["sla_topk"])
+
+    @property
+    def work(self) -> Work:
+        latents, _, negative, *_ = self.arguments
+        return Work(latents.shape[1:], latents.shape[0], negative is not None)
+
+
+def compile_ahead(programs: Programs, transformer: WanModel | None, vae: WanVAE, text: TextEncoder, call: Call) -> None:
+    """Starts to compile what a call will run. The networks may be abstract; a streamed transformer is left out."""
+    if transformer is not None:
+        network = with_topk(transformer, call.sla_topk)
+        programs.start(*sampler_program(call.sampler, network, call.arguments))
     programs.start("text", text.compile)
-    programs.start("vae", lambda: vae_model.compile_decoding(vae, (1, *shape[1:]), as_uint8=True))
+    programs.start("vae", lambda: vae_model.compile_decoding(vae, (1, *call.work.latents), as_uint8=True))
 
 
-def with_topk(transformer: WanModel, sla_topk: float | None) -> WanModel:
-    """The transformer with another sla_topk; the weights are shared."""
+def plan_call(
+    parts: Parts,
+    call: Call,
+    memory: str | float = "auto",
+    *,
+    residency: Residency | None = None,
+    exact: bool | None = None,
+) -> Plan:
+    """What a call needs of the device, see `turbojax.memory.plan`.
+
+    residency: where weights are already, None to choose. exact: compile the programs, which takes the GPU's compiler
+    half a minute; None where the estimate is near the limit; without a GPU, it is an estimate either way.
+    """
+
+    def compile_sampler() -> Any:
+        transformer = wan_skeleton(parts.transformer).abstract()
+        return sampler_program(call.sampler, with_topk(transformer, call.sla_topk), call.arguments)[1]()
+
+    options: dict[str, Any] = dict(memory=memory, limit=device_limit(), residency=residency)
+    found = plan(parts, call.work, **options)
+    if jax.default_backend() != "gpu" or exact is False or (exact is None and found.clear):
+        return found
+    return plan(parts, call.work, compile_sampler=compile_sampler, **options)
+
+
+def settle(parts: Parts, call: Call, memory: str | float) -> Residency:
+    """Where weights go for this call; raises UserError where nothing fits."""
+    found = plan_call(parts, call, memory)
+    if memory not in ("resident", "stream") and not found.fits:
+        raise UserError(found.reasons[-1])
+    if found.residency != Residency():
+        for reason in found.reasons:
+            logging.info("%s", reason)
+    return found.residency
+
+
+def with_topk(transformer: Any, sla_topk: float | None) -> Any:
+    """The transformer, streamed or not, with another sla_topk; the weights are shared."""
     config = transformer.config
     if sla_topk is None or sla_topk == config.sla_topk:
         return transformer
     if config.attention_type == "original":
         raise UserError(f"{sla_topk=} has no effect on attention_type='original'; load with attention_type='sla'")
-    graph = wan_skeleton(dataclasses.replace(config, sla_topk=sla_topk)).graph
-    return nnx.merge(graph, nnx.state(transformer))
+    skeleton = wan_skeleton(dataclasses.replace(config, sla_topk=sla_topk))
+    if isinstance(transformer, Streamed):
+        return skeleton.restructured(transformer)
+    return nnx.merge(skeleton.graph, nnx.state(transformer))
+
+
+def explaining_memory(call: Callable) -> Callable:
+    """A call of a pipeline that says what to change where the device's memory is not enough."""
+
+    @functools.wraps(call)
+    def explained(pipe: "TurboVideoPipeline", *arguments: Any, **settings: Any) -> Any:
+        def advice() -> str:
+            bound = inspect.signature(call).bind(pipe, *arguments, **settings).arguments
+            del bound["self"]
+            return way_out(pipe.plan(**bound, exact=False), pipe.parts)
+
+        with out_of_memory(advice):
+            return call(pipe, *arguments, **settings)
+
+    return explained
+
+
+def find_transformer(repository: files.Repository, path_or_repo: str | Path, *, quantized: bool | None) -> Path:
+    """The transformer's file: the path itself, or what the repository holds."""
+    path = Path(path_or_repo).expanduser()
+    found = path if path.is_file() else files.find(repository, "transformer", quantized=quantized)
+    if found is None:
+        raise UserError(f"{repository.name} holds no transformer checkpoint; give the file's path")
+    return found
 
 
 def bytes_by_dtype(arrays: Any) -> dict[str, int]:
@@ -215,7 +303,14 @@ def bytes_by_dtype(arrays: Any) -> dict[str, int]:
 class TurboVideoPipeline:
     """Text encoder, transformer and VAE, loaded once and used for many videos."""
 
-    def __init__(self, transformer: WanModel, vae: WanVAE, text: TextEncoder, *, programs: Programs | None = None):
+    def __init__(
+        self,
+        transformer: WanModel | Streamed,
+        vae: WanVAE,
+        text: TextEncoder,
+        *,
+        programs: Programs | None = None,
+    ):
         if transformer.config.text_dim != text.config.dim:
             raise UserError(
                 f"the text encoder gives {text.config.dim} features and the transformer takes "
@@ -241,6 +336,7 @@ class TurboVideoPipeline:
         sage_values: str | None = None,
         dtype: Any = jnp.bfloat16,
         cache_prompts: bool = True,
+        memory: str | float = "auto",
         prepare: Mapping[str, Any] | None = None,
     ) -> "TurboVideoPipeline":
         """Loads published or converted checkpoints; None follows what the checkpoint says.
@@ -254,6 +350,9 @@ class TurboVideoPipeline:
         sage_values: how SageSLA multiplies with v, see `turbojax.kernels.sage`.
         cache_prompts: keep text embeddings in the user's cache folder. The text encoder is checked here and loaded at
           the first prompt that is not there.
+        memory: "auto" keeps on the device what fits beside a call with the settings of `prepare`, or the default ones;
+          "resident" everything; "stream" leaves transformer and text encoder in host memory and copies them a layer
+          ahead; a number is the limit in GB to plan for, as "auto". Without a GPU "auto" is "resident".
         prepare: settings of the first call, such as `dict(height=720, width=1280)`; what it runs is compiled while the
           weights load.
 
@@ -263,12 +362,7 @@ class TurboVideoPipeline:
         given = {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer}
         where = {name: files.component_path(path, name) for name, path in given.items() if path}
         own = files.open_repository(path_or_repo)
-        transformer_path = Path(path_or_repo).expanduser()
-        if not transformer_path.is_file():
-            found = files.find(own, "transformer", quantized=quant_linear)
-            if found is None:
-                raise UserError(f"{own.name} holds no transformer checkpoint; give the file's path")
-            transformer_path = found
+        transformer_path = find_transformer(own, path_or_repo, quantized=quant_linear)
         options: dict[str, Any] = dict(
             quant_linear=quant_linear,
             quant_scheme=quant_scheme,
@@ -287,10 +381,15 @@ class TurboVideoPipeline:
         use_compilation_cache()
         text = TextEncoder.from_files(where["text_encoder"], where["tokenizer"], dtype=dtype, cache=cache_prompts)
         vae_file, programs = open_vae(where["vae"], dtype=dtype), Programs()
+        abstract_vae = vae_file.skeleton.abstract()
+        parts = Parts(config, abstract_vae.config, text.config)
+        call = Call.of(parts, prepare or {})
+        residency = settle(parts, call, memory)
+        text.streamed, streamed = residency.text_streamed, residency.transformer_streamed
         if prepare is not None:
-            compile_ahead(programs, wan_skeleton(config).abstract(), vae_file.skeleton.abstract(), text, prepare)
-        with programs.needed():
-            transformer = load_wan(transformer_path, **options)
+            compile_ahead(programs, None if streamed else wan_skeleton(config).abstract(), abstract_vae, text, call)
+        with programs.needed(), out_of_memory(lambda: loading_advice(parts)):
+            transformer = load_wan(transformer_path, **options, streamed=streamed)
             pipe = cls(transformer, load_plain(vae_file, what=where["vae"].name), text, programs=programs)
         return pipe._loaded(transformer_path.name, start)
 
@@ -307,6 +406,7 @@ class TurboVideoPipeline:
         sage_values: str | None = None,
         dtype: Any = jnp.bfloat16,
         seed: int = 0,
+        memory: str | float = "auto",
         prepare: Mapping[str, Any] | None = None,
     ) -> "TurboVideoPipeline":
         """The full-size network with generated weights, for benchmarks: it makes noise, not videos.
@@ -327,26 +427,25 @@ class TurboVideoPipeline:
             dtype=dtype,
         )
         use_compilation_cache()
-        t5, vae_config = UMT5Config.xxl(dtype=dtype), VAEConfig.wan2_1(dtype=dtype)
-        encoder = Skeleton.of(lambda: UMT5Encoder(t5, rngs=nnx.Rngs(0)))
-        vae, network, programs = (
-            Skeleton.of(lambda: WanVAE(vae_config, rngs=nnx.Rngs(0))),
-            wan_skeleton(config),
-            Programs(),
-        )
-        table = random_token_table(tokenizer.vocab_size, t5.dim, dtype, seed=seed)
+        parts = Parts(config, VAEConfig.wan2_1(dtype=dtype), UMT5Config.xxl(dtype=dtype))
+        network, vae, encoder = wan_skeleton(config), vae_skeleton(parts.vae), text_skeleton(parts.text)
+        call, programs = Call.of(parts, prepare or {}), Programs()
+        residency = settle(parts, call, memory)
+        streamed = residency.transformer_streamed
+        table = random_token_table(tokenizer.vocab_size, parts.text.dim, dtype, seed=seed)
         generate = functools.partial(random_module, seed=seed)
-        text = TextEncoder(tokenizer, encoder.abstract(), table, lambda: generate(encoder, what="random umT5"))
+        load = functools.partial(generate, encoder, what="random umT5")
+        text = TextEncoder(tokenizer, encoder.abstract(), table, load, streamed=residency.text_streamed)
         if prepare is not None:
-            compile_ahead(programs, network.abstract(), vae.abstract(), text, prepare)
-        with programs.needed():
-            transformer = generate(network, what=f"random {model}")
+            compile_ahead(programs, None if streamed else network.abstract(), vae.abstract(), text, call)
+        with programs.needed(), out_of_memory(lambda: loading_advice(parts)):
+            transformer = generate(network, what=f"random {model}", streamed=streamed)
             pipe = cls(transformer, generate(vae, what="random VAE"), text, programs=programs)
-            jax.block_until_ready(nnx.state(text.encoder))
+            jax.block_until_ready(placed(text.encoder))
         return pipe._loaded(f"random {model}", start)
 
     def _loaded(self, what: str, start: float) -> "TurboVideoPipeline":
-        jax.block_until_ready((nnx.state(self.transformer), nnx.state(self.vae)))
+        jax.block_until_ready((placed(self.transformer), placed(self.vae)))
         self.load_seconds = time.perf_counter() - start
         c = self.transformer.config
         logging.info(
@@ -360,6 +459,7 @@ class TurboVideoPipeline:
         )
         return self
 
+    @explaining_memory
     def __call__(
         self,
         prompt: str | Sequence[str],
@@ -447,8 +547,11 @@ class TurboVideoPipeline:
         written = [file for path in outputs for file in files_of(path, num_frames)]
         return VideoOutput(videos, clean, self._clock.take(), written)
 
-    def _sample(self, sampler: Sampler, transformer: WanModel, arguments: tuple) -> jax.Array:
+    def _sample(self, sampler: Sampler, transformer: WanModel | Streamed, arguments: tuple) -> jax.Array:
         """Compiled once for each sampler, configuration and shape."""
+        if isinstance(transformer, Streamed):
+            with self._clock.stage("diffusion"):
+                return jax.block_until_ready(denoise(transformer, sampler, *arguments, scan=False))
         with self._clock.stage("compile"):
             program = self._programs.get(*sampler_program(sampler, transformer, arguments))
         with self._clock.stage("diffusion"):
@@ -471,12 +574,31 @@ class TurboVideoPipeline:
                         append(frames)
         return videos
 
+    @property
+    def parts(self) -> Parts:
+        """The configurations of the networks."""
+        return Parts(self.transformer.config, self.vae.config, self.text.config)
+
+    def plan(self, *, memory: str | float | None = None, exact: bool = True, **settings: Any) -> Plan:
+        """What a call with these settings will need of the device, stage by stage; print it.
+
+        memory: as `from_pretrained` takes it, for what that would choose; None for the weights where they are.
+        exact: on a GPU, compile the call's programs (half a minute) instead of estimating.
+        Raises UserError for impossible sizes and settings.
+        """
+        residency = None
+        if memory is None:
+            residency = Residency(self.text.streamed, isinstance(self.transformer, Streamed))
+        call = Call.of(self.parts, settings)
+        return plan_call(self.parts, call, "auto" if memory is None else memory, residency=residency, exact=exact)
+
     def memory_report(self) -> dict[str, dict[str, int]]:
-        """Bytes by component and dtype, measured from the arrays; "host" is the text encoder's token table."""
+        """Bytes by component and dtype, measured from the arrays; "host" is the token table and what is streamed."""
         encoder = self.text.encoder if self.text.loaded else None
         modules = {"transformer": self.transformer, "vae": self.vae, "text_encoder": encoder}
-        report = {name: bytes_by_dtype(nnx.state(module) if module else ()) for name, module in modules.items()}
-        return report | {"host": bytes_by_dtype(self.text.table)}
+        where = {name: placed(module) if module else Placed((), ()) for name, module in modules.items()}
+        report = {name: bytes_by_dtype(arrays.device) for name, arrays in where.items()}
+        return report | {"host": bytes_by_dtype((self.text.table, *(arrays.host for arrays in where.values())))}
 
     def save_video(self, video: np.ndarray, path: str | Path, fps: int = 16) -> list[Path]:
         """Writes one video, uint8 `[T, H, W, 3]`, as .mp4, .gif or numbered .png; see `turbojax.video.save_video`."""

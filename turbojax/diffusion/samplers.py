@@ -112,12 +112,12 @@ class Sampler:
 
         if scan:
             carry, states = jax.lax.scan(step, carry, rows)
-            return jnp.concatenate([first[None], states]) if trajectory else carry[0]
-        states = [first]
+            return carry[0] if states is None else jnp.concatenate([first[None], states])
+        passed = [first]
         for i in range(len(rows.timestep)):
             carry, _ = step(carry, jax.tree.map(lambda a, i=i: a[i], rows))
-            states.append(carry[0])
-        return jnp.stack(states) if trajectory else carry[0]
+            passed.append(carry[0])
+        return jnp.stack(passed) if trajectory else carry[0]
 
     def _steps(self, start: int, stop: int | None) -> slice:
         stop = self.num_steps if stop is None else stop

@@ -7,7 +7,7 @@ stays on the device, stacked over the layers. Results are those of the resident 
 import collections
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -79,6 +79,19 @@ class Streamed:
     def __call__(self, *inputs: jax.Array, **more: jax.Array) -> jax.Array:
         x, context, rest = begin(self.graph, self.state, inputs, more)
         return end(self.graph, self.state, self.blocks(x, context), rest)
+
+
+class Placed(NamedTuple):
+    """A model's arrays on the device and in host memory."""
+
+    device: Any
+    host: Any
+
+
+def placed(model: nnx.Module | Streamed) -> Placed:
+    if isinstance(model, Streamed):
+        return Placed((model.state, model.blocks.resident), model.blocks.layers)
+    return Placed(nnx.state(model), ())
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -99,6 +99,11 @@ class Skeleton(NamedTuple):
         blocks = HostBlocks(block_graph, nnx.from_flat_state(resident), tuple(map(nnx.from_flat_state, layers)))
         return Streamed(config, outer_graph, nnx.from_flat_state(outer), blocks)
 
+    def restructured(self, model: Streamed) -> Streamed:
+        """A streamed model with its own arrays in this skeleton's structure."""
+        config, outer, block = self.parts()
+        return Streamed(config, outer, model.state, dataclasses.replace(model.blocks, graph=block))
+
     def parts(self) -> tuple[Any, nnx.GraphDef, nnx.GraphDef]:
         """The configuration, and the structures of the module without its blocks and of one block."""
         module = self.abstract()
