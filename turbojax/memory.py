@@ -3,7 +3,7 @@
     parts = Parts(WanConfig.t2v_14b(quant=QuantConfig()), VAEConfig.wan2_1(), UMT5Config.xxl())
     print(plan(parts, Work((21, 90, 160, 16)), limit=24e9))
 
-A stage needs the weights that are on the device at that time, known from shapes, and the temporaries of its programs, see
+A stage needs the weights that are then on the device, known from shapes, and the temporaries of its programs, see
 `turbojax.temporaries`. All sizes are bytes; a GB is 10^9 of them.
 """
 
@@ -11,7 +11,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
