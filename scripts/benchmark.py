@@ -45,7 +45,7 @@ ATTENTION = flags.DEFINE_string("attention_type", "original", "original, sla or 
 TOPK = flags.DEFINE_float("sla_topk", 0.1, "share of key blocks")
 LAYERS = flags.DEFINE_integer("num_layers", 40, "layers, of the case compile")
 QUANT = flags.DEFINE_enum("quant_scheme", None, list(QUANT_SCHEMES), "int8 linear layers")
-RESIDENT = flags.DEFINE_boolean("resident_experts", None, "both experts on the device; by its memory if not given")
+MEMORY = flags.DEFINE_string("memory", "auto", "auto, resident, stream, or the card's GB to plan for")
 OUT = flags.DEFINE_string("out", None, "JSON file to write; printed only if not given")
 
 
@@ -67,7 +67,7 @@ def main() -> None:
                 sla_topk=TOPK.value,
                 quant_linear=QUANT.value is not None,
                 quant_scheme=QUANT.value,
-                resident_experts=RESIDENT.value,
+                memory=MEMORY.value,
                 image=demo_picture() if CASE.value == "image_to_video" else None,
                 output=Path(folder) / "video.mp4",
             )
@@ -99,7 +99,7 @@ def main() -> None:
 
 def save(result: dict[str, Any]) -> dict[str, Any]:
     """The result with what was measured; into --out where that is given."""
-    own = (CASE, MODEL, RESOLUTION, FRAMES, STEPS, ATTENTION, TOPK, LAYERS, QUANT, RESIDENT)
+    own = (CASE, MODEL, RESOLUTION, FRAMES, STEPS, ATTENTION, TOPK, LAYERS, QUANT, MEMORY)
     whole = {"case": CASE.value, "settings": {flag.name: flag.value for flag in own}, "result": result}
     if OUT.value:
         benchmark.save(whole, Path(OUT.value))

@@ -4,6 +4,7 @@
     python scripts/generate.py --config=configs/wan1_3b.py --config.prompt="A cat surfing a wave" --config.seed=1
     python scripts/generate.py --config=configs/wan22_i2v_quant.py --config.image=cat.jpg --config.prompt="It jumps"
 
+--plan prints what a call would need of the card, stage by stage, and what would be kept on it; nothing is loaded.
 Every setting of a configuration can be changed as --config.NAME=VALUE:
 """
 
@@ -20,20 +21,26 @@ from turbojax import TurboVideoPipeline, UserError, cli
 from turbojax.config import SETTINGS, describe_settings
 from turbojax.demo import demo_folder
 from turbojax.image import read_image
+from turbojax.memory import Plan
 from turbojax.models.tokenizer import Tokenizer
 from turbojax.models.vae import VAEConfig
-from turbojax.pipeline import check_seed, latent_shape, make_sampler, video_shape
+from turbojax.pipeline import check_seed, latent_shape, make_sampler
+from turbojax.planning import plan_unloaded
 from turbojax.video import check_fps, check_path, make_parent, video_size
 from turbojax.weights.lora import Expert, LoRA
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "file of settings, see configs/", lock_config=True)
-
+PLAN = flags.DEFINE_bool("plan", False, "print what memory the call needs, and stop")
 
 # Settings that the pipeline's call takes by the same names; height and width may come from elsewhere.
 CALL_SETTINGS = (
     *("prompt", "negative_prompt", "num_samples", "seed", "num_frames", "sampler", "num_inference_steps"),
     *("sigma_max", "ode", "guidance_scale", "shift", "background", "adaptive_size"),
 )
+DEMOS = {"demo": False, "demo-i2v": True}  # names of weights, and whether they are for image to video
+
+# Settings that loading takes by the same names.
+NETWORK_SETTINGS = ("quant_linear", "quant_scheme", "attention_type", "sla_topk", "sage_values", "memory")
 
 
 def main() -> None:
@@ -45,21 +52,39 @@ def main() -> None:
         raise UserError(f"the settings cannot be read, {error}") from error
     if missing:
         raise UserError(f"get_config() must return turbojax.config.base_config(...); missing: {', '.join(missing)}")
-    generate(CONFIG.value)
+    if PLAN.value:
+        print(plan(CONFIG.value))
+    else:
+        generate(CONFIG.value)
+
+
+def plan(config: ConfigDict) -> Plan:
+    """What the call would need of the device's memory; of weights, names and shapes are read."""
+    return plan_unloaded(
+        weights_of(config),
+        call_settings(config),
+        model=config.model,
+        vae=config.vae,
+        text_encoder=config.text_encoder,
+        **network_options(config),
+    )
 
 
 def generate(config: ConfigDict) -> list[Path]:
     """Loads the pipeline, makes the videos and returns the files written."""
     make_parent(check_path(config.output))
-    width, height = check_settings(config)
-    images = read_pictures(config)
-    settings = {name: config[name] for name in CALL_SETTINGS} | {"width": width, "height": height} | images
+    settings = call_settings(config)
     pipe = load_pipeline(config, prepare=settings)
-    shown = video_shape(width, height, list(images.values())[:1] if config.adaptive_size else [])
-    logging.info("Making %d x %d, %d frames, seed %d: %s", *shown, config.num_frames, config.seed, config.prompt)
+    logging.info("Making {num_frames} frames, seed {seed}: {prompt}".format(**settings))
     written = pipe(**settings, output=config.output, fps=config.fps).files
     logging.info("Wrote %s", ", ".join(str(path) for path in written[:4]) + (" ..." if len(written) > 4 else ""))
     return written
+
+
+def call_settings(config: ConfigDict) -> dict[str, Any]:
+    """What the pipeline's call takes; raises UserError for what can be told before minutes of loading."""
+    width, height = check_settings(config)
+    return {name: config[name] for name in CALL_SETTINGS} | {"width": width, "height": height} | read_pictures(config)
 
 
 def check_settings(config: ConfigDict) -> tuple[int, int]:
@@ -95,27 +120,26 @@ def loras(config: ConfigDict) -> list[LoRA]:
     ]
 
 
-def load_pipeline(config: ConfigDict, *, prepare: dict[str, Any] | None = None) -> TurboVideoPipeline:
+def network_options(config: ConfigDict) -> dict[str, Any]:
+    """What decides the networks and where they are."""
     if config.dtype not in ("bfloat16", "float32"):
         raise UserError(f"dtype={config.dtype!r} is unknown; choose bfloat16 or float32")
-    options = {
-        "quant_linear": config.quant_linear,
-        "quant_scheme": config.quant_scheme,
-        "attention_type": config.attention_type,
-        "sla_topk": config.sla_topk,
-        "sage_values": config.sage_values,
-        "dtype": jnp.dtype(config.dtype),
-        "resident_experts": config.resident_experts,
-        "prepare": prepare,
-    }
-    if config.weights == "random":
-        tokenizer = Tokenizer.from_path(config.tokenizer or demo_folder() / "google" / "umt5-xxl")
-        return TurboVideoPipeline.random(config.model, tokenizer, **options)
+    return {name: config[name] for name in NETWORK_SETTINGS} | {"dtype": jnp.dtype(config.dtype)}
+
+
+def weights_of(config: ConfigDict) -> str:
     if not config.weights:
         raise UserError("no weights; give --config.weights= a file, a folder, a Hugging Face repository, or random")
-    demo = {"demo": False, "demo-i2v": True}.get(config.weights)
-    weights = config.weights if demo is None else str(demo_folder(image=demo))
-    if jax.default_backend() == "cpu" and demo is None:
+    return str(demo_folder(image=DEMOS[config.weights])) if config.weights in DEMOS else config.weights
+
+
+def load_pipeline(config: ConfigDict, *, prepare: dict[str, Any] | None = None) -> TurboVideoPipeline:
+    options = network_options(config) | {"prepare": prepare}
+    weights = weights_of(config)
+    if weights == "random":
+        tokenizer = Tokenizer.from_path(config.tokenizer or demo_folder() / "google" / "umt5-xxl")
+        return TurboVideoPipeline.random(config.model, tokenizer, **options)
+    if jax.default_backend() == "cpu" and config.weights not in DEMOS:
         logging.warning("No GPU was found; a real model takes hours on a CPU (pip install turbojax[cuda12])")
     return TurboVideoPipeline.from_pretrained(
         weights,

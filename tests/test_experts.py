@@ -25,6 +25,13 @@ def numbers(model: WanModel) -> list[np.ndarray]:
     return [np.asarray(leaf).copy() for leaf in jax.tree.leaves(nnx.state(model))]
 
 
+def places(experts: Experts) -> dict[str, int]:
+    """Bytes on the device and in host memory."""
+    return {
+        place: sum(a.nbytes for a in jax.tree.leaves(arrays)) for place, arrays in experts.placed()._asdict().items()
+    }
+
+
 def assert_equal(ours: list, theirs: list):
     for a, b in zip(ours, theirs, strict=True):
         np.testing.assert_array_equal(a, b)
@@ -33,7 +40,7 @@ def assert_equal(ours: list, theirs: list):
 @pytest.mark.parametrize("config", [PLAIN, INT8], ids=["float", "int8"])
 @pytest.mark.parametrize("room", [0, 200_000, 2**40], ids=["no_room", "some_room", "room"])
 def test_one_at_a_time(config, room):
-    experts = Experts(resident=False)
+    experts = Experts(in_turn=True)
     expected = {}
     for name, seed in (("low", 1), ("high", 2)):
         model = network(config, seed)
@@ -45,9 +52,9 @@ def test_one_at_a_time(config, room):
     for name, following in (("high", "low"), ("low", "high"), ("high", "low"), ("low", "low")):
         model = experts.bring(name)
         assert_equal(numbers(model), expected[name])
-        assert experts.bytes_by_place() == {"device": one, "host": 2 * one if both_on_host else one}
+        assert places(experts) == {"device": one, "host": 2 * one if both_on_host else one}
         experts.prefetch(following, room)
-        extra = experts.bytes_by_place()["device"] - one
+        extra = places(experts)["device"] - one
         assert extra <= room
         assert (extra == one) == (room > one and following != name)
         assert_equal(numbers(model), expected[name])
@@ -60,7 +67,7 @@ def test_both_stay():
     experts.add("high", high)
     for name, model in (("high", high), ("low", low), ("high", high)):
         assert_equal(numbers(experts.bring(name)), numbers(model))
-    assert experts.bytes_by_place()["host"] == 0
+    assert places(experts)["host"] == 0
 
 
 def test_steps():

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from turbojax.errors import UserError
-from turbojax.image import resize, to_unit
+from turbojax.image import ImageSource, adaptive_size, read_image, resize, to_unit
 from turbojax.models.clip import CLIPVision, clip_dtype, encode_image
 from turbojax.models.vae import Cache, VAEConfig, WanVAE, check_video
 from turbojax.models.wan import CLIP_TOKENS, WanConfig
@@ -35,12 +35,43 @@ def image_inputs(
 
 
 def image_shapes(config: WanConfig, vae: VAEConfig, shape: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of `image_inputs` for latents `[B, t, h, w, c]`."""
-    y = jax.ShapeDtypeStruct((1, *shape[1:-1], vae.temporal_factor + vae.z_dim), jnp.float32)
-    if not config.clip_dim:
-        return {"y": y}
-    tokens = (1, config.clip_images * CLIP_TOKENS, config.clip_dim)
-    return {"y": y, "clip": jax.ShapeDtypeStruct(tokens, clip_dtype(config.dtype))}
+    """Shapes and dtypes of `image_inputs`, B times for latents `[B, t, h, w, c]`; empty for networks without images."""
+    shapes: dict[str, tuple] = {}
+    if takes_images(config):
+        shapes["y"] = (*shape[1:-1], vae.temporal_factor + vae.z_dim), jnp.float32
+    if config.clip_dim:
+        shapes["clip"] = (config.clip_images * CLIP_TOKENS, config.clip_dim), clip_dtype(config.dtype)
+    return {name: jax.ShapeDtypeStruct((shape[0], *own), dtype) for name, (own, dtype) in shapes.items()}
+
+
+def takes_images(config: WanConfig) -> bool:
+    """Whether a network makes videos from images."""
+    return config.in_channels != config.out_channels
+
+
+def read_images(
+    config: WanConfig, image: ImageSource | None, last_image: ImageSource | None, background: str
+) -> list[np.ndarray]:
+    """The images of a call, uint8 `[H, W, 3]`: none, one, or the first and the last frame's.
+
+    Raises UserError where they are not what the network takes.
+    """
+    if not takes_images(config):
+        if image is not None or last_image is not None:
+            raise UserError("this transformer makes videos from text alone; leave out the image, or take another one")
+        return []
+    if image is None:
+        raise UserError("this transformer makes videos from images; give image=, or a text-to-video checkpoint")
+    if config.clip_dim and (last_image is None) != (config.clip_images == 1):
+        takes = "a first and a last image" if config.clip_images > 1 else "a first image only"
+        raise UserError(f"this transformer takes {takes}; give {'both' if last_image is None else 'no last_image'}")
+    sources = [image] if last_image is None else [image, last_image]
+    return [read_image(source, background=background) for source in sources]
+
+
+def video_shape(width: int, height: int, images: Sequence[np.ndarray], *, adaptive: bool) -> tuple[int, int]:
+    """Width and height of a video: as given, or in the first image's shape at that area."""
+    return adaptive_size(images[0].shape[1::-1], (width, height)) if images and adaptive else (width, height)
 
 
 def condition(vae: WanVAE, image: np.ndarray, *, num_frames: int, last_image: np.ndarray | None = None) -> jax.Array:

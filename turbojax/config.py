@@ -59,13 +59,13 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("lora_low", str, "likewise, into the expert for low noise"),
     Setting("lora_strength", 1.0, "how strongly they count"),
     Setting("boundary", 0.9, "noise level (rectified-flow time) at which two experts change"),
-    Setting("resident_experts", bool, "both experts on the device; if not given, where its memory is enough"),
     Setting("quant_linear", bool, "int8 linear layers; as the checkpoint is if not given"),
     Setting("quant_scheme", str, "block128, block128_rows, block128_weights, channel or channel_weights"),
     Setting("attention_type", str, "original, sla or sagesla; as the checkpoint is if not given"),
     Setting("sla_topk", float, "share of key blocks that sla and sagesla attend to; 0.1 if not given"),
     Setting("sage_values", str, "how sagesla multiplies with v: float8 (the default), float8_values or exact"),
     Setting("dtype", "bfloat16", "bfloat16 or float32"),
+    Setting("memory", "auto", "auto, resident, stream (weights stay in host memory), or the card's GB to plan for"),
     Setting(
         "cache_prompts", True, "keep text embeddings in the user's cache: a prompt used before needs no text encoder"
     ),

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,32 +26,26 @@ from tqdm import tqdm
 
 from turbojax.ahead import Programs
 from turbojax.cache import use_compilation_cache
-from turbojax.condition import compile_still, image_inputs, image_shapes
+from turbojax.condition import compile_still, image_inputs, image_shapes, read_images, takes_images, video_shape
 from turbojax.diffusion import RCM, Euler, Sampler, UniPC, guide
 from turbojax.errors import UserError
-from turbojax.experts import BOUNDARY, Experts, both_fit, room_beside
-from turbojax.image import ImageSource, adaptive_size, read_image
+from turbojax.experts import BOUNDARY, NAMES, Experts
+from turbojax.image import ImageSource
+from turbojax.memory import Plan, device_limit, loading_advice, out_of_memory, parse, plan, way_out
 from turbojax.models import vae as vae_model
 from turbojax.models.clip import CLIPConfig, CLIPVision, clip_dtype
+from turbojax.models.streaming import Placed, Streamed, placed
 from turbojax.models.tokenizer import Tokenizer
-from turbojax.models.umt5 import TEXT_LEN, UMT5Config, UMT5Encoder
+from turbojax.models.umt5 import TEXT_LEN, UMT5Config
 from turbojax.models.vae import VAEConfig, WanVAE
 from turbojax.models.wan import WanConfig, WanModel
 from turbojax.stopwatch import Stopwatch
+from turbojax.temporaries import Parts, Residency, Work, clip_skeleton, text_skeleton, vae_skeleton
 from turbojax.text import TextEncoder
 from turbojax.video import check_fps, check_path, files_of, numbered, open_video, save_video
 from turbojax.weights import files
-from turbojax.weights.load import (
-    Skeleton,
-    load_clip,
-    load_plain,
-    load_wan,
-    open_vae,
-    read_config,
-    wan_skeleton,
-    with_options,
-)
-from turbojax.weights.lora import LoRA
+from turbojax.weights.load import load_plain, load_wan, open_clip, open_vae, read_config, wan_skeleton, with_options
+from turbojax.weights.lora import Expert, LoRA
 from turbojax.weights.random import random_module, random_token_table
 
 SamplerName = Literal["rcm", "euler", "unipc"]
@@ -110,11 +104,15 @@ def make_sampler(name: str, *, num_steps: int, sigma_max: float, ode: bool = Fal
     raise UserError(f"sampler={name!r} is unknown; choose {', '.join(SAMPLERS)}")
 
 
-def sample(
-    graph: Any,
+def sample(graph: Any, sampler: Sampler, steps: tuple[int, int], state: Any, *arguments: Any) -> jax.Array:
+    """`denoise` by a split transformer, to be compiled: one scan over the steps."""
+    return denoise(lambda *inputs, **more: nnx.merge(graph, state)(*inputs, **more), sampler, steps, *arguments)
+
+
+def denoise(
+    network: Callable[..., jax.Array],
     sampler: Sampler,
     steps: tuple[int, int],
-    state: Any,
     latents: jax.Array,
     text: jax.Array,
     negative: jax.Array | None,
@@ -122,26 +120,28 @@ def sample(
     key: jax.Array,
     noise: jax.Array | None,
     images: dict[str, jax.Array],
+    *,
+    scan: bool = True,
 ) -> jax.Array:
-    """Latents `[B, t, h, w, c]` before and after steps [start, stop), with text `[B, 512, D]`; one scan over the steps.
+    """Latents `[B, t, h, w, c]` before and after steps [start, stop), by text `[B, 512, D]`.
 
-    graph, state: the split transformer. negative: embedding of the negative prompt, None without guidance.
-    images: what the network is given of images, see `turbojax.condition`; one serves the whole batch.
+    negative: embedding of the negative prompt, None without guidance. images: what the network takes of images, see
+    `turbojax.condition`; one serves the whole batch. scan: False for a streamed transformer.
     """
     batch = latents.shape[0]
 
-    def network(x: jax.Array, timestep: jax.Array, text: jax.Array) -> jax.Array:
+    def predict(x: jax.Array, timestep: jax.Array, text: jax.Array) -> jax.Array:
         given = {name: jnp.broadcast_to(a, (len(x), *a.shape[1:])) for name, a in images.items()}
-        return nnx.merge(graph, state)(x, jnp.full(len(x), timestep), text, **given)
+        return network(x, jnp.full(len(x), timestep), text, **given)
 
     def velocity(x: jax.Array, timestep: jax.Array) -> jax.Array:
         if negative is None:
-            return network(x, timestep, text)
-        both = network(jnp.concatenate((x, x)), timestep, jnp.concatenate((text, negative)))
+            return predict(x, timestep, text)
+        both = predict(jnp.concatenate((x, x)), timestep, jnp.concatenate((text, negative)))
         return guide(both[:batch], both[batch:], guidance_scale)
 
     start, stop = steps
-    return sampler.sample(velocity, latents, key=key, noise=noise, start=start, stop=stop)
+    return sampler.sample(velocity, latents, key=key, noise=noise, start=start, stop=stop, scan=scan)
 
 
 def decode(vae: WanVAE, latents: np.ndarray, *, chunk: int = vae_model.CHUNK) -> Iterator[np.ndarray]:
@@ -173,112 +173,163 @@ def sampler_arguments(
 
 
 def sampler_program(
-    sampler: Sampler, steps: tuple[int, int], config: WanConfig, arguments: tuple
+    sampler: Sampler, steps: tuple[int, int], transformer: WanModel, arguments: tuple
 ) -> tuple[Hashable, Callable[[], Any]]:
     """Name of the compiled `sample` for these settings and shapes, and the function that compiles it.
 
-    arguments: need not be more than shapes.
+    Neither the transformer nor the arguments need be more than shapes.
     """
+    graph, state = nnx.split(transformer)
     shapes = jax.tree.map(lambda a: (a.shape, a.dtype), arguments)
-    name = (sampler, steps, config, jax.tree.structure(shapes), tuple(jax.tree.leaves(shapes)))
+    name = (sampler, steps, transformer.config, jax.tree.structure(shapes), tuple(jax.tree.leaves(shapes)))
 
     def build() -> Any:
         logging.info("Compiling the sampler: %s", sampler)
-        graph, state = nnx.split(wan_skeleton(config).abstract())
         return jax.jit(sample, static_argnums=(0, 1, 2)).lower(graph, sampler, steps, state, *arguments).compile()
 
     return name, build
 
 
+class Call(NamedTuple):
+    """A call of the pipeline in shapes: its sampler, what `sample` takes besides the network, and sla_topk."""
+
+    sampler: Sampler
+    arguments: tuple
+    sla_topk: float | None
+
+    @classmethod
+    def of(cls, parts: Parts, settings: Mapping[str, Any]) -> "Call":
+        """settings: of `TurboVideoPipeline.__call__`, whose defaults stand for the others."""
+        call = inspect.signature(TurboVideoPipeline.__call__).bind(None, **{"prompt": "", **settings})
+        call.apply_defaults()
+        c, network = call.arguments, parts.transformer
+        prompts = [c["prompt"]] if isinstance(c["prompt"], str) else c["prompt"]
+        batch = len(prompts) * c["num_samples"]
+        images = [] if c["image"] is None else read_images(network, c["image"], c["last_image"], c["background"])
+        width, height = video_shape(c["width"], c["height"], images, adaptive=c["adaptive_size"])
+        shape = (batch, *latent_shape(parts.vae, c["num_frames"], height, width))
+        sampler = make_sampler(
+            c["sampler"],
+            num_steps=c["num_inference_steps"],
+            sigma_max=first_noise_level(network, c["sigma_max"]),
+            **{name: c[name] for name in ("ode", "shift")},
+        )
+        embedding = jax.ShapeDtypeStruct((batch, TEXT_LEN, parts.text.dim), parts.text.dtype)
+        guided = c["guidance_scale"] != 1.0
+        options = {name: c[name] for name in ("guidance_scale", "seed", "latents", "noise")}
+
+        def arguments(embedding: jax.Array, images: dict[str, jax.Array]) -> tuple:
+            negative = embedding if guided else None
+            return sampler_arguments(sampler, shape, embedding, negative=negative, images=images, **options)
+
+        inputs = image_shapes(network, parts.vae, (1, *shape[1:]))
+        return cls(sampler, jax.eval_shape(arguments, embedding, inputs), c["sla_topk"])
+
+    @property
+    def work(self) -> Work:
+        latents, _, negative, *_ = self.arguments
+        return Work(latents.shape[1:], latents.shape[0], negative is not None)
+
+
 def compile_ahead(
-    programs: Programs, experts: Experts, config: WanConfig, vae: WanVAE, text: TextEncoder, settings: Mapping[str, Any]
+    programs: Programs, experts: Experts, transformer: WanModel | None, vae: WanVAE, text: TextEncoder, call: Call
 ) -> None:
-    """Starts to compile what a call with these settings will run. vae may be abstract."""
-    call = inspect.signature(TurboVideoPipeline.__call__).bind(None, **{"prompt": "", **settings})
-    call.apply_defaults()
-    c = call.arguments
-    prompts = [c["prompt"]] if isinstance(c["prompt"], str) else c["prompt"]
-    batch = len(prompts) * c["num_samples"]
-    pictures = read_images(config, c["image"], c["last_image"], c["background"])
-    width, height = video_shape(c["width"], c["height"], pictures if c["adaptive_size"] else [])
-    shape = (batch, *latent_shape(vae.config, c["num_frames"], height, width))
-    sampler = make_sampler(
-        c["sampler"],
-        num_steps=c["num_inference_steps"],
-        sigma_max=first_noise_level(c["sigma_max"], pictures),
-        **{name: c[name] for name in ("ode", "shift")},
-    )
-    embedding = jax.ShapeDtypeStruct((batch, TEXT_LEN, text.config.dim), text.config.dtype)
-    guided = c["guidance_scale"] != 1.0
-    options = {name: c[name] for name in ("guidance_scale", "seed", "latents", "noise")}
-    images = image_shapes(config, vae.config, shape) if pictures else {}
-
-    def arguments(embedding: jax.Array, images: dict[str, jax.Array]) -> tuple:
-        negative = embedding if guided else None
-        return sampler_arguments(sampler, shape, embedding, negative=negative, images=images, **options)
-
-    abstract = jax.eval_shape(arguments, embedding, images)
-    for _, steps in experts.parts(sampler):
-        programs.start(*sampler_program(sampler, steps, with_topk(config, c["sla_topk"]), abstract))
+    """Starts to compile what a call will run. The networks may be abstract; a streamed transformer is left out."""
+    if transformer is not None:
+        network = with_topk(transformer, call.sla_topk)
+        for _, steps in experts.parts(call.sampler):
+            programs.start(*sampler_program(call.sampler, steps, network, call.arguments))
     programs.start("text", text.compile)
-    if pictures:
-        programs.start("image", lambda: compile_still(vae, height, width))
-    programs.start("vae", lambda: vae_model.compile_decoding(vae, (1, *shape[1:]), as_uint8=True))
+    _, h, w, _ = call.work.latents
+    if call.arguments[-1]:
+        sizes = vae.config.spatial_factor * h, vae.config.spatial_factor * w
+        programs.start("image", lambda: compile_still(vae, *sizes))
+    programs.start("vae", lambda: vae_model.compile_decoding(vae, (1, *call.work.latents), as_uint8=True))
 
 
-def with_topk(config: WanConfig, sla_topk: float | None) -> WanConfig:
-    """The transformer's configuration with another sla_topk; the weights are the same."""
+def plan_call(
+    parts: Parts,
+    call: Call,
+    memory: str | float = "auto",
+    *,
+    residency: Residency | None = None,
+    exact: bool | None = None,
+) -> Plan:
+    """What a call needs of the device, see `turbojax.memory.plan`.
+
+    residency: where weights are already, None to choose. exact: compile the programs, which takes the GPU's compiler
+    half a minute; None where the estimate is near the limit; without a GPU, it is an estimate either way.
+    """
+
+    def compile_sampler() -> Any:
+        transformer = wan_skeleton(parts.transformer).abstract()
+        steps = 0, call.sampler.num_steps
+        return sampler_program(call.sampler, steps, with_topk(transformer, call.sla_topk), call.arguments)[1]()
+
+    options: dict[str, Any] = dict(memory=memory, limit=device_limit(), residency=residency)
+    found = plan(parts, call.work, **options)
+    if jax.default_backend() != "gpu" or exact is False or (exact is None and found.clear):
+        return found
+    return plan(parts, call.work, compile_sampler=compile_sampler, **options)
+
+
+def settle(parts: Parts, call: Call, memory: str | float) -> Residency:
+    """Where weights go for this call; raises UserError where nothing fits."""
+    found = plan_call(parts, call, memory)
+    if memory not in ("resident", "stream") and not found.fits:
+        raise UserError(found.reasons[-1])
+    if found.residency != Residency():
+        for reason in found.reasons:
+            logging.info("%s", reason)
+    return found.residency
+
+
+def with_topk(transformer: Any, sla_topk: float | None) -> Any:
+    """The transformer, streamed or not, with another sla_topk; the weights are shared."""
+    config = transformer.config
     if sla_topk is None or sla_topk == config.sla_topk:
-        return config
+        return transformer
     if config.attention_type == "original":
         raise UserError(f"{sla_topk=} has no effect on attention_type='original'; load with attention_type='sla'")
-    return dataclasses.replace(config, sla_topk=sla_topk)
+    skeleton = wan_skeleton(dataclasses.replace(config, sla_topk=sla_topk))
+    if isinstance(transformer, Streamed):
+        return skeleton.restructured(transformer)
+    return nnx.merge(skeleton.graph, nnx.state(transformer))
 
 
-def read_images(
-    config: WanConfig, image: ImageSource | None, last_image: ImageSource | None, background: str
-) -> list[np.ndarray]:
-    """The images of a call, uint8 `[H, W, 3]`: none, one, or the first and the last frame's.
+def explaining_memory(call: Callable) -> Callable:
+    """A call of a pipeline that says what to change where the device's memory is not enough."""
 
-    Raises UserError where they are not what the network takes.
-    """
-    if image is None:
-        if takes_images(config):
-            raise UserError("this transformer makes videos from images; give image=, or a text-to-video checkpoint")
-        if last_image is not None:
-            raise UserError("last_image= needs an image= to start from")
-        return []
-    if not takes_images(config):
-        raise UserError("this transformer makes videos from text alone; leave out image=, or give another checkpoint")
-    if config.clip_dim and (last_image is None) != (config.clip_images == 1):
-        takes = "a first and a last image" if config.clip_images > 1 else "a first image only"
-        raise UserError(f"this transformer takes {takes}; give {'both' if last_image is None else 'no last_image'}")
-    sources = [image] if last_image is None else [image, last_image]
-    return [read_image(source, background=background) for source in sources]
+    @functools.wraps(call)
+    def explained(pipe: "TurboVideoPipeline", *arguments: Any, **settings: Any) -> Any:
+        def advice() -> str:
+            bound = inspect.signature(call).bind(pipe, *arguments, **settings).arguments
+            del bound["self"]
+            return way_out(pipe.plan(**bound, exact=False), pipe.parts)
+
+        with out_of_memory(advice):
+            return call(pipe, *arguments, **settings)
+
+    return explained
 
 
-def takes_images(config: WanConfig) -> bool:
-    return config.in_channels != config.out_channels
+def first_noise_level(config: WanConfig, sigma_max: float | None) -> float:
+    """rCM's first noise level; None takes the one that the published networks are run with."""
+    return (200.0 if takes_images(config) else 80.0) if sigma_max is None else sigma_max
 
 
-def first_noise_level(sigma_max: float | None, images: Sequence[np.ndarray]) -> float:
-    """rCM's first noise level, as the published models were distilled for where none is given."""
-    return (200.0 if images else 80.0) if sigma_max is None else sigma_max
+def published_parts(config: WanConfig, *, two: bool) -> Parts:
+    """A transformer, or two, with the published networks around it in its dtype."""
+    clip = CLIPConfig.vit_h_14(dtype=clip_dtype(config.dtype)) if config.clip_dim else None
+    vae, text = VAEConfig.wan2_1(dtype=config.dtype), UMT5Config.xxl(dtype=config.dtype)
+    return Parts(config, vae, text, clip, 2 if two else 1)
 
 
-def video_shape(width: int, height: int, images: Sequence[np.ndarray]) -> tuple[int, int]:
-    """Width and height of a video that keeps the first image's shape, at the area given; as given without images."""
-    return adaptive_size(images[0].shape[1::-1], (width, height)) if images else (width, height)
-
-
-def arrange(config: WanConfig, *, two: bool, boundary: float = BOUNDARY, resident: bool | None) -> Experts:
-    """Where one or two networks of a configuration are to be; resident None decides by the device's memory."""
-    if not two:
-        return Experts(names=("high",))
-    if resident is None:
-        resident = both_fit(sum(spec.size * spec.dtype.itemsize for spec in wan_skeleton(config).specs.values()))
-    logging.info("Experts: %s on the device", "both" if resident else "one at a time")
-    return Experts(boundary=boundary, resident=resident)
+def arrange(parts: Parts, residency: Residency, memory: str | float, *, boundary: float = BOUNDARY) -> Experts:
+    """Where the plan wants one or two transformers, which are still to be added."""
+    in_turn = residency.in_turn and not residency.transformer_streamed
+    names = NAMES if parts.transformers > 1 else NAMES[:1]
+    return Experts(names=names, boundary=boundary, in_turn=in_turn, limit=parse(memory, device_limit())[1])
 
 
 def bytes_by_dtype(arrays: Any) -> dict[str, int]:
@@ -294,23 +345,23 @@ class TurboVideoPipeline:
 
     def __init__(
         self,
-        transformer: WanModel | Experts,
+        transformer: WanModel | Streamed | Experts,
         vae: WanVAE,
         text: TextEncoder,
         *,
-        image_encoder: CLIPVision | None = None,
+        clip: CLIPVision | None = None,
         programs: Programs | None = None,
     ):
         self.experts = transformer if isinstance(transformer, Experts) else Experts.of(transformer)
-        self.vae, self.text, self.image_encoder = vae, text, image_encoder
+        self.vae, self.text, self.clip = vae, text, clip
         c = self.config
         if c.text_dim != text.config.dim:
             raise UserError(
                 f"the text encoder gives {text.config.dim} features and the transformer takes "
                 f"{c.text_dim}; give the text encoder that belongs to it"
             )
-        if c.clip_dim != (image_encoder.config.dim if image_encoder else None):
-            raise UserError(f"the transformer with {c.clip_dim=} needs the image encoder that belongs to it")
+        if c.clip_dim != (clip.config.dim if clip else None):
+            raise UserError(f"the transformer takes image tokens of width {c.clip_dim}; give its image encoder")
         self.load_seconds = 0.0
         self._clock = Stopwatch()
         self._programs = programs or Programs()
@@ -321,8 +372,8 @@ class TurboVideoPipeline:
         return self.experts.config
 
     @property
-    def transformer(self) -> WanModel:
-        """The transformer, or the expert for high noise, brought to the device if it was not there."""
+    def transformer(self) -> WanModel | Streamed:
+        """The transformer, or the expert for high noise; brought to the device if it was not there."""
         return self.experts.bring("high")
 
     @classmethod
@@ -336,7 +387,6 @@ class TurboVideoPipeline:
         image_encoder: str | Path | None = None,
         loras: Sequence[LoRA] = (),
         boundary: float = BOUNDARY,
-        resident_experts: bool | None = None,
         quant_linear: bool | None = None,
         quant_scheme: str | None = None,
         attention_type: str | None = None,
@@ -344,6 +394,7 @@ class TurboVideoPipeline:
         sage_values: str | None = None,
         dtype: Any = jnp.bfloat16,
         cache_prompts: bool = True,
+        memory: str | float = "auto",
         prepare: Mapping[str, Any] | None = None,
     ) -> "TurboVideoPipeline":
         """Loads published or converted checkpoints; None follows what the checkpoint says.
@@ -354,25 +405,24 @@ class TurboVideoPipeline:
           video) from Wan-AI/Wan2.1-I2V-14B-480P.
         loras: merged while loading, before quantization; see `turbojax.weights.lora`.
         boundary: the rectified-flow time at which experts change, from high noise to low.
-        resident_experts: both on the device, or one at a time, see `turbojax.experts`; None decides by its memory.
         quant_linear: True for int8 linear layers in the blocks, quantizing while loading where the file is not.
         quant_scheme: a name of `turbojax.kernels.int8.QUANT_SCHEMES`, "block128" unless the checkpoint has another.
         attention_type: "original", "sla" or "sagesla". sla_topk: share of key blocks that the latter two attend to.
         sage_values: how SageSLA multiplies with v, see `turbojax.kernels.sage`.
         cache_prompts: keep text embeddings in the user's cache folder. The text encoder is checked here and loaded at
           the first prompt that is not there.
+        memory: "auto" keeps on the device what fits beside a call with the settings of `prepare`, or the default ones;
+          "resident" everything; "stream" leaves transformers and text encoder in host memory and copies them a layer
+          ahead; a number is the limit in GB to plan for, as "auto", which may also keep one of two experts in host
+          memory at a time, see `turbojax.experts`. Without a GPU "auto" is "resident".
         prepare: settings of the first call, such as `dict(height=720, width=1280)`; what it runs is compiled while the
           weights load.
 
         Raises UserError or CheckpointError with one sentence for what cannot be found or does not fit.
         """
         start = time.perf_counter()
-        given = {
-            **{"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer},
-            "image_encoder": image_encoder,
-        }
+        given = {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer, "image_encoder": image_encoder}
         where = {name: files.component_path(path, name) for name, path in given.items() if path}
-        own = files.open_repository(path_or_repo)
         high, low = files.find_networks(path_or_repo, quantized=quant_linear)
         options: dict[str, Any] = dict(
             quant_linear=quant_linear,
@@ -386,8 +436,8 @@ class TurboVideoPipeline:
         config = with_options(read_config(high), **options)
         if low is None and (single := [lora for lora in loras if lora.expert]):
             raise UserError(f"{single[0].path} is for an expert, and {high.name} is the only network; give it for all")
-        needed = [name for name in given if name != "image_encoder" or config.clip_dim]
-        for name in [name for name in needed if name not in where]:
+        own = files.open_repository(path_or_repo)
+        for name in [name for name in given if name not in where and (name != "image_encoder" or config.clip_dim)]:
             shared = files.IMAGE_ENCODER_REPOSITORY if name == "image_encoder" else files.SHARED_REPOSITORY
             path = files.find(own, name) or files.find(files.open_repository(shared), name)
             if path is None:
@@ -396,16 +446,30 @@ class TurboVideoPipeline:
         use_compilation_cache()
         text = TextEncoder.from_files(where["text_encoder"], where["tokenizer"], dtype=dtype, cache=cache_prompts)
         vae_file, programs = open_vae(where["vae"], dtype=dtype), Programs()
-        experts = arrange(config, two=low is not None, boundary=boundary, resident=resident_experts)
+        clip_file = open_clip(where["image_encoder"], dtype=clip_dtype(dtype)) if config.clip_dim else None
+        abstract_vae = vae_file.skeleton.abstract()
+        parts = Parts(
+            config,
+            abstract_vae.config,
+            text.config,
+            clip_file.skeleton.abstract().config if clip_file else None,
+            1 if low is None else 2,
+        )
+        call = Call.of(parts, prepare or {})
+        residency = settle(parts, call, memory)
+        text.streamed, streamed = residency.text_streamed, residency.transformer_streamed
+        experts = arrange(parts, residency, memory, boundary=boundary)
         if prepare is not None:
-            compile_ahead(programs, experts, config, vae_file.skeleton.abstract(), text, prepare)
-        with programs.needed():
+            network = None if streamed else wan_skeleton(config).abstract()
+            compile_ahead(programs, experts, network, abstract_vae, text, call)
+        with programs.needed(), out_of_memory(lambda: loading_advice(parts)):
             if low is not None:
-                experts.add("low", load_wan(low, loras=loras, expert="low", **options))
-            experts.add("high", load_wan(high, loras=loras, expert="high" if low else None, **options))
-            clip = load_clip(where["image_encoder"], dtype=clip_dtype(dtype)) if config.clip_dim else None
+                experts.add("low", load_wan(low, loras=loras, expert="low", streamed=streamed, **options))
+            expert: Expert | None = "high" if low else None
+            experts.add("high", load_wan(high, loras=loras, expert=expert, streamed=streamed, **options))
+            clip = load_plain(clip_file, what=where["image_encoder"].name) if clip_file else None
             network = load_plain(vae_file, what=where["vae"].name)
-            pipe = cls(experts, network, text, image_encoder=clip, programs=programs)
+            pipe = cls(experts, network, text, clip=clip, programs=programs)
         return pipe._loaded(high.name if low is None else f"{high.name} and {low.name}", start)
 
     @classmethod
@@ -420,8 +484,8 @@ class TurboVideoPipeline:
         sla_topk: float | None = None,
         sage_values: str | None = None,
         dtype: Any = jnp.bfloat16,
-        resident_experts: bool | None = None,
         seed: int = 0,
+        memory: str | float = "auto",
         prepare: Mapping[str, Any] | None = None,
     ) -> "TurboVideoPipeline":
         """The full-size network with generated weights, for benchmarks: it makes noise, not videos.
@@ -442,29 +506,27 @@ class TurboVideoPipeline:
             dtype=dtype,
         )
         use_compilation_cache()
-        t5, vae_config = UMT5Config.xxl(dtype=dtype), VAEConfig.wan2_1(dtype=dtype)
-        encoder = Skeleton.of(lambda: UMT5Encoder(t5, rngs=nnx.Rngs(0)))
-        vae, programs = Skeleton.of(lambda: WanVAE(vae_config, rngs=nnx.Rngs(0))), Programs()
-        experts = arrange(config, two=model in TWO_EXPERTS, resident=resident_experts)
-        table = random_token_table(tokenizer.vocab_size, t5.dim, dtype, seed=seed)
+        parts = published_parts(config, two=model in TWO_EXPERTS)
+        network, vae, encoder = wan_skeleton(config), vae_skeleton(parts.vae), text_skeleton(parts.text)
+        call, programs = Call.of(parts, prepare or {}), Programs()
+        residency = settle(parts, call, memory)
+        streamed, experts = residency.transformer_streamed, arrange(parts, residency, memory)
+        table = random_token_table(tokenizer.vocab_size, parts.text.dim, dtype, seed=seed)
         generate = functools.partial(random_module, seed=seed)
-        text = TextEncoder(tokenizer, encoder.abstract(), table, lambda: generate(encoder, what="random umT5"))
+        load = functools.partial(generate, encoder, what="random umT5")
+        text = TextEncoder(tokenizer, encoder.abstract(), table, load, streamed=residency.text_streamed)
         if prepare is not None:
-            compile_ahead(programs, experts, config, vae.abstract(), text, prepare)
-        with programs.needed():
+            compile_ahead(programs, experts, None if streamed else network.abstract(), vae.abstract(), text, call)
+        with programs.needed(), out_of_memory(lambda: loading_advice(parts)):
             for i, name in enumerate(reversed(experts.names)):
-                experts.add(name, random_module(wan_skeleton(config), seed=seed + i, what=f"random {model}"))
-            clip = None
-            if config.clip_dim:
-                vit = CLIPConfig.vit_h_14(dtype=clip_dtype(dtype))
-                clip = generate(Skeleton.of(lambda: CLIPVision(vit, rngs=nnx.Rngs(0))), what="random CLIP")
-            network = generate(vae, what="random VAE")
-            pipe = cls(experts, network, text, image_encoder=clip, programs=programs)
-            jax.block_until_ready(nnx.state(text.encoder))
+                experts.add(name, random_module(network, seed=seed + i, what=f"random {model}", streamed=streamed))
+            clip = generate(clip_skeleton(parts.clip), what="random CLIP") if parts.clip else None
+            pipe = cls(experts, generate(vae, what="random VAE"), text, clip=clip, programs=programs)
+            jax.block_until_ready(placed(text.encoder))
         return pipe._loaded(f"random {model}", start)
 
     def _loaded(self, what: str, start: float) -> "TurboVideoPipeline":
-        jax.block_until_ready((nnx.state(self.transformer), nnx.state(self.vae)))
+        jax.block_until_ready((self.experts.placed(), placed(self.vae)))
         self.load_seconds = time.perf_counter() - start
         c = self.config
         logging.info(
@@ -478,6 +540,7 @@ class TurboVideoPipeline:
         )
         return self
 
+    @explaining_memory
     def __call__(
         self,
         prompt: str | Sequence[str],
@@ -529,14 +592,9 @@ class TurboVideoPipeline:
             raise UserError(f"{len(prompts)} prompts and {num_samples=} ask for no video; give at least one of each")
         check_seed(seed)
         pictures = read_images(self.config, image, last_image, background)
-        width, height = video_shape(width, height, pictures if adaptive_size else [])
-        steps = make_sampler(
-            sampler,
-            num_steps=num_inference_steps,
-            sigma_max=first_noise_level(sigma_max, pictures),
-            ode=ode,
-            shift=shift,
-        )
+        width, height = video_shape(width, height, pictures, adaptive=adaptive_size)
+        sigma_max = first_noise_level(self.config, sigma_max)
+        steps = make_sampler(sampler, num_steps=num_inference_steps, sigma_max=sigma_max, ode=ode, shift=shift)
         guided = guidance_scale != 1.0
         if negative_prompt and not guided:
             logging.warning("negative_prompt has no effect with guidance_scale=1")
@@ -555,15 +613,17 @@ class TurboVideoPipeline:
         with self._clock.stage("compile"):
             self._programs.wait("text")
         with self._clock.stage("text"):
-            text = jnp.repeat(self.text(prompts), num_samples, axis=0)
-            negative = jnp.broadcast_to(self.text([negative_prompt or ""]), text.shape) if guided else None
+            text = jax.device_put(np.repeat(self.text(prompts), num_samples, axis=0))
+            negative = (
+                jax.device_put(np.repeat(self.text([negative_prompt or ""]), shape[0], axis=0)) if guided else None
+            )
         images: dict[str, jax.Array] = {}
         if pictures:
             with self._clock.stage("compile"):
                 self._programs.wait("image")
             with self._clock.stage("image"):
                 sizes = dict(num_frames=num_frames, width=width, height=height)
-                images = jax.block_until_ready(image_inputs(self.vae, self.image_encoder, pictures, **sizes))
+                images = jax.block_until_ready(image_inputs(self.vae, self.clip, pictures, **sizes))
         arguments = sampler_arguments(
             steps,
             shape,
@@ -575,28 +635,36 @@ class TurboVideoPipeline:
             noise=noise,
             images=images,
         )
-        clean = self._sample(steps, with_topk(self.config, sla_topk), arguments)
-        if not bool(jnp.isfinite(clean).all()):
+        clean = self._sample(steps, sla_topk, arguments)
+        host = np.asarray(clean)
+        if not np.isfinite(host).all():
             raise UserError("the network returned NaN or infinity; check the checkpoint, or try dtype float32")
         with self._clock.stage("compile"):
             self._programs.wait("vae")
-        videos = self._decode(np.asarray(clean), outputs, fps)
+        videos = self._decode(host, outputs, fps)
         written = [file for path in outputs for file in files_of(path, num_frames)]
         return VideoOutput(videos, clean, self._clock.take(), written)
 
-    def _sample(self, sampler: Sampler, config: WanConfig, arguments: tuple) -> jax.Array:
-        """Compiled once for each sampler, part of the steps, configuration and shape."""
+    def _sample(self, sampler: Sampler, sla_topk: float | None, arguments: tuple) -> jax.Array:
+        """The steps by the networks that make them; compiled once for each part, configuration and shape."""
         parts = self.experts.parts(sampler)
-        with self._clock.stage("compile"):
-            programs = [self._programs.get(*sampler_program(sampler, steps, config, arguments)) for _, steps in parts]
+        programs: list[Any] = [None] * len(parts)
+        if not self.experts.streamed:
+            network = with_topk(wan_skeleton(self.config).abstract(), sla_topk)
+            with self._clock.stage("compile"):
+                programs = [self._programs.get(*sampler_program(sampler, p, network, arguments)) for _, p in parts]
         latents, *rest = arguments
-        for (name, _), program, following in zip(parts, programs, (*parts[1:], None), strict=True):
-            with nullcontext() if self.experts.resident else self._clock.stage("experts"):
-                state = nnx.state(self.experts.bring(name))
-                if following:
-                    self.experts.prefetch(following[0], room_beside(program))
+        for i, ((name, steps), program) in enumerate(zip(parts, programs, strict=True)):
+            with self._clock.stage("experts") if self.experts.in_turn else nullcontext():
+                transformer = with_topk(self.experts.bring(name), sla_topk)
+                if self.experts.in_turn and i + 1 < len(parts):
+                    self.experts.prefetch(parts[i + 1][0], self.experts.room_beside(program))
             with self._clock.stage("diffusion"):
-                latents = jax.block_until_ready(program(state, latents, *rest))
+                if isinstance(transformer, Streamed):
+                    latents = denoise(transformer, sampler, steps, latents, *rest, scan=False)
+                else:
+                    latents = program(nnx.state(transformer), latents, *rest)
+                latents.block_until_ready()
         return latents
 
     def _decode(self, latents: np.ndarray, outputs: Sequence[Path], fps: int) -> np.ndarray:
@@ -616,15 +684,33 @@ class TurboVideoPipeline:
                         append(frames)
         return videos
 
+    @property
+    def parts(self) -> Parts:
+        """The configurations of the networks."""
+        clip = self.clip.config if self.clip else None
+        return Parts(self.config, self.vae.config, self.text.config, clip, len(self.experts.names))
+
+    def plan(self, *, memory: str | float | None = None, exact: bool = True, **settings: Any) -> Plan:
+        """What a call with these settings will need of the device, stage by stage; print it.
+
+        memory: as `from_pretrained` takes it, for what that would choose; None for the weights where they are.
+        exact: on a GPU, compile the call's programs (half a minute) instead of estimating.
+        Raises UserError for impossible sizes and settings.
+        """
+        residency = None
+        if memory is None:
+            residency = Residency(self.text.streamed, self.experts.in_turn, self.experts.streamed)
+        call = Call.of(self.parts, settings)
+        return plan_call(self.parts, call, "auto" if memory is None else memory, residency=residency, exact=exact)
+
     def memory_report(self) -> dict[str, dict[str, int]]:
-        """Bytes by component and dtype, measured from the arrays; "host" has tokens and experts that are away."""
+        """Bytes by component and dtype, measured from the arrays; "host" has the token table and what is not on it."""
         encoder = self.text.encoder if self.text.loaded else None
-        modules = {"vae": self.vae, "text_encoder": encoder, "image_encoder": self.image_encoder}
-        report = {name: bytes_by_dtype(nnx.state(module) if module else ()) for name, module in modules.items()}
-        networks = self.experts.networks.values()
-        transformer = bytes_by_dtype([network.device for network in networks])
-        host = bytes_by_dtype([self.text.table, [network.host for network in networks]])
-        return {"transformer": transformer, **report, "host": host}
+        modules = {"vae": self.vae, "text_encoder": encoder, "image_encoder": self.clip}
+        where = {"transformer": self.experts.placed()}
+        where |= {name: placed(module) if module else Placed((), ()) for name, module in modules.items()}
+        report = {name: bytes_by_dtype(arrays.device) for name, arrays in where.items()}
+        return report | {"host": bytes_by_dtype((self.text.table, *(arrays.host for arrays in where.values())))}
 
     def save_video(self, video: np.ndarray, path: str | Path, fps: int = 16) -> list[Path]:
         """Writes one video, uint8 `[T, H, W, 3]`, as .mp4, .gif or numbered .png; see `turbojax.video.save_video`."""

@@ -1,5 +1,6 @@
 """From prompts to embeddings: a text encoder that is loaded when it is needed, and a cache of what it has said."""
 
+import functools
 import hashlib
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -14,6 +15,7 @@ from flax import nnx
 
 from turbojax.cache import user_cache
 from turbojax.errors import CheckpointError
+from turbojax.models.streaming import Streamed
 from turbojax.models.tokenizer import Tokenizer
 from turbojax.models.umt5 import TEXT_LEN, UMT5Config, UMT5Encoder, encode_text, run_encoder, zero_past_end
 from turbojax.weights.io import read_tensors, write_safetensors
@@ -27,8 +29,8 @@ SAMPLE = 1024  # numbers in each of the places where `fingerprint` looks
 class TextEncoder:
     """Everything between a prompt and its embedding; the token table `[vocab, D]` stays on the host.
 
-    abstract: the network without its parameters. load: gives the network; called at the first prompt that the cache
-    does not hold, and again after `drop`.
+    abstract: the network without its parameters. load: gives the network, `streamed` or not; called at the first prompt
+    that the cache does not hold, and again after `drop`. streamed: leave its blocks in host memory.
     """
 
     def __init__(
@@ -36,13 +38,15 @@ class TextEncoder:
         tokenizer: Tokenizer,
         abstract: UMT5Encoder,
         table: np.ndarray,
-        load: Callable[[], UMT5Encoder],
+        load: Callable[..., UMT5Encoder | Streamed],
         *,
+        streamed: bool = False,
         cache: "PromptCache | None" = None,
     ):
+        self.streamed = streamed
         self.tokenizer, self.abstract, self.table, self.cache = tokenizer, abstract, table, cache
         self._load = load
-        self._encoder: UMT5Encoder | None = None
+        self._encoder: UMT5Encoder | Streamed | None = None
 
     @classmethod
     def from_files(
@@ -57,7 +61,7 @@ class TextEncoder:
             Tokenizer.from_path(tokenizer),
             checkpoint.skeleton.abstract(),
             token_table(tensors),
-            lambda: load_plain(checkpoint, what=Path(encoder).name),
+            functools.partial(load_plain, checkpoint, what=Path(encoder).name),
             cache=PromptCache(fingerprint(tensors, jnp.dtype(dtype).name, CACHE_VERSION)) if cache else None,
         )
 
@@ -66,10 +70,10 @@ class TextEncoder:
         return self.abstract.config
 
     @property
-    def encoder(self) -> UMT5Encoder:
+    def encoder(self) -> UMT5Encoder | Streamed:
         """The network, loaded now if it was not."""
         if self._encoder is None:
-            self._encoder = self._load()
+            self._encoder = self._load(streamed=self.streamed)
         return self._encoder
 
     @property
@@ -84,13 +88,16 @@ class TextEncoder:
         """Compiles what a prompt runs; needs no parameters."""
         x = jax.ShapeDtypeStruct((1, TEXT_LEN, self.config.dim), self.table.dtype)
         mask = jax.ShapeDtypeStruct((1, TEXT_LEN), jnp.int32)
-        run_encoder.lower(*nnx.split(self.abstract), x, mask).compile()
+        if not self.streamed:
+            run_encoder.lower(*nnx.split(self.abstract), x, mask).compile()
         out = jax.ShapeDtypeStruct(x.shape, self.config.dtype)
         zero_past_end.lower(out, mask, length=TEXT_LEN).compile()
 
-    def __call__(self, prompts: Sequence[str]) -> jax.Array:
-        """Embeddings `[B, 512, D]`, zero rows past each prompt's end. Prompts are encoded one at a time, so that a
-        prompt's embedding does not depend on the others'."""
+    def __call__(self, prompts: Sequence[str]) -> np.ndarray:
+        """Embeddings `[B, 512, D]` on the host, zero rows past each prompt's end.
+
+        Prompts are encoded one at a time, so that a prompt's embedding does not depend on the others'.
+        """
         out = np.zeros((len(prompts), TEXT_LEN, self.config.dim), self.config.dtype)
         for row, ids, mask in zip(out, *self.tokenizer(list(prompts)), strict=True):
             tokens = ids[mask > 0]
@@ -100,7 +107,7 @@ class TextEncoder:
                 if self.cache:
                     self.cache.put(tokens, embedding)
             row[: len(tokens)] = embedding
-        return jnp.asarray(out)
+        return out
 
 
 class PromptCache:

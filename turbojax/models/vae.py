@@ -497,15 +497,19 @@ def decode_chunks(
     return pieces()
 
 
-def compile_decoding(vae: WanVAE, shape: tuple[int, ...], *, chunk: int = CHUNK, as_uint8: bool = False) -> None:
+def compile_decoding(
+    vae: WanVAE, shape: tuple[int, ...], *, chunk: int = CHUNK, as_uint8: bool = False
+) -> list[jax.stages.Compiled]:
     """Compiles what `decode_chunks` runs for latents of a shape `[b, 1 + n, h, w, z_dim]`; vae may be abstract."""
     check_latents(shape, vae.config)
     graph, state = nnx.split(vae)
     cache = jax.eval_shape(lambda: vae.init_decode_cache(shape[0], *shape[2:4]))
     sizes = chunk_sizes(shape[1] - 1, chunk)
+    programs = []
     for size, past in ((1, None), *((size, cache) for size in dict.fromkeys(sizes))):
         z = jax.ShapeDtypeStruct((shape[0], size, *shape[2:]), jnp.float32)
-        _decode_chunk.lower(graph, state, z, past, as_uint8=as_uint8).compile()
+        programs.append(_decode_chunk.lower(graph, state, z, past, as_uint8=as_uint8).compile())
+    return programs
 
 
 def chunk_sizes(n: int, chunk: int) -> tuple[int, ...]:

@@ -12,7 +12,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 
 from turbojax.errors import UserError
 from turbojax.kernels.attention import dot_product_attention
@@ -28,6 +27,7 @@ from turbojax.models.layers import (
     modulated_norm,
     rotary_table,
     rotate,
+    scan_blocks,
     time_sinusoid,
 )
 
@@ -281,31 +281,31 @@ class WanModel(nnx.Module):
         y: mask and condition latents `[B, T, H, W, 20]` (image to video).
         clip: CLIP tokens `[B, 257, clip_dim]`, of two images 514 (Wan 2.1 image to video).
         """
+        tokens, context, rest = self.begin(x, timesteps, text, y=y, clip=clip)
+        return self.end(scan_blocks(self.blocks, tokens, context), rest)
+
+    def begin(self, x, timesteps, text, *, y=None, clip=None) -> tuple[jax.Array, tuple, tuple]:
+        """All before the blocks: tokens `[B, L, D]`, what else each block takes, and what `end` takes."""
         self.check(x, y, clip)
         dtype = self.config.dtype
         x = x.astype(dtype) if y is None else jnp.concatenate((x.astype(dtype), y.astype(dtype)), axis=-1)
-        grid = patch_grid(x, self.config.patch)
         tokens = self.patch_embedding(patchify(x, self.config.patch))
         e, e0 = self.embed_time(timesteps)
         text = self.text_embedding(text.astype(dtype))
         image = None if clip is None else self.image_embedding(clip.astype(dtype))
-        table = rotary_table(grid, self.config.head_dim)
-        tokens = self.run_blocks(tokens, e0, text, image, table)
-        return unpatchify(self.head(tokens, e), grid, self.config.patch)
+        table = rotary_table(patch_grid(x, self.config.patch), self.config.head_dim)
+        return tokens, (e0, text, image, table), (e, x)
+
+    def end(self, tokens: jax.Array, rest: tuple) -> jax.Array:
+        """Tokens behind the last block to the velocity; of the latents only the shape is used."""
+        e, x = rest
+        return unpatchify(self.head(tokens, e), patch_grid(x, self.config.patch), self.config.patch)
 
     def embed_time(self, timesteps: jax.Array) -> tuple[jax.Array, jax.Array]:
         """timesteps `[B]` to e `[B, D]` for the head and e0 `[B, 6, D]` for the blocks, in float32."""
         e = self.time_embedding(time_sinusoid(timesteps, self.config.freq_dim))
         e0 = self.time_projection(jax.nn.silu(e))
         return e, e0.reshape(e.shape[0], 6, self.config.dim)
-
-    def run_blocks(self, x, e0, text, image, table: Table) -> jax.Array:
-        graph, layers = nnx.split(self.blocks)
-
-        def run_block(x, layer):
-            return nnx.merge(graph, layer)(x, e0, text, image, table), None
-
-        return lax.scan(run_block, x, layers)[0]
 
     def check(self, x: jax.Array, y: jax.Array | None, clip: jax.Array | None) -> None:
         c = self.config

@@ -2,7 +2,8 @@
 
 The network is built as shapes only (`nnx.eval_shape`), the checkpoint is checked against it as a whole, and then each
 tensor goes from the memory-mapped file to the device. A stacked parameter `[layers, ...]` is filled in place, so that
-neither the host nor the device ever holds the model twice.
+neither the host nor the device ever holds the model twice. For a streamed model (`turbojax.models.streaming`) each
+layer's large tensors go on to pinned host memory, one after the other.
 """
 
 import dataclasses
@@ -25,6 +26,7 @@ from tqdm import tqdm
 from turbojax.errors import CheckpointError
 from turbojax.kernels import int8
 from turbojax.models.clip import CLIPConfig, CLIPVision
+from turbojax.models.streaming import HostBlocks, Streamed, is_streamed, memory, to_host
 from turbojax.models.umt5 import UMT5Config, UMT5Encoder
 from turbojax.models.vae import VAEConfig, WanVAE
 from turbojax.models.wan import WanConfig, WanModel
@@ -58,8 +60,7 @@ class Skeleton(NamedTuple):
         out = {}
         for name, spec in self.specs.items():
             if is_stacked(name):
-                layer = jax.ShapeDtypeStruct(spec.shape[1:], spec.dtype)
-                out.update({Entry(name, i): layer for i in range(spec.shape[0])})
+                out.update({Entry(name, i): layer_of(spec) for i in range(spec.shape[0])})
             else:
                 out[Entry(name, None)] = spec
         return out
@@ -68,10 +69,50 @@ class Skeleton(NamedTuple):
         """The module with shapes and dtypes in place of its parameters, to trace and compile with."""
         return nnx.merge(self.graph, nnx.from_flat_state(list(self.variables.items())))
 
-    def fill(self, arrays: Mapping[str, jax.Array]) -> Any:
-        """The module with these arrays as its parameters."""
+    def abstract_streamed(self) -> Streamed:
+        """The streamed form of `abstract`."""
+        specs: dict[str, Any] = dict(self.specs)
+        for name, spec in self.specs.items():
+            if is_stacked(name) and is_streamed(layer_of(spec)):
+                specs[name] = [layer_of(spec)] * spec.shape[0]
+        return self.fill_streamed(specs)
+
+    def fill(self, arrays: Mapping[str, Any]) -> Any:
+        """The module with these arrays as its parameters; a streamed one if parameters are lists, an array a layer."""
+        if any(isinstance(array, list) for array in arrays.values()):
+            return self.fill_streamed(arrays)
         flat = [(path, variable.replace(arrays[dotted(path)])) for path, variable in self.variables.items()]
         return nnx.merge(self.graph, nnx.from_flat_state(flat))
+
+    def fill_streamed(self, arrays: Mapping[str, Any]) -> Streamed:
+        outer: list[tuple] = []
+        resident: list[tuple] = []
+        layers: list[list[tuple]] = []
+        for path, variable in self.variables.items():
+            array = arrays[dotted(path)]
+            if path[0] != "blocks":
+                outer.append((path, variable.replace(array)))
+            elif isinstance(array, list):
+                layers = layers or [[] for _ in array]
+                for layer, own in zip(layers, array, strict=True):
+                    layer.append((path[1:], variable.replace(own)))
+            else:
+                resident.append((path[1:], variable.replace(array)))
+        config, outer_graph, block_graph = self.parts()
+        blocks = HostBlocks(block_graph, nnx.from_flat_state(resident), tuple(map(nnx.from_flat_state, layers)))
+        return Streamed(config, outer_graph, nnx.from_flat_state(outer), blocks)
+
+    def restructured(self, model: Streamed) -> Streamed:
+        """A streamed model with its own arrays in this skeleton's structure."""
+        config, outer, block = self.parts()
+        return Streamed(config, outer, model.state, dataclasses.replace(model.blocks, graph=block))
+
+    def parts(self) -> tuple[Any, nnx.GraphDef, nnx.GraphDef]:
+        """The configuration, and the structures of the module without its blocks and of one block."""
+        module = self.abstract()
+        blocks = module.blocks
+        del module.blocks
+        return module.config, nnx.split(module)[0], nnx.split(blocks)[0]
 
 
 def dotted(path: tuple) -> str:
@@ -80,6 +121,11 @@ def dotted(path: tuple) -> str:
 
 def is_stacked(name: str) -> bool:
     return name.startswith("blocks.")
+
+
+def layer_of(spec: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """One layer of a stacked parameter."""
+    return jax.ShapeDtypeStruct(spec.shape[1:], spec.dtype)
 
 
 @functools.lru_cache(maxsize=16)
@@ -91,7 +137,7 @@ class WanCheckpoint(NamedTuple):
     """A transformer checkpoint, checked against its own configuration; nothing has been read yet."""
 
     config: WanConfig
-    tensors: dict[Entry, np.ndarray]
+    tensors: Mapping[Entry, np.ndarray]
     what: str
 
 
@@ -168,13 +214,15 @@ def load_wan(
     sla_topk: float | None = None,
     sage_values: str | None = None,
     dtype: Any = jnp.bfloat16,
+    streamed: bool = False,
     loras: Sequence[LoRA] = (),
     expert: Expert | None = None,
-) -> WanModel:
+) -> WanModel | Streamed:
     """Loads a transformer; options that are None follow the checkpoint.
 
     quant_linear: True quantizes a bfloat16 checkpoint while it loads, False dequantizes an int8 one.
     quant_scheme: a name of `int8.QUANT_SCHEMES`; "block128" unless the checkpoint has another.
+    streamed: leave the blocks in host memory, see `turbojax.models.streaming`.
     loras: merged in float32, before quantization. expert: which of two networks this is, as far as they are concerned.
     """
     options: dict[str, Any] = dict(
@@ -186,16 +234,20 @@ def load_wan(
         dtype=dtype,
     )
     if is_converted(path):
-        return load_converted(Path(path), options, loras, expert)
+        return load_converted(Path(path), options, loras, expert, streamed=streamed)
     checkpoint = open_wan(path)
-    return build_wan(checkpoint, read_loras(loras, checkpoint.config, expert=expert), **options)
+    changes = read_loras(loras, checkpoint.config, expert=expert)
+    return build_wan(checkpoint, changes, streamed=streamed, **options)
 
 
-def build_wan(checkpoint: WanCheckpoint, changes: Changes | None = None, **options: Any) -> WanModel:
+def build_wan(
+    checkpoint: WanCheckpoint, changes: Changes | None = None, *, streamed: bool = False, **options: Any
+) -> WanModel | Streamed:
     """The network of a checked checkpoint, with the changes of LoRAs; options as `load_wan` takes them."""
     config = with_options(checkpoint.config, **options)
     skeleton = wan_skeleton(config)
-    model = skeleton.fill(place(skeleton, Pieces(checkpoint, config, changes or {}), what=checkpoint.what))
+    pieces = Pieces(checkpoint, config, changes or {})
+    model = skeleton.fill(place(skeleton, pieces, what=checkpoint.what, streamed=streamed))
     log_quantization(checkpoint.config, config, skeleton)
     return model
 
@@ -294,13 +346,18 @@ def all_finite(x: jax.Array) -> jax.Array:
 SMALL_BYTES = 2**22  # parameters up to this size are put together by numpy: compiling for each shape takes longer
 
 
-def place(skeleton: Skeleton, piece: Callable[[Entry], Any], *, what: str) -> dict[str, jax.Array]:
+def place(
+    skeleton: Skeleton, piece: Callable[[Entry], Any], *, what: str, streamed: bool = False
+) -> dict[str, jax.Array | list[jax.Array]]:
     """Puts every parameter on the device, one tensor of the checkpoint at a time, with a progress bar in bytes.
+
+    streamed: large parameters of the blocks become lists of arrays in host memory, one a layer.
 
     Raises CheckpointError naming the parameters that hold NaN or infinity.
     """
     total = sum(spec.size * spec.dtype.itemsize for spec in skeleton.specs.values())
-    arrays, finite = {}, {}
+    arrays: dict[str, jax.Array | list[jax.Array]] = {}
+    finite = {}
     with tqdm(total=total, unit="B", unit_scale=True, desc=f"Loading {what}", disable=None, leave=False) as bar:
 
         def values(name: str, spec: jax.ShapeDtypeStruct, small: bool) -> Iterator[tuple[int | None, Any]]:
@@ -308,7 +365,8 @@ def place(skeleton: Skeleton, piece: Callable[[Entry], Any], *, what: str) -> di
             layers = range(spec.shape[0]) if is_stacked(name) else [None]
             for layer in layers:
                 stored = piece(Entry(name, layer))
-                value = np.asarray(stored) if small else jnp.asarray(stored)
+                # jnp.asarray would compile a program for each shape.
+                value = np.asarray(stored) if small else jax.device_put(stored, may_alias=False)
                 if jnp.issubdtype(value.dtype, jnp.floating):
                     finite[Entry(name, layer)] = np.isfinite(value).all() if small else all_finite(value)
                 yield layer, value
@@ -317,6 +375,9 @@ def place(skeleton: Skeleton, piece: Callable[[Entry], Any], *, what: str) -> di
                 bar.update(spec.size * spec.dtype.itemsize // len(layers))
 
         for name, spec in skeleton.specs.items():
+            if streamed and is_stacked(name) and is_streamed(layer_of(spec)):
+                arrays[name] = layers_on_host(spec, values(name, spec, small=False))
+                continue
             small = spec.size * spec.dtype.itemsize <= SMALL_BYTES
             arrays[name] = (stack_on_host if small else stack_on_device)(spec, values(name, spec, small))
     bad = [describe(entry) for entry, ok in finite.items() if not ok]
@@ -325,11 +386,16 @@ def place(skeleton: Skeleton, piece: Callable[[Entry], Any], *, what: str) -> di
     return arrays
 
 
+def layers_on_host(spec: jax.ShapeDtypeStruct, values: Iterator[tuple[int | None, jax.Array]]) -> list[jax.Array]:
+    """Each waited for, so that the device holds one at a time."""
+    return [jax.block_until_ready(to_host(value.astype(spec.dtype))) for _, value in values]
+
+
 def stack_on_host(spec: jax.ShapeDtypeStruct, values: Iterator[tuple[int | None, np.ndarray]]) -> jax.Array:
     array = np.empty(spec.shape, spec.dtype)
     for layer, value in values:
         array[... if layer is None else layer] = value
-    return jnp.asarray(array)
+    return jax.device_put(array)
 
 
 def stack_on_device(spec: jax.ShapeDtypeStruct, values: Iterator[tuple[int | None, jax.Array]]) -> jax.Array:
@@ -365,34 +431,59 @@ def converted_config(path: Path) -> WanConfig:
 
 
 def load_converted(
-    path: Path, options: dict[str, Any], loras: Sequence[LoRA] = (), expert: Expert | None = None
-) -> WanModel:
+    path: Path,
+    options: dict[str, Any],
+    loras: Sequence[LoRA] = (),
+    expert: Expert | None = None,
+    *,
+    streamed: bool = False,
+) -> WanModel | Streamed:
     """Loads a transformer that `scripts/convert.py --format=orbax` wrote, straight to the device where it fits."""
     stored = converted_config(path)
     config = with_options(stored, **options)
     skeleton = wan_skeleton(stored)
-    additions = read_loras(loras, stored, expert=expert)
-    if not additions and wan_skeleton(config).specs == skeleton.specs:
-        device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-        return wan_skeleton(config).fill(load_arrays(path, skeleton, device))
-    arrays = load_arrays(path, skeleton, None)
-    tensors = {
-        entry: arrays[entry.target] if entry.layer is None else arrays[entry.target][entry.layer]
-        for entry in skeleton.entries()
-    }
-    return build_wan(WanCheckpoint(stored, tensors, path.name), additions, **options)
+    changes = read_loras(loras, stored, expert=expert)
+    if wan_skeleton(config).specs == skeleton.specs and not (changes or streamed):
+        return wan_skeleton(config).fill(load_arrays(path, skeleton, memory(None)))
+    checkpoint = WanCheckpoint(stored, ConvertedTensors(path, skeleton), path.name)
+    return build_wan(checkpoint, changes, streamed=streamed, **options)
 
 
-def load_arrays(path: Path, skeleton: Skeleton, sharding: jax.sharding.Sharding | None) -> dict[str, Any]:
-    """The arrays of a converted folder, one after the other: on the host, or where `sharding` says."""
+class ConvertedTensors(Mapping[Entry, np.ndarray]):
+    """The tensors of a converted folder; of its arrays, read when asked for, only the last two stay on the host."""
+
+    def __init__(self, path: Path, skeleton: Skeleton):
+        self.entries = skeleton.entries()
+        self.array = functools.lru_cache(maxsize=2)(lambda name: load_array(path, name, skeleton.specs[name], None))
+
+    def __getitem__(self, entry: Entry) -> np.ndarray:
+        if entry not in self.entries:
+            raise KeyError(entry)
+        array = self.array(entry.target)
+        return array if entry.layer is None else array[entry.layer]
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+
+def load_arrays(path: Path, skeleton: Skeleton, sharding: jax.sharding.Sharding) -> dict[str, jax.Array]:
+    """The arrays of a converted folder, one after the other."""
     total = sum(spec.size * spec.dtype.itemsize for spec in skeleton.specs.values())
-    arrays: dict[str, Any] = {}
+    arrays: dict[str, jax.Array] = {}
     with tqdm(total=total, unit="B", unit_scale=True, desc=f"Loading {path.name}", disable=None, leave=False) as bar:
         for name, spec in skeleton.specs.items():
-            wanted = jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding)
-            arrays |= load_orbax(path / "arrays" / name, {name: wanted})
+            arrays[name] = load_array(path, name, spec, sharding)
             bar.update(spec.size * spec.dtype.itemsize)
     return arrays
+
+
+def load_array(path: Path, name: str, spec: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding | None) -> Any:
+    """One array of a converted folder: on the host, or where `sharding` says."""
+    wanted = jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding)
+    return load_orbax(path / "arrays" / name, {name: wanted})[name]
 
 
 class PlainCheckpoint(NamedTuple):
@@ -451,9 +542,11 @@ def load_vae(path: str | os.PathLike, *, dtype: Any = jnp.bfloat16) -> WanVAE:
     return load_plain(open_vae(path, dtype=dtype), what=Path(path).name)
 
 
-def load_umt5(path: str | os.PathLike, *, dtype: Any = jnp.bfloat16) -> tuple[UMT5Encoder, np.ndarray]:
+def load_umt5(
+    path: str | os.PathLike, *, dtype: Any = jnp.bfloat16, streamed: bool = False
+) -> tuple[UMT5Encoder | Streamed, np.ndarray]:
     """Loads a umT5 encoder; returns it and its token table `[vocab, D]`, which stays in the memory-mapped file."""
-    encoder = load_plain(open_umt5(path, dtype=dtype), what=Path(path).name)
+    encoder = load_plain(open_umt5(path, dtype=dtype), what=Path(path).name, streamed=streamed)
     return encoder, token_table(read_tensors(path))
 
 
@@ -462,7 +555,7 @@ def load_clip(path: str | os.PathLike, *, dtype: Any = jnp.float16) -> CLIPVisio
     return load_plain(open_clip(path, dtype=dtype), what=Path(path).name)
 
 
-def load_plain(checkpoint: PlainCheckpoint, *, what: str) -> Any:
+def load_plain(checkpoint: PlainCheckpoint, *, what: str, streamed: bool = False) -> Any:
     """A module whose parameters are the checkpoint's tensors as they are."""
     skeleton, tensors = checkpoint
-    return skeleton.fill(place(skeleton, tensors.__getitem__, what=what))
+    return skeleton.fill(place(skeleton, tensors.__getitem__, what=what, streamed=streamed))
