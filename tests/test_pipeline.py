@@ -9,6 +9,7 @@ import pytest
 
 from tests.weights.checkpoints import save, small, turbo
 from turbojax import CheckpointError, TurboVideoPipeline, UserError, VideoOutput, pipeline
+from turbojax.temporaries import Residency
 from turbojax.weights.load import load_wan
 from turbojax.weights.random import random_module as generate
 
@@ -138,6 +139,61 @@ def test_sla_int8_and_bfloat16(demo, undecoded, caplog):
     assert np.abs(usual - more).max() > 1e-3
     assert pipe.transformer.config.sla_topk == 0.2
     assert "sla_topk=2.0" in refused(pipe, BIRD, sla_topk=2.0, **settings)
+
+
+@pytest.mark.parametrize("options", [{}, {"quant_linear": True, "attention_type": "sla"}], ids=str)
+def test_streamed_weights_give_the_same_videos(demo, options):
+    """Bit for bit, with another sla_topk; with guidance, whose sum XLA fuses into a resident step, nearly."""
+    settings = {"num_inference_steps": STEPS, **SIZE}
+    if options:
+        settings["sla_topk"] = 0.5
+    loaded = [TurboVideoPipeline.from_pretrained(demo, memory=memory, **options) for memory in ("resident", "stream")]
+    resident, streamed = (pipe(BIRD, **settings) for pipe in loaded)
+    np.testing.assert_array_equal(streamed.latents, resident.latents)
+    np.testing.assert_array_equal(streamed.videos, resident.videos)
+    assert set(streamed.timings) == set(resident.timings)
+    if not options:
+        guided = (pipe(BIRD, guidance_scale=3.0, **settings).latents for pipe in loaded)
+        np.testing.assert_allclose(*guided, rtol=0, atol=1e-6)
+    on_device, on_host = ([total(pipe.memory_report()[name]) for pipe in loaded] for name in ("transformer", "host"))
+    assert on_device[1] < 0.4 * on_device[0]
+    assert on_host[1] - on_host[0] == on_device[0] - on_device[1]
+
+
+def total(sizes: dict[str, int]) -> int:
+    return sum(sizes.values())
+
+
+def test_plan(demo_pipe):
+    """As it is loaded, for another size, and as it would be for a limit; here without a compiler's help."""
+    found, larger = demo_pipe.plan(**SIZE), demo_pipe.plan(height=720, width=1280)
+    assert [stage.name for stage in found.stages] == ["load", "text", "diffusion", "vae"]
+    assert (found.exact, found.limit, found.fits, found.residency) == (False, None, True, Residency())
+    assert found.stages[0].weights == total(demo_pipe.memory_report()["transformer"] | {"vae": vae_bytes(demo_pipe)})
+    assert larger.peak > 10 * found.peak
+    tight = demo_pipe.plan(memory=found.peak / 1e9, **SIZE)
+    assert tight.residency.transformer_streamed
+    assert "height=100 must be a multiple of 16" in refused(demo_pipe.plan, height=100)
+    assert "memory='much' is unknown" in refused(demo_pipe.plan, memory="much")
+
+
+def vae_bytes(pipe: TurboVideoPipeline) -> int:
+    return total(pipe.memory_report()["vae"])
+
+
+def test_out_of_memory_names_settings(run, monkeypatch):
+    def full(*arguments, **settings):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes")
+
+    monkeypatch.setattr(pipeline, "decode", full)
+    message = refused(run, BIRD, num_inference_steps=1)
+    assert message.startswith("memory is not enough: diffusion needs about 0.1 GB; set memory=stream, or quant_linear")
+
+
+def test_too_small_a_card(demo):
+    message = refused(TurboVideoPipeline.from_pretrained, demo, memory=0.001)
+    assert "of the card's 0.0; set a smaller resolution" in message
+    assert "memory='tiny' is unknown" in refused(TurboVideoPipeline.from_pretrained, demo, memory="tiny")
 
 
 def test_parts_from_elsewhere(demo, tmp_path, demo_pipe):

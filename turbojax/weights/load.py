@@ -77,9 +77,12 @@ class Skeleton(NamedTuple):
                 specs[name] = [layer_of(spec)] * spec.shape[0]
         return self.fill_streamed(specs)
 
-    def fill(self, arrays: Mapping[str, Any]) -> Any:
-        """The module with these arrays as its parameters; a streamed one if parameters are lists, an array a layer."""
-        if any(isinstance(array, list) for array in arrays.values()):
+    def fill(self, arrays: Mapping[str, Any], *, streamed: bool = False) -> Any:
+        """The module with these arrays as its parameters.
+
+        streamed: its streamed form; what is streamed comes as a list, an array a layer.
+        """
+        if streamed:
             return self.fill_streamed(arrays)
         flat = [(path, variable.replace(arrays[dotted(path)])) for path, variable in self.variables.items()]
         return nnx.merge(self.graph, nnx.from_flat_state(flat))
@@ -87,13 +90,13 @@ class Skeleton(NamedTuple):
     def fill_streamed(self, arrays: Mapping[str, Any]) -> Streamed:
         outer: list[tuple] = []
         resident: list[tuple] = []
-        layers: list[list[tuple]] = []
+        count = next(spec.shape[0] for name, spec in self.specs.items() if is_stacked(name))
+        layers: list[list[tuple]] = [[] for _ in range(count)]
         for path, variable in self.variables.items():
             array = arrays[dotted(path)]
             if path[0] != "blocks":
                 outer.append((path, variable.replace(array)))
             elif isinstance(array, list):
-                layers = layers or [[] for _ in array]
                 for layer, own in zip(layers, array, strict=True):
                     layer.append((path[1:], variable.replace(own)))
             else:
@@ -246,8 +249,8 @@ def build_wan(
     """The network of a checked checkpoint, with the changes of LoRAs; options as `load_wan` takes them."""
     config = with_options(checkpoint.config, **options)
     skeleton = wan_skeleton(config)
-    pieces = Pieces(checkpoint, config, changes or {})
-    model = skeleton.fill(place(skeleton, pieces, what=checkpoint.what, streamed=streamed))
+    arrays = place(skeleton, Pieces(checkpoint, config, changes or {}), what=checkpoint.what, streamed=streamed)
+    model = skeleton.fill(arrays, streamed=streamed)
     log_quantization(checkpoint.config, config, skeleton)
     return model
 
@@ -558,4 +561,4 @@ def load_clip(path: str | os.PathLike, *, dtype: Any = jnp.float16) -> CLIPVisio
 def load_plain(checkpoint: PlainCheckpoint, *, what: str, streamed: bool = False) -> Any:
     """A module whose parameters are the checkpoint's tensors as they are."""
     skeleton, tensors = checkpoint
-    return skeleton.fill(place(skeleton, tensors.__getitem__, what=what, streamed=streamed))
+    return skeleton.fill(place(skeleton, tensors.__getitem__, what=what, streamed=streamed), streamed=streamed)

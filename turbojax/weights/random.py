@@ -31,7 +31,7 @@ def random_module(skeleton: Skeleton, *, seed: int = 0, what: str = "random weig
             return jnp.full(spec.shape, 3**0.5 / 127 / features_in**0.5, spec.dtype)
         return normal(own_key, *center_and_spread(entry.target, spec.shape), spec.shape, spec.dtype)
 
-    return skeleton.fill(place(skeleton, generate, what=what, streamed=streamed))
+    return skeleton.fill(place(skeleton, generate, what=what, streamed=streamed), streamed=streamed)
 
 
 def center_and_spread(entry: str, shape: tuple[int, ...]) -> tuple[float, float]:
