@@ -257,14 +257,15 @@ class Sizes:
         skeletons += [clip_skeleton(parts.clip)] if parts.clip else []
         self.transformer, self.text = (Streamable.of(skeleton) for skeleton in skeletons[:2])
         self.transformers = parts.transformers
-        self.others = sum(size_of(spec) for skeleton in skeletons[2:] for spec in skeleton.specs.values())
+        self.vae = sum(map(size_of, skeletons[2].specs.values()))
+        self.clip = sum(map(size_of, skeletons[3].specs.values())) if parts.clip else 0
         layers = [layer_of(s) if is_stacked(name) else s for sk in skeletons for name, s in sk.specs.items()]
         self.largest_tensor = max(spec.size for spec in layers)
 
     def stages(self, where: Residency, temporaries: Temporaries) -> tuple[Stage, ...]:
         one = self.transformer.kept(where.transformer_streamed)
         alone = where.in_turn and not where.transformer_streamed
-        kept = self.others + (one if alone else one * self.transformers)
+        kept = self.vae + self.clip + (one if alone else one * self.transformers)
         text = self.text.kept(where.text_streamed)
         # One tensor on its way: in float32 while it is cast or quantized.
         load = Stage("load", kept, 4 * self.largest_tensor)
