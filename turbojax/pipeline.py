@@ -29,6 +29,7 @@ from turbojax.cache import use_compilation_cache
 from turbojax.diffusion import RCM, Euler, Sampler, UniPC, guide
 from turbojax.errors import UserError
 from turbojax.models import vae as vae_model
+from turbojax.models.tiling import decode_tiled
 from turbojax.models.tokenizer import Tokenizer
 from turbojax.models.umt5 import TEXT_LEN, UMT5Config, UMT5Encoder
 from turbojax.models.vae import VAEConfig, WanVAE
@@ -41,6 +42,8 @@ from turbojax.weights.load import Skeleton, load_plain, load_wan, open_vae, read
 from turbojax.weights.random import random_module, random_token_table
 
 SamplerName = Literal["rcm", "euler", "unipc"]
+TilingName = Literal["auto", "on", "off"]
+VAE_TILING: tuple[str, ...] = ("auto", "on", "off")
 SAMPLERS: tuple[str, ...] = ("rcm", "euler", "unipc")
 
 # Networks that `random` builds, by the name a configuration gives.
@@ -122,11 +125,30 @@ def sample(
     return sampler.sample(velocity, latents, key=key, noise=noise)
 
 
-def decode(vae: WanVAE, latents: np.ndarray, *, chunk: int = vae_model.CHUNK) -> Iterator[np.ndarray]:
-    """One video's latents `[t, h, w, c]` to uint8 frames `[n, H, W, 3]` on the host, piece by piece."""
-    chunks = vae_model.decode_chunks(vae, latents[None], chunk=chunk, as_uint8=True)
+def decode(vae: WanVAE, latents: np.ndarray, *, tiled: bool = False) -> Iterator[np.ndarray]:
+    """One video's latents `[t, h, w, c]` to uint8 frames `[n, H, W, 3]` on the host, piece by piece; tiled: in one."""
+    if tiled:
+        yield decode_tiled(vae, latents[None], as_uint8=True)[0]
+        return
+    chunks = vae_model.decode_chunks(vae, latents[None], as_uint8=True)
     for part in tqdm(chunks, desc="Decoding", unit="chunk", disable=None, leave=False):
         yield np.asarray(part)[0]  # travels while the next chunk is computed
+
+
+def needs_tiling(vae: WanVAE, height: int, width: int, tiling: str) -> bool:
+    """Whether decoding latents of this size goes in tiles; "auto" compares with the memory that is free."""
+    if tiling not in VAE_TILING:
+        raise UserError(f"vae_tiling={tiling!r} is unknown; choose {', '.join(VAE_TILING)}")
+    if tiling != "auto":
+        return tiling == "on"
+    memory = jax.devices()[0].memory_stats() or {}
+    if "bytes_limit" not in memory:
+        return False
+    free = memory["bytes_limit"] - memory["bytes_in_use"]
+    needed = vae_model.decoding_bytes(vae, height, width)
+    if needed > free:
+        logging.info("Decoding in tiles: whole frames take %.1f GB, and %.1f GB are free", needed / 1e9, free / 1e9)
+    return needed > free
 
 
 def sampler_arguments(
@@ -190,7 +212,8 @@ def compile_ahead(
     network = with_topk(transformer, c["sla_topk"])
     programs.start(*sampler_program(sampler, network, jax.eval_shape(arguments, embedding)))
     programs.start("text", text.compile)
-    programs.start("vae", lambda: vae_model.compile_decoding(vae, (1, *shape[1:]), as_uint8=True))
+    if c["vae_tiling"] != "on":
+        programs.start("vae", lambda: vae_model.compile_decoding(vae, (1, *shape[1:]), as_uint8=True))
 
 
 def with_topk(transformer: WanModel, sla_topk: float | None) -> WanModel:
@@ -381,6 +404,7 @@ class TurboVideoPipeline:
         noise: jax.Array | None = None,
         output: str | Path | None = None,
         fps: int = 16,
+        vae_tiling: TilingName = "auto",
     ) -> VideoOutput:
         """Makes num_samples videos of each prompt.
 
@@ -393,6 +417,8 @@ class TurboVideoPipeline:
           the noise that rCM's SDE adds. B counts the samples of the first prompt, then those of the second.
         output: a file to write while decoding, with fps frames a second, as `save_video` does; several videos are
           numbered, clip_0000.mp4, clip_0001.mp4, ...
+        vae_tiling: decode in tiles that pass into each other, with less memory and more time: "on", "off", or "auto"
+          where whole frames would not fit.
         The same seed gives the same videos.
 
         Raises UserError for impossible sizes and settings, for files that cannot be written, and where the network
@@ -443,7 +469,8 @@ class TurboVideoPipeline:
             raise UserError("the network returned NaN or infinity; check the checkpoint, or try dtype float32")
         with self._clock.stage("compile"):
             self._programs.wait("vae")
-        videos = self._decode(host, outputs, fps)
+        tiled = needs_tiling(self.vae, *shape[2:4], vae_tiling)
+        videos = self._decode(host, outputs, fps, tiled=tiled)
         written = [file for path in outputs for file in files_of(path, num_frames)]
         return VideoOutput(videos, clean, self._clock.take(), written)
 
@@ -454,7 +481,7 @@ class TurboVideoPipeline:
         with self._clock.stage("diffusion"):
             return jax.block_until_ready(program(nnx.state(transformer), *arguments))
 
-    def _decode(self, latents: np.ndarray, outputs: Sequence[Path], fps: int) -> np.ndarray:
+    def _decode(self, latents: np.ndarray, outputs: Sequence[Path], fps: int, *, tiled: bool) -> np.ndarray:
         """Latents `[B, t, h, w, c]` to uint8 videos `[B, T, H, W, 3]`, written to the outputs as their frames come."""
         c = self.vae.config
         _, t, h, w, _ = latents.shape
@@ -464,7 +491,7 @@ class TurboVideoPipeline:
             writing = open_video(output, shape, fps) if output else nullcontext(None)
             with self._clock.stage("file"), writing as append, self._clock.stage("vae"):
                 start = 0
-                for frames in decode(self.vae, latent):
+                for frames in decode(self.vae, latent, tiled=tiled):
                     video[start : start + len(frames)] = frames
                     start += len(frames)
                     if append:
