@@ -7,11 +7,12 @@
     python scripts/benchmark.py --case=attention
     python scripts/benchmark.py --case=block --model=wan2.1-t2v-14b --resolution=720p
     python scripts/benchmark.py --case=diffusion --model=wan2.1-t2v-14b --resolution=720p --quant_scheme=block128
+    python scripts/benchmark.py --case=memory --model=wan2.1-t2v-14b --resolution=720p --quant_scheme=block128 --memory=12
 
 Cases: text_to_video (random weights at full size, prompt to mp4, cold and warm), vae (decoding in chunks),
 linear (int8 layers beside bfloat16), attention (dense, SLA and SageSLA with their parts, gradients and errors),
-block (one transformer block without attention), diffusion (that stage alone), compile (seconds for --num_layers=N; a
-second one in the same process would find its kernels tuned).
+block (one transformer block without attention), diffusion (that stage alone), memory (predicted against measured peaks,
+and seconds a step), compile (seconds for --num_layers=N; a second one in the same process would find its kernels tuned).
 Peak memory has no reset, so run one case a process.
 """
 
@@ -23,7 +24,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from turbojax import UserError, benchmark, benchmark_attention, cli
+from turbojax import UserError, benchmark, benchmark_attention, benchmark_memory, cli
 from turbojax.demo import demo_folder
 from turbojax.kernels.int8 import QUANT_SCHEMES
 from turbojax.models.tokenizer import Tokenizer
@@ -32,7 +33,7 @@ from turbojax.video import video_size
 CASE = flags.DEFINE_enum(
     "case",
     "text_to_video",
-    ["text_to_video", "vae", "compile", "linear", "attention", "block", "diffusion"],
+    ["text_to_video", "vae", "compile", "linear", "attention", "block", "diffusion", "memory"],
     "what to measure",
 )
 MODEL = flags.DEFINE_string("model", "wan2.1-t2v-1.3b", "network, with random weights")
@@ -43,6 +44,7 @@ ATTENTION = flags.DEFINE_string("attention_type", "original", "original, sla or 
 TOPK = flags.DEFINE_float("sla_topk", 0.1, "share of key blocks")
 LAYERS = flags.DEFINE_integer("num_layers", 40, "layers, of the case compile")
 QUANT = flags.DEFINE_enum("quant_scheme", None, list(QUANT_SCHEMES), "int8 linear layers")
+MEMORY = flags.DEFINE_string("memory", "auto", "auto, resident, stream or GB to plan for, of the case memory")
 OUT = flags.DEFINE_string("out", None, "JSON file to write; printed only if not given")
 
 
@@ -66,6 +68,22 @@ def main() -> None:
                 quant_scheme=QUANT.value,
                 output=Path(folder) / "video.mp4",
             )
+    elif CASE.value == "memory":
+        result = benchmark_memory.memory(
+            Tokenizer.from_path(demo_folder() / "google" / "umt5-xxl"),
+            model=MODEL.value,
+            memory=MEMORY.value,
+            num_inference_steps=STEPS.value,
+            num_frames=FRAMES.value,
+            height=height,
+            width=width,
+            options={
+                "attention_type": ATTENTION.value,
+                "sla_topk": TOPK.value,
+                "quant_linear": QUANT.value is not None,
+                "quant_scheme": QUANT.value,
+            },
+        )
     elif CASE.value == "vae":
         result = benchmark.vae_decoding(height=height, width=width, chunks=(1, 2, 4))
     elif CASE.value == "linear":
@@ -94,7 +112,7 @@ def main() -> None:
 
 def save(result: dict[str, Any]) -> dict[str, Any]:
     """The result with what was measured; into --out where that is given."""
-    own = (CASE, MODEL, RESOLUTION, FRAMES, STEPS, ATTENTION, TOPK, LAYERS, QUANT)
+    own = (CASE, MODEL, RESOLUTION, FRAMES, STEPS, ATTENTION, TOPK, LAYERS, QUANT, MEMORY)
     whole = {"case": CASE.value, "settings": {flag.name: flag.value for flag in own}, "result": result}
     if OUT.value:
         benchmark.save(whole, Path(OUT.value))

@@ -23,6 +23,7 @@ from turbojax.errors import UserError
 from turbojax.kernels.attention import dot_product_attention
 from turbojax.models.layers import Dense, along_last
 
+WORKING_SET = 2.48  # bytes in use while decoding beside the weights, for each of the cache (benchmarks/vae_480p.json)
 CHUNK = 1  # latents at once; more takes memory and no less time (docs/performance.md)
 Cache = Any  # a pytree of arrays `[b, frames, h, w, c]`
 
@@ -275,15 +276,20 @@ class Coder(nnx.Module):
             height, width = int(height * block.scale), int(width * block.scale)
         return conv_in, blocks, self.conv_out.init_cache(batch, height, width)
 
-    def __call__(self, x: jax.Array, cache: Cache, *, first: bool) -> tuple[jax.Array, Cache]:
+    def __call__(
+        self, x: jax.Array, cache: Cache, *, first: bool, part: range | None = None
+    ) -> tuple[jax.Array, Cache]:
+        """part (static): run these blocks only; the first one brings conv_in along and the last one conv_out."""
         past_in, pasts, past_out = cache
-        x, past_in = self.conv_in(x, past_in)
-        after = []
-        for block, past in zip(self.blocks, pasts, strict=True):
-            x, past = block(x, past, first=first)
-            after.append(past)
-        x, past_out = self.conv_out(jax.nn.silu(self.norm(x)), past_out)
-        return x, (past_in, after, past_out)
+        blocks, pasts = self.blocks, list(pasts)
+        part = range(len(blocks)) if part is None else part
+        if part.start == 0:
+            x, past_in = self.conv_in(x, past_in)
+        for i in part:
+            x, pasts[i] = blocks[i](x, pasts[i], first=first)
+        if part.stop == len(blocks):
+            x, past_out = self.conv_out(jax.nn.silu(self.norm(x)), past_out)
+        return x, (past_in, pasts, past_out)
 
 
 class Encoder(Coder):
@@ -307,6 +313,13 @@ class Encoder(Coder):
     @property
     def blocks(self) -> list[Block]:
         return [*self.downsamples, *self.middle]
+
+    @property
+    def stages(self) -> list[range]:
+        """The blocks by resolution: each Downsample ends a part of them."""
+        blocks = self.blocks
+        ends = [i + 1 for i, block in enumerate(blocks) if isinstance(block, Downsample)]
+        return [range(start, stop) for start, stop in itertools.pairwise((0, *ends, len(blocks)))]
 
 
 class Decoder(Coder):
@@ -334,6 +347,11 @@ class Decoder(Coder):
     def blocks(self) -> list[Block]:
         return [*self.middle, *self.upsamples]
 
+    @property
+    def halves(self) -> tuple[range, range]:
+        """The blocks that see a whole frame, at the latents' resolution, and those after them, which see less."""
+        return range(len(self.middle)), range(len(self.middle), len(self.blocks))
+
 
 class WanVAE(nnx.Module):
     """Encoder and decoder, one chunk at a time; `encode` and `decode` below run whole clips.
@@ -357,22 +375,36 @@ class WanVAE(nnx.Module):
         """The cache before the first latent: zeros. height and width in latents, an eighth of the pixels."""
         return self.decoder.init_cache(batch, height, width)
 
-    def encode_chunk(self, video: jax.Array, cache: Cache, *, first: bool) -> tuple[jax.Array, Cache]:
-        """video `[b, 4n, h, w, 3]` in [-1, 1] to latents, float32 `[b, n, h/8, w/8, z_dim]`, and cache."""
-        x, cache = self.encoder(video.astype(self.config.dtype), cache, first=first)
+    def encode_chunk(
+        self, video: jax.Array, cache: Cache, *, first: bool, stage: int | None = None
+    ) -> tuple[jax.Array, Cache]:
+        """video `[b, 4n, h, w, 3]` in [-1, 1] to latents, float32 `[b, n, h/8, w/8, z_dim]`, and cache.
+
+        stage (static): go through this one of the encoder's stages only, from what the one before it gave.
+        """
+        stages = self.encoder.stages
+        part = None if stage is None else stages[stage]
+        x, cache = self.encoder(video.astype(self.config.dtype), cache, first=first, part=part)
+        if part and part != stages[-1]:
+            return x, cache
         mu = self.quant(x)[..., : self.config.z_dim].astype(jnp.float32)
         mean, std = self.statistics(mu)
         return (mu - mean) / std, cache
 
-    def decode_chunk(self, latents: jax.Array, cache: Cache, *, first: bool) -> tuple[jax.Array, Cache]:
+    def decode_chunk(
+        self, latents: jax.Array, cache: Cache, *, first: bool, half: int | None = None
+    ) -> tuple[jax.Array, Cache]:
         """latents `[b, n, h, w, z_dim]` to frames, `[b, 4n, 8h, 8w, 3]` in the model's dtype, and the cache.
 
-        Frames lie about [-1, 1] and are not clamped.
+        Frames lie about [-1, 1] and are not clamped. half (static): only go through this one of the decoder's halves,
+        0 from latents to features `[b, n, h, w, c]` or 1 from there on.
         """
-        mu = latents.astype(jnp.float32)
-        mean, std = self.statistics(mu)
-        mu = mu * std + mean
-        return self.decoder(self.post_quant(mu.astype(self.config.dtype)), cache, first=first)
+        if half != 1:
+            mu = latents.astype(jnp.float32)
+            mean, std = self.statistics(mu)
+            latents = self.post_quant((mu * std + mean).astype(self.config.dtype))
+        part = None if half is None else self.decoder.halves[half]
+        return self.decoder(latents, cache, first=first, part=part)
 
     def statistics(self, like: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Mean and std of the latents, with leading axes of one."""
@@ -458,6 +490,12 @@ def decode_chunks(
         yield from waiting
 
     return pieces()
+
+
+def decoding_bytes(vae: WanVAE, height: int, width: int) -> int:
+    """Device memory that decoding takes besides the weights, for latents of this size and a chunk of one: measured."""
+    cache = jax.eval_shape(lambda: vae.init_decode_cache(1, height, width))
+    return int(WORKING_SET * sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(cache)))
 
 
 def compile_decoding(
