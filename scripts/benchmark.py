@@ -8,12 +8,13 @@
     python scripts/benchmark.py --case=attention
     python scripts/benchmark.py --case=block --model=wan2.1-t2v-14b --resolution=720p
     python scripts/benchmark.py --case=diffusion --model=wan2.1-t2v-14b --resolution=720p --quant_scheme=block128
+    python scripts/benchmark.py --case=memory --model=wan2.1-t2v-14b --resolution=720p --quant_scheme=block128 --memory=12
 
 Cases: text_to_video (random weights at full size, prompt to mp4, cold and warm), image_to_video (likewise with an
 image), vae (decoding in chunks),
 linear (int8 layers beside bfloat16), attention (dense, SLA and SageSLA with their parts, gradients and errors),
-block (one transformer block without attention), diffusion (that stage alone), compile (seconds for --num_layers=N; a
-second one in the same process would find its kernels tuned).
+block (one transformer block without attention), diffusion (that stage alone), memory (predicted against measured peaks,
+and seconds a step), compile (seconds for --num_layers=N; a second one in the same process would find its kernels tuned).
 Peak memory has no reset, so run one case a process.
 """
 
@@ -25,7 +26,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from turbojax import UserError, benchmark, benchmark_attention, cli
+from turbojax import UserError, benchmark, benchmark_attention, benchmark_memory, cli
 from turbojax.demo import demo_folder, demo_picture
 from turbojax.kernels.int8 import QUANT_SCHEMES
 from turbojax.models.tokenizer import Tokenizer
@@ -34,7 +35,7 @@ from turbojax.video import video_size
 CASE = flags.DEFINE_enum(
     "case",
     "text_to_video",
-    ["text_to_video", "image_to_video", "vae", "compile", "linear", "attention", "block", "diffusion"],
+    ["text_to_video", "image_to_video", "vae", "compile", "linear", "attention", "block", "diffusion", "memory"],
     "what to measure",
 )
 MODEL = flags.DEFINE_string("model", "wan2.1-t2v-1.3b", "network, with random weights")
@@ -45,7 +46,7 @@ ATTENTION = flags.DEFINE_string("attention_type", "original", "original, sla or 
 TOPK = flags.DEFINE_float("sla_topk", 0.1, "share of key blocks")
 LAYERS = flags.DEFINE_integer("num_layers", 40, "layers, of the case compile")
 QUANT = flags.DEFINE_enum("quant_scheme", None, list(QUANT_SCHEMES), "int8 linear layers")
-MEMORY = flags.DEFINE_string("memory", "auto", "auto, resident, stream, or the card's GB to plan for")
+MEMORY = flags.DEFINE_string("memory", "auto", "auto, resident, stream or GB to plan for, of whole videos and memory")
 OUT = flags.DEFINE_string("out", None, "JSON file to write; printed only if not given")
 
 
@@ -71,6 +72,22 @@ def main() -> None:
                 image=demo_picture() if CASE.value == "image_to_video" else None,
                 output=Path(folder) / "video.mp4",
             )
+    elif CASE.value == "memory":
+        result = benchmark_memory.memory(
+            Tokenizer.from_path(demo_folder() / "google" / "umt5-xxl"),
+            model=MODEL.value,
+            memory=MEMORY.value,
+            num_inference_steps=STEPS.value,
+            num_frames=FRAMES.value,
+            height=height,
+            width=width,
+            options={
+                "attention_type": ATTENTION.value,
+                "sla_topk": TOPK.value,
+                "quant_linear": QUANT.value is not None,
+                "quant_scheme": QUANT.value,
+            },
+        )
     elif CASE.value == "vae":
         result = benchmark.vae_decoding(height=height, width=width, chunks=(1, 2, 4))
     elif CASE.value == "linear":

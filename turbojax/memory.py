@@ -8,6 +8,7 @@ A stage needs the weights that are then on the device, known from shapes, and th
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -44,9 +45,10 @@ class Measure(NamedTuple):
     sentence: str
 
 
-# In the order in which they cost time: a prompt 0.2 s, each step little where copies hide behind computation.
+# In the order in which they cost time: 0.2 s a prompt, some of the decoding, some of every step unless copies hide.
 MEASURES = (
     Measure("text_streamed", "The text encoder stays in host memory and passes through the card a layer at a time"),
+    Measure("vae_tiled", "The VAE decodes in tiles"),
     Measure("in_turn", "One of the two experts is on the card at a time, the other in host memory"),
     Measure("transformer_streamed", "The transformer's blocks stay in host memory and are copied a layer ahead"),
 )
@@ -117,7 +119,7 @@ def plan(
 
     memory: "auto", "resident" (everything on the device), "stream" (text encoder and transformer from host memory), or
       a limit in GB in place of the device's.
-    residency: where weights are already; then nothing is chosen.
+    residency: where weights are already; then only the VAE's tiling is chosen.
     limit: bytes that the device has, None if unknown: then everything stays on the device.
     compile_sampler: gives the compiled sampler of the resident transformer; temporaries are then those of compiled
       programs, else they are estimated.
@@ -128,7 +130,9 @@ def plan(
     mode, limit = parse(memory, limit)
     sizes = Sizes(parts)
 
-    temporaries = compiled(parts, work, compile_sampler) if compile_sampler else lambda _: estimate(parts, work)
+    temporaries = (
+        compiled(parts, work, compile_sampler) if compile_sampler else functools.partial(estimate, parts, work)
+    )
 
     def stages(residency: Residency) -> tuple[Stage, ...]:
         return sizes.stages(residency, temporaries(residency))
@@ -136,11 +140,14 @@ def plan(
     def fits(residency: Residency) -> bool:
         return limit is None or max(stage.total for stage in stages(residency)) <= ROOM * limit
 
-    if residency is None:
-        asked = {"resident": Residency(), "stream": Residency(text_streamed=True, transformer_streamed=True)}
-        chosen = asked[mode] if mode in asked else choose(fits, measures(parts))
-    else:
-        chosen = residency
+    streamed = mode == "stream"
+    asked = residency or Residency(text_streamed=streamed, transformer_streamed=streamed)
+    asked = dataclasses.replace(asked, vae_tiled=work.vae_tiling == "on")
+    measures = [m for m in MEASURES if m.field != "vae_tiled" or work.vae_tiling == "auto"]
+    measures = [m for m in measures if m.field != "in_turn" or parts.transformers > 1]
+    if residency is not None or mode != "auto":
+        measures = [m for m in measures if m.field == "vae_tiled"]
+    chosen = choose(fits, asked, measures)
     reasons = []
     for measure in MEASURES:
         if getattr(chosen, measure.field):
@@ -154,14 +161,9 @@ def plan(
     return found if found.fits else dataclasses.replace(found, reasons=(*found.reasons, way_out(found, parts)))
 
 
-def measures(parts: Parts) -> list[Measure]:
-    """Those that can help."""
-    return [measure for measure in MEASURES if measure.field != "in_turn" or parts.transformers > 1]
-
-
-def choose(fits: Callable[[Residency], bool], measures: Sequence[Measure]) -> Residency:
+def choose(fits: Callable[[Residency], bool], least: Residency, measures: Sequence[Measure]) -> Residency:
     """Takes measures until it fits, then takes back those that the later ones made needless."""
-    chosen = Residency()
+    chosen = least
     for measure in measures:
         if fits(chosen):
             break
@@ -185,7 +187,7 @@ def way_out(plan: Plan, parts: Parts) -> str:
         usable = int(ROOM * plan.limit)
         card = f"the {gigabytes(usable)} GB that can be planned with of the card's {gigabytes(plan.limit)}"
         missing = f"{stage.name} needs {gigabytes(stage.total)} GB, {gigabytes(stage.total - usable)} more than {card}"
-    ways = []
+    ways = ["vae_tiling=auto"] if stage.name == "vae" and not plan.residency.vae_tiled else []
     if not (plan.residency.transformer_streamed and plan.residency.text_streamed):
         ways.append("memory=stream")
     if parts.transformer.quant is None and (stage.name == "diffusion" or not plan.residency.transformer_streamed):
@@ -259,16 +261,16 @@ class Sizes:
         self.transformers = parts.transformers
         self.vae = sum(map(size_of, skeletons[2].specs.values()))
         self.clip = sum(map(size_of, skeletons[3].specs.values())) if parts.clip else 0
-        layers = [layer_of(s) if is_stacked(name) else s for sk in skeletons for name, s in sk.specs.items()]
-        self.largest_tensor = max(spec.size for spec in layers)
+        stacked = [spec for skeleton in skeletons[:2] for name, spec in skeleton.specs.items() if is_stacked(name)]
+        self.largest_matrix = max(layer_of(spec).size for spec in stacked)
 
     def stages(self, where: Residency, temporaries: Temporaries) -> tuple[Stage, ...]:
         one = self.transformer.kept(where.transformer_streamed)
         alone = where.in_turn and not where.transformer_streamed
         kept = self.vae + self.clip + (one if alone else one * self.transformers)
         text = self.text.kept(where.text_streamed)
-        # One tensor on its way: in float32 while it is cast or quantized.
-        load = Stage("load", kept, 4 * self.largest_tensor)
+        # A matrix on its way, in float32 while it is cast or quantized.
+        load = Stage("load", kept + text, 4 * self.largest_matrix)
         encode = Stage("text", kept + self.text.in_use(where.text_streamed), temporaries.text)
         layers = self.transformer.in_use(where.transformer_streamed) - one
         diffusion = Stage("diffusion", kept + layers + text, temporaries.diffusion)

@@ -35,6 +35,7 @@ from turbojax.memory import Plan, device_limit, loading_advice, out_of_memory, p
 from turbojax.models import vae as vae_model
 from turbojax.models.clip import CLIPConfig, CLIPVision, clip_dtype
 from turbojax.models.streaming import Placed, Streamed, placed
+from turbojax.models.tiling import compile_tiles, decode_tiled
 from turbojax.models.tokenizer import Tokenizer
 from turbojax.models.umt5 import TEXT_LEN, UMT5Config
 from turbojax.models.vae import VAEConfig, WanVAE
@@ -49,6 +50,8 @@ from turbojax.weights.lora import Expert, LoRA
 from turbojax.weights.random import random_module, random_token_table
 
 SamplerName = Literal["rcm", "euler", "unipc"]
+TilingName = Literal["auto", "on", "off"]
+VAE_TILING: tuple[str, ...] = ("auto", "on", "off")
 SAMPLERS: tuple[str, ...] = ("rcm", "euler", "unipc")
 
 # Networks that `random` builds, by the name a configuration gives.
@@ -144,11 +147,34 @@ def denoise(
     return sampler.sample(velocity, latents, key=key, noise=noise, start=start, stop=stop, scan=scan)
 
 
-def decode(vae: WanVAE, latents: np.ndarray, *, chunk: int = vae_model.CHUNK) -> Iterator[np.ndarray]:
-    """One video's latents `[t, h, w, c]` to uint8 frames `[n, H, W, 3]` on the host, piece by piece."""
-    chunks = vae_model.decode_chunks(vae, latents[None], chunk=chunk, as_uint8=True)
+def decode(vae: WanVAE, latents: np.ndarray, *, tiled: bool = False) -> Iterator[np.ndarray]:
+    """One video's latents `[t, h, w, c]` to uint8 frames `[n, H, W, 3]` on the host, piece by piece; tiled: in one."""
+    if tiled:
+        yield decode_tiled(vae, latents[None], as_uint8=True)[0]
+        return
+    chunks = vae_model.decode_chunks(vae, latents[None], as_uint8=True)
     for part in tqdm(chunks, desc="Decoding", unit="chunk", disable=None, leave=False):
         yield np.asarray(part)[0]  # travels while the next chunk is computed
+
+
+def check_tiling(tiling: str) -> None:
+    if tiling not in VAE_TILING:
+        raise UserError(f"vae_tiling={tiling!r} is unknown; choose {', '.join(VAE_TILING)}")
+
+
+def needs_tiling(vae: WanVAE, height: int, width: int, tiling: str) -> bool:
+    """Whether decoding latents of this size goes in tiles; "auto" compares with the memory that is free."""
+    check_tiling(tiling)
+    if tiling != "auto":
+        return tiling == "on"
+    memory = jax.devices()[0].memory_stats() or {}
+    if "bytes_limit" not in memory:
+        return False
+    free = memory["bytes_limit"] - memory["bytes_in_use"]
+    needed = vae_model.decoding_bytes(vae, height, width)
+    if needed > free:
+        logging.info("Decoding in tiles: whole frames take %.1f GB, and %.1f GB are free", needed / 1e9, free / 1e9)
+    return needed > free
 
 
 def sampler_arguments(
@@ -191,11 +217,12 @@ def sampler_program(
 
 
 class Call(NamedTuple):
-    """A call of the pipeline in shapes: its sampler, what `sample` takes besides the network, and sla_topk."""
+    """A call of the pipeline in shapes; arguments: what `sample` takes besides the network."""
 
     sampler: Sampler
     arguments: tuple
     sla_topk: float | None
+    vae_tiling: str
 
     @classmethod
     def of(cls, parts: Parts, settings: Mapping[str, Any]) -> "Call":
@@ -222,20 +249,27 @@ class Call(NamedTuple):
             negative = embedding if guided else None
             return sampler_arguments(sampler, shape, embedding, negative=negative, images=images, **options)
 
+        check_tiling(c["vae_tiling"])
         inputs = image_shapes(network, parts.vae, (1, *shape[1:]))
-        return cls(sampler, jax.eval_shape(arguments, embedding, inputs), c["sla_topk"])
+        return cls(sampler, jax.eval_shape(arguments, embedding, inputs), c["sla_topk"], c["vae_tiling"])
 
     @property
     def work(self) -> Work:
         latents, _, negative, *_ = self.arguments
-        return Work(latents.shape[1:], latents.shape[0], negative is not None)
+        return Work(latents.shape[1:], latents.shape[0], negative is not None, self.vae_tiling)
 
 
 def compile_ahead(
-    programs: Programs, experts: Experts, transformer: WanModel | None, vae: WanVAE, text: TextEncoder, call: Call
+    programs: Programs,
+    experts: Experts,
+    transformer: WanModel,
+    vae: WanVAE,
+    text: TextEncoder,
+    call: Call,
+    residency: Residency,
 ) -> None:
-    """Starts to compile what a call will run. The networks may be abstract; a streamed transformer is left out."""
-    if transformer is not None:
+    """Starts to compile what a call will run, but for a streamed transformer. transformer and vae may be abstract."""
+    if not residency.transformer_streamed:
         network = with_topk(transformer, call.sla_topk)
         for _, steps in experts.parts(call.sampler):
             programs.start(*sampler_program(call.sampler, steps, network, call.arguments))
@@ -244,7 +278,8 @@ def compile_ahead(
     if call.arguments[-1]:
         sizes = vae.config.spatial_factor * h, vae.config.spatial_factor * w
         programs.start("image", lambda: compile_still(vae, *sizes))
-    programs.start("vae", lambda: vae_model.compile_decoding(vae, (1, *call.work.latents), as_uint8=True))
+    compile_vae = compile_tiles if residency.vae_tiled else vae_model.compile_decoding
+    programs.start("vae", lambda: compile_vae(vae, (1, *call.work.latents), as_uint8=True))
 
 
 def plan_call(
@@ -460,8 +495,7 @@ class TurboVideoPipeline:
         text.streamed, streamed = residency.text_streamed, residency.transformer_streamed
         experts = arrange(parts, residency, memory, boundary=boundary)
         if prepare is not None:
-            network = None if streamed else wan_skeleton(config).abstract()
-            compile_ahead(programs, experts, network, abstract_vae, text, call)
+            compile_ahead(programs, experts, wan_skeleton(config).abstract(), abstract_vae, text, call, residency)
         with programs.needed(), out_of_memory(lambda: loading_advice(parts)):
             if low is not None:
                 experts.add("low", load_wan(low, loras=loras, expert="low", streamed=streamed, **options))
@@ -516,7 +550,7 @@ class TurboVideoPipeline:
         load = functools.partial(generate, encoder, what="random umT5")
         text = TextEncoder(tokenizer, encoder.abstract(), table, load, streamed=residency.text_streamed)
         if prepare is not None:
-            compile_ahead(programs, experts, None if streamed else network.abstract(), vae.abstract(), text, call)
+            compile_ahead(programs, experts, network.abstract(), vae.abstract(), text, call, residency)
         with programs.needed(), out_of_memory(lambda: loading_advice(parts)):
             for i, name in enumerate(reversed(experts.names)):
                 experts.add(name, random_module(network, seed=seed + i, what=f"random {model}", streamed=streamed))
@@ -566,6 +600,7 @@ class TurboVideoPipeline:
         noise: jax.Array | None = None,
         output: str | Path | None = None,
         fps: int = 16,
+        vae_tiling: TilingName = "auto",
     ) -> VideoOutput:
         """Makes num_samples videos of each prompt.
 
@@ -582,6 +617,8 @@ class TurboVideoPipeline:
           the noise that rCM's SDE adds. B counts the samples of the first prompt, then those of the second.
         output: a file to write while decoding, with fps frames a second, as `save_video` does; several videos are
           numbered, clip_0000.mp4, clip_0001.mp4, ...
+        vae_tiling: decode in tiles that pass into each other, with less memory and more time: "on", "off", or "auto"
+          where whole frames would not fit.
         The same seed gives the same videos.
 
         Raises UserError for impossible sizes and settings, for files that cannot be written, and where the network
@@ -641,7 +678,8 @@ class TurboVideoPipeline:
             raise UserError("the network returned NaN or infinity; check the checkpoint, or try dtype float32")
         with self._clock.stage("compile"):
             self._programs.wait("vae")
-        videos = self._decode(host, outputs, fps)
+        tiled = needs_tiling(self.vae, *shape[2:4], vae_tiling)
+        videos = self._decode(host, outputs, fps, tiled=tiled)
         written = [file for path in outputs for file in files_of(path, num_frames)]
         return VideoOutput(videos, clean, self._clock.take(), written)
 
@@ -667,7 +705,7 @@ class TurboVideoPipeline:
                 latents.block_until_ready()
         return latents
 
-    def _decode(self, latents: np.ndarray, outputs: Sequence[Path], fps: int) -> np.ndarray:
+    def _decode(self, latents: np.ndarray, outputs: Sequence[Path], fps: int, *, tiled: bool) -> np.ndarray:
         """Latents `[B, t, h, w, c]` to uint8 videos `[B, T, H, W, 3]`, written to the outputs as their frames come."""
         c = self.vae.config
         _, t, h, w, _ = latents.shape
@@ -677,7 +715,7 @@ class TurboVideoPipeline:
             writing = open_video(output, shape, fps) if output else nullcontext(None)
             with self._clock.stage("file"), writing as append, self._clock.stage("vae"):
                 start = 0
-                for frames in decode(self.vae, latent):
+                for frames in decode(self.vae, latent, tiled=tiled):
                     video[start : start + len(frames)] = frames
                     start += len(frames)
                     if append:
@@ -699,7 +737,11 @@ class TurboVideoPipeline:
         """
         residency = None
         if memory is None:
-            residency = Residency(self.text.streamed, self.experts.in_turn, self.experts.streamed)
+            residency = Residency(
+                text_streamed=self.text.streamed,
+                in_turn=self.experts.in_turn,
+                transformer_streamed=self.experts.streamed,
+            )
         call = Call.of(self.parts, settings)
         return plan_call(self.parts, call, "auto" if memory is None else memory, residency=residency, exact=exact)
 

@@ -14,9 +14,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from turbojax.condition import image_shapes
+from turbojax.kernels.attention import SCORES_IN_MEMORY
 from turbojax.models import streaming, umt5
 from turbojax.models import vae as vae_model
 from turbojax.models.clip import CLIPConfig, CLIPVision
+from turbojax.models.tiling import compile_tiles, tile_sides
 from turbojax.models.umt5 import TEXT_LEN, UMT5Config, UMT5Encoder
 from turbojax.models.vae import VAEConfig, WanVAE
 from turbojax.models.wan import WanConfig
@@ -34,11 +36,12 @@ class Parts(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What decides the temporaries of a call: latents `[t, h, w, c]` of one video, videos, and guidance."""
+    """What decides the temporaries of a call: latents `[t, h, w, c]` of one video, their number, and settings."""
 
     latents: tuple[int, int, int, int]
     batch: int = 1
     guided: bool = False
+    vae_tiling: str = "auto"
 
     @property
     def latent_bytes(self) -> int:
@@ -54,6 +57,7 @@ class Residency:
     """Where weights are, and whether the VAE decodes whole frames; all of it on the device if nothing is set."""
 
     text_streamed: bool = False
+    vae_tiled: bool = False
     in_turn: bool = False  # of two transformers one is on the device at a time
     transformer_streamed: bool = False
 
@@ -79,7 +83,7 @@ def vae_skeleton(config: VAEConfig) -> Skeleton:
     return Skeleton.of(lambda: WanVAE(config, rngs=nnx.Rngs(0)))
 
 
-def estimate(parts: Parts, work: Work) -> Temporaries:
+def estimate(parts: Parts, work: Work, where: Residency) -> Temporaries:
     """Temporaries without a GPU, by what is alive at the programs' largest moment.
 
     L tokens, D width, F ffn width:
@@ -90,12 +94,11 @@ def estimate(parts: Parts, work: Work) -> Temporaries:
                     ffn: the hidden state `[L, F]`, int8 with block scales, both int8 and bfloat16 with channel scales,
                          beside 1 to 3.5 arrays `[L, D]`
                     what XLA tries matmuls with, see `tried`
-      vae         the cache, and 9 arrays `[frames of a latent, height, width, dim]`: a convolution in time joins 3
+      vae         `vae.decoding_bytes`, in tiles of one tile; the middle block works on whole frames before
 
     Fitted to XLA's analysis for an H100, checked against measured peaks, see docs/performance.md.
     """
-    c, v = parts.transformer, parts.vae
-    _, h, w, _ = work.latents
+    c = parts.transformer
     item, tokens = jnp.dtype(c.dtype).itemsize, work.tokens(c)
     array = tokens * c.dim * item
     hidden = tokens * c.ffn_dim
@@ -107,8 +110,9 @@ def estimate(parts: Parts, work: Work) -> Temporaries:
         arrays, ffn = ATTENTION_ARRAYS[c.attention_type], (1 + item) * hidden + array
     table = tokens * c.head_dim * jnp.dtype(jnp.float32).itemsize
     diffusion = max(int(max(arrays * array, ffn)) + table + work.latent_bytes, tried(c, work))
-    frames = 9 * v.temporal_factor * h * w * v.spatial_factor**2 * v.dim * jnp.dtype(v.dtype).itemsize
-    return Temporaries(6 * 4 * parts.text.num_heads * TEXT_LEN**2, diffusion, decode_cache(v, work) + frames)
+    return Temporaries(
+        6 * 4 * parts.text.num_heads * TEXT_LEN**2, diffusion, decoding(parts.vae, work, where.vae_tiled)
+    )
 
 
 # Arrays `[L, D]` alive at once with int8 layers: the stream, q, k, v, a result, and SageSLA's codes.
@@ -128,9 +132,15 @@ def tried(config: WanConfig, work: Work) -> int:
     return item * numbers + (4 * 16 + 32) * 2**20
 
 
-def decode_cache(config: VAEConfig, work: Work) -> int:
+def decoding(config: VAEConfig, work: Work, tiled: bool) -> int:
+    """Estimate of the VAE; in tiles the middle block's features of the whole clip are there, too, and its scores."""
     vae = vae_skeleton(config).abstract()
-    return tree_bytes(jax.eval_shape(lambda: vae.init_decode_cache(1, *work.latents[1:3])))
+    t, h, w, _ = work.latents
+    if not tiled:
+        return vae_model.decoding_bytes(vae, h, w)
+    features = t * h * w * config.dim * config.dim_mult[-1] * jnp.dtype(config.dtype).itemsize
+    scores = 3 * 4 * min((h * w) ** 2, SCORES_IN_MEMORY)
+    return max(vae_model.decoding_bytes(vae, *tile_sides((h, w))), 2 * features + scores)
 
 
 def compiled(parts: Parts, work: Work, compile_sampler: Callable[[], Any]) -> Callable[[Residency], Temporaries]:
@@ -160,11 +170,14 @@ def compiled(parts: Parts, work: Work, compile_sampler: Callable[[], Any]) -> Ca
         return max(network + tree_bytes((latents, embedding)), tried(c, work))
 
     @functools.cache
-    def vae() -> int:
-        programs = vae_model.compile_decoding(vae_skeleton(parts.vae).abstract(), (1, *work.latents), as_uint8=True)
-        return decode_cache(parts.vae, work) + max(map(of_program, programs))
+    def vae(tiled: bool) -> int:
+        compile_vae = compile_tiles if tiled else vae_model.compile_decoding
+        programs = compile_vae(vae_skeleton(parts.vae).abstract(), (1, *work.latents), as_uint8=True)
+        return max(of_program(program) + argument_bytes(program) for program in programs)
 
-    return lambda where: Temporaries(text(where.text_streamed), diffusion(where.transformer_streamed), vae())
+    return lambda where: Temporaries(
+        text(where.text_streamed), diffusion(where.transformer_streamed), vae(where.vae_tiled)
+    )
 
 
 def of_streamed(model: streaming.Streamed, *inputs: jax.ShapeDtypeStruct, **more: jax.ShapeDtypeStruct) -> int:
@@ -185,6 +198,12 @@ def of_program(program: Any) -> int:
     """What a compiled program allocates beside its arguments."""
     memory = program.memory_analysis()
     return memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+
+
+def argument_bytes(program: Any) -> int:
+    """A program's arguments but the first, the weights."""
+    arguments, _ = program.args_info
+    return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(arguments[1:]))
 
 
 def tree_bytes(tree: Any) -> int:

@@ -23,6 +23,7 @@ from turbojax.errors import UserError
 from turbojax.kernels.attention import dot_product_attention
 from turbojax.models.layers import Dense, along_last
 
+WORKING_SET = 2.48  # bytes in use while decoding beside the weights, for each of the cache (benchmarks/vae_480p.json)
 CHUNK = 1  # latents at once; more takes memory and no less time (docs/performance.md)
 Cache = Any  # a pytree of arrays `[b, frames, h, w, c]`
 
@@ -362,6 +363,11 @@ class Decoder(Coder):
     def blocks(self) -> list[Block]:
         return [*self.middle, *self.upsamples]
 
+    @property
+    def halves(self) -> tuple[range, range]:
+        """The blocks that see a whole frame, at the latents' resolution, and those after them, which see less."""
+        return range(len(self.middle)), range(len(self.middle), len(self.blocks))
+
 
 class WanVAE(nnx.Module):
     """Encoder and decoder, one chunk at a time; `encode` and `decode` below run whole clips.
@@ -401,15 +407,20 @@ class WanVAE(nnx.Module):
         mean, std = self.statistics(mu)
         return (mu - mean) / std, cache
 
-    def decode_chunk(self, latents: jax.Array, cache: Cache, *, first: bool) -> tuple[jax.Array, Cache]:
+    def decode_chunk(
+        self, latents: jax.Array, cache: Cache, *, first: bool, half: int | None = None
+    ) -> tuple[jax.Array, Cache]:
         """latents `[b, n, h, w, z_dim]` to frames, `[b, 4n, 8h, 8w, 3]` in the model's dtype, and the cache.
 
-        Frames lie about [-1, 1] and are not clamped.
+        Frames lie about [-1, 1] and are not clamped. half (static): only go through this one of the decoder's halves,
+        0 from latents to features `[b, n, h, w, c]` or 1 from there on.
         """
-        mu = latents.astype(jnp.float32)
-        mean, std = self.statistics(mu)
-        mu = mu * std + mean
-        return self.decoder(self.post_quant(mu.astype(self.config.dtype)), cache, first=first)
+        if half != 1:
+            mu = latents.astype(jnp.float32)
+            mean, std = self.statistics(mu)
+            latents = self.post_quant((mu * std + mean).astype(self.config.dtype))
+        part = None if half is None else self.decoder.halves[half]
+        return self.decoder(latents, cache, first=first, part=part)
 
     def statistics(self, like: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Mean and std of the latents, with leading axes of one."""
@@ -495,6 +506,12 @@ def decode_chunks(
         yield from waiting
 
     return pieces()
+
+
+def decoding_bytes(vae: WanVAE, height: int, width: int) -> int:
+    """Device memory that decoding takes besides the weights, for latents of this size and a chunk of one: measured."""
+    cache = jax.eval_shape(lambda: vae.init_decode_cache(1, height, width))
+    return int(WORKING_SET * sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(cache)))
 
 
 def compile_decoding(
