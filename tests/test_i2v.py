@@ -41,7 +41,7 @@ def picture():
 @pytest.fixture
 def undecoded(monkeypatch):
     """Only latents: for what the VAE's decoder has no part in."""
-    monkeypatch.setattr(pipeline, "decode", lambda vae, latents: iter(()))
+    monkeypatch.setattr(pipeline, "decode", lambda vae, latents, **options: iter(()))
 
 
 def refused(call, *arguments, **options) -> str:

@@ -32,7 +32,7 @@ def run(demo_pipe):
 @pytest.fixture
 def undecoded(monkeypatch):
     """Only latents: for what the VAE has no part in."""
-    monkeypatch.setattr(pipeline, "decode", lambda vae, latents: iter(()))
+    monkeypatch.setattr(pipeline, "decode", lambda vae, latents, **options: iter(()))
 
 
 def drawn(seed: int, batch: int = 1) -> dict[str, jax.Array]:
