@@ -8,13 +8,14 @@
     python scripts/benchmark.py --case=attention
     python scripts/benchmark.py --case=block --model=wan2.1-t2v-14b --resolution=720p
     python scripts/benchmark.py --case=diffusion --model=wan2.1-t2v-14b --resolution=720p --quant_scheme=block128
-    python scripts/benchmark.py --case=memory --model=wan2.1-t2v-14b --resolution=720p --quant_scheme=block128 --memory=12
+    python scripts/benchmark.py --case=memory --quant_scheme=block128 --memory=stream
 
 Cases: text_to_video (random weights at full size, prompt to mp4, cold and warm), image_to_video (likewise with an
 image), vae (decoding in chunks),
 linear (int8 layers beside bfloat16), attention (dense, SLA and SageSLA with their parts, gradients and errors),
-block (one transformer block without attention), diffusion (that stage alone), memory (predicted against measured peaks,
-and seconds a step), compile (seconds for --num_layers=N; a second one in the same process would find its kernels tuned).
+block (one transformer block without attention), diffusion (that stage alone), memory (predicted against measured peaks
+and seconds a step), compile (seconds for --num_layers=N; a second one in the same process would find its kernels
+tuned).
 Peak memory has no reset, so run one case a process.
 """
 

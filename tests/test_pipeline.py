@@ -156,7 +156,7 @@ def test_streamed_weights_give_the_same_videos(demo, options):
         guided = (pipe(BIRD, guidance_scale=3.0, **settings).latents for pipe in loaded)
         np.testing.assert_allclose(*guided, rtol=0, atol=1e-6)
     on_device, on_host = ([total(pipe.memory_report()[name]) for pipe in loaded] for name in ("transformer", "host"))
-    assert on_device[1] < 0.4 * on_device[0]
+    assert on_device[1] < 0.5 * on_device[0]
     assert on_host[1] - on_host[0] == on_device[0] - on_device[1]
 
 
@@ -166,19 +166,17 @@ def total(sizes: dict[str, int]) -> int:
 
 def test_plan(demo_pipe):
     """As it is loaded, for another size, and as it would be for a limit; here without a compiler's help."""
+    assert demo_pipe.text.encoder is not None  # loaded now, if it was not
     found, larger = demo_pipe.plan(**SIZE), demo_pipe.plan(height=720, width=1280)
     assert [stage.name for stage in found.stages] == ["load", "text", "diffusion", "vae"]
     assert (found.exact, found.limit, found.fits, found.residency) == (False, None, True, Residency())
-    assert found.stages[0].weights == total(demo_pipe.memory_report()["transformer"] | {"vae": vae_bytes(demo_pipe)})
+    weights = {name: total(sizes) for name, sizes in demo_pipe.memory_report().items() if name != "host"}
+    assert found.stages[0].weights == total(weights)
     assert larger.peak > 10 * found.peak
     tight = demo_pipe.plan(memory=found.peak / 1e9, **SIZE)
     assert tight.residency.transformer_streamed
     assert "height=100 must be a multiple of 16" in refused(demo_pipe.plan, height=100)
     assert "memory='much' is unknown" in refused(demo_pipe.plan, memory="much")
-
-
-def vae_bytes(pipe: TurboVideoPipeline) -> int:
-    return total(pipe.memory_report()["vae"])
 
 
 def test_out_of_memory_names_settings(run, monkeypatch):

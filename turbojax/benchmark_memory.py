@@ -1,4 +1,4 @@
-"""Predicted against measured peaks of device memory, stage by stage, and what a step takes with weights where they are."""
+"""Predicted against measured peaks of device memory, stage by stage, and what a step takes."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -32,7 +32,7 @@ def memory(
 
     A stage's `predicted_bytes` and `measured_bytes` are the largest so far. Seconds a step are those of a second call.
     """
-    call = {"num_inference_steps": num_inference_steps, **size}
+    call: dict[str, Any] = {"num_inference_steps": num_inference_steps, **size}
     pipe = TurboVideoPipeline.random(model, tokenizer, memory=memory, prepare=call, **options)
     loaded = peak_bytes()
     watch = pipe._clock = PeakWatch()

@@ -187,7 +187,7 @@ def way_out(plan: Plan, parts: Parts) -> str:
         usable = int(ROOM * plan.limit)
         card = f"the {gigabytes(usable)} GB that can be planned with of the card's {gigabytes(plan.limit)}"
         missing = f"{stage.name} needs {gigabytes(stage.total)} GB, {gigabytes(stage.total - usable)} more than {card}"
-    ways = ["vae_tiling=auto"] if stage.name == "vae" and not plan.residency.vae_tiled else []
+    ways = ["vae_tiling=on"] if stage.name == "vae" and not plan.residency.vae_tiled else []
     if not (plan.residency.transformer_streamed and plan.residency.text_streamed):
         ways.append("memory=stream")
     if parts.transformer.quant is None and (stage.name == "diffusion" or not plan.residency.transformer_streamed):
