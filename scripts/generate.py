@@ -19,7 +19,7 @@ from turbojax.config import SETTINGS, describe_settings
 from turbojax.demo import demo_folder
 from turbojax.models.tokenizer import Tokenizer
 from turbojax.models.vae import VAEConfig
-from turbojax.pipeline import check_seed, latent_shape, make_sampler
+from turbojax.pipeline import check_seed, check_tiling, latent_shape, make_sampler
 from turbojax.video import check_fps, check_path, make_parent, video_size
 
 CONFIG = config_flags.DEFINE_config_file("config", None, "file of settings, see configs/", lock_config=True)
@@ -28,7 +28,7 @@ CONFIG = config_flags.DEFINE_config_file("config", None, "file of settings, see 
 # Settings that the pipeline's call takes by the same names; height and width may come from elsewhere.
 CALL_SETTINGS = (
     *("prompt", "negative_prompt", "num_samples", "seed", "num_frames", "sampler", "num_inference_steps"),
-    *("sigma_max", "ode", "guidance_scale", "shift"),
+    *("sigma_max", "ode", "guidance_scale", "shift", "vae_tiling"),
 )
 
 
@@ -64,6 +64,7 @@ def check_settings(config: ConfigDict) -> tuple[int, int]:
     latent_shape(VAEConfig.wan2_1(), config.num_frames, height, width)
     make_sampler(config.sampler, num_steps=config.num_inference_steps, sigma_max=config.sigma_max, shift=config.shift)
     check_seed(config.seed)
+    check_tiling(config.vae_tiling)
     check_fps(config.fps)
     return width, height
 

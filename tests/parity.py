@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tests import (
     parity_int8,
+    parity_merge,
     parity_norms,
     parity_sage,
     parity_sampler,
@@ -31,6 +32,7 @@ Recompute = Callable[[dict, dict[str, np.ndarray]], dict[str, tuple[np.ndarray, 
 
 FIXTURES: dict[str, Recompute] = {
     "int8_linear": parity_int8.recompute,
+    "merge": parity_merge.recompute,
     "norms": parity_norms.recompute,
     "sagesla": parity_sage.recompute,
     "sampler": parity_sampler.recompute,
