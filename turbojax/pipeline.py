@@ -41,7 +41,7 @@ from turbojax.temporaries import Parts, Residency, Work, text_skeleton, vae_skel
 from turbojax.text import TextEncoder
 from turbojax.video import check_fps, check_path, files_of, numbered, open_video, save_video
 from turbojax.weights import files
-from turbojax.weights.load import load_plain, load_wan, open_vae, read_config, wan_skeleton, with_options
+from turbojax.weights.load import load_plain, load_wan, open_vae, open_wan, wan_skeleton, with_options
 from turbojax.weights.random import random_module, random_token_table
 
 SamplerName = Literal["rcm", "euler", "unipc"]
@@ -143,17 +143,21 @@ def decode(vae: WanVAE, latents: np.ndarray, *, tiled: bool = False) -> Iterator
         yield np.asarray(part)[0]  # travels while the next chunk is computed
 
 
-def check_tiling(tiling: str) -> None:
-    if tiling not in VAE_TILING:
-        raise UserError(f"vae_tiling={tiling!r} is unknown; choose {', '.join(VAE_TILING)}")
+def memory_stats() -> dict[str, int]:
+    """Of the first device, in bytes; empty where it does not count them."""
+    return jax.devices()[0].memory_stats() or {}
+
+
+def check_tiling(vae_tiling: str) -> None:
+    if vae_tiling not in VAE_TILING:
+        raise UserError(f"{vae_tiling=} is unknown; choose {', '.join(VAE_TILING)}")
 
 
 def needs_tiling(vae: WanVAE, height: int, width: int, tiling: str) -> bool:
     """Whether decoding latents of this size goes in tiles; "auto" compares with the memory that is free."""
-    check_tiling(tiling)
     if tiling != "auto":
         return tiling == "on"
-    memory = jax.devices()[0].memory_stats() or {}
+    memory = memory_stats()
     if "bytes_limit" not in memory:
         return False
     free = memory["bytes_limit"] - memory["bytes_in_use"]
@@ -391,7 +395,6 @@ class TurboVideoPipeline:
         """
         start = time.perf_counter()
         given = {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer}
-        where = {name: files.component_path(path, name) for name, path in given.items() if path}
         own = files.open_repository(path_or_repo)
         transformer_path = find_transformer(own, path_or_repo, quantized=quant_linear)
         options: dict[str, Any] = dict(
@@ -403,12 +406,8 @@ class TurboVideoPipeline:
             dtype=dtype,
         )
         # Reads names only: a bad file shows before anything is downloaded.
-        config = with_options(read_config(transformer_path), **options)
-        for name in [name for name in given if name not in where]:
-            path = files.find(own, name) or files.find(files.open_repository(files.SHARED_REPOSITORY), name)
-            if path is None:
-                raise UserError(f"no {name} was found in {own.name} or {files.SHARED_REPOSITORY}; give {name}=PATH")
-            where[name] = path
+        config = with_options(open_wan(transformer_path).config, **options)
+        where = files.find_components(own, given)
         use_compilation_cache()
         text = TextEncoder.from_files(where["text_encoder"], where["tokenizer"], dtype=dtype, cache=cache_prompts)
         vae_file, programs = open_vae(where["vae"], dtype=dtype), Programs()
@@ -536,6 +535,7 @@ class TurboVideoPipeline:
         if not prompts or num_samples < 1:
             raise UserError(f"{len(prompts)} prompts and {num_samples=} ask for no video; give at least one of each")
         check_seed(seed)
+        check_tiling(vae_tiling)
         if self.transformer.config.in_channels != self.vae.config.z_dim:
             raise UserError("this transformer makes videos from images; give a text-to-video checkpoint")
         steps = make_sampler(sampler, num_steps=num_inference_steps, sigma_max=sigma_max, ode=ode, shift=shift)

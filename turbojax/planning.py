@@ -14,7 +14,7 @@ from turbojax.models.wan import WanConfig
 from turbojax.pipeline import MODELS, Call, find_transformer, plan_call
 from turbojax.temporaries import Parts
 from turbojax.weights import files
-from turbojax.weights.load import open_umt5, open_vae, read_config, with_options
+from turbojax.weights.load import open_umt5, open_vae, open_wan, with_options
 
 
 def plan_unloaded(
@@ -43,7 +43,7 @@ def plan_unloaded(
         stored = named
     else:
         repository = folder or files.open_repository(path_or_repo)
-        stored = read_config(find_transformer(repository, path_or_repo, quantized=options.get("quant_linear")))
+        stored = open_wan(find_transformer(repository, path_or_repo, quantized=options.get("quant_linear"))).config
     where = {"vae": vae, "text_encoder": text_encoder}
     found = {name: component(name, given, folder) for name, given in where.items()}
     parts = Parts(

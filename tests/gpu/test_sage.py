@@ -24,6 +24,17 @@ def arrays(shape):
     return [q.astype(BF16), (k + 0.5).astype(BF16), v.astype(BF16), weight, jnp.full(shape[-1], 0.1)]
 
 
+def centre(x, mean):
+    return x.astype(jnp.float32) - (0.0 if mean is None else mean[:, None])
+
+
+def on_cpu(function, *inputs):
+    """There XLA rounds quotients correctly, as the kernels do; on a GPU they are off by up to two units in the last
+    place, and one code in 100,000 with them."""
+    cpu = jax.devices("cpu")[0]
+    return jax.tree.map(np.asarray, jax.jit(function)(*jax.device_put(inputs, cpu)))
+
+
 def takes(values: str) -> bool:
     return values != "float8" or compute_capability() >= (8, 9)
 
@@ -37,10 +48,9 @@ def test_quantization_is_the_reference_s(shape, block):
     mean = jnp.mean(x.astype(jnp.float32), axis=1)
     for centred, means in ((None, True), (mean, False)):
         code, scale, block_means = sage_triton.quantize_rows(x, block, mean=centred, means=means)
-        f = x.astype(jnp.float32) - (0 if centred is None else centred[:, None])
-        expected, expected_scale = sage.quantize_rows(f, block)
-        rows = jnp.moveaxis(expected, 1, 3).reshape(code.shape)
-        assert bool((code[:, : shape[1]] == rows[:, : shape[1]]).all())
+        expected, expected_scale = on_cpu(lambda x, mean: sage.quantize_rows(centre(x, mean), block), x, centred)
+        rows = np.moveaxis(expected, 1, 3).reshape(code.shape)
+        np.testing.assert_array_equal(code[:, : shape[1]], rows[:, : shape[1]])
         np.testing.assert_allclose(scale, expected_scale, rtol=1e-6)
         if means:
             np.testing.assert_allclose(block_means, sla.block_means(x, block), rtol=1e-5, atol=1e-5)

@@ -2,8 +2,8 @@
 
     python tests/manual/memory_ahead_of_time.py [--out=benchmarks/memory_ahead_of_time.json]
 
-Needs jax's CUDA plugin (jax 0.11 or later) and jax-triton; takes ten minutes on two cores. Kernels are lowered as on the
-card. XLA cannot search for the fastest matmul without one and is told to take cuBLAS, as it does on an H100.
+Needs jax's CUDA plugin (jax 0.11 or later) and jax-triton; takes ten minutes on two cores. Kernels are lowered as on a
+card. Without one XLA cannot search for the fastest matmul and is told to take cuBLAS, as it does on an H100.
 """
 
 import argparse
@@ -77,9 +77,9 @@ def main() -> None:
     results = {}
     with (
         jax.default_device(topology.devices[0]),
-        mock.patch.object(jax, "devices", lambda *_: [card]),
-        mock.patch.object(jax, "default_backend", lambda: "gpu"),
-        mock.patch.object(launcher.triton_kernel_call_lib, "get_compute_capability", lambda _: 90),
+        mock.patch.object(jax, "devices", return_value=[card]),
+        mock.patch.object(jax, "default_backend", return_value="gpu"),
+        mock.patch.object(launcher.triton_kernel_call_lib, "get_compute_capability", return_value=90),
     ):
         for model, size, options in SETTINGS:
             name = " ".join([model, size, *(str(value) for value in options.values() if value)])

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from turbojax.kernels.sage import E4M3_OF_V, LOG2_E, P_OFFSET, Values
+from turbojax.kernels.sla_triton import sum_rows
 from turbojax.kernels.triton_call import triton_call
 
 OFFSET = tl.constexpr(P_OFFSET)
@@ -86,10 +87,9 @@ def quantize_rows_kernel(
     ratio += tl.where(ratio >= 0, 0.5, -0.5)  # the conversion truncates: halves go away from zero
     tl.store(code + ((b * blocks + i) * (BLOCK * N) + n) * H + offsets, ratio.to(tl.int8))
     tl.store(scale + block, step)
-    if MEANS:  # a sum over rows as a product takes fewer registers, and so more programs hide each other's waits
+    if MEANS:
         rows = tl.minimum(L - i * BLOCK, BLOCK).to(tl.float32)
-        ones = tl.full((BLOCK, 16), 1.0, tl.float32).to(tl.bfloat16)
-        tl.store(means + block * H + columns, tl.div_rn(tl.max(tl.dot(values.T, ones), axis=1), rows))
+        tl.store(means + block * H + columns, tl.div_rn(sum_rows(values, BLOCK), rows))
 
 
 @triton.jit

@@ -13,11 +13,10 @@ import triton
 import triton.language as tl
 
 from turbojax.kernels import triton_call
-from turbojax.kernels.dispatch import compute_capability
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 SUMMARY_PROGRAMS = 528  # about: four for each multiprocessor of an H100
-KEY_ROWS = 32  # keys of a step of `key_summary`: the most that leave a multiprocessor two programs
+KEY_ROWS = 32  # keys of a step of `key_summary`: the most that leave a multiprocessor two programs of eight warps
 
 
 class Tiles(NamedTuple):
@@ -35,11 +34,6 @@ def tiles(capability: tuple[int, int] | None, *, block_q: int, block_k: int, dim
     return Tiles(64, warps=block_q // 16, stages=2 if few else 3, ahead=capability == (9, 0))
 
 
-def summary_warps(capability: tuple[int, int] | None) -> int:
-    """Warps of a program of `key_summary`: elsewhere than on Hopper four would spill."""
-    return 4 if capability == (9, 0) else 8
-
-
 @triton.jit
 def softmax_rows(x):
     """phi: softmax over the last axis of a float32 tile."""
@@ -48,13 +42,20 @@ def softmax_rows(x):
 
 
 @triton.jit
+def sum_rows(x, ROWS: tl.constexpr):
+    """Sums over rows of a bfloat16 tile [ROWS, H], float32 [H]; as a product it takes fewer registers and barriers."""
+    ones = tl.full((ROWS, 16), 1.0, tl.float32).to(tl.bfloat16)
+    return tl.max(tl.dot(x.T, ones), axis=1)
+
+
+@triton.jit
 def block_means_kernel(x, means, L: tl.constexpr, N: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr):
     """One program the mean of BLOCK rows of a head; heads run fastest, as they lie in memory."""
     n, i, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     rows, columns = i * BLOCK + tl.arange(0, BLOCK), tl.arange(0, H)
     offsets = ((b.to(tl.int64) * L + rows) * N + n)[:, None] * H + columns[None, :]
-    f = tl.load(x + offsets, mask=(rows < L)[:, None], other=0.0).to(tl.float32)
-    mean = tl.sum(f, axis=0) / tl.minimum(BLOCK, L - i * BLOCK).to(tl.float32)
+    values = tl.load(x + offsets, mask=(rows < L)[:, None], other=0.0)
+    mean = sum_rows(values, BLOCK) / tl.minimum(BLOCK, L - i * BLOCK).to(tl.float32)
     tl.store(means + ((b * N + n) * tl.cdiv(L, BLOCK) + i) * H + columns, mean)
 
 
@@ -81,17 +82,18 @@ def key_summary_kernel(
     k += (b.to(tl.int64) * L * N + n) * H
     v += (b.to(tl.int64) * L * N + n) * H
     state = tl.zeros((H, H), tl.float32)
-    normalizer = tl.zeros((H, 16), tl.float32)  # of equal columns: a sum over rows is cheapest as a product
+    normalizer = tl.zeros((H, 16), tl.float32)  # of equal columns, as in `sum_rows`
     ones = tl.full((ROWS, 16), 1.0, tl.float32).to(tl.bfloat16)
     for j in range(share * SHARE, tl.minimum((share + 1) * SHARE, groups)):
         first = j * (ROWS * N * H)
         left = L - j * ROWS
         inside = in_group < left
-        x = tl.load(k + first + offsets, mask=inside[:, None], other=0.0).to(tl.float32)
+        keys = tl.load(k + first + offsets, mask=inside[:, None], other=0.0)
         values = tl.load(v + first + offsets, mask=inside[:, None], other=0.0)
+        x = keys.to(tl.float32)
         e = tl.exp2(x * LOG2_E - (tl.max(x, axis=1) * LOG2_E)[:, None])
         phi = (e * tl.where(inside, 1.0 / tl.sum(e, axis=1), 0.0)[:, None]).to(tl.bfloat16)
-        mean = tl.sum(x, axis=0) / tl.minimum(ROWS, left).to(tl.float32)
+        mean = sum_rows(keys, ROWS) / tl.minimum(ROWS, left).to(tl.float32)
         tl.store(means + (head * groups + j) * H + columns, mean)
         state = tl.dot(phi.T, values, state)
         normalizer = tl.dot(phi.T, ones, normalizer)
@@ -290,7 +292,7 @@ def key_summary(k: jax.Array, v: jax.Array, block: int) -> tuple[jax.Array, jax.
             jax.ShapeDtypeStruct((batch, heads, shares, dim), jnp.float32),
         ),
         grid=(heads, shares, batch),
-        num_warps=summary_warps(compute_capability()),
+        num_warps=8,
         num_stages=3,
         L=length,
         N=heads,
