@@ -7,6 +7,7 @@
     python scripts/benchmark.py --case=linear
     python scripts/benchmark.py --case=attention
     python scripts/benchmark.py --case=block --model=wan2.1-t2v-14b --resolution=720p
+    python scripts/benchmark.py --case=tangent --model=wan2.1-t2v-1.3b --num_layers=2 --num_frames=1
     python scripts/benchmark.py --case=diffusion --model=wan2.1-t2v-14b --resolution=720p --quant_scheme=block128
     python scripts/benchmark.py --case=memory --quant_scheme=block128 --memory=stream
 
@@ -14,8 +15,8 @@ Cases: text_to_video (random weights at full size, prompt to mp4, cold and warm)
 image), vae (decoding in chunks),
 linear (int8 layers beside bfloat16), attention (dense, SLA and SageSLA with their parts, gradients and errors),
 block (one transformer block without attention), diffusion (that stage alone), memory (predicted against measured peaks
-and seconds a step), compile (seconds for --num_layers=N; a second one in the same process would find its kernels
-tuned).
+and seconds a step), tangent (the forward derivative that sCM trains with, of --num_layers=N layers; on any device),
+compile (seconds for --num_layers=N; a second one in the same process would find its kernels tuned).
 Peak memory has no reset, so run one case a process.
 """
 
@@ -27,7 +28,7 @@ from typing import Any
 import jax
 from absl import flags
 
-from turbojax import UserError, benchmark, benchmark_attention, benchmark_memory, cli
+from turbojax import UserError, benchmark, benchmark_attention, benchmark_memory, benchmark_training, cli
 from turbojax.demo import demo_folder, demo_picture
 from turbojax.kernels.int8 import QUANT_SCHEMES
 from turbojax.models.tokenizer import Tokenizer
@@ -36,7 +37,18 @@ from turbojax.video import video_size
 CASE = flags.DEFINE_enum(
     "case",
     "text_to_video",
-    ["text_to_video", "image_to_video", "vae", "compile", "linear", "attention", "block", "diffusion", "memory"],
+    [
+        "text_to_video",
+        "image_to_video",
+        "vae",
+        "compile",
+        "linear",
+        "attention",
+        "block",
+        "diffusion",
+        "memory",
+        "tangent",
+    ],
     "what to measure",
 )
 MODEL = flags.DEFINE_string("model", "wan2.1-t2v-1.3b", "network, with random weights")
@@ -45,14 +57,14 @@ FRAMES = flags.DEFINE_integer("num_frames", 81, "4 n + 1")
 STEPS = flags.DEFINE_integer("num_inference_steps", 4, "1 to 4")
 ATTENTION = flags.DEFINE_string("attention_type", "original", "original, sla or sagesla")
 TOPK = flags.DEFINE_float("sla_topk", 0.1, "share of key blocks")
-LAYERS = flags.DEFINE_integer("num_layers", 40, "layers, of the case compile")
+LAYERS = flags.DEFINE_integer("num_layers", 40, "layers, of the cases compile and tangent")
 QUANT = flags.DEFINE_enum("quant_scheme", None, list(QUANT_SCHEMES), "int8 linear layers")
 MEMORY = flags.DEFINE_string("memory", "auto", "auto, resident, stream or GB to plan for, of whole videos and memory")
 OUT = flags.DEFINE_string("out", None, "JSON file to write; printed only if not given")
 
 
 def main() -> None:
-    if jax.default_backend() != "gpu":
+    if jax.default_backend() != "gpu" and CASE.value != "tangent":
         raise UserError("benchmarks need a GPU; none was found (pip install -e '.[cuda12]')")
     width, height = video_size(RESOLUTION.value, "16:9")
     if CASE.value in ("text_to_video", "image_to_video"):
@@ -109,6 +121,16 @@ def main() -> None:
             sla_topk=TOPK.value,
             quant_linear=QUANT.value is not None,
             quant_scheme=QUANT.value,
+        )
+    elif CASE.value == "tangent":
+        result = benchmark_training.tangent(
+            model=MODEL.value,
+            layers=LAYERS.value,
+            num_frames=FRAMES.value,
+            height=height,
+            width=width,
+            attention_type=ATTENTION.value,
+            sla_topk=TOPK.value,
         )
     else:
         result = benchmark.compile_seconds(model=MODEL.value, layers=(LAYERS.value,), height=height, width=width)

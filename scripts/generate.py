@@ -24,7 +24,7 @@ from turbojax.image import read_image
 from turbojax.memory import Plan
 from turbojax.models.tokenizer import Tokenizer
 from turbojax.models.vae import VAEConfig
-from turbojax.pipeline import check_seed, latent_shape, make_sampler
+from turbojax.pipeline import check_seed, check_tiling, latent_shape, make_sampler
 from turbojax.planning import plan_unloaded
 from turbojax.video import check_fps, check_path, make_parent, video_size
 from turbojax.weights.lora import Expert, LoRA
@@ -35,7 +35,7 @@ PLAN = flags.DEFINE_bool("plan", False, "print what memory the call needs, and s
 # Settings that the pipeline's call takes by the same names; height and width may come from elsewhere.
 CALL_SETTINGS = (
     *("prompt", "negative_prompt", "num_samples", "seed", "num_frames", "sampler", "num_inference_steps"),
-    *("sigma_max", "ode", "guidance_scale", "shift", "background", "adaptive_size"),
+    *("sigma_max", "ode", "guidance_scale", "shift", "vae_tiling", "background", "adaptive_size"),
 )
 DEMOS = {"demo": False, "demo-i2v": True}  # names of weights, and whether they are for image to video
 
@@ -95,6 +95,7 @@ def check_settings(config: ConfigDict) -> tuple[int, int]:
     latent_shape(VAEConfig.wan2_1(), config.num_frames, height, width)
     make_sampler(config.sampler, num_steps=config.num_inference_steps, sigma_max=config.sigma_max, shift=config.shift)
     check_seed(config.seed)
+    check_tiling(config.vae_tiling)
     check_fps(config.fps)
     return width, height
 

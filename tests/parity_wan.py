@@ -21,17 +21,13 @@ TOLERANCES = (
 )
 
 
-def build(config: dict, t: dict[str, np.ndarray], **options) -> WanModel:
-    weights = {name.removeprefix("w."): value for name, value in t.items() if name.startswith("w.")}
+def build(config: dict, t: dict[str, np.ndarray], *, prefix: str = "w.", **options) -> WanModel:
+    """The network whose weights are the keys with this prefix."""
+    weights = {name.removeprefix(prefix): value for name, value in t.items() if name.startswith(prefix)}
     checkpoint = check_wan(weights, num_heads=config["args"]["num_heads"], what="fixture")
-    sparse = config["attention"].get("SparseLinearAttention") if isinstance(config.get("attention"), dict) else None
-    if sparse:
-        config = wan.dataclasses.replace(
-            checkpoint.config,
-            sla_topk=sparse["topk"],
-            sla_blocks=(sparse["BLKQ"], sparse["BLKK"]),
-        )
-        checkpoint = checkpoint._replace(config=config)
+    if checkpoint.config.attention_type == "sla":
+        sparse = config.get("SparseLinearAttention") or config["attention"]["SparseLinearAttention"]
+        options |= {"sla_topk": sparse["topk"], "sla_blocks": (sparse["BLKQ"], sparse["BLKK"])}
     return build_wan(checkpoint, **({"dtype": jnp.float32} | options))
 
 

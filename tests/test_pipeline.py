@@ -1,6 +1,7 @@
 """The pipeline with the demo's files: seeds, samples, prompts, guidance, settings between calls, and its errors."""
 
 import logging
+from contextlib import contextmanager
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,9 @@ import pytest
 
 from tests.weights.checkpoints import save, small, turbo
 from turbojax import CheckpointError, TurboVideoPipeline, UserError, VideoOutput, pipeline
+from turbojax.models.vae import decoding_bytes
 from turbojax.temporaries import Residency
+from turbojax.video import save_video
 from turbojax.weights.load import load_wan
 from turbojax.weights.random import random_module as generate
 
@@ -32,7 +35,7 @@ def run(demo_pipe):
 @pytest.fixture
 def undecoded(monkeypatch):
     """Only latents: for what the VAE has no part in."""
-    monkeypatch.setattr(pipeline, "decode", lambda vae, latents, **options: iter(()))
+    monkeypatch.setattr(pipeline, "decode", lambda vae, latents, tiled: iter(()))
 
 
 def drawn(seed: int, batch: int = 1) -> dict[str, jax.Array]:
@@ -118,6 +121,57 @@ def test_without_guidance_the_negative_prompt_is_ignored(run, caplog):
 
 def test_one_frame(run):
     assert run(num_frames=1).videos.shape == (1, 1, 32, 48, 3)
+
+
+def test_files_are_written_while_decoding(run, tmp_path, monkeypatch):
+    events: list[str] = []
+    decode, open_video = pipeline.decode, pipeline.open_video
+
+    def recording_decode(*arguments, **options):
+        for frames in decode(*arguments, **options):
+            events.append(f"decoded {len(frames)}")
+            yield frames
+
+    @contextmanager
+    def recording_open(*arguments):
+        with open_video(*arguments) as append:
+            yield lambda frames: events.append(f"appended {len(frames)}") or append(frames)
+        events.append("closed")
+
+    monkeypatch.setattr(pipeline, "decode", recording_decode)
+    monkeypatch.setattr(pipeline, "open_video", recording_open)
+    result = run(num_samples=2, output=tmp_path / "x.gif", fps=10)
+    assert events == ["decoded 1", "appended 1", "decoded 4", "appended 4", "closed"] * 2
+    assert [path.name for path in result.files] == ["x_0000.gif", "x_0001.gif"]
+    assert sorted(tmp_path.iterdir()) == result.files
+    for video, path in zip(result.videos, result.files, strict=True):
+        save_video(video, tmp_path / "same.gif", fps=10)
+        assert path.read_bytes() == (tmp_path / "same.gif").read_bytes()
+    assert run().files == []
+
+
+def test_nothing_is_written_for_nan(demo_pipe, tmp_path, run, monkeypatch):
+    monkeypatch.setattr(demo_pipe, "_sample", lambda *arguments: jnp.full((1, *LATENTS), jnp.nan))
+    assert "NaN" in refused(run, output=tmp_path / "x.mp4")
+    assert not list(tmp_path.iterdir())
+
+
+def test_tiles_where_memory_is_short(demo_pipe, run, monkeypatch):
+    whole = run(seed=5).videos
+    assert np.abs(run(seed=5, vae_tiling="on").videos.astype(int) - whole).max() <= 1  # one tile, at this size
+    used: list[bool] = []
+
+    def decode(vae, latents, *, tiled):
+        used.append(tiled)
+        return iter(())
+
+    monkeypatch.setattr(pipeline, "decode", decode)
+    needed = decoding_bytes(demo_pipe.vae, *LATENTS[1:3])
+    for memory in ({}, *({"bytes_limit": needed + more, "bytes_in_use": 100} for more in (100, 99))):
+        monkeypatch.setattr(pipeline, "memory_stats", lambda memory=memory: memory)
+        run(seed=5)
+        run(seed=5, vae_tiling="off")
+    assert used == [False, False, False, False, True, False]
 
 
 # Other ways to make one.
@@ -245,6 +299,9 @@ def test_random_weights(demo_pipe, monkeypatch, caplog, undecoded):
         ({"seed": -1}, "seed=-1 must be in 0..4294967295"),
         ({"seed": 2**32}, "seed=4294967296 must be in 0..4294967295"),
         ({"sla_topk": 0.5}, "attention_type='sla'"),
+        ({"vae_tiling": "yes"}, "vae_tiling='yes' is unknown; choose auto, on, off"),
+        ({"output": "x.avi"}, "output 'x.avi' has no video format; end it in .mp4, .gif, .png"),
+        ({"output": "x.mp4", "fps": 0}, "fps=0 must be positive"),
         (
             {"latents": np.zeros((1, 2, 4, 6, 15))},
             "latents has the shape (1, 2, 4, 6, 15) and must have (1, 2, 4, 6, 16)",

@@ -11,7 +11,17 @@ from PIL import Image
 
 from turbojax import UserError
 from turbojax import video as module
-from turbojax.video import PIECES_WAITING, SIZES, check_path, in_a_thread, numbered, open_video, save_video, video_size
+from turbojax.video import (
+    PIECES_WAITING,
+    SIZES,
+    check_path,
+    in_a_thread,
+    numbered,
+    open_video,
+    read_video,
+    save_video,
+    video_size,
+)
 
 # Reading an mp4 starts ffmpeg, by fork and exec at once; JAX warns of forks that go on.
 pytestmark = pytest.mark.filterwarnings(r"ignore:os\.fork\(\) was called")
@@ -186,10 +196,50 @@ def test_encoding_waits_for_nobody():
         go.set()
         hand_over("last")
     assert written == [*range(PIECES_WAITING), "last"]
+    with pytest.raises(OSError, match="bad"):
+        hand_over_all(write, ["bad", "more"])
+
+
+def hand_over_all(write, pieces):
     with in_a_thread(write) as hand_over:
-        hand_over("bad")
-        with pytest.raises(OSError, match="bad"):  # once the queue is full at the latest
-            [hand_over("more") for _ in range(PIECES_WAITING)]
+        for piece in pieces:
+            hand_over(piece)
+
+
+@pytest.mark.parametrize("fps", [8, 16, 24, 32])
+def test_reading_takes_the_frames_nearest_in_time(tmp_path, fps):
+    grey = np.broadcast_to((10 * np.arange(24, dtype=np.uint8))[:, None, None, None], (24, 32, 32, 3))
+    save_video(grey, tmp_path / "x.mp4", fps=fps)
+    read = read_video(tmp_path / "x.mp4", num_frames=9, height=32, width=32)
+    assert (read.shape, read.dtype) == ((9, 32, 32, 3), np.uint8)
+    taken = np.round(read.mean(axis=(1, 2, 3)) / 10)
+    assert taken[0] == 0
+    assert np.abs(taken / fps - np.arange(9) / 16).max() <= 0.5 / min(fps, 16)
+
+
+def test_reading_covers_the_size_and_cuts_around_the_centre(tmp_path):
+    video = np.zeros((2, 32, 96, 3), np.uint8)
+    video[:, :, 32:64] = 200  # the middle square
+    save_video(video, tmp_path / "x.mp4")
+    read = read_video(tmp_path / "x.mp4", num_frames=2, height=16, width=16).astype(int)
+    assert np.abs(read[:, :, 2:-2] - 200).max() < 12
+    wide = read_video(tmp_path / "x.mp4", num_frames=2, height=16, width=48).astype(int)
+    assert wide[:, :, :14].max() < 12
+    assert np.abs(wide[:, :, 18:30] - 200).max() < 12
+
+
+def test_what_cannot_be_read(tmp_path):
+    save_video(clip(5), tmp_path / "whole.mp4")
+    (tmp_path / "cut.mp4").write_bytes((tmp_path / "whole.mp4").read_bytes()[:300])
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    for name, message in (
+        ("cut.mp4", "is no video that ffmpeg can read"),
+        ("empty.mp4", "is no video that ffmpeg can read"),
+        ("nothing.mp4", "does not exist"),
+        ("whole.mp4", "has 5 frames at 16 frames a second, 9 are needed"),
+    ):
+        with pytest.raises(UserError, match=f"{name} {message}"):
+            read_video(tmp_path / name, num_frames=9, height=32, width=32)
 
 
 def test_an_old_video_is_replaced(tmp_path):

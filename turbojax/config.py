@@ -66,9 +66,8 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("sage_values", str, "how sagesla multiplies with v: float8 (the default), float8_values or exact"),
     Setting("dtype", "bfloat16", "bfloat16 or float32"),
     Setting("memory", "auto", "auto, resident, stream (weights stay in host memory), or the card's GB to plan for"),
-    Setting(
-        "cache_prompts", True, "keep text embeddings in the user's cache: a prompt used before needs no text encoder"
-    ),
+    Setting("vae_tiling", "auto", "decode in overlapping tiles: on, off, or auto where memory is short"),
+    Setting("cache_prompts", True, "keep text embeddings in the user's cache; a known prompt needs no text encoder"),
 )
 
 

@@ -45,7 +45,7 @@ from turbojax.temporaries import Parts, Residency, Work, clip_skeleton, text_ske
 from turbojax.text import TextEncoder
 from turbojax.video import check_fps, check_path, files_of, numbered, open_video, save_video
 from turbojax.weights import files
-from turbojax.weights.load import load_plain, load_wan, open_clip, open_vae, read_config, wan_skeleton, with_options
+from turbojax.weights.load import load_plain, load_wan, open_clip, open_vae, open_wan, wan_skeleton, with_options
 from turbojax.weights.lora import Expert, LoRA
 from turbojax.weights.random import random_module, random_token_table
 
@@ -157,17 +157,21 @@ def decode(vae: WanVAE, latents: np.ndarray, *, tiled: bool = False) -> Iterator
         yield np.asarray(part)[0]  # travels while the next chunk is computed
 
 
-def check_tiling(tiling: str) -> None:
-    if tiling not in VAE_TILING:
-        raise UserError(f"vae_tiling={tiling!r} is unknown; choose {', '.join(VAE_TILING)}")
+def memory_stats() -> dict[str, int]:
+    """Of the first device, in bytes; empty where it does not count them."""
+    return jax.devices()[0].memory_stats() or {}
+
+
+def check_tiling(vae_tiling: str) -> None:
+    if vae_tiling not in VAE_TILING:
+        raise UserError(f"{vae_tiling=} is unknown; choose {', '.join(VAE_TILING)}")
 
 
 def needs_tiling(vae: WanVAE, height: int, width: int, tiling: str) -> bool:
     """Whether decoding latents of this size goes in tiles; "auto" compares with the memory that is free."""
-    check_tiling(tiling)
     if tiling != "auto":
         return tiling == "on"
-    memory = jax.devices()[0].memory_stats() or {}
+    memory = memory_stats()
     if "bytes_limit" not in memory:
         return False
     free = memory["bytes_limit"] - memory["bytes_in_use"]
@@ -456,8 +460,7 @@ class TurboVideoPipeline:
         Raises UserError or CheckpointError with one sentence for what cannot be found or does not fit.
         """
         start = time.perf_counter()
-        given = {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer, "image_encoder": image_encoder}
-        where = {name: files.component_path(path, name) for name, path in given.items() if path}
+        given = {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer}
         high, low = files.find_networks(path_or_repo, quantized=quant_linear)
         options: dict[str, Any] = dict(
             quant_linear=quant_linear,
@@ -468,16 +471,11 @@ class TurboVideoPipeline:
             dtype=dtype,
         )
         # Reads names only: a bad file shows before anything is downloaded.
-        config = with_options(read_config(high), **options)
+        config = with_options(open_wan(high).config, **options)
         if low is None and (single := [lora for lora in loras if lora.expert]):
             raise UserError(f"{single[0].path} is for an expert, and {high.name} is the only network; give it for all")
-        own = files.open_repository(path_or_repo)
-        for name in [name for name in given if name not in where and (name != "image_encoder" or config.clip_dim)]:
-            shared = files.IMAGE_ENCODER_REPOSITORY if name == "image_encoder" else files.SHARED_REPOSITORY
-            path = files.find(own, name) or files.find(files.open_repository(shared), name)
-            if path is None:
-                raise UserError(f"no {name} was found in {own.name} or {shared}; give {name}=PATH")
-            where[name] = path
+        given |= {"image_encoder": image_encoder} if config.clip_dim else {}
+        where = files.find_components(files.open_repository(path_or_repo), given)
         use_compilation_cache()
         text = TextEncoder.from_files(where["text_encoder"], where["tokenizer"], dtype=dtype, cache=cache_prompts)
         vae_file, programs = open_vae(where["vae"], dtype=dtype), Programs()
@@ -628,6 +626,7 @@ class TurboVideoPipeline:
         if not prompts or num_samples < 1:
             raise UserError(f"{len(prompts)} prompts and {num_samples=} ask for no video; give at least one of each")
         check_seed(seed)
+        check_tiling(vae_tiling)
         pictures = read_images(self.config, image, last_image, background)
         width, height = video_shape(width, height, pictures, adaptive=adaptive_size)
         sigma_max = first_noise_level(self.config, sigma_max)

@@ -11,7 +11,7 @@ from turbojax.memory import Plan
 from turbojax.models.wan import WanConfig
 from turbojax.pipeline import MODELS, TWO_EXPERTS, Call, plan_call, published_parts
 from turbojax.weights import files
-from turbojax.weights.load import open_umt5, open_vae, read_config, with_options
+from turbojax.weights.load import open_umt5, open_vae, open_wan, with_options
 
 
 def plan_unloaded(
@@ -40,7 +40,7 @@ def plan_unloaded(
         stored, two = known
     else:
         high, low = files.find_networks(path_or_repo, quantized=options.get("quant_linear"))
-        stored, two = read_config(high), low is not None
+        stored, two = open_wan(high).config, low is not None
     where = {"vae": vae, "text_encoder": text_encoder}
     found = {name: component(name, given, folder) for name, given in where.items()}
     parts = published_parts(with_options(stored, dtype=dtype, **options), two=two)

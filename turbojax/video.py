@@ -1,18 +1,21 @@
 """Sizes of videos, and video files: mp4, gif and PNG frames."""
 
+import itertools
 import os
 import subprocess
 import tempfile
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import imageio.v2 as imageio
 import imageio_ffmpeg
 import numpy as np
+from PIL import Image, ImageOps
 
 from turbojax.errors import UserError
 
@@ -214,6 +217,40 @@ def files_of(path: Path, num_frames: int) -> list[Path]:
     if path.suffix.lower() == ".png":
         return [numbered(path, i, num_frames) for i in range(num_frames)]
     return [path]
+
+
+@contextmanager
+def starting_ffmpeg() -> Iterator[None]:
+    """ffmpeg is started by fork and exec at once, which is safe; JAX warns of forks that go on running Python."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="os.fork\\(\\) was called")
+        yield
+
+
+def read_video(path: str | os.PathLike, *, num_frames: int, height: int, width: int, fps: int = 16) -> np.ndarray:
+    """The first num_frames frames of a video at `fps` frames a second, uint8 `[num_frames, height, width, 3]`.
+
+    Frames are the nearest in time to those of the file. They are resized to cover height x width pixels and cut around
+    their centre. Raises UserError for a file that cannot be read or is too short.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"{path} does not exist")
+    frames: list[np.ndarray] = []
+    try:
+        # ffmpeg's filter and not its -r, which repeats a frame and drops another at the beginning
+        options = ["-vf", f"fps={fps}"]
+        with starting_ffmpeg():
+            reader: Any = imageio.get_reader(path, format="FFMPEG", output_params=options)
+        with closing(reader):
+            for frame in itertools.islice(reader, num_frames):
+                fitted = ImageOps.fit(Image.fromarray(frame), (width, height), Image.Resampling.LANCZOS)
+                frames.append(np.asarray(fitted))
+    except (OSError, RuntimeError, ValueError, LookupError) as error:  # what imageio makes of ffmpeg's complaints
+        raise UserError(f"{path} is no video that ffmpeg can read") from error
+    if len(frames) < num_frames:
+        raise UserError(f"{path} has {len(frames)} frames at {fps} frames a second, {num_frames} are needed")
+    return np.stack(frames)
 
 
 def numbered(path: Path, index: int, count: int) -> Path:

@@ -13,6 +13,7 @@ from flax import nnx
 from tests.weights.checkpoints import small, turbo
 from turbojax.errors import UserError
 from turbojax.kernels import attention, sla
+from turbojax.models import wan
 from turbojax.models.layers import time_sinusoid
 from turbojax.models.wan import WanConfig, WanModel, patch_grid, patchify, unpatchify
 from turbojax.weights.load import build_wan, check_wan, wan_skeleton
@@ -140,6 +141,13 @@ def test_no_step_holds_all_scores(heads):
     for topk in (0.1, 1.0):
         sparse = functools.partial(sla.sparse_linear_attention, topk=topk)
         assert largest_intermediate(sparse, q, q, q, *proj) < 2**28
+        assert largest_intermediate(derivative(sparse), q, q, q, *proj) < 2**28
+    assert largest_intermediate(derivative(attention.attention_reference), q, q, q) < 2**28
+
+
+def derivative(f):
+    """Forward mode, with the arguments themselves as their tangents."""
+    return lambda *arguments: jax.jvp(f, arguments, arguments)
 
 
 def test_the_measure_sees_inside_loops():
@@ -237,6 +245,25 @@ def test_every_argument_matters(image_to_video, name):
     run, values = image_to_video
     changed = values | {name: 0.5 * jnp.roll(values[name], 1, axis=-1)}
     assert relative(run(**changed), run(**values)) > 1e-4
+
+
+@pytest.mark.parametrize(
+    ("changes", "calls"),
+    [({"clip_dim": 64, "in_channels": 36}, 3), ({"attention_type": "sla"}, 2), ({"attention_type": "sagesla"}, 2)],
+)
+def test_a_named_attention_is_taken_everywhere(monkeypatch, changes, calls):
+    named = []
+
+    def recorded(attend):
+        return lambda *arrays, **settings: named.append(settings["implementation"]) or attend(*arrays, **settings)
+
+    for name in ("dot_product_attention", "sparse_linear_attention", "sage_sparse_linear_attention"):
+        monkeypatch.setattr(wan, name, recorded(getattr(wan, name)))
+    config = small(attention_implementation="reference", **changes)
+    run, state = network(config)
+    jax.eval_shape(run, state, arguments(config, frames=1, height=4, width=4))
+    assert len(named) >= calls
+    assert set(named) == {"reference"}
 
 
 # Settings and arguments that cannot be.

@@ -56,6 +56,32 @@ def test_names_and_values_are_turbodiffusions(tmp_path, output, tensors, arrange
         assert file.metadata() == {"format": "turbojax", "num_heads": "2"}
 
 
+@pytest.mark.parametrize(("names", "arrange"), [("official", official), ("diffusers", diffusers)])
+@pytest.mark.parametrize("clip", [None, 32])
+def test_other_names(tmp_path, output, names, arrange, clip):
+    """The text-to-video model, and the one with an image's features."""
+    tensors = turbo(small(clip_dim=clip, in_channels=36 if clip else 16))
+    convert(save(tmp_path / "model.pth", tensors), output, dtype=jnp.float32, names=names)
+    written, expected = read_tensors(output), arrange(tensors)
+    assert written.keys() == expected.keys()
+    for name, tensor in expected.items():
+        np.testing.assert_array_equal(written[name], tensor, err_msg=name)
+    back = tmp_path / "back.pth"
+    convert(output, back, dtype=jnp.float32, format="pth")
+    assert list(read_tensors(back)) == list(tensors)
+
+
+@pytest.mark.parametrize("names", ["official", "diffusers"])
+def test_sla_and_int8_have_turbodiffusions_names_alone(tmp_path, source, output, names):
+    sla = save(tmp_path / "sla.pth", turbo(small(attention_type="sla")))
+    for arguments, options in (((sla, output), {}), ((source, output), {"quantize": "channel"})):
+        message = refused(*arguments, names=names, **options)
+        assert (
+            message == f"names='{names}' have no place for int8 weights and SLA's proj_l; take names='turbodiffusion'"
+        )
+    assert not output.exists()
+
+
 def test_shards(tmp_path, output, tensors):
     index = save_shards(tmp_path / "shards", official(tensors))
     convert(index.parent, output, dtype=jnp.float32)
@@ -89,6 +115,21 @@ def test_quantized(source, output, tensors):
     assert again.read_bytes() == output.read_bytes()
 
 
+@pytest.mark.parametrize("quantize", [None, "block128"])
+def test_there_and_back_by_orbax(source, output, tmp_path, quantize):
+    convert(source, output, quantize=quantize)
+    convert(output, tmp_path / "folder", format="orbax")
+    convert(tmp_path / "folder", tmp_path / "back.safetensors")
+    written, back = read_tensors(output), read_tensors(tmp_path / "back.safetensors")
+    assert written.keys() == back.keys()
+    for name, tensor in written.items():
+        np.testing.assert_array_equal(back[name], tensor, err_msg=name)
+        assert back[name].dtype == tensor.dtype
+    if quantize:  # the weight and its scale come from two arrays
+        convert(tmp_path / "folder", tmp_path / "channel.safetensors", quantize="channel")
+        assert read_tensors(tmp_path / "channel.safetensors")["blocks.1.ffn.0.scale"].shape == (384,)
+
+
 def test_orbax_folder(source, tmp_path):
     output = tmp_path / "out" / "model"
     convert(source, output, format="orbax", quantize="block128")
@@ -110,10 +151,12 @@ def test_other_components_keep_their_names(tmp_path, demo, name, component, load
     assert list(written) == list(stored)
     assert all(np.array_equal(written[n], stored[n].astype(np.float32)) for n in stored)
     load(output)
-    for options in ({"quantize": "block128"}, {"format": "orbax"}):
-        again = tmp_path / ("y.safetensors" if "quantize" in options else "y")
+    for options in ({"quantize": "block128"}, {"names": "official"}, {"format": "orbax"}):
+        again = tmp_path / ("y" if "format" in options else "y.safetensors")
         assert f"{name} is a {component}" in refused(demo / name, again, **options)
         assert not again.exists()
+    convert(output, tmp_path / "x.pth", dtype=jnp.float32, format="pth")
+    assert list(read_tensors(tmp_path / "x.pth")) == list(stored)
 
 
 def test_one_tensor_at_a_time(tmp_path):
@@ -158,6 +201,8 @@ def test_existing_outputs(source, output, tmp_path):
 def test_settings(source, output):
     assert "format='gguf'" in refused(source, output, format="gguf")
     assert "must be a file that ends in .safetensors" in refused(source, output.with_suffix(".pth"))
+    assert "names='mine' are unknown" in refused(source, output, names="mine")
+    assert "an Orbax folder has turbojax's own" in refused(source, output, names="official", format="orbax")
     assert "'int3'" in refused(source, output, quantize="int3")
     output.mkdir(parents=True)
     assert "must be a file" in refused(source, output, overwrite=True)

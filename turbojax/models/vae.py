@@ -23,7 +23,7 @@ from turbojax.errors import UserError
 from turbojax.kernels.attention import dot_product_attention
 from turbojax.models.layers import Dense, along_last
 
-WORKING_SET = 2.48  # bytes in use while decoding beside the weights, for each of the cache (benchmarks/vae_480p.json)
+WORKING_SET = 2.1  # bytes in use while decoding, for each of the cache: XLA's own count for an H100
 CHUNK = 1  # latents at once; more takes memory and no less time (docs/performance.md)
 Cache = Any  # a pytree of arrays `[b, frames, h, w, c]`
 
@@ -90,19 +90,22 @@ def conv_over_space(x: jax.Array, kernel: jax.Array, bias: jax.Array, *, stride:
     return y + along_last(bias, y)
 
 
-def conv_over_time(x: jax.Array, kernel: jax.Array, bias: jax.Array, *, stride: int = 1) -> jax.Array:
+def join_frames(x: jax.Array, size: int, *, stride: int = 1) -> jax.Array:
+    """Frames `[b, t, h, w, c]`, `size` of them side by side: `[b, (t - size) // stride + 1, h, w, size c]`."""
+    steps = (x.shape[1] - size) // stride + 1
+    return jnp.concatenate([x[:, i : i + stride * (steps - 1) + 1 : stride] for i in range(size)], axis=-1)
+
+
+def conv_over_time(joined: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
     """y[t] = bias + sum over i of conv2d(x[stride t + i], kernel[i]): unpadded in time, padded in space.
 
-    x `[b, t, h, w, in]`, kernel `[k, h, w, in, out]` to `[b, (t - k) // stride + 1, h, w, out]`. The sum is
-    one 2-D convolution of k frames joined on channels: on Hopper faster than cuDNN's 3-D convolution.
+    joined: from `join_frames`, kernel `[k, h, w, in, out]`. The sum is one 2-D convolution of k frames joined on
+    channels: on Hopper faster than cuDNN's 3-D convolution.
     """
-    batch, frames = x.shape[:2]
-    size, height, width, _, features_out = kernel.shape
-    steps = (frames - size) // stride + 1
-    seen = [x[:, i : i + stride * (steps - 1) + 1 : stride] for i in range(size)]
-    joined = jnp.concatenate(seen, axis=-1).reshape(batch * steps, *x.shape[2:4], -1)
+    _, height, width, _, features_out = kernel.shape
     kernel = jnp.moveaxis(kernel, 0, 2).reshape(height, width, -1, features_out)
-    return conv_over_space(joined, kernel, bias).reshape(batch, steps, *x.shape[2:4], features_out)
+    y = conv_over_space(joined.reshape(-1, *joined.shape[2:]), kernel, bias)
+    return y.reshape(*joined.shape[:-1], features_out)
 
 
 def init_kernel(shape: tuple[int, ...], config: VAEConfig, rngs: nnx.Rngs) -> nnx.Param:
@@ -142,9 +145,12 @@ class CausalConv3d(nnx.Module):
         return -(-(frame + self.kernel.shape[0] - 1) // self.stride)
 
     def __call__(self, x: jax.Array, past: jax.Array) -> tuple[jax.Array, jax.Array]:
-        x = jnp.concatenate((past, x), axis=1)
-        y = conv_over_time(x, self.kernel[...], self.bias[...], stride=self.stride)
-        return y, x[:, x.shape[1] - past.shape[1] :]
+        joined = join_frames(jnp.concatenate((past, x), axis=1), self.kernel.shape[0], stride=self.stride)
+        # The next cache comes after the frames are joined, so that XLA writes it where `past` was instead of copying
+        # every `past` first.
+        joined, past, x = lax.optimization_barrier((joined, past, x))
+        seen = jnp.concatenate((past, x), axis=1)
+        return conv_over_time(joined, self.kernel[...], self.bias[...]), seen[:, seen.shape[1] - past.shape[1] :]
 
 
 class ChannelNorm(nnx.Module):
@@ -509,7 +515,7 @@ def decode_chunks(
 
 
 def decoding_bytes(vae: WanVAE, height: int, width: int) -> int:
-    """Device memory that decoding takes besides the weights, for latents of this size and a chunk of one: measured."""
+    """Device memory that decoding takes besides the weights, for latents of this size and a chunk of one."""
     cache = jax.eval_shape(lambda: vae.init_decode_cache(1, height, width))
     return int(WORKING_SET * sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(cache)))
 

@@ -51,6 +51,7 @@ class WanConfig:
     attention_type: self-attention: "original" (dense), "sla", or "sagesla" (int8 and float8, forward only).
     sla_topk, sla_blocks: share of key blocks, and rows of query and key blocks (None: as published).
     sage_values: how SageSLA multiplies with v, see `turbojax.kernels.sage`.
+    attention_implementation: "reference" for attention that `jax.jvp` can differentiate; None for the fastest.
     quant: how the linear layers inside the blocks hold int8 weights; None for `dtype`.
     """
 
@@ -71,6 +72,7 @@ class WanConfig:
     sla_topk: float = 0.1
     sla_blocks: tuple[int, int] | None = None
     sage_values: Values = "float8"
+    attention_implementation: Literal["reference"] | None = None
     quant: QuantConfig | None = None
     dtype: Any = jnp.bfloat16
 
@@ -135,10 +137,15 @@ class SelfAttention(nnx.Module):
         q, k, v = (split_heads(a, c.num_heads) for a in (q, k, self.v(x)))
         q, k = rotate(q, table), rotate(k, table)
         if c.attention_type == "original":
-            out = dot_product_attention(q, k, v)
+            out = dot_product_attention(q, k, v, implementation=c.attention_implementation)
         else:
             projection = self.proj_l.weight[...], self.proj_l.bias[...]
-            settings: dict[str, Any] = {"topk": c.sla_topk, "block_q": c.blocks[0], "block_k": c.blocks[1]}
+            settings: dict[str, Any] = {
+                "topk": c.sla_topk,
+                "block_q": c.blocks[0],
+                "block_k": c.blocks[1],
+                "implementation": c.attention_implementation,
+            }
             if c.attention_type == "sla":
                 out = sparse_linear_attention(q, k, v, *projection, **settings)
             else:
@@ -160,17 +167,18 @@ class CrossAttention(nnx.Module):
     def __call__(self, x: jax.Array, text: jax.Array, image: jax.Array | None) -> jax.Array:
         """x `[B, L, D]`, text `[B, 512, D]`, image `[B, 257 or 514, D]` or None to `[B, L, D]`."""
         heads = self.config.num_heads
+        attend = functools.partial(dot_product_attention, implementation=self.config.attention_implementation)
         q = split_heads(self.norm_q(self.q(x)), heads)
         keys = self.k.prepare(text)
         k, v = split_heads(self.norm_k(self.k(keys)), heads), split_heads(self.v(keys), heads)
-        out = dot_product_attention(q, k, v)
+        out = attend(q, k, v)
         if image is not None:
             image = self.k_img.prepare(image)
             k, v = (
                 split_heads(self.norm_k_img(self.k_img(image)), heads),
                 split_heads(self.v_img(image), heads),
             )
-            out = out + dot_product_attention(q, k, v)
+            out = out + attend(q, k, v)
         return self.o(out.reshape(x.shape))
 
 

@@ -1,4 +1,4 @@
-"""Rewrites checkpoints: checked, cast or quantized, as safetensors in the official names or as an Orbax folder.
+"""Rewrites checkpoints: checked, cast, quantized or renamed, as safetensors, PyTorch's format or an Orbax folder.
 
 Tensors go through one at a time, so host memory stays at the largest one, or three of the stacked ones for Orbax.
 """
@@ -7,7 +7,7 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,13 +19,24 @@ from tqdm import tqdm
 from turbojax.errors import UserError
 from turbojax.models.wan import WanConfig
 from turbojax.weights.files import CONVERTED
-from turbojax.weights.io import read_tensors, release, save_orbax, write_safetensors
-from turbojax.weights.load import Pieces, is_stacked, open_umt5, open_vae, open_wan, wan_skeleton, with_options
-from turbojax.weights.published import wan_layout
-from turbojax.weights.rules import Entry, rename
-from turbojax.weights.wan import OFFICIAL
+from turbojax.weights.io import read_tensors, release, save_orbax, write_pth, write_safetensors
+from turbojax.weights.load import (
+    Pieces,
+    WanCheckpoint,
+    is_converted,
+    is_stacked,
+    open_umt5,
+    open_vae,
+    open_wan,
+    specs_of,
+    wan_skeleton,
+    with_options,
+)
+from turbojax.weights.published import Layout, diffusers_layout, official_layout, wan_layout
+from turbojax.weights.rules import Entry, Rule, rename
+from turbojax.weights.wan import DIFFUSERS, OFFICIAL
 
-FORMATS = ("safetensors", "orbax")
+FORMATS = ("safetensors", "pth", "orbax")
 
 
 class Summary(NamedTuple):
@@ -36,6 +47,20 @@ class Summary(NamedTuple):
     bytes: int
 
 
+class Names(NamedTuple):
+    """A layout to write: its names and shapes, and the table that reads them."""
+
+    layout: Callable[[WanConfig], Layout]
+    rules: tuple[Rule, ...]
+
+
+NAMES = {
+    "turbodiffusion": Names(wan_layout, OFFICIAL),
+    "official": Names(official_layout, OFFICIAL),
+    "diffusers": Names(diffusers_layout, DIFFUSERS),
+}
+
+
 def convert(
     source: str | os.PathLike,
     output: str | os.PathLike,
@@ -43,34 +68,46 @@ def convert(
     quantize: str | None = None,
     dtype: Any = jnp.bfloat16,
     format: str = "safetensors",
+    names: str = "turbodiffusion",
     overwrite: bool = False,
 ) -> Summary:
     """Converts a transformer, VAE or text encoder, told apart by the names of its tensors.
 
     quantize: "block128" or "channel" for int8 linear layers in a transformer's blocks; None keeps what the file has.
     dtype: of everything that is not int8 or a scale.
-    format: "safetensors" (a file) or "orbax" (a folder; transformers only).
+    format: "safetensors", "pth" (files) or "orbax" (a folder; transformers only).
+    names: of a transformer in a file: "turbodiffusion", "official" or "diffusers"; the latter two have neither SLA nor
+      int8 weights.
 
     Raises CheckpointError for files that do not fit, UserError for settings that cannot be. What was there before is
     only replaced with overwrite=True, and only once the new one is whole.
     """
-    if format not in FORMATS:
-        raise UserError(f"format={format!r} is unknown; choose {' or '.join(FORMATS)}")
     output = Path(output)
-    if output.exists() and not overwrite:
-        raise UserError(f"{output} already exists; choose another output or allow it with --overwrite")
-    if format == "safetensors" and (output.suffix != ".safetensors" or output.is_dir()):
-        raise UserError(f"{output} must be a file that ends in .safetensors")
-    if format == "orbax" and output.exists() and not (output / CONVERTED).is_file():
-        raise UserError(f"{output} is no converted model, so it is not replaced; choose another output")
-    component = component_of(read_tensors(source))
-    if component != "transformer" and (quantize or format != "safetensors"):
+    check_output(output, format=format, names=names, overwrite=overwrite)
+    component = "transformer" if is_converted(source) else component_of(read_tensors(source))
+    if component != "transformer" and (quantize or format == "orbax" or names != "turbodiffusion"):
         raise UserError(
-            f"{Path(source).name} is a {component}: only a transformer can be quantized or written by Orbax"
+            f"{Path(source).name} is a {component}: only a transformer can be quantized, renamed or written by Orbax"
         )
     if component == "transformer":
-        return convert_wan(source, output, quantize=quantize, dtype=dtype, format=format)
+        return write_transformer(open_wan(source), output, quantize=quantize, dtype=dtype, format=format, names=names)
     return convert_plain(source, output, component, dtype=dtype)
+
+
+def check_output(output: Path, *, format: str, names: str, overwrite: bool) -> None:
+    """Raises UserError where nothing can be written, before anything is read."""
+    if format not in FORMATS:
+        raise UserError(f"format={format!r} is unknown; choose {', '.join(FORMATS)}")
+    if names not in NAMES:
+        raise UserError(f"names={names!r} are unknown; choose {', '.join(NAMES)}")
+    if output.exists() and not overwrite:
+        raise UserError(f"{output} already exists; choose another output or allow it with --overwrite")
+    if format != "orbax" and (output.suffix != f".{format}" or output.is_dir()):
+        raise UserError(f"{output} must be a file that ends in .{format}")
+    if format == "orbax" and output.exists() and not (output / CONVERTED).is_file():
+        raise UserError(f"{output} is no converted model, so it is not replaced; choose another output")
+    if format == "orbax" and names != "turbodiffusion":
+        raise UserError(f"names={names!r} are for files; an Orbax folder has turbojax's own")
 
 
 def component_of(tensors: Mapping[str, np.ndarray]) -> str:
@@ -82,29 +119,73 @@ def component_of(tensors: Mapping[str, np.ndarray]) -> str:
     return "transformer"
 
 
-def convert_wan(source: Any, output: Path, *, quantize: str | None, dtype: Any, format: str) -> Summary:
-    checkpoint = open_wan(source)
+def write_transformer(
+    checkpoint: WanCheckpoint,
+    output: Path,
+    *,
+    quantize: str | None = None,
+    dtype: Any = None,
+    format: str = "safetensors",
+    names: str = "turbodiffusion",
+) -> Summary:
+    """Writes a checked transformer as `convert` does; dtype None keeps that of each tensor (Orbax: the config's)."""
     config = with_options(
         checkpoint.config, quant_linear=True if quantize else None, quant_scheme=quantize, dtype=dtype
     )
+    if names != "turbodiffusion" and (config.quant or config.attention_type != "original"):
+        raise UserError(f"names={names!r} have no place for int8 weights and SLA's proj_l; take names='turbodiffusion'")
     pieces = Pieces(checkpoint, config)
     if format == "orbax":
         return write_orbax(output, config, pieces)
-    layout = wan_layout(config)
-    specs = {name: jax.ShapeDtypeStruct(shape, stored_dtype(name, dtype)) for name, shape in layout.items()}
-    metadata = {"format": "turbojax", "num_heads": str(config.num_heads)}
+    if dtype is None:
+        dtype = {entry: spec.dtype for entry, spec in specs_of(checkpoint.tensors).items()}
+    return write_wan(output, config, pieces, dtype=dtype, names=names, together=checkpoint.stacked)
+
+
+def write_wan(
+    output: Path,
+    config: WanConfig,
+    piece: Callable[[Entry], Any],
+    *,
+    dtype: Any,
+    names: str = "turbodiffusion",
+    together: bool = False,
+) -> Summary:
+    """A transformer as a .safetensors or .pth file.
+
+    piece: the value of each parameter, a layer at a time.
+    dtype: of everything that is not int8 or a scale, or a mapping that has each entry's own.
+    together: the layers of a parameter one after another, instead of block by block.
+    """
+    layout, rules = NAMES[names].layout(config), NAMES[names].rules
+    entries = {name: hit[0] for name in layout if (hit := rename(name, rules))}
+    if together:
+        entries = dict(sorted(entries.items(), key=lambda item: item[1].target))
+    dtypes = dtype if isinstance(dtype, Mapping) else dict.fromkeys(entries.values(), dtype)
+    specs = {
+        name: jax.ShapeDtypeStruct(layout[name], stored_dtype(name, dtypes.get(entry, jnp.float32)))
+        for name, entry in entries.items()
+    }
 
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
         for name, spec in progress(specs):
-            hit = rename(name, OFFICIAL)
-            assert hit is not None, name
-            value = np.asarray(pieces(hit[0]))
+            value = np.asarray(piece(entries[name]))
             yield name, value.reshape(spec.shape).astype(spec.dtype)
             release(value)
 
-    make_parent(output)
-    write_safetensors(output, tensors(), specs, metadata=metadata)
+    write_file(output, tensors(), specs, {"format": "turbojax", "num_heads": str(config.num_heads)})
     return Summary("transformer", len(specs), total_bytes(specs))
+
+
+def write_file(
+    output: Path, tensors: Iterator[tuple[str, np.ndarray]], specs: Mapping[str, Any], metadata: dict[str, str]
+) -> None:
+    """Named arrays as a .safetensors file, or a .pth file without the metadata."""
+    make_parent(output)
+    if output.suffix == ".pth":
+        write_pth(output, tensors)
+    else:
+        write_safetensors(output, tensors, specs, metadata=metadata)
 
 
 def make_parent(output: Path) -> None:
@@ -176,6 +257,5 @@ def convert_plain(source: Any, output: Path, component: str, *, dtype: Any) -> S
             yield name, np.asarray(tensors[name]).astype(spec.dtype)
             release(tensors[name])
 
-    make_parent(output)
-    write_safetensors(output, cast(), specs, metadata={"format": "turbojax"})
+    write_file(output, cast(), specs, {"format": "turbojax"})
     return Summary(component, len(specs), total_bytes(specs))

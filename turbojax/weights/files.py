@@ -6,7 +6,7 @@ Names are those that Wan, TurboDiffusion and diffusers publish; see docs/checkpo
 import json
 import re
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -187,6 +187,23 @@ def component_path(path: str | Path, component: str) -> Path:
     """The component's file where `path` is a folder with several, such as an official one; else the path itself."""
     path = Path(path).expanduser()
     return (find(open_repository(path), component) if path.is_dir() else None) or path
+
+
+def find_components(repository: Repository | None, given: Mapping[str, str | Path | None]) -> dict[str, Path]:
+    """Each component's local path: the given one, else the repository's own, else that of a repository that has it.
+
+    Raises UserError for a component that is nowhere.
+    """
+    where = {}
+    for name, path in given.items():
+        own = component_path(path, name) if path else find(repository, name) if repository else None
+        shared = IMAGE_ENCODER_REPOSITORY if name == "image_encoder" else SHARED_REPOSITORY
+        found = own or find(open_repository(shared), name)
+        if found is None:
+            looked = f"{repository.name} or {shared}" if repository else shared
+            raise UserError(f"no {name} was found in {looked}; give {name}=PATH")
+        where[name] = found
+    return where
 
 
 def fetch(repository: Repository, name: str) -> Path:

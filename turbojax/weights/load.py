@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -26,19 +26,21 @@ from tqdm import tqdm
 from turbojax.errors import CheckpointError
 from turbojax.kernels import int8
 from turbojax.models.clip import CLIPConfig, CLIPVision
-from turbojax.models.streaming import HostBlocks, Streamed, is_streamed, memory, to_host
+from turbojax.models.streaming import HostBlocks, Streamed, is_streamed, to_host
 from turbojax.models.umt5 import UMT5Config, UMT5Encoder
 from turbojax.models.vae import VAEConfig, WanVAE
 from turbojax.models.wan import WanConfig, WanModel
 from turbojax.weights.clip import clip_rules, clip_tensors, detect_clip_config
 from turbojax.weights.files import CONVERTED
-from turbojax.weights.io import file_metadata, load_orbax, read_tensors, release
+from turbojax.weights.io import ShapeDtype, file_metadata, load_orbax, read_tensors, release
 from turbojax.weights.lora import Changes, Expert, LoRA, merge, read_loras
 from turbojax.weights.published import Layout, clip_layout, umt5_layout, vae_layout, wan_layout
 from turbojax.weights.rules import Entry, Rule, assign, describe, relaid, rename, shorten
 from turbojax.weights.umt5 import detect_umt5_config, token_table, umt5_rules
 from turbojax.weights.vae import detect_vae_config, vae_rules
 from turbojax.weights.wan import clean_name, detect_wan_config, wan_rules
+
+K = TypeVar("K")
 
 
 class Skeleton(NamedTuple):
@@ -136,19 +138,59 @@ def wan_skeleton(config: WanConfig) -> Skeleton:
     return Skeleton.of(lambda: WanModel(config, rngs=nnx.Rngs(0)))
 
 
+class LazyTensors(Mapping[K, np.ndarray]):
+    """Tensors that are made when they are asked for; `specs` has the shapes and dtypes of all."""
+
+    specs: Mapping[K, ShapeDtype]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.specs
+
+    def __iter__(self) -> Iterator[K]:
+        return iter(self.specs)
+
+    def __len__(self) -> int:
+        return len(self.specs)
+
+
+def specs_of(tensors: Mapping[K, np.ndarray]) -> Mapping[K, ShapeDtype]:
+    """Shapes and dtypes, without reading: memory-mapped arrays know their own."""
+    return tensors.specs if isinstance(tensors, LazyTensors) else tensors
+
+
 class WanCheckpoint(NamedTuple):
     """A transformer checkpoint, checked against its own configuration; nothing has been read yet."""
 
     config: WanConfig
     tensors: Mapping[Entry, np.ndarray]
     what: str
+    stacked: bool = False  # whether the layers of a parameter lie together, and are best read one after another
+
+
+class Stacks(LazyTensors[Entry]):
+    """The tensors of a folder that `scripts/convert.py --format=orbax` wrote, cut out of its stacked arrays.
+
+    An array is read as a whole and the last two are kept: ask for the layers of one after another.
+    """
+
+    def __init__(self, folder: Path, skeleton: Skeleton):
+        self.skeleton, self.specs = skeleton, skeleton.entries()
+        self._array = functools.lru_cache(maxsize=2)(lambda name: load_array(folder, name, skeleton.specs[name]))
+
+    def __getitem__(self, entry: Entry) -> np.ndarray:
+        if entry not in self.specs:
+            raise KeyError(entry)
+        array = self._array(entry.target)
+        return array if entry.layer is None else array[entry.layer]
 
 
 def open_wan(path: str | os.PathLike) -> WanCheckpoint:
-    """Opens a transformer checkpoint in any of the published layouts and checks it as a whole.
+    """Opens a transformer checkpoint, converted or in any of the published layouts, and checks it as a whole.
 
     Raises CheckpointError with all missing, unknown and misshapen names.
     """
+    if is_converted(path):
+        return open_converted(Path(path))
     return check_wan(read_tensors(path), num_heads=published_num_heads(path), what=Path(path).name)
 
 
@@ -236,10 +278,12 @@ def load_wan(
         sage_values=sage_values,
         dtype=dtype,
     )
-    if is_converted(path):
-        return load_converted(Path(path), options, loras, expert, streamed=streamed)
     checkpoint = open_wan(path)
     changes = read_loras(loras, checkpoint.config, expert=expert)
+    skeleton = wan_skeleton(with_options(checkpoint.config, **options))
+    as_stored = isinstance(checkpoint.tensors, Stacks) and skeleton.specs == checkpoint.tensors.skeleton.specs
+    if as_stored and not (changes or streamed):
+        return skeleton.fill(load_arrays(Path(path), skeleton))
     return build_wan(checkpoint, changes, streamed=streamed, **options)
 
 
@@ -412,12 +456,8 @@ def stack_on_device(spec: jax.ShapeDtypeStruct, values: Iterator[tuple[int | Non
     return array
 
 
-def read_config(path: str | os.PathLike) -> WanConfig:
-    """The configuration of a transformer as it is stored; names and shapes are read and checked, no weights."""
-    return converted_config(Path(path)) if is_converted(path) else open_wan(path).config
-
-
-def converted_config(path: Path) -> WanConfig:
+def open_converted(path: Path) -> WanCheckpoint:
+    """Opens a transformer that `scripts/convert.py --format=orbax` wrote."""
     try:
         fields = json.loads((path / CONVERTED).read_text())
         quant = int8.QuantConfig(**fields["quant"]) if fields["quant"] else None
@@ -428,65 +468,28 @@ def converted_config(path: Path) -> WanConfig:
             "dtype": jnp.dtype(fields["dtype"]),
             "quant": quant,
         }
-        return WanConfig(**(fields | changes))
+        config = WanConfig(**(fields | changes))
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{path / CONVERTED} is damaged: {error}; convert the checkpoint again") from error
+    return WanCheckpoint(config, Stacks(path, wan_skeleton(config)), path.name, stacked=True)
 
 
-def load_converted(
-    path: Path,
-    options: dict[str, Any],
-    loras: Sequence[LoRA] = (),
-    expert: Expert | None = None,
-    *,
-    streamed: bool = False,
-) -> WanModel | Streamed:
-    """Loads a transformer that `scripts/convert.py --format=orbax` wrote, straight to the device where it fits."""
-    stored = converted_config(path)
-    config = with_options(stored, **options)
-    skeleton = wan_skeleton(stored)
-    changes = read_loras(loras, stored, expert=expert)
-    if wan_skeleton(config).specs == skeleton.specs and not (changes or streamed):
-        return wan_skeleton(config).fill(load_arrays(path, skeleton, memory(None)))
-    checkpoint = WanCheckpoint(stored, ConvertedTensors(path, skeleton), path.name)
-    return build_wan(checkpoint, changes, streamed=streamed, **options)
+def load_array(folder: Path, name: str, spec: jax.ShapeDtypeStruct) -> Any:
+    """An array of a converted folder: on the host, or where the sharding of `spec` says."""
+    return load_orbax(folder / "arrays" / name, {name: spec})[name]
 
 
-class ConvertedTensors(Mapping[Entry, np.ndarray]):
-    """The tensors of a converted folder; of its arrays, read when asked for, only the last two stay on the host."""
-
-    def __init__(self, path: Path, skeleton: Skeleton):
-        self.entries = skeleton.entries()
-        self.array = functools.lru_cache(maxsize=2)(lambda name: load_array(path, name, skeleton.specs[name], None))
-
-    def __getitem__(self, entry: Entry) -> np.ndarray:
-        if entry not in self.entries:
-            raise KeyError(entry)
-        array = self.array(entry.target)
-        return array if entry.layer is None else array[entry.layer]
-
-    def __iter__(self) -> Iterator[Entry]:
-        return iter(self.entries)
-
-    def __len__(self) -> int:
-        return len(self.entries)
-
-
-def load_arrays(path: Path, skeleton: Skeleton, sharding: jax.sharding.Sharding) -> dict[str, jax.Array]:
-    """The arrays of a converted folder, one after the other."""
+def load_arrays(folder: Path, skeleton: Skeleton) -> dict[str, Any]:
+    """The arrays of a converted folder, one after the other straight to the device."""
     total = sum(spec.size * spec.dtype.itemsize for spec in skeleton.specs.values())
-    arrays: dict[str, jax.Array] = {}
-    with tqdm(total=total, unit="B", unit_scale=True, desc=f"Loading {path.name}", disable=None, leave=False) as bar:
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    arrays: dict[str, Any] = {}
+    with tqdm(total=total, unit="B", unit_scale=True, desc=f"Loading {folder.name}", disable=None, leave=False) as bar:
         for name, spec in skeleton.specs.items():
-            arrays[name] = load_array(path, name, spec, sharding)
+            wanted = jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=device)
+            arrays[name] = load_array(folder, name, wanted)
             bar.update(spec.size * spec.dtype.itemsize)
     return arrays
-
-
-def load_array(path: Path, name: str, spec: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding | None) -> Any:
-    """One array of a converted folder: on the host, or where `sharding` says."""
-    wanted = jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=sharding)
-    return load_orbax(path / "arrays" / name, {name: wanted})[name]
 
 
 class PlainCheckpoint(NamedTuple):

@@ -69,6 +69,41 @@ def wan_block_layout(block: str, config: WanConfig) -> Layout:
     return layout | quantizable(f"{block}.ffn.0", c.dim, c.ffn_dim) | quantizable(f"{block}.ffn.2", c.ffn_dim, c.dim)
 
 
+def official_layout(config: WanConfig) -> Layout:
+    """Wan's own transformer: the patch embedding is a Conv3d."""
+    return wan_layout(config) | {"patch_embedding.weight": (config.dim, config.in_channels, *config.patch)}
+
+
+def diffusers_layout(config: WanConfig) -> Layout:
+    """diffusers' WanTransformer3DModel."""
+    c = config
+    layout: Layout = {"patch_embedding.weight": (c.dim, c.in_channels, *c.patch), "patch_embedding.bias": (c.dim,)}
+    for name, features_in in (("time_embedder", c.freq_dim), ("text_embedder", c.text_dim)):
+        layout |= linear(f"condition_embedder.{name}.linear_1", features_in, c.dim)
+        layout |= linear(f"condition_embedder.{name}.linear_2", c.dim, c.dim)
+    layout |= linear("condition_embedder.time_proj", c.dim, 6 * c.dim)
+    if c.clip_dim:
+        image = "condition_embedder.image_embedder"
+        layout |= affine(f"{image}.norm1", c.clip_dim) | linear(f"{image}.ff.net.0.proj", c.clip_dim, c.clip_dim)
+        layout |= linear(f"{image}.ff.net.2", c.clip_dim, c.dim) | affine(f"{image}.norm2", c.dim)
+    for i in range(c.num_layers):
+        layout |= diffusers_block_layout(f"blocks.{i}", c)
+    return layout | {"scale_shift_table": (1, 2, c.dim)} | linear("proj_out", c.dim, c.out_channels * c.patch_features)
+
+
+def diffusers_block_layout(block: str, config: WanConfig) -> Layout:
+    c = config
+    layout: Layout = {f"{block}.scale_shift_table": (1, 6, c.dim)}
+    for attention in ("attn1", "attn2"):
+        image = attention == "attn2" and c.clip_dim is not None
+        for name in ("to_q", "to_k", "to_v", "to_out.0", *(("add_k_proj", "add_v_proj") if image else ())):
+            layout |= linear(f"{block}.{attention}.{name}", c.dim, c.dim)
+        for name in ("norm_q", "norm_k", *(("norm_added_k",) if image else ())):
+            layout |= {f"{block}.{attention}.{name}.weight": (c.dim,)}
+    layout |= affine(f"{block}.norm2", c.dim)
+    return layout | linear(f"{block}.ffn.net.0.proj", c.dim, c.ffn_dim) | linear(f"{block}.ffn.net.2", c.ffn_dim, c.dim)
+
+
 def umt5_layout(config: UMT5Config) -> Layout:
     """models_t5_umt5-xxl-enc-bf16.pth."""
     c = config

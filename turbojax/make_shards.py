@@ -1,0 +1,279 @@
+"""From videos and captions to shards of latents and text embeddings, for `turbojax.train.data` to read.
+
+Shard k holds what can be read of the k-th `shard_size` clips of the list, so that a run that was stopped, or got more
+clips at the end of its list, goes on behind the shards that are finished.
+"""
+
+import csv
+import dataclasses
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from tqdm import tqdm
+
+from turbojax.errors import CheckpointError, UserError
+from turbojax.models import vae as vae_model
+from turbojax.models.umt5 import encode_text
+from turbojax.models.vae import WanVAE
+from turbojax.pipeline import latent_shape
+from turbojax.text import TextEncoder
+from turbojax.train.data import (
+    DTYPES,
+    INDEX,
+    Index,
+    Sample,
+    import_grain,
+    open_shard,
+    read_index,
+    write_index,
+    write_negative,
+    write_shard,
+)
+from turbojax.video import check_fps, read_video
+from turbojax.weights.io import file_metadata, read_tensors
+
+VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
+LISTS = ("captions.jsonl", "captions.csv")
+READERS = 4  # threads that read videos, and the videos that they read ahead
+
+
+class Clip(NamedTuple):
+    """A video file, its name relative to the folder of videos, and its caption."""
+
+    path: Path
+    source: str
+    caption: str
+
+
+class Summary(NamedTuple):
+    """Samples written now, samples in shards that were there before, and clips that could not be read."""
+
+    written: int
+    kept: int
+    skipped: int
+
+
+def find_clips(folder: str | os.PathLike, captions: str | os.PathLike | None = None) -> list[Clip]:
+    """The videos of a folder with their captions, in the order of the list or of their names.
+
+    captions: a .jsonl file with {"file": NAME, "caption": TEXT} a line, or a .csv file with the columns file and
+      caption; names are relative to the folder. If not given: the folder's captions.jsonl or captions.csv, or else a
+      text file beside each video (x.txt for x.mp4); videos without one are left out.
+
+    Raises UserError if there are none, or a line of the list has no file or caption.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is no folder of videos")
+    lists = [Path(captions)] if captions else [folder / name for name in LISTS if (folder / name).is_file()]
+    clips = listed_clips(folder, lists[0]) if lists else captioned_clips(folder)
+    if not clips:
+        raise UserError(
+            f"{lists[0] if lists else folder} has no videos with captions; give a list with --captions=FILE.jsonl, "
+            "or put x.txt beside x.mp4"
+        )
+    return clips
+
+
+def listed_clips(folder: Path, path: Path) -> list[Clip]:
+    if path.suffix not in (".jsonl", ".csv"):
+        raise UserError(f"the list of captions {path} must end in .jsonl or .csv")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        rows = list(rows_of_csv(text) if path.suffix == ".csv" else rows_of_jsonl(text))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"the list of captions {path} cannot be read: {error}") from error
+    clips = []
+    for line, row in rows:
+        name, caption = (row.get(key) if isinstance(row, dict) else None for key in ("file", "caption"))
+        if not isinstance(name, str) or not isinstance(caption, str) or not name:
+            raise UserError(f"line {line} of {path} has no file and caption")
+        clips.append(Clip(folder / name, name, caption))
+    return clips
+
+
+def rows_of_csv(text: str) -> Iterator[tuple[int, object]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    for row in reader:
+        yield reader.line_num, row
+
+
+def rows_of_jsonl(text: str) -> Iterator[tuple[int, object]]:
+    for line, row in enumerate(text.split("\n"), start=1):
+        if row.strip():
+            try:
+                yield line, json.loads(row)
+            except ValueError:
+                yield line, None
+
+
+def captioned_clips(folder: Path) -> list[Clip]:
+    videos = sorted(path for path in folder.rglob("*") if path.suffix.lower() in VIDEOS)
+    with_text = [path for path in videos if path.with_suffix(".txt").is_file()]
+    if len(with_text) < len(videos):
+        logging.warning("%d of %d videos have no caption and are left out", len(videos) - len(with_text), len(videos))
+    return [
+        Clip(path, str(path.relative_to(folder)), path.with_suffix(".txt").read_text(errors="replace").strip())
+        for path in with_text
+    ]
+
+
+def identity(path: str | os.PathLike) -> str:
+    """A checkpoint's name and a digest of its tensors: names, shapes, dtypes and first bytes of each."""
+    digest = hashlib.sha256()
+    for name, tensor in read_tensors(path).items():
+        start = tensor.reshape(-1)[:256].tobytes()
+        digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode() + start)
+    return f"{Path(path).name} {digest.hexdigest()[:12]}"
+
+
+def make_index(
+    vae: WanVAE,
+    text: TextEncoder,
+    *,
+    num_frames: int,
+    height: int,
+    width: int,
+    fps: int,
+    vae_identity: str,
+    text_identity: str,
+    negative_prompt: str = "",
+    shard_size: int = 64,
+) -> Index:
+    """What shards made by these models have in common; raises UserError for sizes that no latents have."""
+    if shard_size < 1:
+        raise UserError(f"{shard_size=} must be at least 1")
+    check_fps(fps)
+    t, h, w, c = latent_shape(vae.config, num_frames, height, width)
+    return Index(
+        latents=(t, h, w, c),
+        text_dim=text.config.dim,
+        dtype=jnp.dtype(vae.config.dtype).name,
+        num_frames=num_frames,
+        height=height,
+        width=width,
+        fps=fps,
+        vae=vae_identity,
+        text_encoder=text_identity,
+        negative_prompt=negative_prompt,
+        shard_size=shard_size,
+    )
+
+
+def make_shards(
+    clips: Sequence[Clip], output: str | os.PathLike, vae: WanVAE, text: TextEncoder, index: Index
+) -> Summary:
+    """Encodes clips into shards, and writes the index anew after each.
+
+    Clips that cannot be read or are too short are reported and left out. Shards that were made of the same clips before
+    stay.
+
+    Raises UserError if the folder holds data of other settings, no clip could be read, or a model gives NaN.
+    """
+    output = Path(output)
+    start_folder(output, index)
+    write_negative(output, embed(text, index.negative_prompt, index))
+    files: dict[str, int] = {}
+    written = kept = 0
+    with tqdm(total=len(clips), unit="clip", desc="Encoding", disable=None, leave=False) as bar:
+        for number, begin in enumerate(range(0, len(clips), index.shard_size)):
+            group = clips[begin : begin + index.shard_size]
+            path = output / f"shard-{number:05}.safetensors"
+            plan = digest(index, group)
+            if count := finished(path, index, plan):
+                files[path.name] = count
+                kept += count
+                bar.update(len(group))
+            elif samples := list(encode_clips(group, vae, text, index, bar)):
+                write_shard(path, index, samples, plan=plan)
+                files[path.name] = len(samples)
+                written += len(samples)
+                write_index(output, index, files)
+    if not files:
+        raise UserError(
+            f"none of the {len(clips)} clips could be used, so {output} has no data; see the messages above"
+        )
+    write_index(output, index, files)
+    return Summary(written, kept, len(clips) - written - kept)
+
+
+def start_folder(output: Path, index: Index) -> None:
+    """Makes the folder; raises UserError if it holds data of other settings."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the folder {output} cannot be made: {error.strerror or error}") from error
+    try:
+        before = read_index(output)[0] if (output / INDEX).exists() else index
+    except CheckpointError as error:
+        logging.warning("%s is written anew: %s", output / INDEX, error)
+        return
+    for name, value in dataclasses.asdict(index).items():
+        if (there := getattr(before, name)) != value:
+            raise UserError(f"{output} holds data made with {name}={there!r}, not {value!r}; choose another folder")
+
+
+def digest(index: Index, clips: Sequence[Clip]) -> str:
+    """Tells whether a shard was made of these clips with these settings."""
+    plan = [dataclasses.asdict(index), [(clip.source, clip.caption) for clip in clips]]
+    return hashlib.sha256(json.dumps(plan).encode()).hexdigest()
+
+
+def finished(path: Path, index: Index, plan: str) -> int:
+    """The samples of a shard that was made to this plan before; 0 if there is none, or a damaged or different one."""
+    if not path.exists():
+        return 0
+    try:
+        if file_metadata(path).get("plan") == plan:
+            return len(open_shard(path, index)["latents"])
+        logging.info("%s is of other clips and is made again", path)
+    except CheckpointError as error:
+        logging.warning("Made again: %s", error)
+    return 0
+
+
+def encode_clips(clips: Sequence[Clip], vae: WanVAE, text: TextEncoder, index: Index, bar: tqdm) -> Iterator[Sample]:
+    """The samples of those clips that can be read; further ones are read while one is encoded."""
+
+    def read(clip: Clip) -> np.ndarray | UserError:
+        try:
+            return read_video(
+                clip.path, num_frames=index.num_frames, height=index.height, width=index.width, fps=index.fps
+            )
+        except UserError as error:
+            return error
+
+    grain = import_grain()
+    videos = grain.MapDataset.source(clips).map(read).to_iter_dataset(grain.ReadOptions(READERS, READERS))
+    for clip, video in zip(clips, videos, strict=True):
+        if isinstance(video, UserError):
+            logging.warning("Left out: %s", video)
+        else:
+            yield encode_clip(clip, video, vae, text, index)
+        bar.update()
+
+
+def encode_clip(clip: Clip, video: np.ndarray, vae: WanVAE, text: TextEncoder, index: Index) -> Sample:
+    """video: uint8 `[T, H, W, 3]`."""
+    latents = vae_model.encode(vae, video[None].astype(np.float32) / 127.5 - 1)[0]
+    sample = Sample(
+        np.asarray(latents).astype(DTYPES[index.dtype]), embed(text, clip.caption, index), clip.source, clip.caption
+    )
+    if not np.isfinite(sample.latents).all() or not np.isfinite(sample.text).all():
+        raise UserError(f"the VAE or the text encoder gives NaN for {clip.path}; check the weights, or try float32")
+    return sample
+
+
+def embed(text: TextEncoder, prompt: str, index: Index) -> np.ndarray:
+    """A prompt's rows [R, D], without the zero rows past its end."""
+    ids, mask = text.tokenizer([prompt])
+    rows = encode_text(text.encoder, text.table, ids, mask)[0, : int(mask.sum())]
+    return np.asarray(rows).astype(DTYPES[index.dtype])
