@@ -1,6 +1,7 @@
 """Measures turbojax and writes JSON: device, versions, command, date and figures.
 
     python scripts/benchmark.py --case=text_to_video --model=wan2.1-t2v-1.3b --out=benchmarks/t2v.json
+    python scripts/benchmark.py --case=image_to_video --model=wan2.2-i2v-a14b --quant_scheme=block128
     python scripts/benchmark.py --case=vae
     python scripts/benchmark.py --case=compile --model=wan2.1-t2v-14b
     python scripts/benchmark.py --case=linear
@@ -10,12 +11,15 @@
         --quant_scheme=block128
     python scripts/benchmark.py --case=tangent --model=wan2.1-t2v-1.3b --num_layers=2 --num_frames=1
     python scripts/benchmark.py --case=diffusion --model=wan2.1-t2v-14b --resolution=720p --quant_scheme=block128
+    python scripts/benchmark.py --case=memory --quant_scheme=block128 --memory=stream
 
-Cases: text_to_video (random weights at full size, prompt to mp4, cold and warm), vae (decoding in chunks),
+Cases: text_to_video (random weights at full size, prompt to mp4, cold and warm), image_to_video (likewise with an
+image), vae (decoding in chunks),
 linear (int8 layers beside bfloat16), attention (dense, SLA and SageSLA with their parts, gradients and errors),
 block (one transformer block without attention), layer (a whole one, kernel by kernel), diffusion (that stage alone),
-tangent (the forward derivative that sCM trains with, of --num_layers=N layers; on any device), compile (seconds for
---num_layers=N; a second one in the same process would find its kernels tuned).
+memory (predicted against measured peaks and seconds a step), tangent (the forward derivative that sCM trains with, of
+--num_layers=N layers; on any device), compile (seconds for --num_layers=N; a second one in the same process would find
+its kernels tuned).
 Peak memory has no reset, so run one case a process.
 """
 
@@ -27,8 +31,16 @@ from typing import Any
 import jax
 from absl import flags
 
-from turbojax import UserError, benchmark, benchmark_attention, benchmark_step, benchmark_training, cli
-from turbojax.demo import demo_folder
+from turbojax import (
+    UserError,
+    benchmark,
+    benchmark_attention,
+    benchmark_memory,
+    benchmark_step,
+    benchmark_training,
+    cli,
+)
+from turbojax.demo import demo_folder, demo_picture
 from turbojax.kernels.int8 import QUANT_SCHEMES
 from turbojax.models.tokenizer import Tokenizer
 from turbojax.pipeline import MODELS
@@ -38,7 +50,19 @@ from turbojax.weights.load import with_options
 CASE = flags.DEFINE_enum(
     "case",
     "text_to_video",
-    ["text_to_video", "vae", "compile", "linear", "attention", "block", "layer", "diffusion", "tangent"],
+    [
+        "text_to_video",
+        "image_to_video",
+        "vae",
+        "compile",
+        "linear",
+        "attention",
+        "block",
+        "layer",
+        "diffusion",
+        "memory",
+        "tangent",
+    ],
     "what to measure",
 )
 MODEL = flags.DEFINE_string("model", "wan2.1-t2v-1.3b", "network, with random weights")
@@ -49,6 +73,7 @@ ATTENTION = flags.DEFINE_string("attention_type", "original", "original, sla or 
 TOPK = flags.DEFINE_float("sla_topk", 0.1, "share of key blocks")
 LAYERS = flags.DEFINE_integer("num_layers", 40, "layers, of the cases compile and tangent")
 QUANT = flags.DEFINE_enum("quant_scheme", None, list(QUANT_SCHEMES), "int8 linear layers")
+MEMORY = flags.DEFINE_string("memory", "auto", "auto, resident, stream or GB to plan for, of whole videos and memory")
 OUT = flags.DEFINE_string("out", None, "JSON file to write; printed only if not given")
 
 
@@ -57,10 +82,10 @@ def main() -> None:
         raise UserError("benchmarks need a GPU; none was found (pip install -e '.[cuda12]')")
     width, height = video_size(RESOLUTION.value, "16:9")
     tokens = (1 + (FRAMES.value - 1) // 4, height // 16, width // 16)
-    if CASE.value == "text_to_video":
+    if CASE.value in ("text_to_video", "image_to_video"):
         tokenizer = Tokenizer.from_path(demo_folder() / "google" / "umt5-xxl")
         with tempfile.TemporaryDirectory() as folder:
-            result = benchmark.text_to_video(
+            result = benchmark.whole_video(
                 tokenizer,
                 model=MODEL.value,
                 num_frames=FRAMES.value,
@@ -71,8 +96,26 @@ def main() -> None:
                 sla_topk=TOPK.value,
                 quant_linear=QUANT.value is not None,
                 quant_scheme=QUANT.value,
+                memory=MEMORY.value,
+                image=demo_picture() if CASE.value == "image_to_video" else None,
                 output=Path(folder) / "video.mp4",
             )
+    elif CASE.value == "memory":
+        result = benchmark_memory.memory(
+            Tokenizer.from_path(demo_folder() / "google" / "umt5-xxl"),
+            model=MODEL.value,
+            memory=MEMORY.value,
+            num_inference_steps=STEPS.value,
+            num_frames=FRAMES.value,
+            height=height,
+            width=width,
+            options={
+                "attention_type": ATTENTION.value,
+                "sla_topk": TOPK.value,
+                "quant_linear": QUANT.value is not None,
+                "quant_scheme": QUANT.value,
+            },
+        )
     elif CASE.value == "vae":
         result = benchmark.vae_decoding(height=height, width=width, chunks=(1, 2, 4))
     elif CASE.value == "linear":
@@ -119,7 +162,7 @@ def main() -> None:
 
 def save(result: dict[str, Any]) -> dict[str, Any]:
     """The result with what was measured; into --out where that is given."""
-    own = (CASE, MODEL, RESOLUTION, FRAMES, STEPS, ATTENTION, TOPK, LAYERS, QUANT)
+    own = (CASE, MODEL, RESOLUTION, FRAMES, STEPS, ATTENTION, TOPK, LAYERS, QUANT, MEMORY)
     whole = {"case": CASE.value, "settings": {flag.name: flag.value for flag in own}, "result": result}
     if OUT.value:
         benchmark.save(whole, Path(OUT.value))

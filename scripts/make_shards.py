@@ -24,12 +24,12 @@ from absl import flags, logging
 from turbojax import UserError, cli
 from turbojax.demo import demo_folder
 from turbojax.make_shards import find_clips, identity, make_index, make_shards
-from turbojax.models.tokenizer import Tokenizer
 from turbojax.models.vae import VAEConfig
-from turbojax.pipeline import TextEncoder, latent_shape
+from turbojax.pipeline import latent_shape
+from turbojax.text import TextEncoder
 from turbojax.video import check_fps, video_size
 from turbojax.weights.files import find_components, open_repository
-from turbojax.weights.load import load_umt5, load_vae
+from turbojax.weights.load import load_vae
 
 VIDEOS = flags.DEFINE_string("videos", None, "folder of videos")
 CAPTIONS = flags.DEFINE_string("captions", None, "list of files and captions, .jsonl or .csv")
@@ -65,7 +65,7 @@ def main() -> None:
         logging.warning("No GPU was found; real models take minutes a clip on a CPU (pip install turbojax[cuda12])")
     dtype = jnp.dtype(DTYPE.value)
     vae = load_vae(where["vae"], dtype=dtype)
-    text = TextEncoder(Tokenizer.from_path(where["tokenizer"]), *load_umt5(where["text_encoder"], dtype=dtype))
+    text = TextEncoder.from_files(where["text_encoder"], where["tokenizer"], dtype=dtype, cache=False)
     index = make_index(
         vae,
         text,

@@ -16,6 +16,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from tests import (
+    parity_condition,
     parity_int8,
     parity_merge,
     parity_norms,
@@ -33,6 +34,7 @@ from tests.golden_io import load
 Recompute = Callable[[dict, dict[str, np.ndarray]], dict[str, tuple[np.ndarray, float]]]
 
 FIXTURES: dict[str, Recompute] = {
+    "i2v_condition": parity_condition.recompute,
     "int8_linear": parity_int8.recompute,
     "merge": parity_merge.recompute,
     "norms": parity_norms.recompute,

@@ -26,7 +26,8 @@ def module(file: Path):
 
 
 def test_the_configurations_are_there():
-    names = {"demo", "wan1_3b", "wan1_3b_quant", "wan14b", "wan14b_quant", "wan14b_480p_quant", "wan22_i2v_quant"}
+    names = {"demo", "wan1_3b", "wan1_3b_quant", "wan14b", "wan14b_quant", "wan14b_480p_quant"}
+    names |= {"demo_i2v", "wan22_i2v", "wan22_i2v_quant", "wan21_i2v_480p_quant"}
     assert {file.stem for file in FILES} >= names
 
 
@@ -34,9 +35,10 @@ def test_the_configurations_are_there():
 def test_docstring_is_the_command(file):
     text = module(file).__doc__
     assert f"\n    python scripts/generate.py --config=configs/{file.name}" in text
-    if file.stem != "demo":
-        weights = module(file).get_config().weights
+    weights = module(file).get_config().weights
+    if not weights.startswith("demo"):
         assert f"huggingface.co/{weights}" in text
+    if weights.startswith("TurboDiffusion/"):
         assert re.search(r"\bTurboWan[\w.-]+\.pth\b", text)
         assert "huggingface.co/Wan-AI/Wan2.1-T2V-1.3B" in text.replace("\n", " ")
         assert ("quant" in file.stem) == ("-quant.pth" in text)
@@ -93,7 +95,7 @@ def test_demo_is_written_once():
 def test_demo_is_whole_or_not_there(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
 
-    def fail(folder):
+    def fail(folder, *, image):
         (folder / "half").write_text("")
         raise OSError(28, "No space left on device")
 
@@ -102,7 +104,7 @@ def test_demo_is_whole_or_not_there(tmp_path, monkeypatch):
         demo.demo_folder()
     assert os.listdir(tmp_path / "turbojax") == []
 
-    def be_second(folder):
+    def be_second(folder, *, image):
         (tmp_path / "turbojax" / f"demo-{demo.VERSION}").mkdir()
         (tmp_path / "turbojax" / f"demo-{demo.VERSION}" / "theirs").write_text("")
 

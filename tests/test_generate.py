@@ -116,10 +116,22 @@ GENERATE_MISTAKES: dict[str, tuple[list[str], str]] = {
     "missing weights": ([*WITH_DEMO, "--config.weights=FOLDER/nothing.pth"], "is neither a file, a folder nor"),
     "missing weights, relative": ([*WITH_DEMO, "--config.weights=models/x.pth"], "'models/x.pth' is neither a file"),
     "a repository, offline": ([*WITH_DEMO, "--config.weights=TurboDiffusion/x"], "could not be downloaded"),
-    "too little memory on the device": (["FOLDER/device.py"], "memory is not enough for this; take int8 weights"),
-    "too little memory on the host": (["FOLDER/host.py"], "memory is not enough for this; take int8 weights"),
+    "too little memory on the device": (
+        ["FOLDER/device.py"],
+        "memory is not enough for this; set memory=stream, quant_linear=True",
+    ),
+    "too little memory on the host": (
+        ["FOLDER/host.py"],
+        "memory is not enough for this; set memory=stream, quant_linear=True",
+    ),
     "unknown model": ([*WITH_DEMO, "--config.weights=random", "--config.model=wan9"], "model='wan9' is unknown"),
     "attention type": ([*WITH_DEMO, "--config.attention_type=flash"], "attention_type='flash' is unknown"),
+    "memory": ([*WITH_DEMO, "--config.memory=much"], "memory='much' is unknown; choose auto, resident, stream or"),
+    "a card too small": ([*WITH_DEMO, "--config.memory=0.01"], "GB that can be planned with of the card's 0.0; set"),
+    "plan of unknown weights": (
+        [*WITH_DEMO, "--plan", "--config.weights=x.pth"],
+        "'x.pth' is neither a file, a folder",
+    ),
     "prompt's seed": ([*WITH_DEMO, "--config.seed=-1"], "seed=-1 must be in 0..4294967295"),
 }
 WEIGHTS_MISTAKES = {
@@ -164,13 +176,21 @@ MISTAKES = (
 )
 
 
+PLANS: dict[str, tuple[list[str], str]] = {  # of nothing that is here, of generated weights, of files
+    "repository": ([f"--config={ROOT / 'configs' / 'wan1_3b.py'}", "--config.memory=12"], "The text encoder stays in"),
+    "random": ([DEMO, "--config.weights=random", "--config.model=wan2.1-t2v-14b"], "Everything stays on the card."),
+    "files": ([DEMO], "Everything stays on the card."),
+}
+
+
 @pytest.fixture(scope="module")
 def outcomes(folder, demo):
     cases = {name: [part.replace("DEMO", str(demo)) for part in command] for name, (command, _) in MISTAKES.items()}
     helps = {
         f"{Path(script).stem} {flag}": [script, flag] for script in (GENERATE, CONVERT) for flag in ("--help", "-h")
     }
-    return run_all(cases | helps | {"bug": ["FOLDER/bug.py"]}, folder)
+    plans = {f"plan, {name}": [GENERATE, "--plan", *arguments] for name, (arguments, _) in PLANS.items()}
+    return run_all(cases | helps | plans | {"bug": ["FOLDER/bug.py"]}, folder)
 
 
 @pytest.mark.parametrize("name", MISTAKES)
@@ -210,6 +230,19 @@ def test_help(outcomes, flag):
     assert (code, stderr) == (0, "")
     for name in ("input", "output", "quantize", "dtype", "format", "overwrite"):
         assert f"--{name}" in stdout
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_plan(outcomes, name):
+    """A table and a sentence for each measure; nothing is loaded."""
+    code, stdout, stderr = outcomes[f"plan, {name}"]
+    assert code == 0, stderr
+    assert all(line[0] in "IW" for line in stderr.splitlines()), stderr
+    lines = stdout.splitlines()
+    assert [line.split()[0] for line in lines[:5]] == ["GB", "load", "text", "diffusion", "vae"]
+    assert lines[5].startswith("The card's memory: ")
+    assert lines[6].startswith(PLANS[name][1])
+    assert len(lines) == 7
 
 
 def test_first_command_of_the_readme(tmp_path):
@@ -276,7 +309,7 @@ def small_config(output: Path, **changes):
     ],
 )
 def test_outputs(generate, demo_pipe, monkeypatch, tmp_path, output, samples, expected):
-    monkeypatch.setattr(generate, "load_pipeline", lambda config: demo_pipe)
+    monkeypatch.setattr(generate, "load_pipeline", lambda config, prepare: demo_pipe)
     written = generate.generate(small_config(tmp_path / "deep" / output, num_samples=samples))
     assert [path.name for path in written] == expected
     assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == sorted(expected)
@@ -292,13 +325,13 @@ def test_settings_reach_the_pipeline(generate, monkeypatch, tmp_path):
             calls.update(settings, prompt=prompt)
             raise StopIteration
 
-    monkeypatch.setattr(generate, "load_pipeline", lambda config: Recorder())
+    monkeypatch.setattr(generate, "load_pipeline", lambda config, prepare: Recorder())
     config = small_config(tmp_path / "x.mp4", height=None, width=None, resolution="720p", aspect_ratio="9:16", seed=5)
     with pytest.raises(StopIteration):
         generate.generate(config)
     assert (calls["width"], calls["height"], calls["seed"]) == (720, 1280, 5)
     not_the_calls = {
-        *("output", "fps", "resolution", "aspect_ratio", "model", "weights", "vae", "text_encoder", "tokenizer"),
-        *("quant_linear", "quant_scheme", "attention_type", "sla_topk", "sage_values", "dtype"),
+        *("resolution", "aspect_ratio", "model", "weights", "vae", "text_encoder", "tokenizer", "cache_prompts"),
+        *("quant_linear", "quant_scheme", "attention_type", "sla_topk", "sage_values", "dtype", "memory"),
     }
     assert set(calls) == {setting.name for setting in SETTINGS} - not_the_calls

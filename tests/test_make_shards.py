@@ -9,7 +9,6 @@ from turbojax import make_shards as module
 from turbojax.errors import UserError
 from turbojax.make_shards import find_clips, identity, make_index, make_shards
 from turbojax.models import vae as vae_model
-from turbojax.pipeline import encode_prompt
 from turbojax.train.data import batches, open_shards
 from turbojax.video import read_video, save_video
 from turbojax.weights.io import read_tensors, write_safetensors
@@ -73,8 +72,8 @@ def test_samples_are_what_the_models_give(made, videos, demo_pipe):
         video = read_video(videos / name, **SIZE).astype(np.float32)
         latents = vae_model.encode(demo_pipe.vae, video[None] / 127.5 - 1)[0]
         np.testing.assert_array_equal(shards[i]["latents"], latents)
-        np.testing.assert_array_equal(shards[i]["text"], encode_prompt(demo_pipe.text, [caption])[0])
-    np.testing.assert_array_equal(shards.negative(), encode_prompt(demo_pipe.text, ["rain"])[0])
+        np.testing.assert_array_equal(shards[i]["text"], demo_pipe.text([caption])[0])
+    np.testing.assert_array_equal(shards.negative(), demo_pipe.text(["rain"])[0])
     assert shards.index.latents == (2, 2, 4, 16)
     assert shards.index.dtype == "float32"
     assert next(batches(shards, batch_size=3, seed=0))["latents"].shape == (3, 2, 2, 4, 16)

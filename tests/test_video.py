@@ -1,6 +1,8 @@
 """Sizes by name, and video files: what is written can be read back, and a failure leaves what was there."""
 
+import threading
 from fractions import Fraction
+from pathlib import Path
 
 import imageio.v2 as imageio
 import numpy as np
@@ -9,7 +11,17 @@ from PIL import Image
 
 from turbojax import UserError
 from turbojax import video as module
-from turbojax.video import SIZES, check_path, numbered, read_video, save_video, video_size
+from turbojax.video import (
+    PIECES_WAITING,
+    SIZES,
+    check_path,
+    in_a_thread,
+    numbered,
+    open_video,
+    read_video,
+    save_video,
+    video_size,
+)
 
 # Reading an mp4 starts ffmpeg, by fork and exec at once; JAX warns of forks that go on.
 pytestmark = pytest.mark.filterwarnings(r"ignore:os\.fork\(\) was called")
@@ -108,24 +120,90 @@ def test_paths(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["x.mp4", "x.gif", "x.png"])
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_a_failure_leaves_what_was_there(tmp_path, monkeypatch, name, error):
+def test_frames_may_come_in_pieces(tmp_path, name):
+    video = clip()
+    with open_video(tmp_path / "pieces" / name, video.shape) as append:
+        for piece in (video[:1], video[1:3], video[3:]):
+            append(piece)
+    whole = save_video(video, tmp_path / "whole" / name)
+    pieces = sorted((tmp_path / "pieces").iterdir())
+    assert [path.read_bytes() for path in pieces] == [path.read_bytes() for path in whole]
+    assert [path.name for path in pieces] == [path.name for path in whole]
+
+
+@pytest.mark.parametrize("name", ["x.mp4", "x.gif", "x.png"])
+def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, name):
     old = tmp_path / name
     old.write_bytes(b"the old video")
 
     def fail(path, *arguments, **options):
-        path.write_bytes(b"half of")
-        raise error
+        Path(path).write_bytes(b"half of")
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module.imageio, "mimwrite", fail)
+    program = tmp_path.parent / "ffmpeg"
+    program.write_text('#!/bin/sh\nfor last; do :; done\necho half of > "$last"\necho No space left >&2\nexit 1\n')
+    program.chmod(0o755)
+    monkeypatch.setattr(module.imageio_ffmpeg, "get_ffmpeg_exe", lambda: str(program))
+    monkeypatch.setattr(module.imageio, "get_writer", fail)
     monkeypatch.setattr(module.imageio, "imwrite", fail)
-    expected, message = (
-        (UserError, "could not be written: No space") if isinstance(error, OSError) else (type(error), None)
-    )
-    with pytest.raises(expected, match=message):
-        save_video(clip(1), old)
+    with pytest.raises(UserError, match=f"{name}' could not be written: No space left"):
+        save_video(clip(1, 480, 640), old)
     assert old.read_bytes() == b"the old video"
     assert list(tmp_path.iterdir()) == [old]
+
+
+def append_all(path, shape, frames, error):
+    with open_video(path, shape) as append:
+        for piece in frames:
+            append(piece)
+        if error is KeyboardInterrupt:
+            raise error
+
+
+@pytest.mark.parametrize("name", ["x.mp4", "x.gif", "x.png"])
+def test_what_is_begun_and_not_ended_leaves_what_was_there(tmp_path, name):
+    old = tmp_path / name
+    old.write_bytes(b"the old video")
+    video = clip(1)
+    for frames, error, message in (
+        ((), KeyboardInterrupt, None),
+        ((), UserError, "0 of 1 frames came"),
+        ((video, video), UserError, r"\[1, 32, 48, 3\] do not belong to a video \[1, 32, 48, 3\] at frame 2"),
+        ((video[:, :16],), UserError, r"\[1, 16, 48, 3\] do not belong"),
+        ((video[0],), UserError, r"a video is uint8 \[T, H, W, 3\]"),
+    ):
+        with pytest.raises(error, match=message):
+            append_all(old, video.shape, frames, error)
+        assert list(tmp_path.iterdir()) == [old]
+    # Numbered frames are files of their own: the one that came whole stays.
+    assert (old.read_bytes() == b"the old video") == (name != "x.png")
+
+
+def test_encoding_waits_for_nobody():
+    """Pieces are taken while the encoder is busy, up to a number; what it raises comes out."""
+    go, written = threading.Event(), []
+
+    def write(piece):
+        go.wait(10)
+        written.append(piece)
+        if piece == "bad":
+            raise OSError("bad")
+
+    with in_a_thread(write) as hand_over:
+        for i in range(PIECES_WAITING):
+            hand_over(i)
+        assert written == []
+        go.set()
+        hand_over("last")
+    assert written == [*range(PIECES_WAITING), "last"]
+    with pytest.raises(OSError, match="bad"):
+        hand_over_all(write, ["bad", "more"])
+
+
+def hand_over_all(write, pieces):
+    with in_a_thread(write) as hand_over:
+        for piece in pieces:
+            hand_over(piece)
 
 
 @pytest.mark.parametrize("fps", [8, 16, 24, 32])

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import functools
 import importlib.metadata
 import json
 import platform
@@ -19,6 +20,7 @@ from absl import logging
 from flax import nnx
 from jax import lax
 
+from turbojax.condition import image_shapes
 from turbojax.kernels import int8
 from turbojax.kernels.int8 import QUANT_SCHEMES, QuantConfig
 from turbojax.models import vae as vae_model
@@ -27,7 +29,15 @@ from turbojax.models.layers import contract, rotary_table
 from turbojax.models.tokenizer import Tokenizer
 from turbojax.models.vae import VAEConfig, WanVAE
 from turbojax.models.wan import WanConfig, WanModel
-from turbojax.pipeline import MODELS, TurboVideoPipeline, bytes_by_dtype, latent_shape, make_sampler, sample
+from turbojax.pipeline import (
+    MODELS,
+    TurboVideoPipeline,
+    bytes_by_dtype,
+    latent_shape,
+    make_sampler,
+    sample,
+    takes_images,
+)
 from turbojax.video import whole_file
 from turbojax.weights.load import Skeleton, wan_skeleton, with_options
 from turbojax.weights.random import random_module
@@ -76,10 +86,11 @@ def save(result: dict[str, Any], path: Path) -> None:
         temporary.write_text(json.dumps(environment() | result, indent=1) + "\n")
 
 
-def text_to_video(
+def whole_video(
     tokenizer: Tokenizer,
     *,
     model: str,
+    image: np.ndarray | None = None,
     num_frames: int,
     height: int,
     width: int,
@@ -87,9 +98,11 @@ def text_to_video(
     output: Path,
     **options: Any,
 ) -> dict[str, Any]:
-    """Random weights at full size, from prompt to closed file: a cold call and two warm ones.
+    """Random weights at full size, from prompt (and image) to closed file: a cold call and two warm ones.
 
-    Seconds by stage; `end_to_end` is wall-clock from the prompt to the closed file, compilation included.
+    Seconds by stage, "image" to encode the image, "experts" to change them where one is there at a time; `end_to_end`
+    is wall-clock from the prompt to the closed file, compilation included, and `file` what writing takes after the
+    last frame.
     """
     pipe = TurboVideoPipeline.random(model, tokenizer, **options)
     result: dict[str, Any] = {"load_seconds": pipe.load_seconds, "loaded_peak_bytes": peak_bytes(), "calls": []}
@@ -97,16 +110,16 @@ def text_to_video(
         start = time.perf_counter()
         video = pipe(
             f"A cat surfing wave number {i} at sunset",
+            image=image,
+            adaptive_size=False,
             num_frames=num_frames,
             height=height,
             width=width,
             num_inference_steps=num_inference_steps,
             seed=i,
+            output=output,
         )
-        writing = time.perf_counter()
-        pipe.save_video(video.videos[0], output)
-        end = time.perf_counter()
-        seconds = {**video.timings, "file": end - writing, "end_to_end": end - start}
+        seconds = video.timings | {"end_to_end": time.perf_counter() - start}
         result["calls"].append({"call": name, "seconds": seconds, "peak_bytes": peak_bytes()})
     return result
 
@@ -314,12 +327,14 @@ def diffusion(
     keys = jax.random.split(jax.random.key(0), 3)
     noise = jax.random.normal(keys[0], shape, jnp.float32)
     text = jax.random.normal(keys[1], (1, config.text_len, config.text_dim), config.dtype)
-    arguments = (steps.initial(noise), text, None, jnp.float32(1), keys[2], None)
-    run = jax.jit(sample, static_argnums=(0, 1))
+    shapes = image_shapes(config, VAEConfig.wan2_1(), shape) if takes_images(config) else {}
+    images = {name: jnp.zeros(spec.shape, spec.dtype) for name, spec in shapes.items()}
+    arguments = (steps.initial(noise), text, None, jnp.float32(1), keys[2], None, images)
+    run = jax.jit(functools.partial(sample, graph, steps, (0, num_inference_steps)))
     seconds = []
     for _ in range(2):
         start = time.perf_counter()
-        latents = jax.block_until_ready(run(graph, steps, state, *arguments))
+        latents = jax.block_until_ready(run(state, *arguments))
         seconds.append(time.perf_counter() - start)
     return {
         "seconds_cold": seconds[0],

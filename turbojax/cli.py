@@ -10,8 +10,10 @@ import jax
 from absl import app, flags, logging
 from ml_collections import ConfigDict
 
+from turbojax.cache import use_compilation_cache
 from turbojax.config import SETTINGS, Setting, check_names
 from turbojax.errors import UserError
+from turbojax.memory import short_of_memory
 
 USAGE = 2
 
@@ -29,13 +31,15 @@ def run(main: Callable[[], None], *, help_text: str, settings: Sequence[Setting]
         try:
             if len(arguments) > 1:
                 raise UserError(f"unexpected argument {arguments[1]!r}; flags start with --, see --help")
+            use_compilation_cache()
             main()
         except UserError as error:
             fail(error)
         except (MemoryError, jax.errors.JaxRuntimeError) as error:
-            if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
+            if not short_of_memory(error):
                 raise
-            fail(UserError("memory is not enough for this; take int8 weights, a smaller video or fewer samples"))
+            ways = "memory=stream, quant_linear=True, a smaller resolution, or fewer num_frames or num_samples"
+            fail(UserError(f"memory is not enough for this; set {ways}"))
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr)
             sys.exit(130)

@@ -30,6 +30,12 @@ class Setting(NamedTuple):
 SETTINGS: tuple[Setting, ...] = (
     Setting("prompt", PROMPT, "what the video shows; the models want long English descriptions"),
     Setting("negative_prompt", "", "what it should not show; needs guidance_scale above 1"),
+    Setting("image", str, "first frame, for image to video: a file"),
+    Setting("last_image", str, "last frame, for the networks that take one"),
+    Setting("background", "white", "what shows through where the image is transparent: a name or #rrggbb"),
+    Setting(
+        "adaptive_size", True, "the video has the image's shape, at the area of the size; False squeezes the image"
+    ),
     Setting("output", "outputs/video.mp4", "file to write: .mp4, .gif, or .png for numbered frames"),
     Setting("num_samples", 1, "videos of the same prompt"),
     Setting("seed", 0, "the same seed gives the same video"),
@@ -45,17 +51,26 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("ode", False, "deterministic rcm steps: sharper, less robust"),
     Setting("guidance_scale", 1.0, "classifier-free guidance; 5 is usual with euler and unipc"),
     Setting("shift", 5.0, "shift of the times of euler and unipc; 3 is usual at 480p"),
-    Setting("model", "wan2.1-t2v-1.3b", "network that weights=random builds: wan2.1-t2v-1.3b or wan2.1-t2v-14b"),
-    Setting("weights", str, "transformer: file, folder, Hugging Face repository, or random"),
+    Setting("model", "wan2.1-t2v-1.3b", "network that weights=random builds, such as wan2.1-t2v-14b, wan2.2-i2v-a14b"),
+    Setting("weights", str, "transformer: file (of two experts, either), folder, Hugging Face repository, or random"),
     Setting("vae", str, "file or folder; found beside the weights or downloaded if not given"),
     Setting("text_encoder", str, "likewise"),
     Setting("tokenizer", str, "likewise"),
+    Setting("image_encoder", str, "likewise: CLIP, for Wan 2.1 image to video"),
+    Setting("lora", str, "LoRA files, separated by commas, merged while loading; of two experts into both"),
+    Setting("lora_high", str, "likewise, into the expert for high noise"),
+    Setting("lora_low", str, "likewise, into the expert for low noise"),
+    Setting("lora_strength", 1.0, "how strongly they count"),
+    Setting("boundary", 0.9, "noise level (rectified-flow time) at which two experts change"),
     Setting("quant_linear", bool, "int8 linear layers; as the checkpoint is if not given"),
     Setting("quant_scheme", str, "block128, block128_rows, block128_weights, channel or channel_weights"),
     Setting("attention_type", str, "original, sla or sagesla; as the checkpoint is if not given"),
     Setting("sla_topk", float, "share of key blocks that sla and sagesla attend to; 0.1 if not given"),
     Setting("sage_values", str, "how sagesla multiplies with v: float8 (the default), float8_values or exact"),
     Setting("dtype", "bfloat16", "bfloat16 or float32"),
+    Setting("memory", "auto", "auto, resident, stream (weights stay in host memory), or the card's GB to plan for"),
+    Setting("vae_tiling", "auto", "decode in overlapping tiles: on, off, or auto where memory is short"),
+    Setting("cache_prompts", True, "keep text embeddings in the user's cache; a known prompt needs no text encoder"),
 )
 
 

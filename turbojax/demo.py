@@ -1,7 +1,7 @@
-"""A tiny model with random weights, as checkpoint files in the official layout.
+"""Tiny models with random weights, as checkpoint files in the official layout.
 
-It makes noise, not videos. It is there so that the whole path (read, check, tokenize, encode, sample, decode, write)
-runs in a minute on any machine, without a download.
+They make noise, not videos. They are there so that the whole way (read, check, encode, sample, decode, write)
+can be gone in a minute on any machine, without a download.
 """
 
 import os
@@ -9,9 +9,12 @@ import shutil
 from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
 from absl import logging
+from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from turbojax.cache import user_cache
 from turbojax.errors import UserError
 from turbojax.models.umt5 import UMT5Config
 from turbojax.models.vae import VAEConfig
@@ -23,23 +26,25 @@ VERSION = 1  # part of the folder's name; raise it when the files change
 VOCABULARY = "a the of in on at to and with is are red green blue yellow cat dog bird car street city sea sky sun rain"
 
 
-def demo_configs() -> tuple[WanConfig, VAEConfig, UMT5Config]:
-    wan = WanConfig(dim=256, ffn_dim=512, num_heads=2, num_layers=2, text_dim=64)
+def demo_configs(*, image: bool = False) -> tuple[WanConfig, VAEConfig, UMT5Config]:
+    wan = WanConfig(dim=256, ffn_dim=512, num_heads=2, num_layers=2, text_dim=64, in_channels=36 if image else 16)
     vae = VAEConfig.wan2_1(dim=8)
     t5 = UMT5Config(vocab_size=512, dim=64, attention_dim=64, ffn_dim=128, num_heads=4, num_layers=2)
     return wan, vae, t5
 
 
-def demo_folder() -> Path:
-    """The folder with the demo's files, in the user's cache; written on the first call, whole or not at all."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = cache / "turbojax" / f"demo-{VERSION}"
+def demo_folder(*, image: bool = False) -> Path:
+    """The folder with the demo's files, in the user's cache; written on the first call, whole or not at all.
+
+    image: the demo of image to video: two experts, and a picture, `image.png`.
+    """
+    folder = user_cache() / f"demo-{'i2v-' if image else ''}{VERSION}"
     if not folder.is_dir():
         logging.info("Writing the demo's random checkpoint to %s", folder)
         temporary = folder.with_name(f".{folder.name}.{os.getpid()}.part")
         try:
             temporary.mkdir(parents=True, exist_ok=True)
-            write_demo(temporary)
+            write_demo(temporary, image=image)
             temporary.rename(folder)
         except OSError as error:
             if not folder.is_dir():  # another process may have been first
@@ -49,15 +54,18 @@ def demo_folder() -> Path:
     return folder
 
 
-def write_demo(folder: Path) -> None:
-    """Writes transformer, VAE, text encoder and tokenizer under their published names."""
-    wan, vae, t5 = demo_configs()
+def write_demo(folder: Path, *, image: bool = False) -> None:
+    """Writes transformers, VAE, text encoder and tokenizer under their published names."""
+    wan, vae, t5 = demo_configs(image=image)
+    for seed, name in enumerate(("-high", "-low") if image else ("",)):
+        write_pth(folder / f"TurboWan-demo{name}.pth", generated(wan_layout(wan), jnp.bfloat16, seed=seed))
     for name, layout in (
-        ("TurboWan-demo.pth", wan_layout(wan)),
         ("Wan2.1_VAE.pth", vae_layout(vae)),
         ("models_t5_umt5-xxl-enc-bf16.pth", umt5_layout(t5)),
     ):
         write_pth(folder / name, generated(layout, jnp.bfloat16))
+    if image:
+        Image.fromarray(demo_picture()).save(folder / "image.png")
     (folder / "google" / "umt5-xxl").mkdir(parents=True)
     demo_tokenizer().save(str(folder / "google" / "umt5-xxl" / "tokenizer.json"))
 
@@ -72,3 +80,15 @@ def demo_tokenizer() -> Tokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
     return tokenizer
+
+
+def demo_picture() -> np.ndarray:
+    """A sun over the sea, uint8 `[120, 200, 3]`."""
+    y, x = np.mgrid[:120, :200]
+    sky, sea = (
+        np.array([120, 170, 230]) + y[..., None] // 2,
+        np.array([20, 60, 120]) + (np.sin(x / 5 + y) * 12)[..., None],
+    )
+    picture = np.where((y < 80)[..., None], sky, sea)
+    picture[np.hypot(y - 50, x - 140) < 18] = (250, 210, 90)
+    return picture.astype(np.uint8)

@@ -23,7 +23,8 @@ from turbojax.errors import CheckpointError, UserError
 from turbojax.models import vae as vae_model
 from turbojax.models.umt5 import encode_text
 from turbojax.models.vae import WanVAE
-from turbojax.pipeline import TextEncoder, latent_shape
+from turbojax.pipeline import latent_shape
+from turbojax.text import TextEncoder
 from turbojax.train.data import (
     DTYPES,
     INDEX,
@@ -154,7 +155,7 @@ def make_index(
     t, h, w, c = latent_shape(vae.config, num_frames, height, width)
     return Index(
         latents=(t, h, w, c),
-        text_dim=text.encoder.config.dim,
+        text_dim=text.config.dim,
         dtype=jnp.dtype(vae.config.dtype).name,
         num_frames=num_frames,
         height=height,

@@ -2,13 +2,18 @@
 
 import itertools
 import os
+import subprocess
+import tempfile
 import warnings
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import imageio.v2 as imageio
+import imageio_ffmpeg
 import numpy as np
 from PIL import Image, ImageOps
 
@@ -32,6 +37,8 @@ SIZES: dict[str, dict[str, tuple[int, int]]] = {
     },
 }
 FORMATS = (".mp4", ".gif", ".png")
+X264 = ("-preset", "superfast", "-crf", "12")  # fast, and 44 dB; docs/performance.md has the alternatives
+PIECES_WAITING = 8  # for the encoder; a bound on memory
 
 
 def video_size(resolution: str, aspect_ratio: str) -> tuple[int, int]:
@@ -70,33 +77,146 @@ def make_parent(path: Path) -> None:
         raise UserError(f"the folder {str(path.parent)!r} cannot be made: {error.strerror or error}") from error
 
 
-def save_video(video: np.ndarray, path: str | os.PathLike, fps: int = 16) -> list[Path]:
-    """Writes one video and returns the files written.
+def check_shape(shape: Sequence[int], dtype: Any) -> None:
+    if dtype != np.uint8 or len(shape) != 4 or shape[-1] != 3 or 0 in shape:
+        raise UserError(f"a video is uint8 [T, H, W, 3], not {dtype} {list(shape)}")
 
-    video: uint8 `[T, H, W, 3]`; fps: frames a second. The extension decides: .mp4 (H.264), .gif, or .png for one
-    numbered file a frame. A file appears whole or not at all; raises UserError if it cannot be written.
+
+def save_video(video: np.ndarray, path: str | os.PathLike, fps: int = 16) -> list[Path]:
+    """Writes one video, uint8 `[T, H, W, 3]`, and returns the files written; see `open_video`."""
+    video = np.asarray(video)
+    check_shape(video.shape, video.dtype)
+    with open_video(path, video.shape, fps) as append:
+        append(video)
+    return files_of(Path(path), len(video))
+
+
+@contextmanager
+def open_video(path: str | os.PathLike, shape: Sequence[int], fps: int = 16) -> Iterator[Callable[[np.ndarray], None]]:
+    """Yields append(frames): a video that is encoded in a thread while its frames come.
+
+    shape: `[T, H, W, 3]` of the whole video; append takes uint8 `[t, H, W, 3]`, which must not change afterwards.
+    fps: frames a second. The extension decides: .mp4 (H.264), .gif, or .png for one numbered file a frame.
+    The block's end waits for the encoder. A file appears whole or not at all: not if the block raises or frames are
+    missing. Raises UserError if it cannot be written, there or at an append.
     """
     path = check_path(path)
-    video = np.asarray(video)
-    if video.dtype != np.uint8 or video.ndim != 4 or video.shape[-1] != 3 or video.size == 0:
-        raise UserError(f"a video is uint8 [T, H, W, 3], not {video.dtype} {list(video.shape)}")
+    check_shape(shape, np.dtype(np.uint8))
     check_fps(fps)
     make_parent(path)
+    encoder = {".mp4": mp4_encoder, ".gif": gif_encoder, ".png": png_encoder}[path.suffix.lower()]
+    count, frame_shape = 0, tuple(shape[1:])
+    with encoder(path, shape, fps) as write, in_a_thread(write) as hand_over:
+
+        def append(frames: np.ndarray) -> None:
+            nonlocal count
+            check_shape(frames.shape, frames.dtype)
+            count += len(frames)
+            if tuple(frames.shape[1:]) != frame_shape or count > shape[0]:
+                raise UserError(f"frames {list(frames.shape)} do not belong to a video {list(shape)} at frame {count}")
+            hand_over(frames)
+
+        yield append
+        if count < shape[0]:
+            raise UserError(f"{count} of {shape[0]} frames came")
+
+
+@contextmanager
+def in_a_thread(write: Callable[[np.ndarray], None]) -> Iterator[Callable[[np.ndarray], None]]:
+    """Yields a function that has a thread call write, in order; what write raises is raised here, late."""
+    pending: deque[Future] = deque()
+    pool = ThreadPoolExecutor(1, thread_name_prefix="video")
+
+    def hand_over(frames: np.ndarray) -> None:
+        pending.append(pool.submit(write, frames))
+        while len(pending) > PIECES_WAITING or (pending and pending[0].done()):
+            pending.popleft().result()
+
+    try:
+        yield hand_over
+        while pending:
+            pending.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def mp4_encoder(path: Path, shape: Sequence[int], fps: int) -> Iterator[Callable[[np.ndarray], None]]:
+    """ffmpeg as a process; frames go through its standard input.
+
+    imageio-ffmpeg, which brings the program, has a generator for this that does not look at the exit code.
+    """
+    _, height, width, _ = shape
+    even = ((0, 0), (0, height % 2), (0, width % 2), (0, 0))  # the last row or column again, since yuv420p halves both
+    size = f"{width + width % 2}x{height + height % 2}"
+    with whole_file(path) as temporary, tempfile.TemporaryFile() as messages:
+        source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", size, "-r", str(fps), "-i", "-"]
+        target = ["-c:v", "libx264", *X264, "-pix_fmt", "yuv420p", str(temporary)]
+        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-loglevel", "error", *source, *target]
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=messages,
+            pipesize=2**20,
+            start_new_session=True,  # ctrl-C is for this process, which ends the other
+        )
+        assert process.stdin is not None
+        pipe = process.stdin
+
+        def write(frames: np.ndarray) -> None:
+            padded = np.pad(frames, even, mode="edge") if height % 2 or width % 2 else frames
+            try:
+                pipe.write(np.ascontiguousarray(padded).data)
+            except BrokenPipeError as error:
+                process.wait()
+                raise OSError(reason()) from error
+
+        def reason() -> str:
+            messages.seek(0)
+            return " ".join(messages.read().decode(errors="replace").split()) or "ffmpeg ended early"
+
+        try:
+            yield write
+            with suppress(BrokenPipeError):
+                pipe.close()
+            if process.wait():
+                raise OSError(reason())
+        finally:
+            process.kill()
+            process.wait()
+            with suppress(BrokenPipeError):
+                pipe.close()
+
+
+@contextmanager
+def gif_encoder(path: Path, shape: Sequence[int], fps: int) -> Iterator[Callable[[np.ndarray], None]]:
+    with whole_file(path) as temporary, imageio.get_writer(temporary, duration=1000 / fps, loop=0) as writer:
+
+        def write(frames: np.ndarray) -> None:
+            for frame in frames:
+                writer.append_data(frame)  # type: ignore[attr-defined]
+
+        yield write
+
+
+@contextmanager
+def png_encoder(path: Path, shape: Sequence[int], fps: int) -> Iterator[Callable[[np.ndarray], None]]:
+    files = iter(files_of(path, shape[0]))
+
+    def write(frames: np.ndarray) -> None:
+        for frame in frames:
+            with whole_file(next(files)) as temporary:
+                imageio.imwrite(temporary, frame)
+
+    yield write
+
+
+def files_of(path: Path, num_frames: int) -> list[Path]:
+    """The files of one video: itself, or a numbered one a frame for .png."""
     if path.suffix.lower() == ".png":
-        return [save_frame(frame, numbered(path, i, len(video))) for i, frame in enumerate(video)]
-    with whole_file(path) as temporary:
-        if path.suffix.lower() == ".gif":
-            imageio.mimwrite(temporary, list(video), duration=1000 / fps, loop=0)
-        else:
-            write_mp4(video, temporary, fps)
+        return [numbered(path, i, num_frames) for i in range(num_frames)]
     return [path]
-
-
-def write_mp4(video: np.ndarray, path: Path, fps: int) -> None:
-    # H.264 in yuv420p needs even sides; the last row or column is repeated where one is odd.
-    video = np.pad(video, ((0, 0), (0, video.shape[1] % 2), (0, video.shape[2] % 2), (0, 0)), mode="edge")
-    with starting_ffmpeg():
-        imageio.mimwrite(path, list(video), fps=fps, codec="libx264", quality=8, macro_block_size=1)
 
 
 @contextmanager
@@ -131,12 +251,6 @@ def read_video(path: str | os.PathLike, *, num_frames: int, height: int, width: 
     if len(frames) < num_frames:
         raise UserError(f"{path} has {len(frames)} frames at {fps} frames a second, {num_frames} are needed")
     return np.stack(frames)
-
-
-def save_frame(frame: np.ndarray, path: Path) -> Path:
-    with whole_file(path) as temporary:
-        imageio.imwrite(temporary, frame)
-    return path
 
 
 def numbered(path: Path, index: int, count: int) -> Path:

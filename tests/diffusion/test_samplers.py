@@ -197,6 +197,23 @@ def test_trajectory(x, sampler):
     np.testing.assert_allclose(states[-1], last, rtol=0, atol=1e-6)
 
 
+@pytest.mark.parametrize("trajectory", [False, True])
+@pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
+def test_loop_equals_scan(x, sampler, trajectory):
+    """But for what XLA fuses of the network's last sum; in the loop the network is called with arrays."""
+    options = dict(key=jax.random.key(3), trajectory=trajectory)
+    network, calls = jax.jit(fixture_velocity), []
+
+    def velocity(x, timestep):
+        calls.append(float(timestep))
+        return network(x, timestep)
+
+    looped = sampler.sample(velocity, x, scan=False, **options)
+    scanned = jax.jit(lambda x: sampler.sample(fixture_velocity, x, **options))(x)
+    np.testing.assert_allclose(looped, scanned, rtol=0, atol=1e-6)
+    np.testing.assert_array_equal(np.float32(calls), sampler.timesteps)
+
+
 # Form: one scan, settings as values, dtypes.
 
 

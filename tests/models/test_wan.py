@@ -319,6 +319,7 @@ def test_settings(changes, message):
         ({"in_channels": 36}, {}, "takes 36 latent channels .*, not 16"),
         ({"clip_dim": 64}, {}, "clip tokens were not given"),
         ({}, {"clip": (1, 257, 64)}, "clip tokens were given"),
+        ({"clip_dim": 64, "clip_images": 2}, {"clip": (1, 257, 64)}, "257 clip tokens were given .* takes 514"),
         ({}, {"x": (1, 1, 5, 4, 16)}, r"\(1, 5, 4\) do not divide into patches"),
     ],
 )

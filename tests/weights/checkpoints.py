@@ -8,6 +8,7 @@ from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
 from turbojax.models.wan import WanConfig
 from turbojax.weights.io import write_pth, write_safetensors
@@ -53,6 +54,7 @@ DIFFUSERS = (
     ("img_emb.proj.1", "condition_embedder.image_embedder.ff.net.0.proj"),
     ("img_emb.proj.3", "condition_embedder.image_embedder.ff.net.2"),
     ("img_emb.proj.4", "condition_embedder.image_embedder.norm2"),
+    ("img_emb.emb_pos", "condition_embedder.image_embedder.pos_embed"),
     ("head.modulation", "scale_shift_table"),
     ("head.head", "proj_out"),
     ("modulation", "scale_shift_table"),
@@ -78,6 +80,12 @@ def diffusers(tensors: Tensors) -> Tensors:
             name = name.replace(ours, theirs)
         renamed[name] = tensor
     return renamed
+
+
+def parameters(model: nnx.Module) -> dict[str, np.ndarray]:
+    """A module's arrays by dotted path."""
+    flat = nnx.to_flat_state(nnx.state(model))
+    return {".".join(map(str, path)): np.asarray(variable.get_value()) for path, variable in flat}
 
 
 def save(path: Path, tensors: Tensors, **metadata: str) -> Path:

@@ -72,6 +72,33 @@ FOLDERS: dict[str, tuple[list[str], dict[str, str | None]]] = {
 }
 
 
+A14B = "TurboWan2.2-I2V-A14B-{}-720P{}.pth"
+EXPERTS: dict[str, tuple[list[str], bool | None, tuple[str, str | None]]] = {
+    "turbodiffusion": (
+        [A14B.format(name, kind) for name in ("high", "low") for kind in ("", "-quant")],
+        True,
+        (A14B.format("high", "-quant"), A14B.format("low", "-quant")),
+    ),
+    "wan-ai": (
+        [
+            f"{name}_noise_model/{file}"
+            for name in ("high", "low")
+            for file in (INDEX, SHARD.format(1), SHARD.format(2))
+        ],
+        None,
+        (f"high_noise_model/{INDEX}", f"low_noise_model/{INDEX}"),
+    ),
+    "diffusers": (
+        ["transformer/diffusion_pytorch_model.safetensors", "transformer_2/diffusion_pytorch_model.safetensors"],
+        None,
+        ("transformer/diffusion_pytorch_model.safetensors", "transformer_2/diffusion_pytorch_model.safetensors"),
+    ),
+    "converted": (["high/turbojax.json", "low/turbojax.json", "vae.safetensors"], None, ("high", "low")),
+    "a single network": ([f"{TURBO}.pth", "Wan2.1_VAE.pth"], None, (f"{TURBO}.pth", None)),
+    "no expert": (["slow-flow.pth"], None, ("slow-flow.pth", None)),
+}
+
+
 def fill(folder: Path, names: list[str]) -> Path:
     for name in names:
         path = folder / name
@@ -157,7 +184,8 @@ def test_several_transformers(tmp_path):
 
 
 def test_every_component_has_patterns():
-    assert set(PATTERNS) == {"transformer", "vae", "text_encoder", "tokenizer"}
+    experts = {"high-noise expert", "low-noise expert"}
+    assert set(PATTERNS) == {"transformer", "vae", "text_encoder", "tokenizer", "image_encoder"} | experts
 
 
 @pytest.mark.parametrize("index", ["<html>", "[]", "{}", '{"weight_map": []}', '{"weight_map": {"a": [1]}}'])
@@ -214,3 +242,23 @@ def test_a_download_that_fails(hub, monkeypatch):
 def test_reasons_are_one_short_line():
     assert "TimeoutError" in files.unreachable("x", TimeoutError())
     assert len(files.unreachable("x", OSError("why " * 1000))) < 300
+
+
+@pytest.mark.parametrize(("names", "quantized", "expected"), EXPERTS.values(), ids=EXPERTS)
+def test_experts(tmp_path, names, quantized, expected):
+    fill(tmp_path, names)
+    high, low = expected
+    found = tmp_path / high, low and tmp_path / low
+    assert files.find_networks(tmp_path, quantized=quantized) == found
+    if "/" not in high:  # by the path of either one
+        assert files.find_networks(found[0]) == found
+        assert low is None or files.find_networks(found[1]) == found
+
+
+def test_one_expert_alone(tmp_path):
+    fill(tmp_path, [A14B.format("low", "")])
+    for path in (tmp_path, tmp_path / A14B.format("low", "")):
+        with pytest.raises(UserError, match="both are needed"):
+            files.find_networks(path)
+    with pytest.raises(UserError, match="holds no transformer"):
+        files.find_networks(fill(tmp_path / "empty", ["notes.txt"]))

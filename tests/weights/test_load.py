@@ -12,7 +12,7 @@ import pytest
 from flax import nnx
 
 from tests.golden_io import GOLDEN, load
-from tests.weights.checkpoints import diffusers, official, save, save_shards, small, training, turbo
+from tests.weights.checkpoints import diffusers, official, parameters, save, save_shards, small, training, turbo
 from turbojax.errors import CheckpointError, UserError
 from turbojax.kernels.int8 import QuantConfig
 from turbojax.models.umt5 import UMT5Config, UMT5Encoder
@@ -34,11 +34,6 @@ from turbojax.weights.umt5 import umt5_rules
 from turbojax.weights.vae import vae_rules
 
 BLOCK128 = QuantConfig("block128")  # as TurboDiffusion publishes them
-
-
-def parameters(model: nnx.Module) -> dict[str, np.ndarray]:
-    flat = nnx.to_flat_state(nnx.state(model))
-    return {".".join(map(str, path)): np.asarray(variable.get_value()) for path, variable in flat}
 
 
 def assert_same(model: nnx.Module, expected: nnx.Module):
@@ -133,8 +128,9 @@ def test_converted(tmp_path, file, model, output):
 
 
 @pytest.mark.parametrize("arrange", [official, diffusers], ids=lambda f: f.__name__)
-def test_image_to_video_with_clip(tmp_path, arrange):
-    config = small(in_channels=36, clip_dim=128)
+@pytest.mark.parametrize("images", [1, 2])
+def test_image_to_video_with_clip(tmp_path, arrange, images):
+    config = small(in_channels=36, clip_dim=128, clip_images=images)
     path = save(tmp_path / "i2v.safetensors", arrange(turbo(config)))
     assert open_wan(path).config == dataclasses.replace(config, dtype=jnp.bfloat16)
     expected = load_wan(save(tmp_path / "turbo.pth", turbo(config)), dtype=jnp.float32)

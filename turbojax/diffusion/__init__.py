@@ -1,6 +1,6 @@
 """Noise schedules and samplers. They take a velocity function and import no model."""
 
-from turbojax.diffusion.samplers import RCM, Euler, Sampler, UniPC, Velocity, guide
+from turbojax.diffusion.samplers import RCM, Euler, Sampler, UniPC, Velocity, guide, unembedded
 from turbojax.diffusion.schedules import (
     expert_split,
     flow_sigmas,
@@ -26,5 +26,6 @@ __all__ = [
     "shift_time",
     "timesteps",
     "trig_from_rf",
+    "unembedded",
     "unshift_time",
 ]

@@ -1,7 +1,8 @@
 """Samplers: from noise to latents in a few network calls, along rectified flow x_t = (1 - t) x0 + t eps.
 
 A sampler is a frozen, hashable dataclass: settings and nothing else. `sample` is one `lax.scan` over the
-steps with an explicit carry; it is a pure function, made to be called under `jax.jit`.
+steps with an explicit carry; it is a pure function, made to be called under `jax.jit`. A network that cannot be
+traced takes the same steps in a Python loop, `scan=False`.
 
     sampler = RCM(num_steps=4, sigma_max=200.0)
     x = sampler.initial(noise)
@@ -13,9 +14,10 @@ Let B denote batch size. Latents are [B, ...]: all else is the model's matter.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +30,14 @@ from turbojax.errors import UserError
 # embed makes of it.
 Velocity = Callable[[jax.Array, Any], jax.Array]
 Embed = Callable[[jax.Array], Any]
+Carry = tuple[jax.Array, ...]  # what a step hands to the next; the first is the state
+
+
+class Rows(NamedTuple):
+    """What the steps differ in, a row each: the network's timestep, and what else the sampler's `advance` takes."""
+
+    timestep: Any
+    own: tuple[jax.Array | None, ...]
 
 
 def unembedded(timesteps: jax.Array) -> jax.Array:
@@ -60,6 +70,16 @@ class Sampler:
         """The state before the first step, from standard normal noise [B, ...]."""
         raise NotImplementedError
 
+    def begin(
+        self, latents: jax.Array, *, key: jax.Array | None, noise: jax.Array | None, start: int, stop: int | None
+    ) -> tuple[Carry, Rows]:
+        """What the first step starts from, and the rows of steps [start, stop)."""
+        raise NotImplementedError
+
+    def advance(self, carry: Carry, own: tuple, v: jax.Array) -> Carry:
+        """One step, given the network's v at `carry[0]`."""
+        raise NotImplementedError
+
     def sample(
         self,
         velocity: Velocity,
@@ -71,6 +91,7 @@ class Sampler:
         stop: int | None = None,
         trajectory: bool = False,
         embed: Embed = unembedded,
+        scan: bool = True,
     ) -> jax.Array:
         """Runs steps [start, stop) from the state before step `start`.
 
@@ -83,7 +104,8 @@ class Sampler:
           start, stop: part of the steps; all by default.
           trajectory: return the states before step `start` and after each step, [stop - start + 1, B, ...].
           embed: timesteps float32 [steps] to a pytree of [steps, ...], whose rows velocity gets in their place:
-            computed once, before the scan.
+            computed once, before the steps.
+          scan: False for a velocity that cannot be traced: it is called once a step, with arrays.
 
         Returns:
           [B, ...], the state after the last step; float64 if `latents` are, else float32.
@@ -91,7 +113,22 @@ class Sampler:
         Raises:
           UserError: the steps, the noise or the velocity's shape do not fit, or there is no source of noise.
         """
-        raise NotImplementedError
+        carry, rows = self.begin(latents, key=key, noise=noise, start=start, stop=stop)
+        first, count = carry[0], len(rows.timestep)
+        rows = rows._replace(timestep=embed(rows.timestep))
+
+        def step(carry: Carry, row: Rows) -> tuple[Carry, jax.Array | None]:
+            carry = _advance(self, carry, row.own, _evaluate(velocity, carry[0], row.timestep))
+            return carry, carry[0] if trajectory else None
+
+        if scan:
+            carry, states = jax.lax.scan(step, carry, rows)
+            return carry[0] if states is None else jnp.concatenate([first[None], states])
+        passed = [first]
+        for i in range(count):
+            carry, _ = step(carry, jax.tree.map(lambda a, i=i: a[i], rows))
+            passed.append(carry[0])
+        return jnp.stack(passed) if trajectory else carry[0]
 
     def _steps(self, start: int, stop: int | None) -> slice:
         stop = self.num_steps if stop is None else stop
@@ -131,40 +168,31 @@ class RCM(Sampler):
         noise = _state(noise)
         return noise * jnp.asarray(self.times[0], noise.dtype)
 
-    def sample(
-        self, velocity, latents, *, key=None, noise=None, start=0, stop=None, trajectory=False, embed=unembedded
-    ):
+    def begin(self, latents, *, key, noise, start, stop):
         x = _state(latents)
         steps = self._steps(start, stop)
-        times = self.times
-        t, t_next = times[:-1][steps], times[1:][steps]
-        stochastic = not self.ode and t_next.any()  # at t' = 0 both forms are the same
-        if not stochastic:
+        t, t_next = self.times[:-1][steps], self.times[1:][steps]
+        keys = None
+        if self.ode or not t_next.any():  # at t' = 0 both forms are the same
             noise = None
         elif noise is not None:
             if noise.shape != (self.num_steps, *x.shape):
                 raise UserError(f"{noise.shape=} must be {(self.num_steps, *x.shape)}: one draw for each step")
             noise = noise[steps].astype(x.dtype)
-        elif key is None:
+        elif key is not None:
+            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(steps.start, steps.stop))
+        else:
             raise UserError("RCM with ode=False draws noise between its steps; give key= or noise=, or set ode=True")
+        own = jnp.asarray(t, x.dtype), jnp.asarray(t_next, x.dtype), keys, noise
+        return (x,), Rows(jnp.asarray(self.timesteps[steps]), own)
 
-        def step(carry, row):
-            (x,), (t, t_next, timestep, i, eps) = carry, row
-            v = _evaluate(velocity, x, timestep)
-            if not stochastic:
-                return (x - (t - t_next) * v,)
-            if eps is None:
-                eps = jax.random.normal(jax.random.fold_in(key, i), x.shape, jnp.float32).astype(x.dtype)
-            return ((1 - t_next) * (x - t * v) + t_next * eps,)
-
-        rows = (
-            jnp.asarray(t, x.dtype),
-            jnp.asarray(t_next, x.dtype),
-            embed(jnp.asarray(self.timesteps[steps])),
-            jnp.arange(steps.start, steps.stop),
-            noise,
-        )
-        return _scan(step, (x,), rows, trajectory)
+    def advance(self, carry, own, v):
+        (x,), (t, t_next, key, eps) = carry, own
+        if key is None and eps is None:
+            return (x - (t - t_next) * v,)
+        if eps is None:
+            eps = jax.random.normal(key, x.shape, jnp.float32).astype(x.dtype)
+        return ((1 - t_next) * (x - t * v) + t_next * eps,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,19 +218,16 @@ class Euler(Sampler):
     def initial(self, noise):
         return _state(noise)
 
-    def sample(
-        self, velocity, latents, *, key=None, noise=None, start=0, stop=None, trajectory=False, embed=unembedded
-    ):
+    def begin(self, latents, *, key, noise, start, stop):
         del key, noise
         x = _state(latents)
         steps = self._steps(start, stop)
+        dt = jnp.asarray(-np.diff(self.times)[steps], x.dtype)
+        return (x,), Rows(jnp.asarray(self.timesteps[steps]), (dt,))
 
-        def step(carry, row):
-            (x,), (dt, timestep) = carry, row
-            return (x - dt * _evaluate(velocity, x, timestep),)
-
-        rows = (jnp.asarray(-np.diff(self.times)[steps], x.dtype), embed(jnp.asarray(self.timesteps[steps])))
-        return _scan(step, (x,), rows, trajectory)
+    def advance(self, carry, own, v):
+        (x,), (dt,) = carry, own
+        return (x - dt * v,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -266,29 +291,19 @@ class UniPC(Sampler):
                 corrector[i + 1] = 0.0, keep, gain * b, gain * (1 - a / q - b), gain * a / q
         return corrector, predictor
 
-    def sample(
-        self, velocity, latents, *, key=None, noise=None, start=0, stop=None, trajectory=False, embed=unembedded
-    ):
+    def begin(self, latents, *, key, noise, start, stop):
         del key, noise
         x = _state(latents)
-        steps = self._steps(start, stop)
-        if steps != slice(0, self.num_steps):
+        if self._steps(start, stop) != slice(0, self.num_steps):
             raise UserError(f"{start=}, {stop=}: UniPC's history spans its steps; sample all of them, or use Euler")
+        own = (jnp.asarray(a, x.dtype) for a in (*self.coefficients(), self.times[:-1]))
+        return (x, *(jnp.zeros_like(x),) * 3), Rows(jnp.asarray(self.timesteps), tuple(own))
 
-        def step(carry, row):
-            (x, x_s, m_s, m_r), (c, p, sigma, timestep) = carry, row
-            m = x - sigma * _evaluate(velocity, x, timestep)
-            x = c[0] * x + c[1] * x_s + c[2] * m + c[3] * m_s + c[4] * m_r
-            return p[0] * x + p[1] * m + p[2] * m_s, x, m, m_s
-
-        corrector, predictor = self.coefficients()
-        rows = (
-            jnp.asarray(corrector, x.dtype),
-            jnp.asarray(predictor, x.dtype),
-            jnp.asarray(self.times[:-1], x.dtype),
-            embed(jnp.asarray(self.timesteps)),
-        )
-        return _scan(step, (x, *(jnp.zeros_like(x),) * 3), rows, trajectory)
+    def advance(self, carry, own, v):
+        (x, x_s, m_s, m_r), (c, p, sigma) = carry, own
+        m = x - sigma * v
+        x = c[0] * x + c[1] * x_s + c[2] * m + c[3] * m_s + c[4] * m_r
+        return p[0] * x + p[1] * m + p[2] * m_s, x, m, m_s
 
 
 def _corrector_weights(h: float, q: float) -> tuple[float, float]:
@@ -316,13 +331,7 @@ def _evaluate(velocity: Velocity, x: jax.Array, timestep: Any) -> jax.Array:
     return v.astype(x.dtype)
 
 
-def _scan(step: Callable, carry: tuple, rows: Any, trajectory: bool) -> jax.Array:
-    """Scans `step(carry, row) -> carry` over the rows; carry[0] is the state."""
-
-    def body(carry, row):
-        carry = step(carry, row)
-        return carry, carry[0] if trajectory else None
-
-    first = carry[0]
-    carry, states = jax.lax.scan(body, carry, rows)
-    return jnp.concatenate([first[None], states]) if trajectory else carry[0]
+@functools.partial(jax.jit, static_argnums=0)
+def _advance(sampler: Sampler, carry: Carry, own: tuple, v: jax.Array) -> Carry:
+    """Compiled in a loop as it is in a scan, so that both round alike."""
+    return sampler.advance(carry, own, v)

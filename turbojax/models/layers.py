@@ -131,8 +131,19 @@ class MLP(nnx.Module):
         return self.fc2(self.activation(self.fc1(x)))
 
 
+def scan_blocks(blocks: nnx.Module, x: jax.Array, context: tuple) -> jax.Array:
+    """x through stacked blocks, `block(x, *context)` each: one scan, so that all of them compile as one."""
+    graph, layers = nnx.split(blocks)
+
+    def run_block(x, layer):
+        return nnx.merge(graph, layer)(x, *context), None
+
+    return lax.scan(run_block, x, layers)[0]
+
+
 def contract(x: jax.Array, weight: jax.Array) -> jax.Array:
     """x `[..., in]` times weight `[out, in]` in x's dtype.
+
 
     Sums are float32, on the tensor cores and on CPUs; asked for as a result they would go through memory as such.
     """

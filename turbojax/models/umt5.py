@@ -14,10 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import lax
 
 from turbojax.errors import UserError
-from turbojax.models.layers import Dense, RMSNorm
+from turbojax.models.layers import Dense, RMSNorm, scan_blocks
 
 TEXT_LEN = 512  # rows of text that the video transformers attend to
 
@@ -67,7 +66,7 @@ class Attention(nnx.Module):
         table = (c.num_buckets, c.num_heads)
         self.position_bias = nnx.Param(jax.random.normal(rngs.params(), table, jnp.float32))
 
-    def __call__(self, x: jax.Array, mask: jax.Array, buckets: np.ndarray) -> jax.Array:
+    def __call__(self, x: jax.Array, mask: jax.Array, buckets: jax.Array) -> jax.Array:
         """x `[B, L, D]`, mask bool `[B, L]`, buckets int `[L, L]` to `[B, L, D]`; softmax in float32."""
         q, k, v = (split_heads(a, self.config.num_heads) for a in (self.q(x), self.k(x), self.v(x)))
         scores = jnp.einsum("bqnh,bknh->bnqk", q, k, preferred_element_type=jnp.float32)
@@ -77,7 +76,7 @@ class Attention(nnx.Module):
         out = jnp.einsum("bnqk,bknh->bqnh", weights, v, preferred_element_type=jnp.float32).astype(x.dtype)
         return self.o(out.reshape(*x.shape[:2], -1))
 
-    def bias(self, buckets: np.ndarray) -> jax.Array:
+    def bias(self, buckets: jax.Array) -> jax.Array:
         """Buckets `[L, L]` to the bias added to the scores, float32 `[N, L, L]`."""
         return self.position_bias[...].T[:, buckets]
 
@@ -103,7 +102,7 @@ class Block(nnx.Module):
         self.attn = Attention(config, rngs=rngs)
         self.ffn = GatedMLP(config, rngs=rngs)
 
-    def __call__(self, x: jax.Array, mask: jax.Array, buckets: np.ndarray) -> jax.Array:
+    def __call__(self, x: jax.Array, mask: jax.Array, buckets: jax.Array) -> jax.Array:
         x = x + self.attn(self.norm1(x), mask, buckets)
         return x + self.ffn(self.norm2(x))
 
@@ -128,14 +127,16 @@ class UMT5Encoder(nnx.Module):
         x: rows of the embedding table `[B, L, D]`, from `embed_tokens`.
         mask: bool or int `[B, L]`, true for tokens; what is computed for the other rows means nothing.
         """
-        buckets = position_buckets(x.shape[1], self.config)
-        mask = mask.astype(jnp.bool_)
-        graph, layers = nnx.split(self.blocks)
+        x, context, rest = self.begin(x, mask)
+        return self.end(scan_blocks(self.blocks, x, context), rest)
 
-        def run_block(x, layer):
-            return nnx.merge(graph, layer)(x, mask, buckets), None
+    def begin(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, tuple, tuple]:
+        """All before the blocks: x in the config's dtype, what else each block takes, and nothing for `end`."""
+        buckets = jnp.asarray(position_buckets(x.shape[1], self.config))
+        return x.astype(self.config.dtype), (mask.astype(jnp.bool_), buckets), ()
 
-        return self.norm(lax.scan(run_block, x.astype(self.config.dtype), layers)[0])
+    def end(self, x: jax.Array, rest: tuple) -> jax.Array:
+        return self.norm(x)
 
 
 def split_heads(x: jax.Array, heads: int) -> jax.Array:

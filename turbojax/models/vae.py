@@ -23,6 +23,7 @@ from turbojax.errors import UserError
 from turbojax.kernels.attention import dot_product_attention
 from turbojax.models.layers import Dense, along_last
 
+WORKING_SET = 2.1  # bytes in use while decoding, for each of the cache: XLA's own count for an H100
 CHUNK = 1  # latents at once; more takes memory and no less time (docs/performance.md)
 Cache = Any  # a pytree of arrays `[b, frames, h, w, c]`
 
@@ -89,19 +90,22 @@ def conv_over_space(x: jax.Array, kernel: jax.Array, bias: jax.Array, *, stride:
     return y + along_last(bias, y)
 
 
-def conv_over_time(x: jax.Array, kernel: jax.Array, bias: jax.Array, *, stride: int = 1) -> jax.Array:
+def join_frames(x: jax.Array, size: int, *, stride: int = 1) -> jax.Array:
+    """Frames `[b, t, h, w, c]`, `size` of them side by side: `[b, (t - size) // stride + 1, h, w, size c]`."""
+    steps = (x.shape[1] - size) // stride + 1
+    return jnp.concatenate([x[:, i : i + stride * (steps - 1) + 1 : stride] for i in range(size)], axis=-1)
+
+
+def conv_over_time(joined: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
     """y[t] = bias + sum over i of conv2d(x[stride t + i], kernel[i]): unpadded in time, padded in space.
 
-    x `[b, t, h, w, in]`, kernel `[k, h, w, in, out]` to `[b, (t - k) // stride + 1, h, w, out]`. The sum is
-    one 2-D convolution of k frames joined on channels: on Hopper faster than cuDNN's 3-D convolution.
+    joined: from `join_frames`, kernel `[k, h, w, in, out]`. The sum is one 2-D convolution of k frames joined on
+    channels: on Hopper faster than cuDNN's 3-D convolution.
     """
-    batch, frames = x.shape[:2]
-    size, height, width, _, features_out = kernel.shape
-    steps = (frames - size) // stride + 1
-    seen = [x[:, i : i + stride * (steps - 1) + 1 : stride] for i in range(size)]
-    joined = jnp.concatenate(seen, axis=-1).reshape(batch * steps, *x.shape[2:4], -1)
+    _, height, width, _, features_out = kernel.shape
     kernel = jnp.moveaxis(kernel, 0, 2).reshape(height, width, -1, features_out)
-    return conv_over_space(joined, kernel, bias).reshape(batch, steps, *x.shape[2:4], features_out)
+    y = conv_over_space(joined.reshape(-1, *joined.shape[2:]), kernel, bias)
+    return y.reshape(*joined.shape[:-1], features_out)
 
 
 def init_kernel(shape: tuple[int, ...], config: VAEConfig, rngs: nnx.Rngs) -> nnx.Param:
@@ -136,10 +140,17 @@ class CausalConv3d(nnx.Module):
         size, _, _, features_in, _ = self.kernel.shape
         return jnp.zeros((batch, size - self.stride, height, width, features_in), self.dtype)
 
+    def settled(self, frame: int) -> int:
+        """The result's frame from which on nothing changes, if the input's does not from `frame` on."""
+        return -(-(frame + self.kernel.shape[0] - 1) // self.stride)
+
     def __call__(self, x: jax.Array, past: jax.Array) -> tuple[jax.Array, jax.Array]:
-        x = jnp.concatenate((past, x), axis=1)
-        y = conv_over_time(x, self.kernel[...], self.bias[...], stride=self.stride)
-        return y, x[:, x.shape[1] - past.shape[1] :]
+        joined = join_frames(jnp.concatenate((past, x), axis=1), self.kernel.shape[0], stride=self.stride)
+        # The next cache comes after the frames are joined, so that XLA writes it where `past` was instead of copying
+        # every `past` first.
+        joined, past, x = lax.optimization_barrier((joined, past, x))
+        seen = jnp.concatenate((past, x), axis=1)
+        return conv_over_time(joined, self.kernel[...], self.bias[...]), seen[:, seen.shape[1] - past.shape[1] :]
 
 
 class ChannelNorm(nnx.Module):
@@ -162,10 +173,15 @@ class Block(nnx.Module):
     """
 
     scale = 1.0  # height and width are multiplied by it
+    stride = 1  # frames after the first are divided by it
 
     def init_cache(self, batch: int, height: int, width: int) -> Cache:
         """Zeros, as before the first frame; height and width are those of the input."""
         return ()
+
+    def settled(self, frame: int) -> int:
+        """As CausalConv3d.settled: frames are counted from 0, the clip's first."""
+        return frame
 
     def __call__(self, x: jax.Array, cache: Cache, *, first: bool) -> tuple[jax.Array, Cache]:
         raise NotImplementedError
@@ -184,6 +200,9 @@ class ResidualBlock(Block):
 
     def init_cache(self, batch: int, height: int, width: int) -> Cache:
         return self.conv1.init_cache(batch, height, width), self.conv2.init_cache(batch, height, width)
+
+    def settled(self, frame: int) -> int:
+        return self.conv2.settled(self.conv1.settled(frame))
 
     def __call__(self, x: jax.Array, cache: Cache, *, first: bool) -> tuple[jax.Array, Cache]:
         past1, past2 = cache
@@ -216,9 +235,13 @@ class Downsample(Block):
         make = functools.partial(CausalConv3d, size=(3, 1, 1), stride=2, config=config, rngs=rngs)
         self.conv = Conv2d(features, features, stride=2, config=config, rngs=rngs)
         self.time_conv = make(features, features) if temporal else None
+        self.stride = 2 if temporal else 1
 
     def init_cache(self, batch: int, height: int, width: int) -> Cache:
         return () if self.time_conv is None else self.time_conv.init_cache(batch, height // 2, width // 2)
+
+    def settled(self, frame: int) -> int:
+        return frame if self.time_conv is None else self.time_conv.settled(frame)
 
     def __call__(self, x: jax.Array, cache: Cache, *, first: bool) -> tuple[jax.Array, Cache]:
         x = self.conv(x)
@@ -275,15 +298,20 @@ class Coder(nnx.Module):
             height, width = int(height * block.scale), int(width * block.scale)
         return conv_in, blocks, self.conv_out.init_cache(batch, height, width)
 
-    def __call__(self, x: jax.Array, cache: Cache, *, first: bool) -> tuple[jax.Array, Cache]:
+    def __call__(
+        self, x: jax.Array, cache: Cache, *, first: bool, part: range | None = None
+    ) -> tuple[jax.Array, Cache]:
+        """part (static): run these blocks only; the first one brings conv_in along and the last one conv_out."""
         past_in, pasts, past_out = cache
-        x, past_in = self.conv_in(x, past_in)
-        after = []
-        for block, past in zip(self.blocks, pasts, strict=True):
-            x, past = block(x, past, first=first)
-            after.append(past)
-        x, past_out = self.conv_out(jax.nn.silu(self.norm(x)), past_out)
-        return x, (past_in, after, past_out)
+        blocks, pasts = self.blocks, list(pasts)
+        part = range(len(blocks)) if part is None else part
+        if part.start == 0:
+            x, past_in = self.conv_in(x, past_in)
+        for i in part:
+            x, pasts[i] = blocks[i](x, pasts[i], first=first)
+        if part.stop == len(blocks):
+            x, past_out = self.conv_out(jax.nn.silu(self.norm(x)), past_out)
+        return x, (past_in, pasts, past_out)
 
 
 class Encoder(Coder):
@@ -307,6 +335,13 @@ class Encoder(Coder):
     @property
     def blocks(self) -> list[Block]:
         return [*self.downsamples, *self.middle]
+
+    @property
+    def stages(self) -> list[range]:
+        """The blocks by resolution: each Downsample ends a part of them."""
+        blocks = self.blocks
+        ends = [i + 1 for i, block in enumerate(blocks) if isinstance(block, Downsample)]
+        return [range(start, stop) for start, stop in itertools.pairwise((0, *ends, len(blocks)))]
 
 
 class Decoder(Coder):
@@ -334,6 +369,11 @@ class Decoder(Coder):
     def blocks(self) -> list[Block]:
         return [*self.middle, *self.upsamples]
 
+    @property
+    def halves(self) -> tuple[range, range]:
+        """The blocks that see a whole frame, at the latents' resolution, and those after them, which see less."""
+        return range(len(self.middle)), range(len(self.middle), len(self.blocks))
+
 
 class WanVAE(nnx.Module):
     """Encoder and decoder, one chunk at a time; `encode` and `decode` below run whole clips.
@@ -357,22 +397,36 @@ class WanVAE(nnx.Module):
         """The cache before the first latent: zeros. height and width in latents, an eighth of the pixels."""
         return self.decoder.init_cache(batch, height, width)
 
-    def encode_chunk(self, video: jax.Array, cache: Cache, *, first: bool) -> tuple[jax.Array, Cache]:
-        """video `[b, 4n, h, w, 3]` in [-1, 1] to latents, float32 `[b, n, h/8, w/8, z_dim]`, and cache."""
-        x, cache = self.encoder(video.astype(self.config.dtype), cache, first=first)
+    def encode_chunk(
+        self, video: jax.Array, cache: Cache, *, first: bool, stage: int | None = None
+    ) -> tuple[jax.Array, Cache]:
+        """video `[b, 4n, h, w, 3]` in [-1, 1] to latents, float32 `[b, n, h/8, w/8, z_dim]`, and cache.
+
+        stage (static): go through this one of the encoder's stages only, from what the one before it gave.
+        """
+        stages = self.encoder.stages
+        part = None if stage is None else stages[stage]
+        x, cache = self.encoder(video.astype(self.config.dtype), cache, first=first, part=part)
+        if part and part != stages[-1]:
+            return x, cache
         mu = self.quant(x)[..., : self.config.z_dim].astype(jnp.float32)
         mean, std = self.statistics(mu)
         return (mu - mean) / std, cache
 
-    def decode_chunk(self, latents: jax.Array, cache: Cache, *, first: bool) -> tuple[jax.Array, Cache]:
+    def decode_chunk(
+        self, latents: jax.Array, cache: Cache, *, first: bool, half: int | None = None
+    ) -> tuple[jax.Array, Cache]:
         """latents `[b, n, h, w, z_dim]` to frames, `[b, 4n, 8h, 8w, 3]` in the model's dtype, and the cache.
 
-        Frames lie about [-1, 1] and are not clamped.
+        Frames lie about [-1, 1] and are not clamped. half (static): only go through this one of the decoder's halves,
+        0 from latents to features `[b, n, h, w, c]` or 1 from there on.
         """
-        mu = latents.astype(jnp.float32)
-        mean, std = self.statistics(mu)
-        mu = mu * std + mean
-        return self.decoder(self.post_quant(mu.astype(self.config.dtype)), cache, first=first)
+        if half != 1:
+            mu = latents.astype(jnp.float32)
+            mean, std = self.statistics(mu)
+            latents = self.post_quant((mu * std + mean).astype(self.config.dtype))
+        part = None if half is None else self.decoder.halves[half]
+        return self.decoder(latents, cache, first=first, part=part)
 
     def statistics(self, like: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Mean and std of the latents, with leading axes of one."""
@@ -380,17 +434,20 @@ class WanVAE(nnx.Module):
         return mean, std
 
 
-# Module-level, so that a second clip of a size compiles nothing; the donated cache is updated in place.
-@functools.partial(jax.jit, static_argnames=("graph", "first"), donate_argnames="cache")
-def _encode_chunk(graph, state, video: jax.Array, cache: Cache, *, first: bool) -> tuple[jax.Array, Cache]:
-    return nnx.merge(graph, state).encode_chunk(video, cache, first=first)
+# Module-level, so that a second clip of a size compiles nothing; the donated cache is updated in place. The first chunk
+# has no cache yet: its zeros are made inside.
+@functools.partial(jax.jit, static_argnames="graph", donate_argnames="cache")
+def _encode_chunk(graph, state, video: jax.Array, cache: Cache | None) -> tuple[jax.Array, Cache]:
+    vae, first = nnx.merge(graph, state), cache is None
+    cache = vae.init_encode_cache(video.shape[0], *video.shape[2:4]) if first else cache
+    return vae.encode_chunk(video, cache, first=first)
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "first", "as_uint8"), donate_argnames="cache")
-def _decode_chunk(
-    graph, state, latents: jax.Array, cache: Cache, *, first: bool, as_uint8: bool
-) -> tuple[jax.Array, Cache]:
-    frames, cache = nnx.merge(graph, state).decode_chunk(latents, cache, first=first)
+@functools.partial(jax.jit, static_argnames=("graph", "as_uint8"), donate_argnames="cache")
+def _decode_chunk(graph, state, latents: jax.Array, cache: Cache | None, *, as_uint8: bool) -> tuple[jax.Array, Cache]:
+    vae, first = nnx.merge(graph, state), cache is None
+    cache = vae.init_decode_cache(latents.shape[0], *latents.shape[2:4]) if first else cache
+    frames, cache = vae.decode_chunk(latents, cache, first=first)
     return to_uint8(frames) if as_uint8 else frames, cache
 
 
@@ -412,11 +469,10 @@ def encode(vae: WanVAE, video: jax.Array | np.ndarray, *, chunk: int = CHUNK) ->
     """
     check_video(video.shape, vae.config)
     graph, state = nnx.split(vae)
-    cache = vae.init_encode_cache(video.shape[0], *video.shape[2:4])
-    factor, start, latents = vae.config.temporal_factor, 0, []
+    factor, cache, start, latents = vae.config.temporal_factor, None, 0, []
     for size in (1, *(factor * n for n in chunk_sizes((video.shape[1] - 1) // factor, chunk))):
         piece = jnp.asarray(video[:, start : start + size], vae.config.dtype)
-        z, cache = _encode_chunk(graph, state, piece, cache, first=start == 0)
+        z, cache = _encode_chunk(graph, state, piece, cache)
         latents.append(z)
         start += size
     return jnp.concatenate(latents, axis=1)
@@ -445,18 +501,38 @@ def decode_chunks(
 
     def pieces() -> Iterator[jax.Array]:
         graph, state = nnx.split(vae)
-        cache = vae.init_decode_cache(latents.shape[0], *latents.shape[2:4])
         waiting: list[jax.Array] = []
-        start = 0
+        cache, start = None, 0
         for size in sizes:
             z = jnp.asarray(latents[:, start : start + size], jnp.float32)
-            frames, cache = _decode_chunk(graph, state, z, cache, first=start == 0, as_uint8=as_uint8)
+            frames, cache = _decode_chunk(graph, state, z, cache, as_uint8=as_uint8)
             yield from waiting
             waiting = [frames]
             start += size
         yield from waiting
 
     return pieces()
+
+
+def decoding_bytes(vae: WanVAE, height: int, width: int) -> int:
+    """Device memory that decoding takes besides the weights, for latents of this size and a chunk of one."""
+    cache = jax.eval_shape(lambda: vae.init_decode_cache(1, height, width))
+    return int(WORKING_SET * sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(cache)))
+
+
+def compile_decoding(
+    vae: WanVAE, shape: tuple[int, ...], *, chunk: int = CHUNK, as_uint8: bool = False
+) -> list[jax.stages.Compiled]:
+    """Compiles what `decode_chunks` runs for latents of a shape `[b, 1 + n, h, w, z_dim]`; vae may be abstract."""
+    check_latents(shape, vae.config)
+    graph, state = nnx.split(vae)
+    cache = jax.eval_shape(lambda: vae.init_decode_cache(shape[0], *shape[2:4]))
+    sizes = chunk_sizes(shape[1] - 1, chunk)
+    programs = []
+    for size, past in ((1, None), *((size, cache) for size in dict.fromkeys(sizes))):
+        z = jax.ShapeDtypeStruct((shape[0], size, *shape[2:]), jnp.float32)
+        programs.append(_decode_chunk.lower(graph, state, z, past, as_uint8=as_uint8).compile())
+    return programs
 
 
 def chunk_sizes(n: int, chunk: int) -> tuple[int, ...]:

@@ -12,7 +12,6 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 
 from turbojax.errors import UserError
 from turbojax.kernels.attention import dot_product_attention
@@ -35,8 +34,11 @@ AttentionType = Literal["original", "sla", "sagesla"]
 # Block sizes (queries, keys) that TurboDiffusion's published checkpoints run with: SageSLA's are those on Hopper.
 BLOCKS: dict[str, tuple[int, int]] = {"original": (0, 0), "sla": (128, 64), "sagesla": (64, 128)}
 
+CLIP_TOKENS = 257  # of an image
+
 Activation = jax.Array | Quantized
 KeysValues = tuple[jax.Array, jax.Array]
+Tokens = KeysValues | jax.Array
 
 
 class Context(NamedTuple):
@@ -64,6 +66,7 @@ class WanConfig:
 
     in_channels: latent channels (16), with mask (4) and condition latent (16) put behind them for image to video.
     clip_dim: width of the CLIP image tokens (Wan 2.1 image to video), None without.
+    clip_images: images whose tokens it takes: 2 for the model of a first and a last frame.
     attention_type: self-attention: "original" (dense), "sla", or "sagesla" (int8 and float8, forward only).
     sla_topk, sla_blocks: share of key blocks, and rows of query and key blocks (None: as published).
     sage_values: how SageSLA multiplies with v, see `turbojax.kernels.sage`.
@@ -83,6 +86,7 @@ class WanConfig:
     text_dim: int = 4096
     text_len: int = 512
     clip_dim: int | None = None
+    clip_images: int = 1
     eps: float = 1e-6
     attention_type: AttentionType = "original"
     sla_topk: float = 0.1
@@ -183,7 +187,7 @@ class CrossAttention(nnx.Module):
             self.norm_k_img = RMSNorm(config.dim, eps=config.eps)
 
     def keys(self, text: jax.Array, image: jax.Array | None) -> tuple[KeysValues, KeysValues | None]:
-        """Keys and values `[B, tokens, N, H]` of text `[B, 512, D]` and of image `[B, 257, D]` or None."""
+        """Keys and values `[B, tokens, N, H]` of text `[B, 512, D]` and of image `[B, 257 or 514, D]` or None."""
         heads = self.config.num_heads
         text = self.k.prepare(text)
         of_text = split_heads(self.norm_k(self.k(text)), heads), split_heads(self.v(text), heads)
@@ -193,9 +197,14 @@ class CrossAttention(nnx.Module):
         return of_text, (split_heads(self.norm_k_img(self.k_img(image)), heads), split_heads(self.v_img(image), heads))
 
     def __call__(
-        self, x: Activation, text: KeysValues, image: KeysValues | None, *, add_to: Residual | None = None
+        self, x: Activation, text: Tokens, image: Tokens | None, *, add_to: Residual | None = None
     ) -> jax.Array:
-        """x `[B, L, D]`, quantized where the layers are, to `[B, L, D]`, summed into add_to; keys from `keys`."""
+        """x `[B, L, D]`, quantized where the layers are, to `[B, L, D]`, summed into add_to.
+
+        text, image: their keys and values, or what `keys` makes them of.
+        """
+        if isinstance(text, jax.Array):
+            text, image = self.keys(text, image)
         attend = functools.partial(dot_product_attention, implementation=self.config.attention_implementation)
         q = split_heads(self.norm_q(self.q(x)), self.config.num_heads)
         out = attend(q, *text)
@@ -229,19 +238,19 @@ class Block(nnx.Module):
         self.cross_attn = CrossAttention(c, rngs=rngs)
         self.ffn = FeedForward(c, rngs=rngs)
 
-    def __call__(self, x: jax.Array, e0: jax.Array, context: Context) -> jax.Array:
-        """x `[B, L, D]`, e0 `[B, 6, D]` float32 to `[B, L, D]`; context with this layer's keys and values alone."""
+    def __call__(self, x: jax.Array, e0: jax.Array, text: Tokens, image: Tokens | None, table: Table) -> jax.Array:
+        """x `[B, L, D]`, e0 `[B, 6, D]` float32 to `[B, L, D]`; text and image as `CrossAttention` takes them."""
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation(self.modulation[...], e0)
         h = self.self_attn.q.prepare_normed(x, 1 + scale1, shift1, eps=self.eps)
-        x = self.self_attn(h, context.table, add_to=Residual(x, gate1))
+        x = self.self_attn(h, table, add_to=Residual(x, gate1))
         h = self.cross_attn.q.prepare_normed(x, *self.norm3.affine(), eps=self.eps)
-        x = self.cross_attn(h, context.text, context.image, add_to=Residual(x))
+        x = self.cross_attn(h, text, image, add_to=Residual(x))
         h = self.ffn.fc1.prepare_normed(x, 1 + scale2, shift2, eps=self.eps)
         return self.ffn(h, add_to=Residual(x, gate2))
 
 
 class ImageEmbedding(nnx.Module):
-    """CLIP tokens `[B, 257, clip_dim]` to `[B, 257, D]`."""
+    """CLIP tokens `[B, 257, clip_dim]` to `[B, 257, D]`; those of two images one after the other, with positions."""
 
     def __init__(self, config: WanConfig, *, rngs: nnx.Rngs):
         width, dim = config.clip_dim, config.dim
@@ -249,8 +258,12 @@ class ImageEmbedding(nnx.Module):
         self.norm_in, self.norm_out = LayerNorm(width, eps=1e-5), LayerNorm(dim, eps=1e-5)
         exact_gelu = lambda x: jax.nn.gelu(x, approximate=False)  # noqa: E731
         self.mlp = MLP((width, width, dim), exact_gelu, dtype=config.dtype, rngs=rngs)
+        tokens = config.clip_images * CLIP_TOKENS
+        self.positions = nnx.Param(jnp.zeros((tokens, width), config.dtype)) if config.clip_images > 1 else None
 
     def __call__(self, clip: jax.Array) -> jax.Array:
+        if self.positions is not None:
+            clip = clip + self.positions[...].astype(clip.dtype)[None]
         return self.norm_out(self.mlp(self.norm_in(clip)))
 
 
@@ -304,21 +317,56 @@ class WanModel(nnx.Module):
         timesteps: float32 `[B]` in 0..1000.
         text: text embedding `[B, 512, text_dim]`, zero rows past the prompt's end.
         y: mask and condition latents `[B, T, H, W, 20]` (image to video).
-        clip: CLIP tokens `[B, 257, clip_dim]` (Wan 2.1 image to video).
+        clip: CLIP tokens `[B, 257, clip_dim]`, of two images 514 (Wan 2.1 image to video).
         """
-        self.check(x, y, clip)
         context = self.prepare(text, patch_grid(x, self.config.patch), clip=clip)
         return self.velocity(x, self.embed_time(timesteps), context, y=y)
 
+    # What `__call__` is made of. A sampler prepares once for a video and embeds all its timesteps at once.
+
     def prepare(self, text: jax.Array, grid: tuple[int, int, int], *, clip: jax.Array | None = None) -> Context:
-        """What is computed once for a video, see `__call__`; grid: patches in time, height and width."""
-        dtype = self.config.dtype
-        text = self.text_embedding(text.astype(dtype))
-        image = None if clip is None else self.image_embedding(clip.astype(dtype))
+        """What no step changes, see `__call__`; grid: patches in time, height and width."""
+        text, image = self.embed_text(text, clip)
         graph, layers = nnx.split(self.blocks.cross_attn)
         keys_of = lambda _, layer: (None, nnx.merge(graph, layer).keys(text, image))  # noqa: E731
         _, (of_text, of_image) = lax.scan(keys_of, None, layers)
         return Context(of_text, of_image, rotary_table(grid, self.config.head_dim))
+
+    def velocity(self, x: jax.Array, time: TimeEmbedding, context: Context, *, y: jax.Array | None = None) -> jax.Array:
+        """One step: time from `embed_time`, context from `prepare`."""
+        tokens = self.run_blocks(self.embed_latents(x, y), time.blocks, context)
+        return self.end(tokens, (time, x))
+
+    def run_blocks(self, x: jax.Array, e0: jax.Array, context: Context) -> jax.Array:
+        graph, layers = nnx.split(self.blocks)
+
+        def run_block(layer, x, keys, e0, table):
+            return nnx.merge(graph, layer)(x, e0, *keys, table)
+
+        keys = context.text, context.image
+        return scan_layers(run_block, layers, x, keys, e0, context.table, remat=self.config.remat)
+
+    def begin(self, x, timesteps, text, *, y=None, clip=None) -> tuple[jax.Array, tuple, tuple]:
+        """All before the blocks where they are streamed: tokens, what else each block takes, and what `end` takes."""
+        time, table = self.embed_time(timesteps), rotary_table(patch_grid(x, self.config.patch), self.config.head_dim)
+        return self.embed_latents(x, y), (time.blocks, *self.embed_text(text, clip), table), (time, x)
+
+    def end(self, tokens: jax.Array, rest: tuple[TimeEmbedding, jax.Array]) -> jax.Array:
+        """Tokens behind the last block to the velocity; of the latents only the shape is used."""
+        time, x = rest
+        return unpatchify(self.head(tokens, time.head), patch_grid(x, self.config.patch), self.config.patch)
+
+    def embed_latents(self, x: jax.Array, y: jax.Array | None) -> jax.Array:
+        """Latents with their condition to tokens `[B, L, D]`."""
+        c = self.config
+        channels = x.shape[-1] + (0 if y is None else y.shape[-1])
+        if channels != c.in_channels:
+            raise UserError(f"the model takes {c.in_channels} latent channels (condition included), not {channels}")
+        for size, patch in zip(x.shape[1:4], c.patch, strict=True):
+            if size % patch:
+                raise UserError(f"latents of shape {x.shape[1:4]} do not divide into patches of {c.patch}")
+        x = x.astype(c.dtype) if y is None else jnp.concatenate((x.astype(c.dtype), y.astype(c.dtype)), axis=-1)
+        return self.patch_embedding(patchify(x, c.patch))
 
     def embed_time(self, timesteps: jax.Array) -> TimeEmbedding:
         """timesteps float32 `[B]` in 0..1000 to what they modulate."""
@@ -326,33 +374,16 @@ class WanModel(nnx.Module):
         e0 = self.time_projection(jax.nn.silu(e))
         return TimeEmbedding(e, e0.reshape(e.shape[0], 6, self.config.dim))
 
-    def velocity(self, x: jax.Array, time: TimeEmbedding, context: Context, *, y: jax.Array | None = None) -> jax.Array:
-        """One step's part of `__call__`: time from `embed_time`, context from `prepare`."""
-        dtype = self.config.dtype
-        x = x.astype(dtype) if y is None else jnp.concatenate((x.astype(dtype), y.astype(dtype)), axis=-1)
-        tokens = self.patch_embedding(patchify(x, self.config.patch))
-        tokens = self.run_blocks(tokens, time.blocks, context)
-        return unpatchify(self.head(tokens, time.head), patch_grid(x, self.config.patch), self.config.patch)
-
-    def run_blocks(self, x: jax.Array, e0: jax.Array, context: Context) -> jax.Array:
-        graph, layers = nnx.split(self.blocks)
-
-        def run_block(layer, x, keys, e0, table):
-            return nnx.merge(graph, layer)(x, e0, Context(*keys, table))
-
-        keys = context.text, context.image
-        return scan_layers(run_block, layers, x, keys, e0, context.table, remat=self.config.remat)
-
-    def check(self, x: jax.Array, y: jax.Array | None, clip: jax.Array | None) -> None:
+    def embed_text(self, text: jax.Array, clip: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+        """Text `[B, 512, D]` and image tokens `[B, 257 or 514, D]` as cross-attention takes them."""
         c = self.config
-        channels = x.shape[-1] + (0 if y is None else y.shape[-1])
-        if channels != c.in_channels:
-            raise UserError(f"the model takes {c.in_channels} latent channels (condition included), not {channels}")
         if (clip is None) != (c.clip_dim is None):
             raise UserError(f"clip tokens were {'not ' if clip is None else ''}given to a model with {c.clip_dim=}")
-        for size, patch in zip(x.shape[1:4], c.patch, strict=True):
-            if size % patch:
-                raise UserError(f"latents of shape {x.shape[1:4]} do not divide into patches of {c.patch}")
+        if clip is not None and clip.shape[1] != c.clip_images * CLIP_TOKENS:
+            tokens = c.clip_images * CLIP_TOKENS
+            raise UserError(f"{clip.shape[1]} clip tokens were given and the model takes {tokens}, those of its images")
+        image = None if clip is None else self.image_embedding(clip.astype(c.dtype))
+        return self.text_embedding(text.astype(c.dtype)), image
 
 
 def linear_kind(config: WanConfig):

@@ -16,10 +16,28 @@ from turbojax.weights.io import PTH_SUFFIXES
 # Has the VAE, the text encoder and the tokenizer that all Wan 2.1 models and Wan 2.2 A14B share.
 SHARED_REPOSITORY = "Wan-AI/Wan2.1-T2V-1.3B"
 
+IMAGE_ENCODER_REPOSITORY = "Wan-AI/Wan2.1-I2V-14B-480P"  # likewise, CLIP of all Wan 2.1 image to video
+
 CONVERTED = "turbojax.json"  # marks a folder written by `scripts/convert.py --format=orbax`
+
+
+def word(text: str) -> str:
+    """A pattern for the word by itself, as in TurboWan2.2-I2V-A14B-high-720P or wan_high_noise."""
+    return f"(?<![A-Za-z]){text}(?![A-Za-z])"
+
 
 # Relative paths by component, the first pattern that matches anything decides.
 PATTERNS: dict[str, tuple[str, ...]] = {
+    "high-noise expert": (
+        r"high/turbojax\.json",
+        r"high_noise_model/diffusion_pytorch_model\.safetensors(\.index\.json)?",
+        rf"[^/]*{word('high')}[^/]*\.(pth|safetensors)",
+    ),
+    "low-noise expert": (
+        r"(low|transformer_2)/turbojax\.json",
+        r"(low_noise_model|transformer_2)/diffusion_pytorch_model\.safetensors(\.index\.json)?",
+        rf"[^/]*{word('low')}[^/]*\.(pth|safetensors)",
+    ),
     "transformer": (
         r"(transformer/)?turbojax\.json",
         r"(transformer/)?diffusion_pytorch_model\.safetensors\.index\.json",
@@ -37,6 +55,10 @@ PATTERNS: dict[str, tuple[str, ...]] = {
         r"text_encoder\.safetensors",
         r"text_encoder/model\.safetensors\.index\.json",
         r"text_encoder/model\.safetensors",
+    ),
+    "image_encoder": (
+        r"models_clip_open-clip-xlm-roberta-large-vit-huge-14\.(pth|safetensors)",
+        r"image_encoder/model\.safetensors",
     ),
     "tokenizer": (
         r"(google/umt5-xxl/|tokenizer/)?tokenizer\.json",
@@ -125,6 +147,42 @@ def find(repository: Repository, component: str, *, quantized: bool | None = Non
     return None
 
 
+def find_networks(path_or_repo: str | Path, *, quantized: bool | None = None) -> tuple[Path, Path | None]:
+    """The transformer's file, or the files of the two experts for high and for low noise.
+
+    path_or_repo: a repository, a folder, a file or a converted folder; of an expert, the other one's lies beside it.
+    Raises UserError where there is none, or one expert without the other.
+    """
+    path, repository = Path(path_or_repo).expanduser(), open_repository(path_or_repo)
+    if path.is_file() or (path / CONVERTED).is_file():
+        return find_other(path)
+    low = find(repository, "low-noise expert", quantized=quantized)
+    high = find(repository, "high-noise expert", quantized=quantized)
+    if low and "transformer_2" in (low.name, low.parent.name):
+        high = find(repository, "transformer")
+    if high and low:
+        return high, low
+    for one in filter(None, (high, low)):
+        raise UserError(f"{repository.name} holds {one.name} without the other expert's file; both are needed")
+    found = find(repository, "transformer", quantized=quantized)
+    if found is None:
+        raise UserError(f"{repository.name} holds no transformer checkpoint; give the file's path")
+    return found, None
+
+
+def find_other(path: Path) -> tuple[Path, Path | None]:
+    """A file, and the other expert's if its name says "high" or "low"; the one for high noise first."""
+    for own, other in (("high", "low"), ("low", "high")):
+        if re.search(word(own), path.name):
+            beside = path.with_name(re.sub(word(own), other, path.name))
+            if not beside.exists():
+                raise UserError(
+                    f"{path.name} is one of two experts and {beside.name} is not beside it; both are needed"
+                )
+            return (path, beside) if own == "high" else (beside, path)
+    return path, None
+
+
 def component_path(path: str | Path, component: str) -> Path:
     """The component's file where `path` is a folder with several, such as an official one; else the path itself."""
     path = Path(path).expanduser()
@@ -143,16 +201,17 @@ def transformer_path(path_or_repo: str | Path) -> Path:
 
 
 def find_components(repository: Repository | None, given: Mapping[str, str | Path | None]) -> dict[str, Path]:
-    """Each component's local path: the given one, else the repository's own, else the shared repository's.
+    """Each component's local path: the given one, else the repository's own, else that of a repository that has it.
 
     Raises UserError for a component that is nowhere.
     """
     where = {}
     for name, path in given.items():
         own = component_path(path, name) if path else find(repository, name) if repository else None
-        found = own or find(open_repository(SHARED_REPOSITORY), name)
+        shared = IMAGE_ENCODER_REPOSITORY if name == "image_encoder" else SHARED_REPOSITORY
+        found = own or find(open_repository(shared), name)
         if found is None:
-            looked = f"{repository.name} or {SHARED_REPOSITORY}" if repository else SHARED_REPOSITORY
+            looked = f"{repository.name} or {shared}" if repository else shared
             raise UserError(f"no {name} was found in {looked}; give {name}=PATH")
         where[name] = found
     return where

@@ -2,7 +2,8 @@
 
 The network is built as shapes only (`nnx.eval_shape`), the checkpoint is checked against it as a whole, and then each
 tensor goes from the memory-mapped file to the device. A stacked parameter `[layers, ...]` is filled in place, so that
-neither the host nor the device ever holds the model twice.
+neither the host nor the device ever holds the model twice. For a streamed model (`turbojax.models.streaming`) each
+layer's large tensors go on to pinned host memory, one after the other.
 """
 
 import dataclasses
@@ -10,7 +11,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -24,12 +25,16 @@ from tqdm import tqdm
 
 from turbojax.errors import CheckpointError
 from turbojax.kernels import int8
+from turbojax.models.clip import CLIPConfig, CLIPVision
+from turbojax.models.streaming import HostBlocks, Streamed, is_streamed, to_host
 from turbojax.models.umt5 import UMT5Config, UMT5Encoder
 from turbojax.models.vae import VAEConfig, WanVAE
 from turbojax.models.wan import WanConfig, WanModel
+from turbojax.weights.clip import clip_rules, clip_tensors, detect_clip_config
 from turbojax.weights.files import CONVERTED
 from turbojax.weights.io import ShapeDtype, file_metadata, load_orbax, read_tensors, release
-from turbojax.weights.published import Layout, umt5_layout, vae_layout, wan_layout
+from turbojax.weights.lora import Changes, Expert, LoRA, merge, read_loras
+from turbojax.weights.published import Layout, clip_layout, umt5_layout, vae_layout, wan_layout
 from turbojax.weights.rules import Entry, Rule, assign, describe, relaid, rename, shorten
 from turbojax.weights.umt5 import detect_umt5_config, token_table, umt5_rules
 from turbojax.weights.vae import detect_vae_config, vae_rules
@@ -57,16 +62,62 @@ class Skeleton(NamedTuple):
         out = {}
         for name, spec in self.specs.items():
             if is_stacked(name):
-                layer = jax.ShapeDtypeStruct(spec.shape[1:], spec.dtype)
-                out.update({Entry(name, i): layer for i in range(spec.shape[0])})
+                out.update({Entry(name, i): layer_of(spec) for i in range(spec.shape[0])})
             else:
                 out[Entry(name, None)] = spec
         return out
 
-    def fill(self, arrays: Mapping[str, jax.Array]) -> Any:
-        """The module with these arrays as its parameters."""
+    def abstract(self) -> Any:
+        """The module with shapes and dtypes in place of its parameters, to trace and compile with."""
+        return nnx.merge(self.graph, nnx.from_flat_state(list(self.variables.items())))
+
+    def abstract_streamed(self) -> Streamed:
+        """The streamed form of `abstract`."""
+        specs: dict[str, Any] = dict(self.specs)
+        for name, spec in self.specs.items():
+            if is_stacked(name) and is_streamed(layer_of(spec)):
+                specs[name] = [layer_of(spec)] * spec.shape[0]
+        return self.fill_streamed(specs)
+
+    def fill(self, arrays: Mapping[str, Any], *, streamed: bool = False) -> Any:
+        """The module with these arrays as its parameters.
+
+        streamed: its streamed form; what is streamed comes as a list, an array a layer.
+        """
+        if streamed:
+            return self.fill_streamed(arrays)
         flat = [(path, variable.replace(arrays[dotted(path)])) for path, variable in self.variables.items()]
         return nnx.merge(self.graph, nnx.from_flat_state(flat))
+
+    def fill_streamed(self, arrays: Mapping[str, Any]) -> Streamed:
+        outer: list[tuple] = []
+        resident: list[tuple] = []
+        count = next(spec.shape[0] for name, spec in self.specs.items() if is_stacked(name))
+        layers: list[list[tuple]] = [[] for _ in range(count)]
+        for path, variable in self.variables.items():
+            array = arrays[dotted(path)]
+            if path[0] != "blocks":
+                outer.append((path, variable.replace(array)))
+            elif isinstance(array, list):
+                for layer, own in zip(layers, array, strict=True):
+                    layer.append((path[1:], variable.replace(own)))
+            else:
+                resident.append((path[1:], variable.replace(array)))
+        config, outer_graph, block_graph = self.parts()
+        blocks = HostBlocks(block_graph, nnx.from_flat_state(resident), tuple(map(nnx.from_flat_state, layers)))
+        return Streamed(config, outer_graph, nnx.from_flat_state(outer), blocks)
+
+    def restructured(self, model: Streamed) -> Streamed:
+        """A streamed model with its own arrays in this skeleton's structure."""
+        config, outer, block = self.parts()
+        return Streamed(config, outer, model.state, dataclasses.replace(model.blocks, graph=block))
+
+    def parts(self) -> tuple[Any, nnx.GraphDef, nnx.GraphDef]:
+        """The configuration, and the structures of the module without its blocks and of one block."""
+        module = self.abstract()
+        blocks = module.blocks
+        del module.blocks
+        return module.config, nnx.split(module)[0], nnx.split(blocks)[0]
 
 
 def dotted(path: tuple) -> str:
@@ -75,6 +126,11 @@ def dotted(path: tuple) -> str:
 
 def is_stacked(name: str) -> bool:
     return name.startswith("blocks.")
+
+
+def layer_of(spec: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """One layer of a stacked parameter."""
+    return jax.ShapeDtypeStruct(spec.shape[1:], spec.dtype)
 
 
 @functools.lru_cache(maxsize=16)
@@ -203,11 +259,16 @@ def load_wan(
     sla_topk: float | None = None,
     sage_values: str | None = None,
     dtype: Any = jnp.bfloat16,
-) -> WanModel:
+    streamed: bool = False,
+    loras: Sequence[LoRA] = (),
+    expert: Expert | None = None,
+) -> WanModel | Streamed:
     """Loads a transformer; options that are None follow the checkpoint.
 
     quant_linear: True quantizes a bfloat16 checkpoint while it loads, False dequantizes an int8 one.
     quant_scheme: a name of `int8.QUANT_SCHEMES`; "block128" unless the checkpoint has another.
+    streamed: leave the blocks in host memory, see `turbojax.models.streaming`.
+    loras: merged in float32, before quantization. expert: which of two networks this is, as far as they are concerned.
     """
     options: dict[str, Any] = dict(
         quant_linear=quant_linear,
@@ -218,17 +279,22 @@ def load_wan(
         dtype=dtype,
     )
     checkpoint = open_wan(path)
+    changes = read_loras(loras, checkpoint.config, expert=expert)
     skeleton = wan_skeleton(with_options(checkpoint.config, **options))
-    if isinstance(checkpoint.tensors, Stacks) and skeleton.specs == checkpoint.tensors.skeleton.specs:
+    as_stored = isinstance(checkpoint.tensors, Stacks) and skeleton.specs == checkpoint.tensors.skeleton.specs
+    if as_stored and not (changes or streamed):
         return skeleton.fill(load_arrays(Path(path), skeleton))
-    return build_wan(checkpoint, **options)
+    return build_wan(checkpoint, changes, streamed=streamed, **options)
 
 
-def build_wan(checkpoint: WanCheckpoint, **options: Any) -> WanModel:
-    """The network of a checked checkpoint; options as `load_wan` takes them."""
+def build_wan(
+    checkpoint: WanCheckpoint, changes: Changes | None = None, *, streamed: bool = False, **options: Any
+) -> WanModel | Streamed:
+    """The network of a checked checkpoint, with the changes of LoRAs; options as `load_wan` takes them."""
     config = with_options(checkpoint.config, **options)
     skeleton = wan_skeleton(config)
-    model = skeleton.fill(place(skeleton, Pieces(checkpoint, config), what=checkpoint.what))
+    arrays = place(skeleton, Pieces(checkpoint, config, changes or {}), what=checkpoint.what, streamed=streamed)
+    model = skeleton.fill(arrays, streamed=streamed)
     log_quantization(checkpoint.config, config, skeleton)
     return model
 
@@ -253,16 +319,20 @@ def log_quantization(stored: WanConfig, config: WanConfig, skeleton: Skeleton) -
 
 @dataclasses.dataclass(frozen=True)
 class Pieces:
-    """The checkpoint's tensors in the form that a configuration wants: quantized, dequantized, with or without SLA."""
+    """The tensors in the form that a configuration wants: quantized, dequantized, with or without SLA, with LoRAs."""
 
     checkpoint: WanCheckpoint
     config: WanConfig
+    changes: Changes = dataclasses.field(default_factory=dict)
 
     def __call__(self, entry: Entry) -> Any:
         if ".proj_l." in entry.target and entry not in self.checkpoint.tensors:
             return self.untrained_projection(entry)
         linear = QUANTIZED.fullmatch(entry.target)
-        if linear is None or scheme(self.checkpoint.config) == scheme(self.config):
+        if linear is None:
+            return self.changed(entry, self.checkpoint.tensors[entry])
+        merges = Entry(f"{linear['name']}.weight", entry.layer) in self.changes
+        if not merges and scheme(self.checkpoint.config) == scheme(self.config):
             return self.checkpoint.tensors[entry]
         weight = self.weight(linear["name"], entry.layer)
         if self.config.quant is None:
@@ -275,10 +345,15 @@ class Pieces:
 
     def weight(self, name: str, layer: int | None) -> Any:
         """A linear layer's weight as numbers."""
-        stored = self.checkpoint.tensors[Entry(f"{name}.weight", layer)]
-        if self.checkpoint.config.quant is None:
-            return stored
-        return dequantize_weight(stored, self.checkpoint.tensors[Entry(f"{name}.scale", layer)])
+        entry = Entry(f"{name}.weight", layer)
+        stored = self.checkpoint.tensors[entry]
+        if self.checkpoint.config.quant is not None:
+            stored = dequantize_weight(stored, self.checkpoint.tensors[Entry(f"{name}.scale", layer)])
+        return self.changed(entry, stored)
+
+    def changed(self, entry: Entry, stored: Any) -> Any:
+        changes = self.changes.get(entry)
+        return merge(stored, changes) if changes else stored
 
     def untrained_projection(self, entry: Entry) -> np.ndarray:
         if entry == Entry("blocks.self_attn.proj_l.weight", 0):
@@ -318,13 +393,18 @@ def all_finite(x: jax.Array) -> jax.Array:
 SMALL_BYTES = 2**22  # parameters up to this size are put together by numpy: compiling for each shape takes longer
 
 
-def place(skeleton: Skeleton, piece: Callable[[Entry], Any], *, what: str) -> dict[str, jax.Array]:
+def place(
+    skeleton: Skeleton, piece: Callable[[Entry], Any], *, what: str, streamed: bool = False
+) -> dict[str, jax.Array | list[jax.Array]]:
     """Puts every parameter on the device, one tensor of the checkpoint at a time, with a progress bar in bytes.
+
+    streamed: large parameters of the blocks become lists of arrays in host memory, one a layer.
 
     Raises CheckpointError naming the parameters that hold NaN or infinity.
     """
     total = sum(spec.size * spec.dtype.itemsize for spec in skeleton.specs.values())
-    arrays, finite = {}, {}
+    arrays: dict[str, jax.Array | list[jax.Array]] = {}
+    finite = {}
     with tqdm(total=total, unit="B", unit_scale=True, desc=f"Loading {what}", disable=None, leave=False) as bar:
 
         def values(name: str, spec: jax.ShapeDtypeStruct, small: bool) -> Iterator[tuple[int | None, Any]]:
@@ -332,7 +412,8 @@ def place(skeleton: Skeleton, piece: Callable[[Entry], Any], *, what: str) -> di
             layers = range(spec.shape[0]) if is_stacked(name) else [None]
             for layer in layers:
                 stored = piece(Entry(name, layer))
-                value = np.asarray(stored) if small else jnp.asarray(stored)
+                # jnp.asarray would compile a program for each shape.
+                value = np.asarray(stored) if small else jax.device_put(stored, may_alias=False)
                 if jnp.issubdtype(value.dtype, jnp.floating):
                     finite[Entry(name, layer)] = np.isfinite(value).all() if small else all_finite(value)
                 yield layer, value
@@ -341,6 +422,9 @@ def place(skeleton: Skeleton, piece: Callable[[Entry], Any], *, what: str) -> di
                 bar.update(spec.size * spec.dtype.itemsize // len(layers))
 
         for name, spec in skeleton.specs.items():
+            if streamed and is_stacked(name) and is_streamed(layer_of(spec)):
+                arrays[name] = layers_on_host(spec, values(name, spec, small=False))
+                continue
             small = spec.size * spec.dtype.itemsize <= SMALL_BYTES
             arrays[name] = (stack_on_host if small else stack_on_device)(spec, values(name, spec, small))
     bad = [describe(entry) for entry, ok in finite.items() if not ok]
@@ -349,11 +433,16 @@ def place(skeleton: Skeleton, piece: Callable[[Entry], Any], *, what: str) -> di
     return arrays
 
 
+def layers_on_host(spec: jax.ShapeDtypeStruct, values: Iterator[tuple[int | None, jax.Array]]) -> list[jax.Array]:
+    """Each waited for, so that the device holds one at a time."""
+    return [jax.block_until_ready(to_host(value.astype(spec.dtype))) for _, value in values]
+
+
 def stack_on_host(spec: jax.ShapeDtypeStruct, values: Iterator[tuple[int | None, np.ndarray]]) -> jax.Array:
     array = np.empty(spec.shape, spec.dtype)
     for layer, value in values:
         array[... if layer is None else layer] = value
-    return jnp.asarray(array)
+    return jax.device_put(array)
 
 
 def stack_on_device(spec: jax.ShapeDtypeStruct, values: Iterator[tuple[int | None, jax.Array]]) -> jax.Array:
@@ -437,6 +526,15 @@ def open_umt5(path: str | os.PathLike, *, dtype: Any = jnp.bfloat16) -> PlainChe
         return check_plain(skeleton, tensors, umt5_rules(tensors), umt5_layout(config))
 
 
+def open_clip(path: str | os.PathLike, *, dtype: Any = jnp.float16) -> PlainCheckpoint:
+    """Opens a CLIP image encoder, official or transformers' names; raises CheckpointError as the others do."""
+    tensors = read_tensors(path)
+    with naming(path):
+        config: CLIPConfig = dataclasses.replace(detect_clip_config(tensors), dtype=dtype)
+        skeleton = Skeleton.of(lambda: CLIPVision(config, rngs=nnx.Rngs(0)))
+        return check_plain(skeleton, clip_tensors(tensors, config.num_layers), clip_rules(tensors), clip_layout(config))
+
+
 def check_plain(
     skeleton: Skeleton, tensors: Mapping[str, np.ndarray], rules: Iterable[Rule], layout: Layout
 ) -> PlainCheckpoint:
@@ -450,13 +548,20 @@ def load_vae(path: str | os.PathLike, *, dtype: Any = jnp.bfloat16) -> WanVAE:
     return load_plain(open_vae(path, dtype=dtype), what=Path(path).name)
 
 
-def load_umt5(path: str | os.PathLike, *, dtype: Any = jnp.bfloat16) -> tuple[UMT5Encoder, np.ndarray]:
+def load_umt5(
+    path: str | os.PathLike, *, dtype: Any = jnp.bfloat16, streamed: bool = False
+) -> tuple[UMT5Encoder | Streamed, np.ndarray]:
     """Loads a umT5 encoder; returns it and its token table `[vocab, D]`, which stays in the memory-mapped file."""
-    encoder = load_plain(open_umt5(path, dtype=dtype), what=Path(path).name)
+    encoder = load_plain(open_umt5(path, dtype=dtype), what=Path(path).name, streamed=streamed)
     return encoder, token_table(read_tensors(path))
 
 
-def load_plain(checkpoint: PlainCheckpoint, *, what: str) -> Any:
+def load_clip(path: str | os.PathLike, *, dtype: Any = jnp.float16) -> CLIPVision:
+    """Loads a CLIP image encoder, official or transformers' names."""
+    return load_plain(open_clip(path, dtype=dtype), what=Path(path).name)
+
+
+def load_plain(checkpoint: PlainCheckpoint, *, what: str, streamed: bool = False) -> Any:
     """A module whose parameters are the checkpoint's tensors as they are."""
     skeleton, tensors = checkpoint
-    return skeleton.fill(place(skeleton, tensors.__getitem__, what=what))
+    return skeleton.fill(place(skeleton, tensors.__getitem__, what=what, streamed=streamed), streamed=streamed)

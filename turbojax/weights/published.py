@@ -9,9 +9,10 @@ from collections.abc import Iterator, Mapping
 import numpy as np
 
 from turbojax.kernels.int8 import BLOCK
+from turbojax.models.clip import CLIPConfig
 from turbojax.models.umt5 import UMT5Config
 from turbojax.models.vae import VAEConfig
-from turbojax.models.wan import WanConfig
+from turbojax.models.wan import CLIP_TOKENS, WanConfig
 
 Layout = dict[str, tuple[int, ...]]
 
@@ -47,6 +48,8 @@ def wan_layout(config: WanConfig) -> Layout:
     if c.clip_dim:
         layout |= affine("img_emb.proj.0", c.clip_dim) | linear("img_emb.proj.1", c.clip_dim, c.clip_dim)
         layout |= linear("img_emb.proj.3", c.clip_dim, c.dim) | affine("img_emb.proj.4", c.dim)
+        if c.clip_images > 1:
+            layout |= {"img_emb.emb_pos": (1, c.clip_images * CLIP_TOKENS, c.clip_dim)}
     return layout
 
 
@@ -117,6 +120,26 @@ def umt5_layout(config: UMT5Config) -> Layout:
         layout |= linear(f"{block}.ffn.fc2", c.ffn_dim, c.dim, bias=False)
         layout |= {f"{block}.pos_embedding.embedding.weight": (c.num_buckets, c.num_heads)}
     return layout | {"norm.weight": (c.dim,)}
+
+
+def clip_layout(config: CLIPConfig) -> Layout:
+    """The image encoder of models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth, without what does not run.
+
+    The file also holds a last layer, `post_norm`, `head` (so named, after the layers) and the text encoder `textual`.
+    """
+    c = config
+    layout: Layout = {
+        "visual.cls_embedding": (1, 1, c.dim),
+        "visual.pos_embedding": (1, c.tokens, c.dim),
+        "visual.patch_embedding.weight": (c.dim, 3, c.patch, c.patch),
+    }
+    layout |= affine("visual.pre_norm", c.dim)
+    for i in range(c.num_layers):
+        layer = f"visual.transformer.{i}"
+        layout |= affine(f"{layer}.norm1", c.dim) | linear(f"{layer}.attn.to_qkv", c.dim, 3 * c.dim)
+        layout |= linear(f"{layer}.attn.proj", c.dim, c.dim) | affine(f"{layer}.norm2", c.dim)
+        layout |= linear(f"{layer}.mlp.0", c.dim, c.mlp_dim) | linear(f"{layer}.mlp.2", c.mlp_dim, c.dim)
+    return layout
 
 
 def convolution(name: str, features_in: int, features_out: int, *kernel: int) -> Layout:

@@ -13,8 +13,11 @@ from turbojax.weights.load import Skeleton, describe, place
 from turbojax.weights.rules import Entry
 
 
-def random_module(skeleton: Skeleton, *, seed: int = 0, what: str = "random weights") -> Any:
-    """A module with generated parameters, made on the device a layer at a time; the same seed gives the same values."""
+def random_module(skeleton: Skeleton, *, seed: int = 0, what: str = "random weights", streamed: bool = False) -> Any:
+    """A module with generated parameters, made on the device a layer at a time; the same seed gives the same values.
+
+    streamed: leave the blocks in host memory, see `turbojax.models.streaming`.
+    """
     specs = skeleton.entries()
     key = jax.random.key(seed)
 
@@ -28,7 +31,7 @@ def random_module(skeleton: Skeleton, *, seed: int = 0, what: str = "random weig
             return jnp.full(spec.shape, 3**0.5 / 127 / features_in**0.5, spec.dtype)
         return normal(own_key, *center_and_spread(entry.target, spec.shape), spec.shape, spec.dtype)
 
-    return skeleton.fill(place(skeleton, generate, what=what))
+    return skeleton.fill(place(skeleton, generate, what=what, streamed=streamed), streamed=streamed)
 
 
 def center_and_spread(entry: str, shape: tuple[int, ...]) -> tuple[float, float]:

@@ -48,6 +48,7 @@ OFFICIAL: tuple[Rule, ...] = (
     Rule(r"img_emb\.proj\.1\.(weight|bias)", r"image_embedding.mlp.fc1.\1"),
     Rule(r"img_emb\.proj\.3\.(weight|bias)", r"image_embedding.mlp.fc2.\1"),
     Rule(r"img_emb\.proj\.4\.(weight|bias)", r"image_embedding.norm_out.\1"),
+    Rule(r"img_emb\.emb_pos", "image_embedding.positions", without_batch),
     Rule(r"head\.modulation", "head.modulation", without_batch),
     Rule(r"head\.head\.(weight|bias)", r"head.proj.\1"),
     Rule(_BLOCK + "modulation", "blocks.modulation", without_batch),
@@ -78,6 +79,7 @@ DIFFUSERS: tuple[Rule, ...] = (
     Rule(r"condition_embedder\.image_embedder\.ff\.net\.0\.proj\.(weight|bias)", r"image_embedding.mlp.fc1.\1"),
     Rule(r"condition_embedder\.image_embedder\.ff\.net\.2\.(weight|bias)", r"image_embedding.mlp.fc2.\1"),
     Rule(r"condition_embedder\.image_embedder\.norm2\.(weight|bias)", r"image_embedding.norm_out.\1"),
+    Rule(r"condition_embedder\.image_embedder\.pos_embed", "image_embedding.positions", without_batch),
     Rule("scale_shift_table", "head.modulation", without_batch),
     Rule(r"proj_out\.(weight|bias)", r"head.proj.\1"),
     Rule(_BLOCK + "scale_shift_table", "blocks.modulation", without_batch),
@@ -145,6 +147,7 @@ def detect_wan_config(
         num_heads=num_heads or max(1, dim // (head_dim or 128)),
         num_layers=1 + max(i for i, count in tensors_in.items() if 2 * count > max(tensors_in.values())),
         clip_dim=size(("image_embedding.norm_in.weight", 0), ("image_embedding.norm_in.bias", 0)),
+        clip_images=2 if Entry("image_embedding.positions", None) in shapes else 1,
         attention_type="sla" if head_dim else "original",
         quant=detect_quantization(shapes) if quantized else None,
     )

@@ -1,0 +1,93 @@
+"""The planner's estimates beside XLA's memory analysis for an H100, without a GPU; writes JSON.
+
+    python tests/manual/memory_ahead_of_time.py [--out=benchmarks/memory_ahead_of_time.json]
+
+Needs jax's CUDA plugin (jax 0.11 or later) and jax-triton; takes ten minutes on two cores. Kernels are lowered as on a
+card. Without one XLA cannot search for the fastest matmul and is told to take cuBLAS, as it does on an H100.
+"""
+
+import argparse
+import json
+import os
+import types
+from pathlib import Path
+from unittest import mock
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_gpu_enable_triton_gemm=false"
+
+import jax
+from jax.experimental import topologies
+
+from turbojax import benchmark
+from turbojax.models.umt5 import UMT5Config
+from turbojax.models.vae import VAEConfig
+from turbojax.pipeline import MODELS, Call, sampler_program
+from turbojax.temporaries import Parts, Residency, compiled, estimate
+from turbojax.video import video_size
+from turbojax.weights.load import wan_skeleton, with_options
+
+# What XLA says of an H100 SXM.
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  shared_memory_per_block: 49152 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 84978434048
+  cuda_compute_capability { major: 9 }
+}
+platform_name: "CUDA" device_description_str: "NVIDIA H100 80GB HBM3"
+runtime_version { major: 13 } dnn_version_info { major: 9 minor: 10 }
+"""
+
+SMALL, LARGE = "wan2.1-t2v-1.3b", "wan2.1-t2v-14b"
+SETTINGS = [
+    *((model, size, {"quant_scheme": scheme}) for model in (SMALL, LARGE) for size in ("480p", "720p")
+      for scheme in (None, "block128", "channel")),
+    *((LARGE, "720p", {"quant_scheme": scheme, "attention_type": attention}) for scheme in (None, "block128")
+      for attention in ("sla", "sagesla")),
+]  # fmt: skip
+STREAMED = Residency(text_streamed=True, vae_tiled=True, transformer_streamed=True)
+
+
+def compare(model: str, size: str, quant_scheme: str | None, **options) -> dict[str, dict[str, dict[str, int]]]:
+    """Bytes of temporaries by stage, resident and streamed (with the VAE in tiles)."""
+    config = with_options(MODELS[model](), quant_linear=quant_scheme is not None, quant_scheme=quant_scheme, **options)
+    parts = Parts(config, VAEConfig.wan2_1(), UMT5Config.xxl())
+    width, height = video_size(size, "16:9")
+    call = Call.of(parts, {"width": width, "height": height})
+    program = lambda: sampler_program(call.sampler, wan_skeleton(config).abstract(), call.arguments)[1]()  # noqa: E731
+    measure = compiled(parts, call.work, program)
+    result = {}
+    for name, where in (("resident", Residency()), ("streamed", STREAMED)):
+        found, guess = measure(where)._asdict(), estimate(parts, call.work, where)._asdict()
+        result[name] = {stage: {"analysis": found[stage], "estimate": guess[stage]} for stage in found}
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", type=Path)
+    out = parser.parse_args().out
+    topology = topologies.get_topology_desc("", "cuda", target_config=H100, topology="1x1x1")
+    card = types.SimpleNamespace(platform="gpu", compute_capability="9.0", core_count=132)
+    import jax_triton.triton_lib as launcher
+
+    results = {}
+    with (
+        jax.default_device(topology.devices[0]),
+        mock.patch.object(jax, "devices", return_value=[card]),
+        mock.patch.object(jax, "default_backend", return_value="gpu"),
+        mock.patch.object(launcher.triton_kernel_call_lib, "get_compute_capability", return_value=90),
+    ):
+        for model, size, options in SETTINGS:
+            name = " ".join([model, size, *(str(value) for value in options.values() if value)])
+            results[name] = compare(model, size, **options)
+            print(name, json.dumps(results[name]), flush=True)
+    if out:
+        benchmark.save({"case": "memory, compiled for an H100 without one", "result": results}, out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,92 @@
+"""The encoding of an image and grey frames: the same as that of the whole clip, for less work."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from tests.golden_io import GOLDEN, load
+from tests.parity_vae import fixture_vae
+from turbojax import condition
+from turbojax.errors import UserError
+from turbojax.models.vae import encode
+
+HEIGHT, WIDTH = 16, 24
+
+
+@pytest.fixture(scope="module")
+def vae():
+    return fixture_vae(load(GOLDEN / "vae.safetensors")[1])
+
+
+@pytest.fixture(scope="module")
+def images():
+    return np.random.default_rng(0).uniform(-1, 1, (2, HEIGHT, WIDTH, 3)).astype(np.float32)
+
+
+@pytest.mark.parametrize(("num_frames", "ends"), [(1, False), (5, False), (81, False), (5, True), (81, True)])
+def test_equals_the_whole_clip(vae, images, num_frames, ends, monkeypatch):
+    last = images[1] if ends else None
+    still = condition.encode_still(vae, images[0], num_frames=num_frames, last_image=last)
+    clip = np.zeros((1, num_frames, HEIGHT, WIDTH, 3), np.float32)
+    clip[0, 0] = images[0]
+    if ends:
+        clip[0, -1] = images[1]
+    # XLA joins operations of a whole encoder otherwise than of its stages: the last bits of float32 differ.
+    np.testing.assert_allclose(still, encode(vae, clip), rtol=0, atol=1e-5)
+    monkeypatch.setattr(condition, "settled_chunks", lambda vae: [num_frames] * 4)  # compute every chunk
+    np.testing.assert_array_equal(still, condition.encode_still(vae, images[0], num_frames=num_frames, last_image=last))
+
+
+def test_settled_chunks_are_the_first_ones_that_repeat(vae, images):
+    settled = condition.settled_chunks(vae)
+    assert settled == [4, 6, 11, 27]
+    graph, state = nnx.split(vae)
+    cache = None
+    results: list[list[np.ndarray]] = [[] for _ in settled]
+    for i in range(settled[2] + 2):
+        x = jnp.asarray(images[:1, None]) if i == 0 else jnp.zeros((1, 4, HEIGHT, WIDTH, 3))
+        for stage in range(3):
+            x, cache = condition.encode_stage(graph, state, x, cache, first=i == 0, stage=stage)
+            results[stage].append(np.asarray(x))
+    for stage, first in enumerate(settled[:3]):
+        before, there, after = results[stage][first - 1 : first + 2]
+        np.testing.assert_array_equal(after, there)
+        assert not np.array_equal(before, there)
+
+
+def test_mask(vae, images):
+    y = condition.condition(vae, images[0], num_frames=9)
+    assert y.shape == (1, 3, HEIGHT // 8, WIDTH // 8, 20)
+    assert y.dtype == jnp.float32
+    assert (np.asarray(y[0, 0, ..., :4]) == 1).all()
+    assert (np.asarray(y[0, 1:, ..., :4]) == 0).all()
+    y = condition.condition(vae, images[0], num_frames=9, last_image=images[1])
+    assert (np.asarray(y[0, 2, ..., :4]) == [0, 0, 0, 1]).all()
+
+
+def test_errors(vae, images):
+    with pytest.raises(UserError, match="frames=8"):
+        condition.encode_still(vae, images[0], num_frames=8)
+    with pytest.raises(UserError, match="height=12"):
+        condition.encode_still(vae, images[0, :12], num_frames=9)
+    for frames, last in ((1, images[1]), (9, images[1, :8])):
+        with pytest.raises(UserError, match="last image"):
+            condition.encode_still(vae, images[0], num_frames=frames, last_image=last)
+
+
+def test_compiled_ahead(vae, images):
+    """What `compile_still` compiled is found again: XLA has nothing more to do for the stages."""
+    condition.compile_still(vae, 16, 16)
+    compiled: list[str] = []
+
+    def listen(event: str, duration: float, **details) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(details.get("fun_name", event))
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    condition.encode_still(vae, images[0, :, :16], num_frames=9)
+    assert not [name for name in compiled if "encode_stage" in name]
+    condition.encode_still(vae, images[0, :, :8], num_frames=9)
+    assert [name for name in compiled if "encode_stage" in name]

@@ -1,0 +1,83 @@
+"""Measurements of writing mp4 files: seconds, bytes and PSNR for settings of x264, on the CPU."""
+
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import imageio.v2 as imageio
+import numpy as np
+from absl import logging
+
+from turbojax import video as video_files
+from turbojax.video import open_video
+
+CANDIDATES = (
+    *(("medium", 10), ("veryfast", 10), ("veryfast", 14), ("superfast", 10), ("superfast", 12)),
+    *(("superfast", 14), ("ultrafast", 10), ("ultrafast", 14)),
+)
+PACE = 0.04  # seconds between pieces of 4 frames, as the VAE gives them at 480p
+
+
+def video_writing(folder: Path, *, num_frames: int, height: int, width: int) -> dict[str, Any]:
+    """Presets and qualities of x264 for moving shapes with mild noise, and for noise alone.
+
+    `seconds`: everything appended at once; `tail_seconds`: from the last of the pieces, which come at the VAE's pace,
+    to the closed file. `psnr`: of luma, decibels.
+    """
+    chosen = video_files.X264
+    result: dict[str, Any] = {"cpus": os.cpu_count(), "chosen": " ".join(chosen)}
+    shape = (num_frames, height, width, 3)
+    for name, clip in (("shapes", moving_shapes(*shape[:3])), ("noise", noise(*shape[:3]))):
+        for preset, crf in CANDIDATES:
+            video_files.X264 = ("-preset", preset, "-crf", str(crf))
+            try:
+                file = folder / "video.mp4"
+                start = time.perf_counter()
+                video_files.save_video(clip, file)
+                seconds = time.perf_counter() - start
+                row = {"seconds": seconds, "bytes": file.stat().st_size, "psnr": psnr(clip, file)}
+                result[f"{name} {preset} crf {crf}"] = row | {"tail_seconds": tail_seconds(clip, file)}
+            finally:
+                video_files.X264 = chosen
+            logging.info("%s, %s, crf %d: %s", name, preset, crf, result[f"{name} {preset} crf {crf}"])
+    return result
+
+
+def tail_seconds(clip: np.ndarray, file: Path) -> float:
+    with open_video(file, clip.shape) as append:
+        append(clip[:1])
+        for start in range(1, len(clip), 4):
+            time.sleep(PACE)
+            append(clip[start : start + 4])
+        last = time.perf_counter()
+    return time.perf_counter() - last
+
+
+def moving_shapes(frames: int, height: int, width: int) -> np.ndarray:
+    """Soft discs that move over a gradient with a fine texture, and noise of 2 levels: uint8 `[T, H, W, 3]`."""
+    rng = np.random.default_rng(0)
+    y, x = np.mgrid[:height, :width].astype(np.float32)
+    ground = np.stack((96 + 64 * x / width, 80 + 96 * y / height, 150 - 60 * x / width), axis=-1)
+    ground += (12 * np.sin(x / 3 + np.sin(y / 17) * 4))[..., None]
+    place, speed = rng.uniform(0, 1, (12, 2)) * (height, width), rng.uniform(-4, 4, (12, 2))
+    radius, colour = rng.uniform(20, 80, 12), rng.uniform(20, 235, (12, 3))
+    video = np.empty((frames, height, width, 3), np.uint8)
+    for t in range(frames):
+        frame = np.roll(ground, t, axis=1)
+        for (row, column), r, c in zip(place + t * speed, radius, colour, strict=True):
+            inside = np.clip(r - np.hypot(y - row, x - column), 0, 1)[..., None]
+            frame = frame * (1 - inside) + c * inside
+        video[t] = np.clip(frame + rng.normal(0, 2, frame.shape), 0, 255).round()
+    return video
+
+
+def noise(frames: int, height: int, width: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (frames, height, width, 3), np.uint8)
+
+
+def psnr(clip: np.ndarray, file: Path) -> float:
+    luma = np.asarray([0.299, 0.587, 0.114], np.float32)
+    read = imageio.get_reader(file).iter_data()
+    errors = [float(np.mean(((a.astype(np.float32) - b) @ luma) ** 2)) for a, b in zip(clip, read, strict=True)]
+    return 10 * float(np.log10(255**2 / np.mean(errors)))

@@ -1,0 +1,157 @@
+"""What an image-to-video network is given of its images: a mask and latents, for all frames of the video.
+
+The clip to encode is the image, then grey (0) up to the end, or up to a last image. B is 1 here: one condition serves
+all samples. Latents are `b t h w c`. Source: TurboDiffusion, inference/wan2.2_i2v_infer.py.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from turbojax.errors import UserError
+from turbojax.image import ImageSource, adaptive_size, read_image, resize, to_unit
+from turbojax.models.clip import CLIPVision, clip_dtype, encode_image
+from turbojax.models.vae import Cache, VAEConfig, WanVAE, check_video
+from turbojax.models.wan import CLIP_TOKENS, WanConfig
+
+
+def image_inputs(
+    vae: WanVAE, clip: CLIPVision | None, images: Sequence[np.ndarray], *, num_frames: int, width: int, height: int
+) -> dict[str, jax.Array]:
+    """`y`, and `clip` where there is an image encoder.
+
+    images: uint8 `[H, W, 3]` of any size, for the first frame or for the first and the last.
+    """
+    frames = [to_unit(resize(image, width, height)) for image in images]
+    inputs = {"y": condition(vae, frames[0], num_frames=num_frames, last_image=frames[1] if frames[1:] else None)}
+    if clip is not None:
+        inputs["clip"] = jnp.concatenate([encode_image(clip, image) for image in images], axis=1)
+    return inputs
+
+
+def image_shapes(config: WanConfig, vae: VAEConfig, shape: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of `image_inputs`, B times for latents `[B, t, h, w, c]`; empty for networks without images."""
+    shapes: dict[str, tuple] = {}
+    if takes_images(config):
+        shapes["y"] = (*shape[1:-1], vae.temporal_factor + vae.z_dim), jnp.float32
+    if config.clip_dim:
+        shapes["clip"] = (config.clip_images * CLIP_TOKENS, config.clip_dim), clip_dtype(config.dtype)
+    return {name: jax.ShapeDtypeStruct((shape[0], *own), dtype) for name, (own, dtype) in shapes.items()}
+
+
+def takes_images(config: WanConfig) -> bool:
+    """Whether a network makes videos from images."""
+    return config.in_channels != config.out_channels
+
+
+def read_images(
+    config: WanConfig, image: ImageSource | None, last_image: ImageSource | None, background: str
+) -> list[np.ndarray]:
+    """The images of a call, uint8 `[H, W, 3]`: none, one, or the first and the last frame's.
+
+    Raises UserError where they are not what the network takes.
+    """
+    if not takes_images(config):
+        if image is not None or last_image is not None:
+            raise UserError("this transformer makes videos from text alone; leave out the image, or take another one")
+        return []
+    if image is None:
+        raise UserError("this transformer makes videos from images; give image=, or a text-to-video checkpoint")
+    if config.clip_dim and (last_image is None) != (config.clip_images == 1):
+        takes = "a first and a last image" if config.clip_images > 1 else "a first image only"
+        raise UserError(f"this transformer takes {takes}; give {'both' if last_image is None else 'no last_image'}")
+    sources = [image] if last_image is None else [image, last_image]
+    return [read_image(source, background=background) for source in sources]
+
+
+def video_shape(width: int, height: int, images: Sequence[np.ndarray], *, adaptive: bool) -> tuple[int, int]:
+    """Width and height of a video: as given, or in the first image's shape at that area."""
+    return adaptive_size(images[0].shape[1::-1], (width, height)) if images and adaptive else (width, height)
+
+
+def condition(vae: WanVAE, image: np.ndarray, *, num_frames: int, last_image: np.ndarray | None = None) -> jax.Array:
+    """Mask and latents, float32 `[1, 1 + n, h/8, w/8, 4 + z_dim]`, the network's `y`.
+
+    image, last_image: `[h, w, 3]` in [-1, 1]. num_frames: 1 + 4n.
+    """
+    latents = encode_still(vae, image, num_frames=num_frames, last_image=last_image)
+    return jnp.concatenate((mask(latents.shape, vae.config, last=last_image is not None), latents), axis=-1)
+
+
+def mask(shape: tuple[int, ...], config: VAEConfig, *, last: bool) -> jax.Array:
+    """1 where a frame is given, a channel for each of a latent's frames (4 times the first one), in float32."""
+    given = np.zeros((*shape[:-1], config.temporal_factor), np.float32)
+    given[:, 0] = 1
+    if last:
+        given[:, -1, ..., -1] = 1
+    return jnp.asarray(given)
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "first", "stage"), donate_argnames="cache")
+def encode_stage(
+    graph, state, x: jax.Array, cache: Cache | None, *, first: bool, stage: int
+) -> tuple[jax.Array, Cache]:
+    """One stage of the encoder for a chunk; cache None before all else."""
+    vae = nnx.merge(graph, state)
+    cache = vae.init_encode_cache(x.shape[0], *x.shape[2:4]) if cache is None else cache
+    return vae.encode_chunk(x, cache, first=first, stage=stage)
+
+
+def compile_still(vae: WanVAE, height: int, width: int) -> None:
+    """Compiles what `encode_still` runs for an image of this size; vae may be abstract."""
+    graph, state = nnx.split(vae)
+    cache = None
+    for frames in (1, vae.config.temporal_factor):
+        x = jax.ShapeDtypeStruct((1, frames, height, width, 3), vae.config.dtype)
+        for stage in range(len(vae.encoder.stages)):
+            lowered = encode_stage.lower(graph, state, x, cache, first=frames == 1, stage=stage)
+            lowered.compile()
+            x, cache = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), lowered.out_info)
+
+
+def encode_still(vae: WanVAE, image: np.ndarray, *, num_frames: int, last_image: np.ndarray | None = None) -> jax.Array:
+    """Latents of the clip of an image and grey frames, as `turbojax.models.vae.encode` gives them, for less work.
+
+    The encoder looks back only, so some time after the image each of its stages gives the same for every chunk. From
+    there on the stage is passed over and its result used again; only the smallest resolution runs to the end. Of the
+    20 chunks of 80 grey frames the first stage computes 4, the second 6, the third 11.
+    """
+    clip = jnp.asarray(image, vae.config.dtype)[None, None]
+    check_video((1, num_frames, *clip.shape[2:]), vae.config)
+    factor = vae.config.temporal_factor
+    grey = jnp.zeros((1, factor, *clip.shape[2:]), clip.dtype)
+    chunks = [clip] + [grey] * ((num_frames - 1) // factor)
+    if last_image is not None:
+        if clip.shape[2:] != last_image.shape or len(chunks) == 1:
+            raise UserError("a last image needs the size of the first, and more than one frame")
+        chunks[-1] = grey.at[:, -1].set(jnp.asarray(last_image, clip.dtype)[None])
+    graph, state = nnx.split(vae)
+    cache = None
+    settled = settled_chunks(vae)
+    results: list[Any] = [None] * len(settled)
+    latents = []
+    for i, x in enumerate(chunks):
+        ends = last_image is not None and i == len(chunks) - 1
+        for stage, final in enumerate(settled):
+            if i <= final or ends:
+                results[stage], cache = encode_stage(graph, state, x, cache, first=i == 0, stage=stage)
+            x = results[stage]
+        latents.append(x)
+    return jnp.concatenate(latents, axis=1)
+
+
+def settled_chunks(vae: WanVAE) -> list[int]:
+    """For each stage of the encoder, the chunk from which on its result repeats; chunk 0 is the image."""
+    encoder, rate, chunks = vae.encoder, vae.config.temporal_factor, []
+    frame = encoder.conv_in.settled(1)
+    for stage in encoder.stages:
+        for block in (encoder.blocks[i] for i in stage):
+            frame = block.settled(frame)
+            rate //= block.stride
+        chunks.append(1 - -(frame - 1) // rate)
+    return chunks

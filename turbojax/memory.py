@@ -1,0 +1,295 @@
+"""The memory planner: what each stage of a call needs of a card, and what to keep on the card for it.
+
+    parts = Parts(WanConfig.t2v_14b(quant=QuantConfig()), VAEConfig.wan2_1(), UMT5Config.xxl())
+    print(plan(parts, Work((21, 90, 160, 16)), limit=24e9))
+
+A stage needs the weights that are then on the device, known from shapes, and the temporaries of its programs, see
+`turbojax.temporaries`. All sizes are bytes; a GB is 10^9 of them.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import jax
+
+from turbojax.errors import UserError
+from turbojax.models import streaming
+from turbojax.temporaries import (
+    Parts,
+    Residency,
+    Temporaries,
+    Work,
+    clip_skeleton,
+    compiled,
+    estimate,
+    size_of,
+    text_skeleton,
+    vae_skeleton,
+)
+from turbojax.weights.load import Skeleton, is_stacked, layer_of, wan_skeleton
+
+GB = 1e9
+MODES = ("auto", "resident", "stream")
+ROOM = 0.95  # of the device that is planned: predictions may be 5 % low
+CLEAR = 0.85  # what is estimated to take less of it is not compiled to be sure
+
+
+class Measure(NamedTuple):
+    """A way to take less memory: the field of `Residency` and how to say it."""
+
+    field: str
+    sentence: str
+
+
+# In the order in which they cost time: 0.2 s a prompt, some of the decoding, some of every step unless copies hide.
+MEASURES = (
+    Measure("text_streamed", "The text encoder stays in host memory and passes through the card a layer at a time"),
+    Measure("vae_tiled", "The VAE decodes in tiles"),
+    Measure("in_turn", "One of the two experts is on the card at a time, the other in host memory"),
+    Measure("transformer_streamed", "The transformer's blocks stay in host memory and are copied a layer ahead"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A stage's peak on the device: weights, and what its programs allocate beside them."""
+
+    name: str
+    weights: int
+    temporaries: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.temporaries
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is where, what each stage needs, and why. `limit` is None where the device has none to tell."""
+
+    residency: Residency
+    stages: tuple[Stage, ...]
+    limit: int | None
+    reasons: tuple[str, ...]
+    exact: bool
+
+    @property
+    def largest(self) -> Stage:
+        return max(self.stages, key=lambda stage: stage.total)
+
+    @property
+    def peak(self) -> int:
+        return self.largest.total
+
+    @property
+    def fits(self) -> bool:
+        return self.limit is None or self.peak <= ROOM * self.limit
+
+    @property
+    def clear(self) -> bool:
+        """Whether an estimate is enough: everything is resident and fits by far."""
+        return self.residency == Residency() and (self.limit is None or self.peak <= CLEAR * self.limit)
+
+    def __str__(self) -> str:
+        lines = [f"{'GB':<10}{'weights':>9}{'temporary':>11}{'total':>7}"]
+        for stage in self.stages:
+            sizes = map(gigabytes, (stage.weights, stage.temporaries, stage.total))
+            line = "{:<10}{:>9}{:>11}{:>7}".format(stage.name, *sizes)
+            lines.append(line + (" peak" if stage is self.largest else ""))
+        limit = "unknown" if self.limit is None else f"{gigabytes(self.limit)} GB"
+        basis = "XLA's analysis of the compiled programs" if self.exact else "an estimate"
+        lines.append(f"The card's memory: {limit}. Temporaries: {basis}.")
+        return "\n".join([*lines, *self.reasons])
+
+
+def plan(
+    parts: Parts,
+    work: Work,
+    *,
+    memory: str | float = "auto",
+    limit: int | None = None,
+    residency: Residency | None = None,
+    compile_sampler: Callable[[], Any] | None = None,
+) -> Plan:
+    """The first way of keeping weights that fits, in the order of `MEASURES`, without measures that are not needed.
+
+    memory: "auto", "resident" (everything on the device), "stream" (text encoder and transformer from host memory), or
+      a limit in GB in place of the device's.
+    residency: where weights are already; then only the VAE's tiling is chosen.
+    limit: bytes that the device has, None if unknown: then everything stays on the device.
+    compile_sampler: gives the compiled sampler of the resident transformer; temporaries are then those of compiled
+      programs, else they are estimated.
+
+    The plan of the least memory is returned, too, where it does not fit; its last reason says what to change.
+    Raises UserError for a memory that is none of these.
+    """
+    mode, limit = parse(memory, limit)
+    sizes = Sizes(parts)
+
+    temporaries = (
+        compiled(parts, work, compile_sampler) if compile_sampler else functools.partial(estimate, parts, work)
+    )
+
+    def stages(residency: Residency) -> tuple[Stage, ...]:
+        return sizes.stages(residency, temporaries(residency))
+
+    def fits(residency: Residency) -> bool:
+        return limit is None or max(stage.total for stage in stages(residency)) <= ROOM * limit
+
+    streamed = mode == "stream"
+    asked = residency or Residency(text_streamed=streamed, transformer_streamed=streamed)
+    asked = dataclasses.replace(asked, vae_tiled=work.vae_tiling == "on")
+    measures = [m for m in MEASURES if m.field != "vae_tiled" or work.vae_tiling == "auto"]
+    measures = [m for m in measures if m.field != "in_turn" or parts.transformers > 1]
+    if residency is not None or mode != "auto":
+        measures = [m for m in measures if m.field == "vae_tiled"]
+    chosen = choose(fits, asked, measures)
+    reasons = []
+    for measure in MEASURES:
+        if getattr(chosen, measure.field):
+            largest = max(stages(dataclasses.replace(chosen, **{measure.field: False})), key=lambda stage: stage.total)
+            reasons.append(
+                f"{measure.sentence}; without that, {largest.name} would need {gigabytes(largest.total)} GB."
+            )
+    found = Plan(
+        chosen, stages(chosen), limit, tuple(reasons or ["Everything stays on the card."]), bool(compile_sampler)
+    )
+    return found if found.fits else dataclasses.replace(found, reasons=(*found.reasons, way_out(found, parts)))
+
+
+def choose(fits: Callable[[Residency], bool], least: Residency, measures: Sequence[Measure]) -> Residency:
+    """Takes measures until it fits, then takes back those that the later ones made needless."""
+    chosen = least
+    for measure in measures:
+        if fits(chosen):
+            break
+        chosen = dataclasses.replace(chosen, **{measure.field: True})
+    for measure in measures:
+        without = dataclasses.replace(chosen, **{measure.field: False})
+        if fits(without):
+            chosen = without
+    return chosen
+
+
+def way_out(plan: Plan, parts: Parts) -> str:
+    """One sentence for what does not fit: what is missing, and the settings to change."""
+    stage = plan.largest
+    if plan.limit is None:
+        missing = f"memory is not enough: {stage.name} needs about {gigabytes(stage.total)} GB"
+    elif plan.fits:
+        sizes = f"{gigabytes(stage.total)} of {gigabytes(plan.limit)} GB"
+        missing = f"the card is out of memory, though {stage.name} should need {sizes} (does another program use it?)"
+    else:
+        usable = int(ROOM * plan.limit)
+        card = f"the {gigabytes(usable)} GB that can be planned with of the card's {gigabytes(plan.limit)}"
+        missing = f"{stage.name} needs {gigabytes(stage.total)} GB, {gigabytes(stage.total - usable)} more than {card}"
+    ways = ["vae_tiling=on"] if stage.name == "vae" and not plan.residency.vae_tiled else []
+    if not (plan.residency.transformer_streamed and plan.residency.text_streamed):
+        ways.append("memory=stream")
+    if parts.transformer.quant is None and (stage.name == "diffusion" or not plan.residency.transformer_streamed):
+        ways.append("quant_linear=True")
+    ways += ["a smaller resolution", *(["fewer num_frames"] if stage.name == "diffusion" else [])]
+    return f"{missing}; set {', or '.join(ways)}"
+
+
+def loading_advice(parts: Parts) -> str:
+    """The way out where the weights themselves are too large."""
+    weights = parts.transformers * Sizes(parts).transformer.kept(streamed=False)
+    quantize = "" if parts.transformer.quant else "quant_linear=True, or "
+    return f"memory is not enough to load {gigabytes(weights)} GB of weights; set {quantize}memory=stream"
+
+
+def gigabytes(size: int) -> str:
+    return f"{size / GB:.1f}"
+
+
+def parse(memory: str | float, limit: int | None) -> tuple[str, int | None]:
+    """The mode, and the limit in bytes."""
+    if memory in MODES:
+        return str(memory), limit
+    try:
+        size = float(memory)
+    except ValueError:
+        size = 0.0
+    if not 0 < size < math.inf:
+        raise UserError(f"memory={memory!r} is unknown; choose {', '.join(MODES)} or the card's GB, such as 12")
+    return "auto", int(size * GB)
+
+
+def device_limit() -> int | None:
+    """Bytes that XLA may take of the first device; None where it does not say, as on a CPU."""
+    return (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+
+
+# Weights.
+
+
+class Streamable(NamedTuple):
+    """Bytes of a network's weights: what stays on the device when it is streamed, one layer of the rest, and layers."""
+
+    fixed: int
+    layer: int
+    layers: int
+
+    @classmethod
+    def of(cls, skeleton: Skeleton) -> "Streamable":
+        total = sum(map(size_of, skeleton.specs.values()))
+        stacked = [spec for name, spec in skeleton.specs.items() if is_stacked(name)]
+        layer = sum(size_of(s) for s in map(layer_of, stacked) if streaming.is_streamed(s))
+        return cls(total - layer * stacked[0].shape[0], layer, stacked[0].shape[0])
+
+    def kept(self, streamed: bool) -> int:
+        """On the device between calls."""
+        return self.fixed if streamed else self.fixed + self.layer * self.layers
+
+    def in_use(self, streamed: bool) -> int:
+        """On the device while the network runs."""
+        return self.kept(streamed) + (min(streaming.LAYERS_ON_DEVICE, self.layers) * self.layer if streamed else 0)
+
+
+class Sizes:
+    """Bytes of all weights."""
+
+    def __init__(self, parts: Parts):
+        skeletons = [wan_skeleton(parts.transformer), text_skeleton(parts.text), vae_skeleton(parts.vae)]
+        skeletons += [clip_skeleton(parts.clip)] if parts.clip else []
+        self.transformer, self.text = (Streamable.of(skeleton) for skeleton in skeletons[:2])
+        self.transformers = parts.transformers
+        self.vae = sum(map(size_of, skeletons[2].specs.values()))
+        self.clip = sum(map(size_of, skeletons[3].specs.values())) if parts.clip else 0
+        stacked = [spec for skeleton in skeletons[:2] for name, spec in skeleton.specs.items() if is_stacked(name)]
+        self.largest_matrix = max(layer_of(spec).size for spec in stacked)
+
+    def stages(self, where: Residency, temporaries: Temporaries) -> tuple[Stage, ...]:
+        one = self.transformer.kept(where.transformer_streamed)
+        alone = where.in_turn and not where.transformer_streamed
+        kept = self.vae + self.clip + (one if alone else one * self.transformers)
+        text = self.text.kept(where.text_streamed)
+        # A matrix on its way, in float32 while it is cast or quantized.
+        load = Stage("load", kept + text, 4 * self.largest_matrix)
+        encode = Stage("text", kept + self.text.in_use(where.text_streamed), temporaries.text)
+        layers = self.transformer.in_use(where.transformer_streamed) - one
+        diffusion = Stage("diffusion", kept + layers + text, temporaries.diffusion)
+        return load, encode, diffusion, Stage("vae", kept + text, temporaries.vae)
+
+
+# When it does not fit.
+
+
+@contextmanager
+def out_of_memory(advice: Callable[[], str]) -> Iterator[None]:
+    """Turns what JAX and Python raise when memory is short into a UserError with advice."""
+    try:
+        yield
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if not short_of_memory(error):
+            raise
+        raise UserError(advice()) from error
+
+
+def short_of_memory(error: BaseException) -> bool:
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)

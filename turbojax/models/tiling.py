@@ -1,0 +1,205 @@
+"""The autoencoder in spatial tiles, for small cards: each overlaps its neighbours and passes into them.
+
+A tile runs through the whole clip before the next one begins, so the cache of one tile is all that the device holds.
+What sees a whole frame, the attention in the middle, is small and runs untiled before the decoder's tiles and after the
+encoder's. Near a cut a tile sees zeros where the picture goes on. What that does fades within a few latents and is gone
+after 13 in the decoder and 9 in the encoder, the convolutions' reach; so the ends of an overlap are not used at all,
+and weights change along its middle half.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from turbojax.errors import UserError
+from turbojax.models.vae import CHUNK, Cache, WanVAE, check_latents, check_video, chunk_sizes, to_uint8
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """Largest side of a tile and least overlap of neighbours, in latents (8 pixels each)."""
+
+    size: int = 48
+    overlap: int = 16
+
+    def __post_init__(self):
+        if not 0 <= self.overlap <= self.size / 2 or self.size < 1:
+            raise UserError(
+                f"a tile of {self.size} latents cannot overlap by {self.overlap}; give 0 to {self.size // 2}"
+            )
+
+
+class Cut(NamedTuple):
+    """Tiles along one axis, all of one side, so that they compile as one."""
+
+    side: int
+    starts: tuple[int, ...]
+
+
+def cut(length: int, tiling: Tiling) -> Cut:
+    """As few tiles as do, as small as they may be, evenly placed."""
+    if length <= tiling.size:
+        return Cut(length, (0,))
+    count = -(-(length - tiling.overlap) // (tiling.size - tiling.overlap))
+    side = -(-(length + (count - 1) * tiling.overlap) // count)
+    return Cut(side, tuple(i * (length - side) // (count - 1) for i in range(count)))
+
+
+def tile_sides(shape: tuple[int, ...], tiling: Tiling = Tiling()) -> tuple[int, int]:
+    """Height and width of the tiles of latents `[h, w]`."""
+    rows, columns = (cut(length, tiling) for length in shape)
+    return rows.side, columns.side
+
+
+def decode_tiled(
+    vae: WanVAE,
+    latents: jax.Array | np.ndarray,
+    *,
+    tiling: Tiling = Tiling(),
+    chunk: int = CHUNK,
+    as_uint8: bool = False,
+) -> np.ndarray:
+    """As `turbojax.models.vae.decode`, in tiles; the video `[b, 1 + 4n, 8h, 8w, 3]` is put together on the host."""
+    check_latents(latents.shape, vae.config)
+    graph, state = nnx.split(vae)
+    sizes = (1, *chunk_sizes(latents.shape[1] - 1, chunk))
+    rows, columns = (cut(length, tiling) for length in latents.shape[2:4])
+    features = in_chunks(functools.partial(_decode_half, graph, state, half=0), latents, sizes)
+    second = functools.partial(_decode_half, graph, state, half=1, as_uint8=as_uint8)
+    return in_tiles(
+        lambda x: in_chunks(second, x, sizes), features, rows, columns, units=(1, vae.config.spatial_factor)
+    )
+
+
+def compile_tiles(
+    vae: WanVAE, shape: tuple[int, ...], *, tiling: Tiling = Tiling(), as_uint8: bool = False
+) -> list[jax.stages.Compiled]:
+    """Compiles what `decode_tiled` runs for latents of a shape `[b, 1 + n, h, w, z_dim]`; vae may be abstract."""
+    check_latents(shape, vae.config)
+    graph, state = nnx.split(vae)
+    x, programs = jax.ShapeDtypeStruct((shape[0], CHUNK, *shape[2:]), jnp.float32), []
+    for half in (0, 1):
+        decode = functools.partial(_decode_half, graph, half=half, as_uint8=as_uint8 and half == 1)
+        y, cache = jax.eval_shape(decode, state, x, None)
+        for past in (None, cache):
+            lowered = _decode_half.lower(graph, state, x, past, half=half, as_uint8=as_uint8 and half == 1)
+            programs.append(lowered.compile())
+        x = jax.ShapeDtypeStruct((*y.shape[:2], *tile_sides(shape[2:4], tiling), y.shape[-1]), y.dtype)
+    return programs
+
+
+def encode_tiled(
+    vae: WanVAE, video: jax.Array | np.ndarray, *, tiling: Tiling = Tiling(), chunk: int = CHUNK
+) -> np.ndarray:
+    """As `turbojax.models.vae.encode`, in tiles; the latents `[b, 1 + n, h/8, w/8, z_dim]` lie on the host."""
+    check_video(video.shape, vae.config)
+    graph, state = nnx.split(vae)
+    factor, unit = vae.config.temporal_factor, vae.config.spatial_factor
+    sizes = chunk_sizes((video.shape[1] - 1) // factor, chunk)
+    frames = (1, *(factor * size for size in sizes))
+    rows, columns = (cut(length // unit, tiling) for length in video.shape[2:4])
+    first = functools.partial(_encode_half, graph, state, half=0)
+    features = in_tiles(lambda x: in_chunks(first, x, frames), video, rows, columns, units=(unit, 1))
+    return in_chunks(functools.partial(_encode_half, graph, state, half=1), features, (1, *sizes))
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "half", "as_uint8"), donate_argnames="cache")
+def _decode_half(
+    graph, state, x: jax.Array, cache: Cache | None, *, half: int, as_uint8: bool = False
+) -> tuple[jax.Array, Cache]:
+    vae, first = nnx.merge(graph, state), cache is None
+    if first:
+        cache = part_of(vae.init_decode_cache(x.shape[0], *x.shape[2:4]), vae.decoder.halves[half])
+    y, cache = vae.decode_chunk(x, cache, first=first, half=half)
+    return to_uint8(y) if as_uint8 else y, cache
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "half"), donate_argnames="cache")
+def _encode_half(graph, state, x: jax.Array, cache: Cache | None, *, half: int) -> tuple[jax.Array, Cache]:
+    """Half 0 ends with the last change of resolution, half 1 is what follows at the latents' resolution."""
+    vae, first = nnx.merge(graph, state), cache is None
+    *larger, last = range(len(vae.encoder.stages))
+    stages = (larger, [last])[half]
+    if first:
+        height, width = (size * (1, vae.config.spatial_factor)[half] for size in x.shape[2:4])
+        blocks = range(vae.encoder.stages[stages[0]].start, vae.encoder.stages[stages[-1]].stop)
+        cache = part_of(vae.init_encode_cache(x.shape[0], height, width), blocks)
+    for stage in stages:
+        x, cache = vae.encode_chunk(x, cache, first=first, stage=stage)
+    return x, cache
+
+
+def part_of(cache: Cache, blocks: range) -> Cache:
+    """A coder's cache without what only its other blocks need."""
+    past_in, pasts, past_out = cache
+    kept = [past if i in blocks else () for i, past in enumerate(pasts)]
+    return past_in if blocks.start == 0 else (), kept, past_out if blocks.stop == len(pasts) else ()
+
+
+def in_chunks(
+    step: Callable[[jax.Array, Cache | None], tuple[jax.Array, Cache]],
+    x: jax.Array | np.ndarray,
+    sizes: Sequence[int],
+) -> np.ndarray:
+    """step on the clip's chunks, with the cache from one to the next; the results `[b, t, h, w, c]` on the host."""
+    cache, start, results = None, 0, []
+    for size in sizes:
+        y, cache = step(jnp.asarray(x[:, start : start + size]), cache)
+        y.copy_to_host_async()
+        results.append(y)
+        start += size
+    return np.concatenate([np.asarray(y) for y in results], axis=1)
+
+
+def in_tiles(
+    run: Callable[[jax.Array | np.ndarray], np.ndarray],
+    x: jax.Array | np.ndarray,
+    rows: Cut,
+    columns: Cut,
+    *,
+    units: tuple[int, int],
+) -> np.ndarray:
+    """run on each tile of x `[b, t, h, w, c]`, the results put together; units: of x and of the result, in a latent."""
+    unit_in, unit_out = units
+
+    def strip(y: int) -> np.ndarray:
+        row = x[:, :, y * unit_in : (y + rows.side) * unit_in]
+        return joined(
+            lambda x: run(row[:, :, :, x * unit_in : (x + columns.side) * unit_in]), columns, unit_out, axis=3
+        )
+
+    return joined(strip, rows, unit_out, axis=2)
+
+
+def joined(part: Callable[[int], np.ndarray], cut: Cut, unit: int, *, axis: int) -> np.ndarray:
+    """part(start) for each start, put together along an axis `[b, t, h, w, c]`."""
+    filled = cut.side * unit
+    whole = part(0)
+    if len(cut.starts) == 1:
+        return whole
+    shape = list(whole.shape)
+    shape[axis] = (cut.starts[-1] + cut.side) * unit
+    first, whole = whole, np.empty(shape, whole.dtype)
+    np.moveaxis(whole, axis, 0)[:filled] = np.moveaxis(first, axis, 0)
+    for start in cut.starts[1:]:
+        new, old = np.moveaxis(part(start), axis, 0), np.moveaxis(whole, axis, 0)[start * unit :]
+        overlap = filled - start * unit
+        weight = passing(overlap)
+        for i in range(overlap):  # a line at a time: no second copy of the clip, in float32
+            mixed = old[i] + weight[i] * (new[i].astype(np.float32) - old[i].astype(np.float32))
+            old[i] = np.round(mixed) if whole.dtype == np.uint8 else mixed
+        old[overlap : len(new)] = new[overlap:]
+        filled = start * unit + len(new)
+    return whole
+
+
+def passing(length: int) -> np.ndarray:
+    """Weights of the later tile along an overlap: 0 in the first quarter, 1 in the last, linear between; float32."""
+    position = (np.arange(length, dtype=np.float32) + 0.5) / max(length, 1)
+    return np.clip(2 * position - 0.5, 0, 1)
