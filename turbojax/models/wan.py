@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
 
 from turbojax.errors import UserError
 from turbojax.kernels.attention import dot_product_attention
@@ -204,6 +205,7 @@ class CrossAttention(nnx.Module):
         text, image: their keys and values, or what `keys` makes them of.
         """
         if isinstance(text, jax.Array):
+            assert not isinstance(image, tuple)
             text, image = self.keys(text, image)
         attend = functools.partial(dot_product_attention, implementation=self.config.attention_implementation)
         q = split_heads(self.norm_q(self.q(x)), self.config.num_heads)
