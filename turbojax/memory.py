@@ -274,7 +274,8 @@ class Sizes:
         encode = Stage("text", kept + self.text.in_use(where.text_streamed), temporaries.text)
         layers = self.transformer.in_use(where.transformer_streamed) - one
         diffusion = Stage("diffusion", kept + layers + text, temporaries.diffusion)
-        return load, encode, diffusion, Stage("vae", kept + text, temporaries.vae)
+        image = [Stage("image", kept + text, temporaries.image)] if temporaries.image else []
+        return load, encode, *image, diffusion, Stage("vae", kept + text, temporaries.vae)
 
 
 # When it does not fit.

@@ -278,10 +278,8 @@ def compile_ahead(
         for _, steps in experts.parts(call.sampler):
             programs.start(*sampler_program(call.sampler, steps, network, call.arguments))
     programs.start("text", text.compile)
-    _, h, w, _ = call.work.latents
     if call.arguments[-1]:
-        sizes = vae.config.spatial_factor * h, vae.config.spatial_factor * w
-        programs.start("image", lambda: compile_still(vae, *sizes))
+        programs.start("image", lambda: compile_still(vae, *call.work.pixels(vae.config)))
     compile_vae = compile_tiles if residency.vae_tiled else vae_model.compile_decoding
     programs.start("vae", lambda: compile_vae(vae, (1, *call.work.latents), as_uint8=True))
 
