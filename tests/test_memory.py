@@ -12,6 +12,7 @@ from turbojax.memory import Sizes, Streamable, loading_advice, out_of_memory, pl
 from turbojax.models.umt5 import UMT5Config
 from turbojax.models.vae import VAEConfig
 from turbojax.models.wan import WanConfig
+from turbojax.pipeline import published_parts
 from turbojax.temporaries import Parts, Residency, Temporaries, Work, compiled, estimate, tried
 from turbojax.weights.load import wan_skeleton
 
@@ -240,3 +241,22 @@ def test_temporaries_of_compiled_programs():
     assert all(sizes > 0 for sizes in (*resident, *streamed))
     assert memory.plan(small, Work((2, 4, 6, 16)), limit=10**9, compile_sampler=compile_sampler).exact
     assert len(asked) == 2
+
+
+def test_two_experts():
+    """Image to video at 720p, int8: both under 36 GB, one at a time under 24, streamed under 14; CLIP counts, too."""
+    experts = published_parts(WanConfig.i2v_a14b(quant=QuantConfig(), attention_type="sagesla"), two=True)
+    chosen = {}
+    for limit in (80, 36, 24, 14):
+        found = plan(experts, WORK["720p"], limit=limit * 10**9)
+        assert found.fits
+        chosen[limit] = found.residency
+    assert chosen[80] == Residency()
+    assert not (chosen[36].in_turn or chosen[36].transformer_streamed)
+    assert chosen[24].in_turn
+    assert not chosen[24].transformer_streamed
+    assert chosen[14].transformer_streamed
+    assert not chosen[14].in_turn
+    one = published_parts(WanConfig.i2v_14b(quant=QuantConfig()), two=False)
+    assert Sizes(one).clip == 2 * 611_086_080 + 2 * 2 * 1280 * (2 * 31 + 1)  # norms are in float32
+    assert "image" in {stage.name for stage in plan(one, WORK["720p"]).stages}

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from turbojax.condition import compile_still, encoding_bytes, image_shapes, takes_images
+from turbojax.condition import encoding_bytes, image_shapes, takes_images
 from turbojax.kernels.attention import SCORES_IN_MEMORY
 from turbojax.models import streaming, umt5
 from turbojax.models import vae as vae_model
@@ -104,7 +104,7 @@ def estimate(parts: Parts, work: Work, where: Residency) -> Temporaries:
 
     Fitted to XLA's analysis for an H100, checked against measured peaks, see docs/performance.md.
     """
-    c, v = parts.transformer, parts.vae
+    c = parts.transformer
     item, tokens = jnp.dtype(c.dtype).itemsize, work.tokens(c)
     array = tokens * c.dim * item
     hidden = tokens * c.ffn_dim
@@ -116,9 +116,15 @@ def estimate(parts: Parts, work: Work, where: Residency) -> Temporaries:
         arrays, ffn = ATTENTION_ARRAYS[c.attention_type], (1 + item) * hidden + array
     table = tokens * c.head_dim * jnp.dtype(jnp.float32).itemsize
     diffusion = max(int(max(arrays * array, ffn)) + table + work.latent_bytes, tried(c, work))
-    image = encoding_bytes(vae_skeleton(v).abstract(), *work.pixels(v)) if takes_images(c) else 0
     text = 6 * 4 * parts.text.num_heads * TEXT_LEN**2
-    return Temporaries(text, diffusion, decoding(v, work, where.vae_tiled), image)
+    return Temporaries(text, diffusion, decoding(parts.vae, work, where.vae_tiled), encoding(parts, work))
+
+
+def encoding(parts: Parts, work: Work) -> int:
+    """The VAE's share in image to video."""
+    if not takes_images(parts.transformer):
+        return 0
+    return encoding_bytes(vae_skeleton(parts.vae).abstract(), *work.pixels(parts.vae))
 
 
 # Arrays `[L, D]` alive at once with int8 layers: the stream, q, k, v, a result, and SageSLA's codes.
@@ -181,15 +187,8 @@ def compiled(parts: Parts, work: Work, compile_sampler: Callable[[], Any]) -> Ca
         programs = compile_vae(vae_skeleton(parts.vae).abstract(), (1, *work.latents), as_uint8=True)
         return max(of_program(program) + argument_bytes(program) for program in programs)
 
-    @functools.cache
-    def image() -> int:
-        if not takes_images(c):
-            return 0
-        programs = compile_still(vae_skeleton(parts.vae).abstract(), *work.pixels(parts.vae))
-        return max(of_program(program) + argument_bytes(program) for program in programs)
-
     return lambda where: Temporaries(
-        text(where.text_streamed), diffusion(where.transformer_streamed), vae(where.vae_tiled), image()
+        text(where.text_streamed), diffusion(where.transformer_streamed), vae(where.vae_tiled), encoding(parts, work)
     )
 
 
