@@ -10,7 +10,7 @@ import numpy as np
 from absl import logging
 
 from turbojax import video as video_files
-from turbojax.video import open_video
+from turbojax.video import open_video, starting_ffmpeg
 
 CANDIDATES = (
     *(("medium", 10), ("veryfast", 10), ("veryfast", 14), ("superfast", 10), ("superfast", 12)),
@@ -78,6 +78,7 @@ def noise(frames: int, height: int, width: int) -> np.ndarray:
 
 def psnr(clip: np.ndarray, file: Path) -> float:
     luma = np.asarray([0.299, 0.587, 0.114], np.float32)
-    read = imageio.get_reader(file).iter_data()
+    with starting_ffmpeg():
+        read = imageio.get_reader(file).iter_data()
     errors = [float(np.mean(((a.astype(np.float32) - b) @ luma) ** 2)) for a, b in zip(clip, read, strict=True)]
     return 10 * float(np.log10(255**2 / np.mean(errors)))

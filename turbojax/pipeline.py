@@ -126,7 +126,10 @@ def sample(
 
 
 def decode(vae: WanVAE, latents: np.ndarray, *, tiled: bool = False) -> Iterator[np.ndarray]:
-    """One video's latents `[t, h, w, c]` to uint8 frames `[n, H, W, 3]` on the host, piece by piece; tiled: in one."""
+    """One video's latents `[t, h, w, c]` to uint8 frames `[n, H, W, 3]` on the host, a chunk at a time.
+
+    tiled: in tiles, see `turbojax.models.tiling`; then all frames come at once.
+    """
     if tiled:
         yield decode_tiled(vae, latents[None], as_uint8=True)[0]
         return
@@ -355,11 +358,8 @@ class TurboVideoPipeline:
         use_compilation_cache()
         t5, vae_config = UMT5Config.xxl(dtype=dtype), VAEConfig.wan2_1(dtype=dtype)
         encoder = Skeleton.of(lambda: UMT5Encoder(t5, rngs=nnx.Rngs(0)))
-        vae, network, programs = (
-            Skeleton.of(lambda: WanVAE(vae_config, rngs=nnx.Rngs(0))),
-            wan_skeleton(config),
-            Programs(),
-        )
+        vae = Skeleton.of(lambda: WanVAE(vae_config, rngs=nnx.Rngs(0)))
+        network, programs = wan_skeleton(config), Programs()
         table = random_token_table(tokenizer.vocab_size, t5.dim, dtype, seed=seed)
         generate = functools.partial(random_module, seed=seed)
         text = TextEncoder(tokenizer, encoder.abstract(), table, lambda: generate(encoder, what="random umT5"))
@@ -454,9 +454,9 @@ class TurboVideoPipeline:
             self._programs.wait("text")
         with self._clock.stage("text"):
             text = jax.device_put(np.repeat(self.text(prompts), num_samples, axis=0))
-            negative = (
-                jax.device_put(np.repeat(self.text([negative_prompt or ""]), shape[0], axis=0)) if guided else None
-            )
+            negative = None
+            if guided:
+                negative = jax.device_put(np.repeat(self.text([negative_prompt or ""]), shape[0], axis=0))
         arguments = sampler_arguments(
             steps,
             shape,
