@@ -11,7 +11,7 @@
     python scripts/benchmark.py --case=diffusion --model=wan2.1-t2v-14b --resolution=720p --quant_scheme=block128
 
 Cases: text_to_video (random weights at full size, prompt to mp4, cold and warm), vae (decoding in chunks and tiles),
-file (settings of x264; on any device),
+file (settings of x264; on any device), tiles (errors of the VAE's; on any device),
 linear (int8 layers beside bfloat16), attention (dense, SLA and SageSLA with their parts, gradients and errors),
 block (one transformer block without attention), diffusion (that stage alone), tangent (the forward derivative that sCM
 trains with, of --num_layers=N layers; on any device), compile (seconds for --num_layers=N; a second one in the same
@@ -36,7 +36,7 @@ from turbojax.video import video_size
 CASE = flags.DEFINE_enum(
     "case",
     "text_to_video",
-    ["text_to_video", "vae", "compile", "linear", "attention", "block", "diffusion", "tangent", "file"],
+    ["text_to_video", "vae", "compile", "linear", "attention", "block", "diffusion", "tangent", "file", "tiles"],
     "what to measure",
 )
 MODEL = flags.DEFINE_string("model", "wan2.1-t2v-1.3b", "network, with random weights")
@@ -51,7 +51,7 @@ OUT = flags.DEFINE_string("out", None, "JSON file to write; printed only if not 
 
 
 def main() -> None:
-    if jax.default_backend() != "gpu" and CASE.value not in ("tangent", "file"):
+    if jax.default_backend() != "gpu" and CASE.value not in ("tangent", "file", "tiles"):
         raise UserError("benchmarks need a GPU; none was found (pip install -e '.[cuda12]')")
     width, height = video_size(RESOLUTION.value, "16:9")
     if CASE.value == "text_to_video":
@@ -73,6 +73,8 @@ def main() -> None:
     elif CASE.value == "file":
         with tempfile.TemporaryDirectory() as folder:
             result = benchmark_video.video_writing(Path(folder), num_frames=FRAMES.value, height=height, width=width)
+    elif CASE.value == "tiles":
+        result = benchmark_video.tiling_errors()
     elif CASE.value == "vae":
         result = benchmark.vae_decoding(height=height, width=width, chunks=(1, 2, 4))
     elif CASE.value == "linear":
