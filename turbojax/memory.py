@@ -162,13 +162,13 @@ def plan(
 
 
 def choose(fits: Callable[[Residency], bool], least: Residency, measures: Sequence[Measure]) -> Residency:
-    """Takes measures until it fits, then takes back those that the later ones made needless."""
+    """Takes measures until it fits, then takes back those that are not needed, the dearest first."""
     chosen = least
     for measure in measures:
         if fits(chosen):
             break
         chosen = dataclasses.replace(chosen, **{measure.field: True})
-    for measure in measures:
+    for measure in reversed(measures):
         without = dataclasses.replace(chosen, **{measure.field: False})
         if fits(without):
             chosen = without

@@ -148,7 +148,10 @@ def denoise(
 
 
 def decode(vae: WanVAE, latents: np.ndarray, *, tiled: bool = False) -> Iterator[np.ndarray]:
-    """One video's latents `[t, h, w, c]` to uint8 frames `[n, H, W, 3]` on the host, piece by piece; tiled: in one."""
+    """One video's latents `[t, h, w, c]` to uint8 frames `[n, H, W, 3]` on the host, a chunk at a time.
+
+    tiled: in tiles, see `turbojax.models.tiling`; then all frames come at once.
+    """
     if tiled:
         yield decode_tiled(vae, latents[None], as_uint8=True)[0]
         return
@@ -648,9 +651,9 @@ class TurboVideoPipeline:
             self._programs.wait("text")
         with self._clock.stage("text"):
             text = jax.device_put(np.repeat(self.text(prompts), num_samples, axis=0))
-            negative = (
-                jax.device_put(np.repeat(self.text([negative_prompt or ""]), shape[0], axis=0)) if guided else None
-            )
+            negative = None
+            if guided:
+                negative = jax.device_put(np.repeat(self.text([negative_prompt or ""]), shape[0], axis=0))
         images: dict[str, jax.Array] = {}
         if pictures:
             with self._clock.stage("compile"):
