@@ -3,6 +3,7 @@
     python scripts/benchmark.py --case=text_to_video --model=wan2.1-t2v-1.3b --out=benchmarks/t2v.json
     python scripts/benchmark.py --case=image_to_video --model=wan2.2-i2v-a14b --quant_scheme=block128
     python scripts/benchmark.py --case=vae
+    python scripts/benchmark.py --case=file
     python scripts/benchmark.py --case=compile --model=wan2.1-t2v-14b
     python scripts/benchmark.py --case=linear
     python scripts/benchmark.py --case=attention
@@ -14,7 +15,8 @@
     python scripts/benchmark.py --case=memory --quant_scheme=block128 --memory=stream
 
 Cases: text_to_video (random weights at full size, prompt to mp4, cold and warm), image_to_video (likewise with an
-image), vae (decoding in chunks),
+image), vae (decoding in chunks and tiles), file (settings of x264; on any device), tiles (errors of the VAE's; on any
+device),
 linear (int8 layers beside bfloat16), attention (dense, SLA and SageSLA with their parts, gradients and errors),
 block (one transformer block without attention), layer (a whole one, kernel by kernel), diffusion (that stage alone),
 memory (predicted against measured peaks and seconds a step), tangent (the forward derivative that sCM trains with, of
@@ -38,6 +40,7 @@ from turbojax import (
     benchmark_memory,
     benchmark_step,
     benchmark_training,
+    benchmark_video,
     cli,
 )
 from turbojax.demo import demo_folder, demo_picture
@@ -51,17 +54,8 @@ CASE = flags.DEFINE_enum(
     "case",
     "text_to_video",
     [
-        "text_to_video",
-        "image_to_video",
-        "vae",
-        "compile",
-        "linear",
-        "attention",
-        "block",
-        "layer",
-        "diffusion",
-        "memory",
-        "tangent",
+        *("text_to_video", "image_to_video", "vae", "compile", "linear", "attention", "block", "layer", "diffusion"),
+        *("memory", "tangent", "file", "tiles"),
     ],
     "what to measure",
 )
@@ -78,7 +72,7 @@ OUT = flags.DEFINE_string("out", None, "JSON file to write; printed only if not 
 
 
 def main() -> None:
-    if jax.default_backend() != "gpu" and CASE.value != "tangent":
+    if jax.default_backend() != "gpu" and CASE.value not in ("tangent", "file", "tiles"):
         raise UserError("benchmarks need a GPU; none was found (pip install -e '.[cuda12]')")
     width, height = video_size(RESOLUTION.value, "16:9")
     tokens = (1 + (FRAMES.value - 1) // 4, height // 16, width // 16)
@@ -116,6 +110,11 @@ def main() -> None:
                 "quant_scheme": QUANT.value,
             },
         )
+    elif CASE.value == "file":
+        with tempfile.TemporaryDirectory() as folder:
+            result = benchmark_video.video_writing(Path(folder), num_frames=FRAMES.value, height=height, width=width)
+    elif CASE.value == "tiles":
+        result = benchmark_video.tiling_errors()
     elif CASE.value == "vae":
         result = benchmark.vae_decoding(height=height, width=width, chunks=(1, 2, 4))
     elif CASE.value == "linear":
@@ -156,6 +155,7 @@ def main() -> None:
             sla_topk=TOPK.value,
         )
     else:
+        jax.config.update("jax_enable_compilation_cache", False)
         result = benchmark.compile_seconds(model=MODEL.value, layers=(LAYERS.value,), height=height, width=width)
     print(json.dumps(benchmark.environment() | save(result), indent=1))
 

@@ -25,7 +25,7 @@ def images():
     return np.random.default_rng(0).uniform(-1, 1, (2, HEIGHT, WIDTH, 3)).astype(np.float32)
 
 
-@pytest.mark.parametrize(("num_frames", "ends"), [(1, False), (5, False), (81, False), (5, True), (81, True)])
+@pytest.mark.parametrize(("num_frames", "ends"), [(1, False), (5, False), (137, False), (5, True), (81, True)])
 def test_equals_the_whole_clip(vae, images, num_frames, ends, monkeypatch):
     last = images[1] if ends else None
     still = condition.encode_still(vae, images[0], num_frames=num_frames, last_image=last)
@@ -35,25 +35,24 @@ def test_equals_the_whole_clip(vae, images, num_frames, ends, monkeypatch):
         clip[0, -1] = images[1]
     # XLA joins operations of a whole encoder otherwise than of its stages: the last bits of float32 differ.
     np.testing.assert_allclose(still, encode(vae, clip), rtol=0, atol=1e-5)
-    monkeypatch.setattr(condition, "settled_chunks", lambda vae: [num_frames] * 4)  # compute every chunk
+    never = [(stride, num_frames) for stride, _ in condition.stages_of(vae)]
+    monkeypatch.setattr(condition, "stages_of", lambda vae: never)  # computes every frame
     np.testing.assert_array_equal(still, condition.encode_still(vae, images[0], num_frames=num_frames, last_image=last))
 
 
-def test_settled_chunks_are_the_first_ones_that_repeat(vae, images):
-    settled = condition.settled_chunks(vae)
-    assert settled == [4, 6, 11, 27]
+def test_settled_frames_are_the_first_that_repeat(vae, images):
+    stages = condition.stages_of(vae)
+    assert stages == [(1, 11), (2, 11), (2, 11), (1, 29)]
     graph, state = nnx.split(vae)
-    cache = None
-    results: list[list[np.ndarray]] = [[] for _ in settled]
-    for i in range(settled[2] + 2):
-        x = jnp.asarray(images[:1, None]) if i == 0 else jnp.zeros((1, 4, HEIGHT, WIDTH, 3))
-        for stage in range(3):
-            x, cache = condition.encode_stage(graph, state, x, cache, first=i == 0, stage=stage)
-            results[stage].append(np.asarray(x))
-    for stage, first in enumerate(settled[:3]):
-        before, there, after = results[stage][first - 1 : first + 2]
-        np.testing.assert_array_equal(after, there)
-        assert not np.array_equal(before, there)
+    cache, frames = None, [jnp.asarray(images[:1, None]), *[jnp.zeros((1, 1, HEIGHT, WIDTH, 3))] * 128]
+    for stage, (stride, settled) in enumerate(stages):
+        groups = [frames[:1], *(frames[i : i + stride] for i in range(1, len(frames), stride))]
+        frames = []
+        for i, group in enumerate(groups):
+            frame, cache = condition.encode_stage(graph, state, group, cache, first=i == 0, stage=stage)
+            frames.append(frame)
+        np.testing.assert_array_equal(frames[settled + 1], frames[settled])
+        assert stage == 3 or not np.array_equal(frames[settled - 1], frames[settled])
 
 
 def test_mask(vae, images):

@@ -6,8 +6,10 @@ from contextlib import contextmanager
 from typing import Any
 
 from turbojax.benchmark import peak_bytes
+from turbojax.condition import takes_images
+from turbojax.demo import demo_picture
 from turbojax.models.tokenizer import Tokenizer
-from turbojax.pipeline import TurboVideoPipeline
+from turbojax.pipeline import MODELS, TurboVideoPipeline
 from turbojax.stopwatch import Stopwatch
 
 
@@ -33,6 +35,8 @@ def memory(
     A stage's `predicted_bytes` and `measured_bytes` are the largest so far. Seconds a step are those of a second call.
     """
     call: dict[str, Any] = {"num_inference_steps": num_inference_steps, **size}
+    if takes_images(MODELS[model]()):
+        call |= {"image": demo_picture(), "adaptive_size": False}
     pipe = TurboVideoPipeline.random(model, tokenizer, memory=memory, prepare=call, **options)
     loaded = peak_bytes()
     watch = pipe._clock = PeakWatch()

@@ -1,16 +1,24 @@
-"""Measurements of writing mp4 files: seconds, bytes and PSNR for settings of x264, on the CPU."""
+"""Measurements on the CPU of what follows the transformer: settings of x264, errors of the VAE's tiles."""
 
 import os
+import resource
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import imageio.v2 as imageio
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
+from flax import nnx
 
 from turbojax import video as video_files
-from turbojax.video import open_video
+from turbojax.models import tiling
+from turbojax.models import vae as vae_model
+from turbojax.models.tiling import Tiling
+from turbojax.models.vae import VAEConfig, WanVAE
+from turbojax.video import open_video, starting_ffmpeg
 
 CANDIDATES = (
     *(("medium", 10), ("veryfast", 10), ("veryfast", 14), ("superfast", 10), ("superfast", 12)),
@@ -22,8 +30,8 @@ PACE = 0.04  # seconds between pieces of 4 frames, as the VAE gives them at 480p
 def video_writing(folder: Path, *, num_frames: int, height: int, width: int) -> dict[str, Any]:
     """Presets and qualities of x264 for moving shapes with mild noise, and for noise alone.
 
-    `seconds`: everything appended at once; `tail_seconds`: from the last of the pieces, which come at the VAE's pace,
-    to the closed file. `psnr`: of luma, decibels.
+    `seconds`: everything appended at once; `processor_seconds`: of ffmpeg meanwhile; `tail_seconds`: from the last of
+    the pieces, which come at the VAE's pace, to the closed file. `psnr`: of luma, decibels.
     """
     chosen = video_files.X264
     result: dict[str, Any] = {"cpus": os.cpu_count(), "chosen": " ".join(chosen)}
@@ -33,15 +41,25 @@ def video_writing(folder: Path, *, num_frames: int, height: int, width: int) -> 
             video_files.X264 = ("-preset", preset, "-crf", str(crf))
             try:
                 file = folder / "video.mp4"
-                start = time.perf_counter()
+                start, used = time.perf_counter(), processor_seconds()
                 video_files.save_video(clip, file)
-                seconds = time.perf_counter() - start
-                row = {"seconds": seconds, "bytes": file.stat().st_size, "psnr": psnr(clip, file)}
+                row = {
+                    "seconds": time.perf_counter() - start,
+                    "processor_seconds": processor_seconds() - used,
+                    "bytes": file.stat().st_size,
+                    "psnr": psnr(clip, file),
+                }
                 result[f"{name} {preset} crf {crf}"] = row | {"tail_seconds": tail_seconds(clip, file)}
             finally:
                 video_files.X264 = chosen
             logging.info("%s, %s, crf %d: %s", name, preset, crf, result[f"{name} {preset} crf {crf}"])
     return result
+
+
+def processor_seconds() -> float:
+    """Of ffmpeg, over all cores: what a busy machine does not change much."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def tail_seconds(clip: np.ndarray, file: Path) -> float:
@@ -78,6 +96,38 @@ def noise(frames: int, height: int, width: int) -> np.ndarray:
 
 def psnr(clip: np.ndarray, file: Path) -> float:
     luma = np.asarray([0.299, 0.587, 0.114], np.float32)
-    read = imageio.get_reader(file).iter_data()
+    with starting_ffmpeg():
+        read = imageio.get_reader(file).iter_data()
     errors = [float(np.mean(((a.astype(np.float32) - b) @ luma) ** 2)) for a, b in zip(clip, read, strict=True)]
     return 10 * float(np.log10(255**2 / np.mean(errors)))
+
+
+def tiling_errors() -> dict[str, dict[str, float]]:
+    """Tiles of a random autoencoder of width 8 in float32 beside whole frames, smooth content: parts of the range.
+
+    By overlap in latents, and by whether weights change along its middle half or, `whole`, all along it.
+    """
+    vae = WanVAE(VAEConfig(dim=8, dtype=jnp.float32), rngs=nnx.Rngs(0))
+    latents, video = waves(2, 24, 80, 16, length=8), waves(5, 64, 640, 3, length=64)
+    frames, encoded = np.asarray(vae_model.decode(vae, latents)), np.asarray(vae_model.encode(vae, video))
+    result = {}
+    for overlap in (8, 16):
+        tiles = Tiling(48, overlap)
+        result[f"decoding, {overlap}"] = difference(tiling.decode_tiled(vae, latents, tiling=tiles), frames)
+        result[f"encoding, {overlap}"] = difference(tiling.encode_tiled(vae, video, tiling=tiles), encoded)
+        with mock.patch.object(tiling, "passing", lambda n: (np.arange(n, dtype=np.float32) + 0.5) / n):
+            whole = tiling.decode_tiled(vae, latents, tiling=tiles)
+        result[f"decoding, {overlap}, whole"] = difference(whole, frames)
+    return result
+
+
+def waves(frames: int, height: int, width: int, channels: int, *, length: float) -> np.ndarray:
+    """Smooth content, float32 `[1, t, h, w, c]`."""
+    t, y, x = np.ogrid[:frames, :height, :width]
+    each = [np.sin((x * (1 + 0.1 * i) + 0.7 * y) / length + i + 0.4 * t) for i in range(channels)]
+    return np.stack(each, axis=-1)[None].astype(np.float32)
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
+    scale = np.ptp(b)
+    return {"largest": float(np.abs(a - b).max() / scale), "rms": float(np.sqrt(np.mean((a - b) ** 2)) / scale)}

@@ -19,6 +19,9 @@ from turbojax.models.clip import CLIPVision, clip_dtype, encode_image
 from turbojax.models.vae import Cache, VAEConfig, WanVAE, check_video
 from turbojax.models.wan import CLIP_TOKENS, WanConfig
 
+# Bytes in use while encoding, for each of the cache: XLA's count for an H100, 1.5, and the frames between two stages.
+WORKING_SET = 1.7
+
 
 def image_inputs(
     vae: WanVAE, clip: CLIPVision | None, images: Sequence[np.ndarray], *, num_frames: int, width: int, height: int
@@ -92,66 +95,74 @@ def mask(shape: tuple[int, ...], config: VAEConfig, *, last: bool) -> jax.Array:
     return jnp.asarray(given)
 
 
+Frame = jax.Array  # `[1, 1, h, w, c]`, what the encoder's stages hand on
+
+
 @functools.partial(jax.jit, static_argnames=("graph", "first", "stage"), donate_argnames="cache")
 def encode_stage(
-    graph, state, x: jax.Array, cache: Cache | None, *, first: bool, stage: int
-) -> tuple[jax.Array, Cache]:
-    """One stage of the encoder for a chunk; cache None before all else."""
-    vae = nnx.merge(graph, state)
+    graph, state, frames: Sequence[Frame], cache: Cache | None, *, first: bool, stage: int
+) -> tuple[Frame, Cache]:
+    """A stage of the encoder, from as many frames as it makes one of; cache None before all else."""
+    vae, x = nnx.merge(graph, state), jnp.concatenate(frames, axis=1)
     cache = vae.init_encode_cache(x.shape[0], *x.shape[2:4]) if cache is None else cache
     return vae.encode_chunk(x, cache, first=first, stage=stage)
+
+
+def encoding_bytes(vae: WanVAE, height: int, width: int) -> int:
+    """Device memory that `encode_still` takes besides the weights, for an image of this size in pixels."""
+    cache = jax.eval_shape(lambda: vae.init_encode_cache(1, height, width))
+    return int(WORKING_SET * sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(cache)))
 
 
 def compile_still(vae: WanVAE, height: int, width: int) -> None:
     """Compiles what `encode_still` runs for an image of this size; vae may be abstract."""
     graph, state = nnx.split(vae)
     cache = None
-    for frames in (1, vae.config.temporal_factor):
-        x = jax.ShapeDtypeStruct((1, frames, height, width, 3), vae.config.dtype)
-        for stage in range(len(vae.encoder.stages)):
-            lowered = encode_stage.lower(graph, state, x, cache, first=frames == 1, stage=stage)
+    for first in (True, False):
+        frame: Any = jax.ShapeDtypeStruct((1, 1, height, width, 3), vae.config.dtype)
+        for stage, (stride, _) in enumerate(stages_of(vae)):
+            frames = [frame] * (1 if first else stride)
+            lowered = encode_stage.lower(graph, state, frames, cache, first=first, stage=stage)
             lowered.compile()
-            x, cache = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), lowered.out_info)
+            frame, cache = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), lowered.out_info)
 
 
 def encode_still(vae: WanVAE, image: np.ndarray, *, num_frames: int, last_image: np.ndarray | None = None) -> jax.Array:
     """Latents of the clip of an image and grey frames, as `turbojax.models.vae.encode` gives them, for less work.
 
-    The encoder looks back only, so some time after the image each of its stages gives the same for every chunk. From
-    there on the stage is passed over and its result used again; only the smallest resolution runs to the end. Of the
-    20 chunks of 80 grey frames the first stage computes 4, the second 6, the third 11.
+    The encoder looks back only, so some time after the image each of its stages gives the same frame over and over.
+    From there on the stage is passed over and its result used again: of 80 grey frames the first stage computes 11,
+    the second 22, the third 22 of 40, and only the smallest resolution all 20.
     """
-    clip = jnp.asarray(image, vae.config.dtype)[None, None]
-    check_video((1, num_frames, *clip.shape[2:]), vae.config)
-    factor = vae.config.temporal_factor
-    grey = jnp.zeros((1, factor, *clip.shape[2:]), clip.dtype)
-    chunks = [clip] + [grey] * ((num_frames - 1) // factor)
+    check_video((1, num_frames, *image.shape), vae.config)
+    first, grey = (jnp.asarray(a, vae.config.dtype)[None, None] for a in (image, np.zeros_like(image)))
+    made = [first, *[grey] * (num_frames - 1)]
     if last_image is not None:
-        if clip.shape[2:] != last_image.shape or len(chunks) == 1:
+        if image.shape != last_image.shape or num_frames == 1:
             raise UserError("a last image needs the size of the first, and more than one frame")
-        chunks[-1] = grey.at[:, -1].set(jnp.asarray(last_image, clip.dtype)[None])
+        made[-1] = jnp.asarray(last_image, vae.config.dtype)[None, None]
     graph, state = nnx.split(vae)
     cache = None
-    settled = settled_chunks(vae)
-    results: list[Any] = [None] * len(settled)
-    latents = []
-    for i, x in enumerate(chunks):
-        ends = last_image is not None and i == len(chunks) - 1
-        for stage, final in enumerate(settled):
-            if i <= final or ends:
-                results[stage], cache = encode_stage(graph, state, x, cache, first=i == 0, stage=stage)
-            x = results[stage]
-        latents.append(x)
-    return jnp.concatenate(latents, axis=1)
+    for stage, (stride, settled) in enumerate(stages_of(vae)):
+        groups = [made[:1], *(made[i : i + stride] for i in range(1, len(made), stride))]
+        made = []
+        for i, group in enumerate(groups):
+            ends = last_image is not None and i == len(groups) - 1
+            if i <= settled or ends:
+                frame, cache = encode_stage(graph, state, group, cache, first=i == 0, stage=stage)
+            made.append(frame)
+    return jnp.concatenate(made, axis=1)
 
 
-def settled_chunks(vae: WanVAE) -> list[int]:
-    """For each stage of the encoder, the chunk from which on its result repeats; chunk 0 is the image."""
-    encoder, rate, chunks = vae.encoder, vae.config.temporal_factor, []
+def stages_of(vae: WanVAE) -> list[tuple[int, int]]:
+    """For each stage of the encoder, how many frames make one, and the frame from which on all are the same."""
+    encoder, stages = vae.encoder, []
     frame = encoder.conv_in.settled(1)
-    for stage in encoder.stages:
-        for block in (encoder.blocks[i] for i in stage):
-            frame = block.settled(frame)
-            rate //= block.stride
-        chunks.append(1 - -(frame - 1) // rate)
-    return chunks
+    for i, part in enumerate(encoder.stages):
+        stride = 1
+        for block in (encoder.blocks[j] for j in part):
+            frame, stride = block.settled(frame), stride * block.stride
+        if i == len(encoder.stages) - 1:
+            frame = encoder.conv_out.settled(frame)
+        stages.append((stride, frame))
+    return stages

@@ -162,13 +162,13 @@ def plan(
 
 
 def choose(fits: Callable[[Residency], bool], least: Residency, measures: Sequence[Measure]) -> Residency:
-    """Takes measures until it fits, then takes back those that the later ones made needless."""
+    """Takes measures until it fits, then takes back those that are not needed, the dearest first."""
     chosen = least
     for measure in measures:
         if fits(chosen):
             break
         chosen = dataclasses.replace(chosen, **{measure.field: True})
-    for measure in measures:
+    for measure in reversed(measures):
         without = dataclasses.replace(chosen, **{measure.field: False})
         if fits(without):
             chosen = without
@@ -274,7 +274,8 @@ class Sizes:
         encode = Stage("text", kept + self.text.in_use(where.text_streamed), temporaries.text)
         layers = self.transformer.in_use(where.transformer_streamed) - one
         diffusion = Stage("diffusion", kept + layers + text, temporaries.diffusion)
-        return load, encode, diffusion, Stage("vae", kept + text, temporaries.vae)
+        image = [Stage("image", kept + text, temporaries.image)] if temporaries.image else []
+        return load, encode, *image, diffusion, Stage("vae", kept + text, temporaries.vae)
 
 
 # When it does not fit.

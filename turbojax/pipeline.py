@@ -174,7 +174,10 @@ def denoise(
 
 
 def decode(vae: WanVAE, latents: np.ndarray, *, tiled: bool = False) -> Iterator[np.ndarray]:
-    """One video's latents `[t, h, w, c]` to uint8 frames `[n, H, W, 3]` on the host, piece by piece; tiled: in one."""
+    """One video's latents `[t, h, w, c]` to uint8 frames `[n, H, W, 3]` on the host, a chunk at a time.
+
+    tiled: in tiles, see `turbojax.models.tiling`; then all frames come at once.
+    """
     if tiled:
         yield decode_tiled(vae, latents[None], as_uint8=True)[0]
         return
@@ -304,10 +307,8 @@ def compile_ahead(
         for _, steps in experts.parts(call.sampler):
             programs.start(*sampler_program(call.sampler, steps, network, call.arguments))
     programs.start("text", text.compile)
-    _, h, w, _ = call.work.latents
     if call.arguments[-1]:
-        sizes = vae.config.spatial_factor * h, vae.config.spatial_factor * w
-        programs.start("image", lambda: compile_still(vae, *sizes))
+        programs.start("image", lambda: compile_still(vae, *call.work.pixels(vae.config)))
     compile_vae = compile_tiles if residency.vae_tiled else vae_model.compile_decoding
     programs.start("vae", lambda: compile_vae(vae, (1, *call.work.latents), as_uint8=True))
 
@@ -676,9 +677,9 @@ class TurboVideoPipeline:
             self._programs.wait("text")
         with self._clock.stage("text"):
             text = jax.device_put(np.repeat(self.text(prompts), num_samples, axis=0))
-            negative = (
-                jax.device_put(np.repeat(self.text([negative_prompt or ""]), shape[0], axis=0)) if guided else None
-            )
+            negative = None
+            if guided:
+                negative = jax.device_put(np.repeat(self.text([negative_prompt or ""]), shape[0], axis=0))
         images: dict[str, jax.Array] = {}
         if pictures:
             with self._clock.stage("compile"):

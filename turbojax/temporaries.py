@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from turbojax.condition import image_shapes
+from turbojax.condition import encoding_bytes, image_shapes, takes_images
 from turbojax.kernels.attention import SCORES_IN_MEMORY
 from turbojax.models import streaming, umt5
 from turbojax.models import vae as vae_model
@@ -47,6 +47,10 @@ class Work(NamedTuple):
     def latent_bytes(self) -> int:
         return 4 * self.batch * math.prod(self.latents)
 
+    def pixels(self, config: VAEConfig) -> tuple[int, int]:
+        """Height and width."""
+        return config.spatial_factor * self.latents[1], config.spatial_factor * self.latents[2]
+
     def tokens(self, config: WanConfig) -> int:
         """Of all videos, twice with guidance."""
         return self.batch * (1 + self.guided) * math.prod(self.latents[:3]) // config.patch_features
@@ -66,6 +70,7 @@ class Temporaries(NamedTuple):
     text: int
     diffusion: int
     vae: int
+    image: int = 0
 
 
 @functools.cache
@@ -94,6 +99,7 @@ def estimate(parts: Parts, work: Work, where: Residency) -> Temporaries:
                     ffn: the hidden state `[L, F]`, int8 with block scales, both int8 and bfloat16 with channel scales,
                          beside 1 to 3.5 arrays `[L, D]`
                     what XLA tries matmuls with, see `tried`
+      image       the VAE encoding an image, `turbojax.condition.encoding_bytes`
       vae         `vae.decoding_bytes`, in tiles of one tile; the middle block works on whole frames before
 
     Fitted to XLA's analysis for an H100, checked against measured peaks, see docs/performance.md.
@@ -110,9 +116,15 @@ def estimate(parts: Parts, work: Work, where: Residency) -> Temporaries:
         arrays, ffn = ATTENTION_ARRAYS[c.attention_type], (1 + item) * hidden + array
     table = tokens * c.head_dim * jnp.dtype(jnp.float32).itemsize
     diffusion = max(int(max(arrays * array, ffn)) + table + work.latent_bytes, tried(c, work))
-    return Temporaries(
-        6 * 4 * parts.text.num_heads * TEXT_LEN**2, diffusion, decoding(parts.vae, work, where.vae_tiled)
-    )
+    text = 6 * 4 * parts.text.num_heads * TEXT_LEN**2
+    return Temporaries(text, diffusion, decoding(parts.vae, work, where.vae_tiled), encoding(parts, work))
+
+
+def encoding(parts: Parts, work: Work) -> int:
+    """The VAE's share in image to video."""
+    if not takes_images(parts.transformer):
+        return 0
+    return encoding_bytes(vae_skeleton(parts.vae).abstract(), *work.pixels(parts.vae))
 
 
 # Arrays `[L, D]` alive at once with int8 layers: the stream, q, k, v, a result, and SageSLA's codes.
@@ -176,7 +188,7 @@ def compiled(parts: Parts, work: Work, compile_sampler: Callable[[], Any]) -> Ca
         return max(of_program(program) + argument_bytes(program) for program in programs)
 
     return lambda where: Temporaries(
-        text(where.text_streamed), diffusion(where.transformer_streamed), vae(where.vae_tiled)
+        text(where.text_streamed), diffusion(where.transformer_streamed), vae(where.vae_tiled), encoding(parts, work)
     )
 
 
