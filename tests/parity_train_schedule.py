@@ -89,5 +89,6 @@ def adamw(case: dict, a, b, grad_a, grad_b, lr) -> Values:
         return (weights, state), weights
 
     weights = {"a": a, "b": b}
-    _, after_each = jax.lax.scan(step, (weights, optimizer.init(weights)), {"a": grad_a, "b": grad_b})
+    with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
+        _, after_each = jax.lax.scan(step, (weights, optimizer.init(weights)), {"a": grad_a, "b": grad_b})
     return after_each

@@ -54,6 +54,7 @@ def test_inference_does_not_import_training():
         (lambda: LogNormal(0.0, 0.0), "std=0.0"),
         (lambda: discrete_times(jnp.zeros(1), 49), "skip=49 .* from 1 to 48"),
         (lambda: ema_exponent(0.3), "rate=0.3"),
+        (lambda: LearningRate(1e-5, warm_up=-1), "warm_up=-1 .* from 0 on"),
         (lambda: Phases(student_freq=0), "student_freq=0"),
         (lambda: Phases(loss_scale=0.0), "without a loss"),
     ],

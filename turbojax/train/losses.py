@@ -79,8 +79,8 @@ def consistency(
         g     = g_raw / (|g_raw| + 0.1),   2-norm of a sample
         loss  = scale sum (F - sg(F) - g)^2
 
-    so that the gradient in F is -2 scale g, while the loss itself is nearly constant. A sample whose g_raw is not
-    finite counts as zero.
+    so that the gradient in F is -2 scale g, while the loss itself is nearly constant. Of a sample whose g_raw is not
+    finite, loss and gradient in F are zero.
 
     warmup: r in [0, 1], see `schedule.Phases.warmup_ratio`.
     tangent, step: how t_F comes about.
@@ -211,7 +211,7 @@ def distribution_matching(
         grad = (x0_fake(x_t, t) - x0_T(x_t, t)) / max(1e-5, mean |G - x0_T|)        mean over a sample
         loss = sum (G - sg(G - grad))^2,   so that the gradient in G is 2 grad
 
-    A sample whose grad is not finite counts as zero.
+    Of a sample whose grad is not finite, loss and gradient in G are zero.
 
     aux: loss, finite (bool `[B]`), xt, x0_fake, x0_teacher, weight `[B]`, grad.
     """

@@ -17,7 +17,7 @@ def ema_exponent(rate: float) -> float:
     """gamma of the power-function EMA of width `rate`: rate^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)).
 
     The positive root of gamma^3 + 7 gamma^2 + (16 - rate^-2) gamma + 12 - rate^-2; 6.94 for the usual 0.1.
-    Raises UserError for a rate outside (0, 0.28).
+    Raises UserError for a rate outside (0, 0.288).
     """
     if not 0 < rate < 12**-0.5:
         raise UserError(f"{rate=} of the EMA must be between 0 and 0.288, as a share of the run; 0.1 is usual")
@@ -36,9 +36,11 @@ def ema_beta(iteration: int, *, rate: float = 0.1, shift: int = 0) -> float:
 
 def ema_update(ema: Any, weights: Any, beta: float | jax.Array) -> Any:
     """beta ema + (1 - beta) weights over two trees of arrays; each keeps the dtype of the EMA."""
-    f32 = jnp.float32
-    beta = jnp.asarray(beta, f32)
-    mix = lambda e, w: (beta * e.astype(f32) + (1 - beta) * w.astype(f32)).astype(e.dtype)  # noqa: E731
+    beta = jnp.asarray(beta, jnp.float32)
+
+    def mix(old: jax.Array, new: jax.Array) -> jax.Array:
+        return (beta * old.astype(jnp.float32) + (1 - beta) * new.astype(jnp.float32)).astype(old.dtype)
+
     return jax.tree.map(mix, ema, weights)
 
 
@@ -118,6 +120,10 @@ class LearningRate:
     start: float = 1e-6
     end: float = 1.0
     cycle: float = 1e13
+
+    def __post_init__(self):
+        if not 0 <= self.warm_up < self.cycle:
+            raise UserError(f"warm_up={self.warm_up} must be a number of steps from 0 on, below cycle={self.cycle:g}")
 
     def __call__(self, step: Any) -> Any:
         """The rate after `step` steps: float64 on the host, float32 where step is a JAX array."""
