@@ -137,7 +137,7 @@ class SelfAttention(nnx.Module):
         return self.o(out.reshape(*out.shape[:2], c.dim))
 
     def attend(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        """Of all tokens, `[B, L, N, H]`; over a mesh, of some of the heads."""
+        """Attention over all tokens, q, k and v `[B, L, N, H]`; on a mesh, of some of the heads."""
         c = self.config
         if c.attention_type == "original":
             return dot_product_attention(q, k, v, implementation=c.attention_implementation)
