@@ -117,7 +117,7 @@ def restore_newest(manager: Manager, like: TrainState, *, run: Mapping[str, Any]
 
 
 def check_same_run(folder: Any, saved: Mapping[str, Any], run: Mapping[str, Any]) -> None:
-    for name in sorted(saved.keys() | run.keys()):
+    for name in {**run, **saved}:
         there, here = saved.get(name), run.get(name)
         if there != here:
             raise CheckpointError(

@@ -1,7 +1,8 @@
 """The three recipes: what a network learns from a batch, with all that is random drawn from the batch's keys.
 
-B batch. Each sample has a random key of its own, so that a loss does not depend on how a batch is cut into micro-batches
-or spread over devices. A loss is (networks, weights, batch, phase, numbers) -> (mean over the samples, metrics).
+B batch. Each sample has a random key of its own, so that a loss does not depend on how a batch is cut into
+micro-batches or spread over devices. A loss is (networks, weights, batch, phase, numbers) -> (mean over the samples,
+metrics).
 """
 
 import dataclasses
@@ -195,9 +196,8 @@ class RCM:
     def score_noise(self, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Noise `[B, t, h, w, c]` and TrigFlow times `[B]` at which samples are judged."""
         noise_key, time_key = streams(key, 2)
-        return normal(noise_key, batch["latents"].shape[1:]), self.score_times.trig(
-            standard(self.score_times, time_key)
-        )
+        t = self.score_times.trig(standard(self.score_times, time_key))
+        return normal(noise_key, batch["latents"].shape[1:]), t
 
 
 Recipe = FlowMatching | SLA | RCM

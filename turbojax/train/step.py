@@ -60,8 +60,8 @@ def make_step(
 
     @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
     def run(phase: Phase, state: TrainState, fixed: Fixed, batch: Batch, numbers: Numbers, beta: jax.Array):
-        learner = phase.learner
-        weights = Weights(state.student.params, {} if state.critic is None else state.critic.params, *fixed)
+        learner: str = phase.learner
+        weights: Any = Weights(state.student.params, {} if state.critic is None else state.critic.params, *fixed)
         batch = batch | {"key": sample_keys(seed, state.step, len(batch["latents"]))}
         own_loss = getattr(recipe, f"{learner}_loss")
 
@@ -70,7 +70,7 @@ def make_step(
 
         grads, metrics = mean_gradients(loss, getattr(weights, learner), batch, accumulation=accumulation)
         trained, norms = updated(getattr(state, learner), grads, optimizers[learner])
-        changes = {"step": state.step + 1, learner: trained}
+        changes: dict[str, Any] = {"step": state.step + 1, learner: trained}
         if learner == "student":
             changes["ema"] = ema_update(state.ema, trained.params, beta)
         metrics |= {f"{learner}_{name}": value for name, value in norms.items()}
@@ -120,5 +120,5 @@ def updated(trained: Trained, grads: Params, optimizer: Optimizer) -> tuple[Trai
     finite = jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), g, 0), grads)
     with jax.numpy_dtype_promotion("standard"):  # Optax raises floats to whole numbers
         changes, state = optimizer.transform.update(finite, trained.optimizer, trained.params)
-    metrics = {"gradient_norm": optax.global_norm(grads), "learning_rate": optimizer.rate(count)}
+    metrics = {"gradient_norm": optax.tree.norm(grads), "learning_rate": optimizer.rate(count)}
     return Trained(optax.apply_updates(trained.params, changes), state), metrics
