@@ -21,9 +21,10 @@ Manager = Any  # orbax.checkpoint.CheckpointManager, which takes a second to imp
 
 @contextlib.contextmanager
 def open_checkpoints(folder: Path, *, keep: int = 2) -> Iterator[Manager]:
-    """The checkpoints in a folder, which is made; the newest `keep` stay. What a killed run left half written is removed.
+    """The checkpoints in a folder, which is made if need be; the newest `keep` stay.
 
-    Raises CheckpointError on leaving where the last one could not be written.
+    What a killed run left half written is removed. Raises CheckpointError on leaving where the last one could not be
+    written.
     """
     ocp = orbax()
     handlers = {
@@ -116,7 +117,7 @@ def restore_newest(manager: Manager, like: TrainState, *, run: Mapping[str, Any]
 
 
 def check_same_run(folder: Any, saved: Mapping[str, Any], run: Mapping[str, Any]) -> None:
-    for name in sorted(saved.keys() | run.keys()):
+    for name in {**run, **saved}:
         there, here = saved.get(name), run.get(name)
         if there != here:
             raise CheckpointError(

@@ -3,17 +3,21 @@
 Defaults are those of SLA fine-tuning of the 1.3B model as published; configs/train_*.py change what differs.
 """
 
+import typing
 from typing import Any
 
 from ml_collections import ConfigDict
 
 from turbojax.config import Setting, base_config
 from turbojax.errors import UserError
+from turbojax.train.losses import Tangent
+from turbojax.train.recipes import RCM, SLA, FlowMatching, Recipe
 from turbojax.train.schedule import LearningRate, Phases, ema_exponent
-from turbojax.train.step import RCM, SLA, Optimizer, Recipe, Teacher, adamw
+from turbojax.train.step import Optimizer, adamw
 from turbojax.train.times import LogNormal, UniformShift
 
 RECIPES = ("teacher", "sla", "rcm")
+TANGENTS = typing.get_args(Tangent)
 
 TRAIN_SETTINGS: tuple[Setting, ...] = (
     Setting("recipe", "teacher", "teacher (flow matching on data), sla (fine-tuning) or rcm (distillation)"),
@@ -43,8 +47,8 @@ TRAIN_SETTINGS: tuple[Setting, ...] = (
     Setting("time_std", 1.6, "its standard deviation"),
     Setting("text_dropout", 0.1, "teacher: share of samples that see the negative prompt, for guidance"),
     Setting("guidance_scale", 5.0, "rcm: of the teacher"),
-    Setting("tangent", "exact", "rcm: time derivative: exact, difference_in_time or difference (any attention)"),
-    Setting("tangent_step", 1e-2, "rcm: step of the differences"),
+    Setting("tangent", "exact", "rcm: time derivative: exact, or in float32 difference_in_time or difference"),
+    Setting("tangent_step", 1e-4, "rcm: step of the differences"),
     Setting("tangent_warmup", 1000, "rcm: steps of consistency alone, while its time derivative is faded in"),
     Setting("student_every", 5, "rcm: afterwards every n-th step is the student's, the others the critic's"),
     Setting("score_shift", 5.0, "rcm: shift of the uniform noise levels at which student and teacher are compared"),
@@ -84,12 +88,14 @@ def make_recipe(config: ConfigDict) -> Recipe:
     if config.recipe == "teacher":
         if not 0 <= config.text_dropout < 1:
             raise UserError(f"text_dropout={config.text_dropout} must be in [0, 1); 0.1 is usual")
-        return Teacher(times, config.text_dropout, ema_rate=config.ema_rate)
+        return FlowMatching(times, config.text_dropout, ema_rate=config.ema_rate)
     if config.recipe == "sla":
         return SLA(times, ema_rate=config.ema_rate)
     if config.recipe == "rcm":
         if config.simulation not in ("fixed", "drawn"):
             raise UserError(f"simulation={config.simulation!r} is unknown; choose fixed or drawn")
+        if config.simulation == "fixed" and config.simulation_steps > 4:
+            raise UserError(f"simulation_steps={config.simulation_steps}: fixed times are 4; take drawn ones for more")
         phases = Phases(
             tangent_warmup=config.tangent_warmup,
             student_freq=config.student_every,
@@ -112,13 +118,17 @@ def make_recipe(config: ConfigDict) -> Recipe:
     raise UserError(f"recipe={config.recipe!r} is unknown; choose {', '.join(RECIPES)}")
 
 
-def make_optimizer(config: ConfigDict, peak: float) -> Optimizer:
-    return adamw(
-        LearningRate(peak, warm_up=config.warmup_steps),
-        betas=(config.beta1, config.beta2),
-        weight_decay=config.weight_decay,
-        clip_norm=config.clip_norm,
-    )
+def make_optimizers(config: ConfigDict, recipe: Recipe) -> dict[str, Optimizer]:
+    """AdamW for the student and, where the recipe has one, the critic."""
+    peaks = {"student": config.learning_rate}
+    if recipe.phases.fake:
+        peaks["critic"] = config.critic_learning_rate
+    settings = {
+        "betas": (config.beta1, config.beta2),
+        "weight_decay": config.weight_decay,
+        "clip_norm": config.clip_norm,
+    }
+    return {name: adamw(LearningRate(peak, warm_up=config.warmup_steps), **settings) for name, peak in peaks.items()}
 
 
 POSITIVE = (
@@ -164,6 +174,10 @@ def check_settings(config: ConfigDict) -> None:
         raise UserError("loss_scale=0 and matching_scale=0 leave nothing to learn; give one of them")
     if config.dtype not in ("bfloat16", "float32"):
         raise UserError(f"dtype={config.dtype!r} is unknown; choose bfloat16 or float32")
+    if config.tangent not in TANGENTS:
+        raise UserError(f"tangent={config.tangent!r} is unknown; choose {', '.join(TANGENTS)}")
+    if config.recipe == "rcm" and config.tangent != "exact" and config.dtype != "float32":
+        raise UserError(f"tangent={config.tangent} is lost in {config.dtype}; take --config.dtype=float32, or exact")
     if config.attention_type not in (None, "original", "sla"):
         raise UserError(f"attention_type={config.attention_type!r} cannot be trained; choose original or sla")
     if config.batch_size % config.accumulation:

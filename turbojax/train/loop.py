@@ -1,7 +1,8 @@
 """A training run, from its settings to the trained network.
 
-A run lives in its folder, `workdir`: checkpoints/, metrics/ (TensorBoard), videos/ and, at the end, transformer.safetensors.
-Started again with the same settings it goes on from the newest checkpoint, bit for bit as if it had not stopped.
+A run lives in its folder, `workdir`: checkpoints/, metrics/ (TensorBoard), videos/ and, at the end,
+transformer.safetensors. Started again with the same settings it goes on from the newest checkpoint, bit for bit as if
+it had not stopped.
 """
 
 import contextlib
@@ -22,11 +23,12 @@ from turbojax import sharding
 from turbojax.errors import UserError
 from turbojax.models.wan import WanConfig
 from turbojax.train.checkpoints import check_written, open_checkpoints, restore_newest, save_checkpoint
-from turbojax.train.config import check_settings, make_optimizer, make_recipe
+from turbojax.train.config import check_settings, make_optimizers, make_recipe
 from turbojax.train.data import Shards, batches, open_shards
 from turbojax.train.networks import open_networks, place, to_host
+from turbojax.train.recipes import Metrics, Networks
 from turbojax.train.state import Params, TrainState, initial_state
-from turbojax.train.step import Fixed, Metrics, Networks, make_step
+from turbojax.train.step import Fixed, make_step
 from turbojax.train.toy import write_toy_shards
 from turbojax.train.videos import prepare_videos
 from turbojax.video import make_parent
@@ -37,8 +39,8 @@ from turbojax.weights.rules import Entry
 def train(config: ConfigDict) -> Path:
     """Runs a training, from its newest checkpoint if there is one; returns the file with the trained network.
 
-    Raises UserError for settings, data or files that cannot be used, and KeyboardInterrupt after SIGTERM or Ctrl-C, when
-    a last checkpoint has been written.
+    Raises UserError for settings, data or files that cannot be used, and KeyboardInterrupt after SIGTERM or Ctrl-C,
+    when a last checkpoint has been written.
     """
     check_settings(config)
     recipe = make_recipe(config)
@@ -50,10 +52,9 @@ def train(config: ConfigDict) -> Path:
     check_data(shards, student.config)
 
     networks = Networks.of(student.config, (teacher or student).config)
-    optimizer = make_optimizer(config, config.learning_rate)
-    critic = make_optimizer(config, config.critic_learning_rate) if recipe.phases.fake else None
-    step = make_step(recipe, networks, optimizer, critic, accumulation=config.accumulation, seed=config.seed)
-    run = {"recipe": config.recipe, "critic": critic is not None, **network_size(student.config)}
+    optimizers = make_optimizers(config, recipe)
+    step = make_step(recipe, networks, optimizers, accumulation=config.accumulation, seed=config.seed)
+    run = {"recipe": config.recipe, "learners": sorted(optimizers), **network_size(student.config)}
     network_config = student.config
 
     with (
@@ -67,7 +68,7 @@ def train(config: ConfigDict) -> Path:
         )
 
         def begin(params: Params) -> TrainState:
-            return initial_state(params, optimizer.transform, critic and critic.transform)
+            return initial_state(params, **{name: own.transform for name, own in optimizers.items()})
 
         like = with_shardings(jax.eval_shape(begin, student.params))
         if restored := restore_newest(checkpoints, like, run=run):
@@ -78,7 +79,7 @@ def train(config: ConfigDict) -> Path:
             state = jax.jit(begin, out_shardings=jax.tree.map(lambda spec: spec.sharding, like))(params)
             del params
         negative = jnp.asarray(shards.negative())
-        fixed = Fixed(teacher and place(teacher.params, networks.teacher.specs), negative)
+        fixed = Fixed(place(teacher.params, networks.teacher.specs) if teacher else {}, negative)
         del student, teacher  # the host's copies
         make_videos = (
             prepare_videos(config, shards, networks.student, workdir / "videos") if config.sample_every else None
@@ -141,7 +142,7 @@ def with_shardings(state: TrainState) -> TrainState:
 
 @contextlib.contextmanager
 def stop_requests() -> Iterator[threading.Event]:
-    """An event that SIGTERM and Ctrl-C set, so that the step in hand is finished and saved; a second one stops at once."""
+    """An event that SIGTERM and Ctrl-C set, so that the step in hand is finished and saved; the next stops at once."""
     stop = threading.Event()
 
     def request(number: int, frame: object) -> None:

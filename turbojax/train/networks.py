@@ -15,8 +15,9 @@ from turbojax.models.wan import WanConfig
 from turbojax.pipeline import MODELS
 from turbojax.sharding import state_shardings
 from turbojax.train.state import Params, parameters
-from turbojax.train.toy import toy_config
+from turbojax.train.toy import smooth_in_time, toy_config
 from turbojax.weights.files import transformer_path
+from turbojax.weights.io import ShapeDtype
 from turbojax.weights.load import load_wan, wan_skeleton, with_options
 from turbojax.weights.random import random_module
 
@@ -42,13 +43,16 @@ def open_networks(config: ConfigDict) -> tuple[Source, Source | None]:
 def open_network(config: ConfigDict, path: str, attention_type: str | None) -> Source:
     """A file's network, or a random one; the memory of the devices is not touched."""
     options = {"attention_type": attention_type, "sla_topk": config.sla_topk, "dtype": jnp.float32}
+    random, toy = path == "random", config.model == "toy"
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
-        if path == "random":
+        if random:
             skeleton = wan_skeleton(with_options(named_config(config.model), **options))
             module = random_module(skeleton, seed=config.seed, what=f"random {config.model}")
         else:
             module = load_wan(transformer_path(path), quant_linear=False, **options)
         params = {name: np.asarray(value) for name, value in parameters(module).items()}
+    if random and toy:
+        params = smooth_in_time(params)
     blocks = tuple(config.sla_blocks) if module.config.attention_type == "sla" else None
     changes = {"sla_blocks": blocks, "dtype": jnp.dtype(config.dtype), "remat": config.remat}
     return Source(dataclasses.replace(module.config, **changes), params)
@@ -61,7 +65,7 @@ def named_config(model: str) -> WanConfig:
     return models[model]()
 
 
-def place(params: HostParams, like: Mapping[str, jax.ShapeDtypeStruct]) -> Params:
+def place(params: HostParams, like: Mapping[str, ShapeDtype]) -> Params:
     """Parameters on the devices of the mesh in force, in the dtypes of `like` and those of its names."""
     shardings = state_shardings(like)
 

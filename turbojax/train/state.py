@@ -30,7 +30,7 @@ class Trained:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """step: int32 [], optimizer steps done; ema: float32 average of the student; critic: rCM's fake score, else None."""
+    """step: int32 [], optimizer steps done; ema: float32 average of the student; critic: rCM's fake score or None."""
 
     step: jax.Array
     student: Trained

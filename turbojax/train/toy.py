@@ -4,6 +4,7 @@ Each of a few prompts (random text embeddings) stands for a pattern of latents, 
 strength: what there is to learn is which pattern belongs to which prompt, and how strong it comes.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,18 @@ def toy_config(**changes) -> WanConfig:
     """Two layers of width 64."""
     sizes = dict(dim=64, ffn_dim=128, num_heads=2, num_layers=2, freq_dim=64, text_dim=TEXT_DIM)
     return WanConfig(**(sizes | changes))
+
+
+def smooth_in_time(params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A random network's parameters with the fast part of its time embedding damped.
+
+    Its results then change with time about as smoothly as a trained network's: consistency needs their derivative.
+    """
+    name = "time_embedding.fc1.weight"
+    half = params[name].shape[1] // 2
+    frequencies = 10000.0 ** (-np.arange(half) / half)
+    damping = np.tile(1 / (1 + (100 * frequencies) ** 2), 2).astype(np.float32)
+    return {**params, name: 2 * damping * params[name]}
 
 
 def write_toy_shards(folder: Path, *, prompts: int = 4, samples: int = 256, seed: int = 0) -> Path:

@@ -7,6 +7,7 @@ tensor is read from disk when it is used. Every bad file gives one CheckpointErr
 import contextlib
 import functools
 import json
+import logging as standard_logging
 import mmap
 import os
 import re
@@ -278,6 +279,7 @@ def orbax() -> ModuleType:
     import orbax.checkpoint as ocp  # takes a second or more to import
 
     logging.get_absl_logger().addFilter(lambda record: "orbax" not in Path(record.pathname).parts)
+    standard_logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
     return ocp
 
 

@@ -1,0 +1,286 @@
+"""Whole runs on a tiny network: killed and resumed, gone on with, refused, and what they leave behind."""
+
+import os
+import random
+import resource
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+from tensorboardX.proto.event_pb2 import Event
+
+from tests.test_generate import run_all
+from turbojax.errors import CheckpointError, UserError
+from turbojax.models.wan import WanConfig
+from turbojax.train.config import TRAIN_SETTINGS, train_config
+from turbojax.train.data import open_shards
+from turbojax.train.loop import check_data, train
+from turbojax.train.state import parameters
+from turbojax.train.toy import write_toy_shards
+from turbojax.weights.load import load_wan
+
+ROOT = Path(__file__).parents[2]
+TRAIN = str(ROOT / "scripts" / "train.py")
+TOY = f"--config={ROOT / 'configs' / 'train_toy.py'}"
+STEPS, EVERY = 24, 5
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    return write_toy_shards(tmp_path_factory.mktemp("data"), samples=32)
+
+
+def saved(workdir: Path, step: int) -> dict[str, np.ndarray]:
+    """Every array of a checkpoint by its path."""
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        tree = checkpointer.restore(workdir / "checkpoints" / str(step) / "state")
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def steps_of(workdir: Path) -> list[int]:
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
+
+
+def start(workdir: Path, data: Path) -> subprocess.Popen:
+    """Starts a run, or goes on with it, in a process of its own; programs are compiled once for all of them."""
+    settings = {"num_steps": STEPS, "batch_size": 4, "log_every": 1, "checkpoint_every": EVERY, "keep": STEPS}
+    overrides = [f"--config.{name}={value}" for name, value in (settings | {"workdir": workdir, "data": data}).items()]
+    environment = os.environ | {
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "JAX_COMPILATION_CACHE_DIR": str(data / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "PYTHONPATH": str(ROOT),
+    }
+    command = [sys.executable, TRAIN, TOY, *overrides]
+    return subprocess.Popen(command, env=environment, cwd=workdir.parent, stderr=subprocess.PIPE, text=True)
+
+
+def signal_at(run: subprocess.Popen, step: int, number: int) -> str:
+    """Sends a signal when a step is reported; what the run wrote afterwards."""
+    assert run.stderr
+    for line in run.stderr:
+        if f"Step {step}:" in line:
+            run.send_signal(number)
+            break
+    return run.communicate()[1]
+
+
+def test_killed_and_resumed(tmp_path, data):
+    """SIGTERM and SIGKILL at random steps and SIGKILL in the middle of a save end in the parameters of a whole run."""
+    whole = start(tmp_path / "whole", data)
+    _, said = whole.communicate()
+    assert whole.returncode == 0, said
+    workdir = tmp_path / "killed"
+    first = random.randrange(1, EVERY)
+    second = random.randrange(EVERY + 1, 2 * EVERY)
+
+    run = start(workdir, data)
+    said = signal_at(run, first, signal.SIGTERM)
+    assert run.returncode == 130
+    assert "stopped" in said
+    [stopped] = steps_of(workdir)
+    assert stopped >= first, (first, stopped)
+
+    run = start(workdir, data)
+    signal_at(run, second, signal.SIGKILL)
+    assert run.returncode == -signal.SIGKILL
+
+    run = start(workdir, data)
+    before = steps_of(workdir)
+    while not (half := list((workdir / "checkpoints").glob("*-tmp"))):
+        assert run.poll() is None
+        time.sleep(0.001)
+    run.kill()
+    run.communicate()
+    assert half[0].exists(), "the save was over before the kill"
+    assert steps_of(workdir) == before
+
+    run = start(workdir, data)
+    run.communicate()
+    assert run.returncode == 0
+    expected, got = saved(tmp_path / "whole", STEPS), saved(workdir, STEPS)
+    assert expected.keys() == got.keys()
+    different = [name for name in expected if not np.array_equal(expected[name], got[name])]
+    assert not different, (first, second, half, different)
+
+
+@pytest.fixture(scope="module")
+def compiled_once(data):
+    """All runs in this process share their compiled programs."""
+    with pytest.MonkeyPatch.context():
+        before = jax.config.jax_compilation_cache_dir
+        jax.config.update("jax_compilation_cache_dir", str(data / "compiled_here"))
+        compilation_cache.reset_cache()
+        yield
+        jax.config.update("jax_compilation_cache_dir", before)
+        compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def settings(data, demo, tmp_path_factory, compiled_once):
+    """Six steps with videos."""
+    return {
+        "workdir": str(tmp_path_factory.mktemp("run")),
+        "data": str(data),
+        "weights": "random",
+        "model": "toy",
+        "dtype": "float32",
+        "num_steps": 6,
+        "batch_size": 4,
+        "accumulation": 2,
+        "learning_rate": 1e-3,
+        "log_every": 2,
+        "checkpoint_every": 3,
+        "sample_every": 6,
+        "sample_prompts": "A red bird|A blue car",
+        "sampler": "rcm",
+        "num_inference_steps": 1,
+        "sample_guidance": 1.0,
+        "vae": "demo",
+        "text_encoder": "demo",
+        "tokenizer": "demo",
+    }
+
+
+@pytest.fixture(scope="module")
+def workdir(settings) -> Path:
+    file = train(train_config(**settings))
+    assert file == Path(settings["workdir"]) / "transformer.safetensors"
+    return file.parent
+
+
+def test_the_average_is_written_in_official_names(workdir):
+    written = parameters(load_wan(workdir / "transformer.safetensors", dtype=np.float32))
+    arrays = saved(workdir, 6)
+    for name, value in written.items():
+        np.testing.assert_array_equal(value, arrays[f"['ema']['{name}']"])
+    assert any((value != arrays[f"['student']['params']['{name}']"]).any() for name, value in written.items())
+
+
+def test_sample_videos(workdir):
+    assert sorted(path.name for path in (workdir / "videos").iterdir()) == ["step_000006_0.mp4", "step_000006_1.mp4"]
+
+
+def events(folder: Path) -> dict[tuple[str, int], float]:
+    """Scalars of TensorBoard's files, whose records are a length, a checksum, an Event and a checksum."""
+    scalars = {}
+    for path in sorted(folder.iterdir()):
+        content, position = path.read_bytes(), 0
+        while position < len(content):
+            (length,) = struct.unpack_from("<Q", content, position)
+            event = Event.FromString(content[position + 12 : position + 12 + length])
+            scalars |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
+            position += 16 + length
+    return scalars
+
+
+def test_metrics(workdir):
+    scalars = events(workdir / "metrics")
+    assert {step for _, step in scalars} == {2, 4, 6}
+    assert {tag for tag, _ in scalars} == {"loss", "student_gradient_norm", "student_learning_rate"}
+    assert scalars["loss", 6] > 0
+    np.testing.assert_allclose(scalars["student_learning_rate", 2], 0.5 * 1e-3 / 100, rtol=1e-3)  # mean of steps 0, 1
+
+
+def test_a_full_disk_and_going_on(workdir, settings):
+    """A longer run begins at the last checkpoint; a disk that is full in between gives one sentence."""
+    longer = train_config(**settings | {"num_steps": 9, "sample_every": 0})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+        with pytest.raises(CheckpointError, match="File too large; the last whole one is of step 6"):
+            train(longer)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert steps_of(workdir) == [3, 6]
+    train(longer)
+    assert steps_of(workdir) == [6, 9]
+    assert int(saved(workdir, 9)["['step']"]) == 9
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"recipe": "sla"}, "is of a run with recipe=teacher, this one has recipe=sla; name another workdir"),
+        ({"attention_type": "sla"}, "is of a run with attention_type=original, this one has attention_type=sla"),
+        ({"batch_size": 8}, "the data's state is of batch_size=4, not 8"),
+    ],
+)
+def test_another_run_in_the_same_folder(workdir, settings, changes, message):
+    with pytest.raises(UserError, match=message):
+        train(train_config(**settings | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"recipe": "lora"}, "recipe='lora' is unknown; choose teacher, sla, rcm"),
+        ({"data": None}, "no data; give --config.data="),
+        ({"data": "nowhere"}, "nowhere holds no index.json"),
+        ({"weights": None}, "no weights; give --config.weights="),
+        ({"weights": "nothing.safetensors"}, "is neither a file, a folder nor a repository"),
+        ({"model": "wan3"}, "model='wan3' is unknown; choose one of wan2.1"),
+        ({"workdir": None}, "no workdir"),
+        ({"workdir": "/dev/null/run"}, "the folder '/dev/null/run' cannot be made"),
+        ({"attention_type": "sagesla"}, "attention_type='sagesla' cannot be trained"),
+        ({"batch_size": 0}, "batch_size=0 must be positive"),
+        ({"batch_size": 6, "accumulation": 4}, "batch_size=6 does not divide into accumulation=4"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan must be positive"),
+        ({"beta2": 1.0}, "beta2=1.0 must be in"),
+        ({"ema_rate": 0.5}, "rate=0.5 of the EMA must be between"),
+        ({"time_std": 0.0}, "std=0.0 of a log-normal distribution must be positive"),
+        ({"text_dropout": 1.0}, "text_dropout=1.0 must be in"),
+        ({"dtype": "float16"}, "dtype='float16' is unknown"),
+        ({"recipe": "rcm", "tangent": "forward"}, "tangent='forward' is unknown"),
+        ({"recipe": "rcm", "tangent": "difference", "dtype": "bfloat16"}, "tangent=difference is lost in bfloat16"),
+        ({"recipe": "rcm", "simulation": "random"}, "simulation='random' is unknown"),
+        ({"recipe": "rcm", "simulation_steps": 5}, "simulation_steps=5: fixed times are 4"),
+        ({"recipe": "rcm", "loss_scale": 0.0, "matching_scale": 0.0}, "leave nothing to learn"),
+        ({"fsdp": 3}, "does not fill 1 devices"),
+        ({"sampler": "ddim"}, "sampler='ddim' is unknown"),
+        ({"num_inference_steps": 9}, "num_steps=9"),
+    ],
+)
+def test_settings_that_cannot_be(settings, changes, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        train(train_config(**settings | {"workdir": str(tmp_path / "run")} | changes))
+
+
+def test_data_of_another_network(data):
+    for config, message in (
+        (WanConfig.t2v_1_3b(), "holds text of width 64 and the network takes 4096"),
+        (WanConfig.i2v_14b(), "holds latents of 16 channels and the network takes 36"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_data(open_shards(data), config)
+
+
+def test_script(tmp_path):
+    """Help lists every setting; mistakes are one sentence and exit code 2."""
+    cases = {
+        "help": [TRAIN, "--help"],
+        "no config": [TRAIN],
+        "misspelt": [TRAIN, TOY, "--config.lerning_rate=1"],
+        "bad value": [TRAIN, TOY, "--config.num_steps=-1"],
+        "of generate": [TRAIN, f"--config={ROOT / 'configs' / 'demo.py'}"],
+    }
+    results = run_all(cases, tmp_path)
+    assert [code for code, _, _ in results.values()] == [0, 2, 2, 2, 2]
+    assert all(f"--config.{setting.name}:" in results["help"][1] for setting in TRAIN_SETTINGS)
+    for name, said in {
+        "no config": "no settings; give --config=configs/NAME.py, for instance configs/train_toy.py",
+        "misspelt": "there is no setting lerning_rate, perhaps learning_rate",
+        "bad value": "num_steps=-1 must not be negative",
+        "of generate": "get_config() must return all settings, as configs/train_toy.py does; missing: recipe",
+    }.items():
+        assert said in results[name][2]
+        assert "Traceback" not in results[name][2]
