@@ -12,13 +12,13 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from turbojax.demo import demo_folder
-from turbojax.models.tokenizer import Tokenizer
-from turbojax.pipeline import TextEncoder, decode, encode_prompt, make_sampler, sample
+from turbojax.pipeline import decode, make_sampler, sample
+from turbojax.text import TextEncoder
 from turbojax.train.data import Shards
 from turbojax.train.state import Params, in_compute_dtype
 from turbojax.video import save_video
 from turbojax.weights.files import find_components
-from turbojax.weights.load import Skeleton, load_umt5, load_vae
+from turbojax.weights.load import Skeleton, load_vae
 
 MakeVideos = Callable[[int, Params], list[Path]]
 
@@ -34,24 +34,27 @@ def prepare_videos(config: ConfigDict, shards: Shards, skeleton: Skeleton, folde
     )
     vae = load_vae(component(config, "vae"), dtype=dtype)
     if config.sample_prompts:
-        tokenizer = Tokenizer.from_path(component(config, "tokenizer"))
-        encoder = TextEncoder(tokenizer, *load_umt5(component(config, "text_encoder"), dtype=dtype))
-        text = np.asarray(encode_prompt(encoder, config.sample_prompts.split("|")))
+        encoder = TextEncoder.from_files(
+            component(config, "text_encoder"), component(config, "tokenizer"), dtype=dtype, cache=False
+        )
+        text = encoder(config.sample_prompts.split("|"))
         del encoder
     else:
         text = np.stack([shards[i]["text"] for i in range(min(config.num_samples, len(shards)))])
     negative = np.broadcast_to(shards.negative(), text.shape) if config.sample_guidance != 1 else None
     noise_key, step_key = jax.random.split(jax.random.key(config.seed))
     noise = jax.random.normal(noise_key, (len(text), *shards.index.latents), jnp.float32)
-    run = jax.jit(sample, static_argnums=(0, 1))
+    run = jax.jit(sample, static_argnums=(0, 1, 2))
 
     def make_videos(step: int, params: Params) -> list[Path]:
         graph, state = nnx.split(skeleton.fill(in_compute_dtype(skeleton, params)))
         guidance = jnp.float32(config.sample_guidance)
-        latents = run(graph, sampler, state, sampler.initial(noise), text, negative, guidance, step_key, None)
+        steps, start = (0, sampler.num_steps), sampler.initial(noise)
+        latents = run(graph, sampler, steps, state, start, text, negative, guidance, step_key, None, {})
         if jax.process_count() > 1:
             latents = multihost_utils.process_allgather(latents, tiled=True)
-        decoded = decode(vae, jnp.asarray(latents))  # by every process: under a mesh that is a computation of all
+        # By every process: under a mesh that is a computation of all.
+        decoded = [np.concatenate(list(decode(vae, latent))) for latent in np.asarray(latents)]
         if jax.process_index() > 0:
             return []
         paths = []
