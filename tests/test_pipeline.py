@@ -229,6 +229,7 @@ def test_plan(demo_pipe):
     assert larger.peak > 10 * found.peak
     tight = demo_pipe.plan(memory=found.peak / 1e9, **SIZE)
     assert tight.residency.transformer_streamed
+    assert not found.residency.transformer_streamed
     assert "height=100 must be a multiple of 16" in refused(demo_pipe.plan, height=100)
     assert "memory='much' is unknown" in refused(demo_pipe.plan, memory="much")
 
