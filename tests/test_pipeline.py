@@ -172,6 +172,10 @@ def test_tiles_where_memory_is_short(demo_pipe, run, monkeypatch):
         run(seed=5)
         run(seed=5, vae_tiling="off")
     assert used == [False, False, False, False, True, False]
+    monkeypatch.setattr(pipeline, "memory_stats", lambda: {"bytes_limit": 80 * 10**9, "bytes_in_use": 100})
+    monkeypatch.setattr(demo_pipe, "memory", needed / 1e9)
+    run(seed=5)
+    assert used[-1]
 
 
 # Other ways to make one.
