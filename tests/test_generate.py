@@ -16,6 +16,7 @@ from flax import nnx
 
 from tests.weights.checkpoints import save, small, turbo
 from turbojax.config import SETTINGS, base_config
+from turbojax.demo import demo_picture
 from turbojax.weights.load import load_wan
 
 # Reading an mp4 starts ffmpeg, by fork and exec at once; JAX warns of forks that go on.
@@ -330,12 +331,21 @@ def test_settings_reach_the_pipeline(generate, monkeypatch, tmp_path):
             raise StopIteration
 
     monkeypatch.setattr(generate, "load_pipeline", lambda config, prepare: Recorder())
-    config = small_config(tmp_path / "x.mp4", height=None, width=None, resolution="720p", aspect_ratio="9:16", seed=5)
+    sizes = dict(height=None, width=None, resolution="720p", aspect_ratio="9:16")
+    config = small_config(tmp_path / "x.mp4", image="demo", last_image="demo", seed=5, **sizes)
     with pytest.raises(StopIteration):
         generate.generate(config)
     assert (calls["width"], calls["height"], calls["seed"]) == (720, 1280, 5)
+    np.testing.assert_array_equal(calls["image"], demo_picture())
     not_the_calls = {
+        *("image_encoder", "lora", "lora_high", "lora_low", "lora_strength", "boundary"),
         *("resolution", "aspect_ratio", "model", "weights", "vae", "text_encoder", "tokenizer", "cache_prompts"),
         *("quant_linear", "quant_scheme", "attention_type", "sla_topk", "sage_values", "dtype", "memory"),
     }
     assert set(calls) == {setting.name for setting in SETTINGS} - not_the_calls
+
+
+def test_loras(generate, tmp_path):
+    config = small_config(tmp_path / "x.mp4", lora="a.safetensors, b.safetensors", lora_low="c", lora_strength=0.5)
+    expected = [("a.safetensors", None), ("b.safetensors", None), ("c", "low")]
+    assert generate.loras(config) == [(path, 0.5, expert) for path, expert in expected]

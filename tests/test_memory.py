@@ -228,7 +228,8 @@ def test_temporaries_of_compiled_programs():
     resident, streamed = measure(Residency()), measure(Residency(True, vae_tiled=True, transformer_streamed=True))
     assert isinstance(resident, Temporaries)
     assert resident.diffusion > 4e6
-    assert all(sizes > 0 for sizes in (*resident, *streamed))
+    assert all(sizes > 0 for sizes in (*resident[:3], *streamed[:3]))
+    assert resident.image == 0  # it makes videos from text
     assert memory.plan(small, Work((2, 4, 6, 16)), limit=10**9, compile_sampler=compile_sampler).exact
     assert len(asked) == 2
 

@@ -172,6 +172,10 @@ def test_tiles_where_memory_is_short(demo_pipe, run, monkeypatch):
         run(seed=5)
         run(seed=5, vae_tiling="off")
     assert used == [False, False, False, False, True, False]
+    monkeypatch.setattr(pipeline, "memory_stats", lambda: {"bytes_limit": 80 * 10**9, "bytes_in_use": 100})
+    monkeypatch.setattr(demo_pipe, "memory", needed / 1e9)
+    run(seed=5)
+    assert used[-1]
 
 
 # Other ways to make one.
@@ -230,6 +234,7 @@ def test_plan(demo_pipe):
     assert larger.peak > 10 * found.peak
     tight = demo_pipe.plan(memory=found.peak / 1e9, **SIZE)
     assert tight.residency.transformer_streamed
+    assert not found.residency.transformer_streamed
     assert "height=100 must be a multiple of 16" in refused(demo_pipe.plan, height=100)
     assert "memory='much' is unknown" in refused(demo_pipe.plan, memory="much")
 

@@ -23,14 +23,19 @@ from turbojax.temporaries import (
     Residency,
     Temporaries,
     Work,
-    clip_skeleton,
     compiled,
     estimate,
     size_of,
-    text_skeleton,
-    vae_skeleton,
 )
-from turbojax.weights.load import Skeleton, is_stacked, layer_of, wan_skeleton
+from turbojax.weights.load import (
+    Skeleton,
+    clip_skeleton,
+    is_stacked,
+    layer_of,
+    umt5_skeleton,
+    vae_skeleton,
+    wan_skeleton,
+)
 
 GB = 1e9
 MODES = ("auto", "resident", "stream")
@@ -140,14 +145,13 @@ def plan(
     def fits(residency: Residency) -> bool:
         return limit is None or max(stage.total for stage in stages(residency)) <= ROOM * limit
 
-    streamed = mode == "stream"
-    asked = residency or Residency(text_streamed=streamed, transformer_streamed=streamed)
-    asked = dataclasses.replace(asked, vae_tiled=work.vae_tiling == "on")
+    least = residency or asked(mode)
+    least = dataclasses.replace(least, vae_tiled=work.vae_tiling == "on")
     measures = [m for m in MEASURES if m.field != "vae_tiled" or work.vae_tiling == "auto"]
     measures = [m for m in measures if m.field != "in_turn" or parts.transformers > 1]
     if residency is not None or mode != "auto":
         measures = [m for m in measures if m.field == "vae_tiled"]
-    chosen = choose(fits, asked, measures)
+    chosen = choose(fits, least, measures)
     reasons = []
     for measure in MEASURES:
         if getattr(chosen, measure.field):
@@ -159,6 +163,11 @@ def plan(
         chosen, stages(chosen), limit, tuple(reasons or ["Everything stays on the card."]), bool(compile_sampler)
     )
     return found if found.fits else dataclasses.replace(found, reasons=(*found.reasons, way_out(found, parts)))
+
+
+def asked(mode: str) -> Residency:
+    """What a mode says of the weights; for "auto" what is best if it fits."""
+    return Residency(text_streamed=mode == "stream", transformer_streamed=mode == "stream")
 
 
 def choose(fits: Callable[[Residency], bool], least: Residency, measures: Sequence[Measure]) -> Residency:
@@ -255,7 +264,7 @@ class Sizes:
     """Bytes of all weights."""
 
     def __init__(self, parts: Parts):
-        skeletons = [wan_skeleton(parts.transformer), text_skeleton(parts.text), vae_skeleton(parts.vae)]
+        skeletons = [wan_skeleton(parts.transformer), umt5_skeleton(parts.text), vae_skeleton(parts.vae)]
         skeletons += [clip_skeleton(parts.clip)] if parts.clip else []
         self.transformer, self.text = (Streamable.of(skeleton) for skeleton in skeletons[:2])
         self.transformers = parts.transformers

@@ -31,7 +31,7 @@ from turbojax.diffusion import RCM, Euler, Sampler, UniPC, guide, unembedded
 from turbojax.errors import UserError
 from turbojax.experts import BOUNDARY, NAMES, Experts
 from turbojax.image import ImageSource
-from turbojax.memory import Plan, device_limit, loading_advice, out_of_memory, parse, plan, way_out
+from turbojax.memory import Plan, asked, device_limit, loading_advice, out_of_memory, parse, plan, way_out
 from turbojax.models import vae as vae_model
 from turbojax.models.clip import CLIPConfig, CLIPVision, clip_dtype
 from turbojax.models.streaming import Placed, Streamed, placed
@@ -41,11 +41,22 @@ from turbojax.models.umt5 import TEXT_LEN, UMT5Config
 from turbojax.models.vae import VAEConfig, WanVAE
 from turbojax.models.wan import TimeEmbedding, WanConfig, WanModel, patch_grid
 from turbojax.stopwatch import Stopwatch
-from turbojax.temporaries import Parts, Residency, Work, clip_skeleton, text_skeleton, vae_skeleton
+from turbojax.temporaries import Parts, Residency, Work
 from turbojax.text import TextEncoder
 from turbojax.video import check_fps, check_path, files_of, numbered, open_video, save_video
 from turbojax.weights import files
-from turbojax.weights.load import load_plain, load_wan, open_clip, open_vae, open_wan, wan_skeleton, with_options
+from turbojax.weights.load import (
+    clip_skeleton,
+    load_plain,
+    load_wan,
+    open_clip,
+    open_vae,
+    open_wan,
+    umt5_skeleton,
+    vae_skeleton,
+    wan_skeleton,
+    with_options,
+)
 from turbojax.weights.lora import Expert, LoRA
 from turbojax.weights.random import random_module, random_token_table
 
@@ -196,14 +207,17 @@ def check_tiling(vae_tiling: str) -> None:
         raise UserError(f"{vae_tiling=} is unknown; choose {', '.join(VAE_TILING)}")
 
 
-def needs_tiling(vae: WanVAE, height: int, width: int, tiling: str) -> bool:
-    """Whether decoding latents of this size goes in tiles; "auto" compares with the memory that is free."""
+def needs_tiling(vae: WanVAE, height: int, width: int, tiling: str, *, limit: int | None = None) -> bool:
+    """Whether decoding latents of this size goes in tiles; "auto" compares with the memory that is free.
+
+    limit: bytes to keep to where the device has more.
+    """
     if tiling != "auto":
         return tiling == "on"
     memory = memory_stats()
     if "bytes_limit" not in memory:
         return False
-    free = memory["bytes_limit"] - memory["bytes_in_use"]
+    free = min(memory["bytes_limit"], limit or memory["bytes_limit"]) - memory["bytes_in_use"]
     needed = vae_model.decoding_bytes(vae, height, width)
     if needed > free:
         logging.info("Decoding in tiles: whole frames take %.1f GB, and %.1f GB are free", needed / 1e9, free / 1e9)
@@ -341,12 +355,14 @@ def plan_call(
 
 def settle(parts: Parts, call: Call, memory: str | float) -> Residency:
     """Where weights go for this call; raises UserError where nothing fits."""
+    mode, limit = parse(memory, device_limit())
+    if mode != "auto" or limit is None:
+        return dataclasses.replace(asked(mode), vae_tiled=call.vae_tiling == "on")
     found = plan_call(parts, call, memory)
-    if memory not in ("resident", "stream") and not found.fits:
+    if not found.fits:
         raise UserError(found.reasons[-1])
     if found.residency != Residency():
-        for reason in found.reasons:
-            logging.info("%s", reason)
+        logging.info(" ".join(found.reasons))
     return found.residency
 
 
@@ -429,6 +445,7 @@ class TurboVideoPipeline:
         if c.clip_dim != (clip.config.dim if clip else None):
             raise UserError(f"the transformer takes image tokens of width {c.clip_dim}; give its image encoder")
         self.load_seconds = 0.0
+        self.memory: str | float = "auto"
         self._clock = Stopwatch()
         self._programs = programs or Programs()
 
@@ -529,7 +546,7 @@ class TurboVideoPipeline:
             clip = load_plain(clip_file, what=where["image_encoder"].name) if clip_file else None
             network = load_plain(vae_file, what=where["vae"].name)
             pipe = cls(experts, network, text, clip=clip, programs=programs)
-        return pipe._loaded(high.name if low is None else f"{high.name} and {low.name}", start)
+        return pipe._loaded(high.name if low is None else f"{high.name} and {low.name}", start, memory)
 
     @classmethod
     def random(
@@ -566,7 +583,7 @@ class TurboVideoPipeline:
         )
         use_compilation_cache()
         parts = published_parts(config, two=model in TWO_EXPERTS)
-        network, vae, encoder = wan_skeleton(config), vae_skeleton(parts.vae), text_skeleton(parts.text)
+        network, vae, encoder = wan_skeleton(config), vae_skeleton(parts.vae), umt5_skeleton(parts.text)
         call, programs = Call.of(parts, prepare or {}), Programs()
         residency = settle(parts, call, memory)
         streamed, experts = residency.transformer_streamed, arrange(parts, residency, memory)
@@ -582,9 +599,10 @@ class TurboVideoPipeline:
             clip = generate(clip_skeleton(parts.clip), what="random CLIP") if parts.clip else None
             pipe = cls(experts, generate(vae, what="random VAE"), text, clip=clip, programs=programs)
             jax.block_until_ready(placed(text.encoder))
-        return pipe._loaded(f"random {model}", start)
+        return pipe._loaded(f"random {model}", start, memory)
 
-    def _loaded(self, what: str, start: float) -> "TurboVideoPipeline":
+    def _loaded(self, what: str, start: float, memory: str | float) -> "TurboVideoPipeline":
+        self.memory = memory
         jax.block_until_ready((self.experts.placed(), placed(self.vae)))
         self.load_seconds = time.perf_counter() - start
         c = self.config
@@ -704,7 +722,7 @@ class TurboVideoPipeline:
             raise UserError("the network returned NaN or infinity; check the checkpoint, or try dtype float32")
         with self._clock.stage("compile"):
             self._programs.wait("vae")
-        tiled = needs_tiling(self.vae, *shape[2:4], vae_tiling)
+        tiled = needs_tiling(self.vae, *shape[2:4], vae_tiling, limit=parse(self.memory, None)[1])
         videos = self._decode(host, outputs, fps, tiled=tiled)
         written = [file for path in outputs for file in files_of(path, num_frames)]
         return VideoOutput(videos, clean, self._clock.take(), written)
@@ -764,13 +782,13 @@ class TurboVideoPipeline:
         """
         residency = None
         if memory is None:
+            memory = self.memory
             residency = Residency(
                 text_streamed=self.text.streamed,
                 in_turn=self.experts.in_turn,
                 transformer_streamed=self.experts.streamed,
             )
-        call = Call.of(self.parts, settings)
-        return plan_call(self.parts, call, "auto" if memory is None else memory, residency=residency, exact=exact)
+        return plan_call(self.parts, Call.of(self.parts, settings), memory, residency=residency, exact=exact)
 
     def memory_report(self) -> dict[str, dict[str, int]]:
         """Bytes by component and dtype, measured from the arrays; "host" has the token table and what is not on it."""

@@ -17,12 +17,12 @@ from turbojax.condition import encoding_bytes, image_shapes, takes_images
 from turbojax.kernels.attention import SCORES_IN_MEMORY
 from turbojax.models import streaming, umt5
 from turbojax.models import vae as vae_model
-from turbojax.models.clip import CLIPConfig, CLIPVision
+from turbojax.models.clip import CLIPConfig
 from turbojax.models.tiling import compile_tiles, tile_sides
-from turbojax.models.umt5 import TEXT_LEN, UMT5Config, UMT5Encoder
-from turbojax.models.vae import VAEConfig, WanVAE
+from turbojax.models.umt5 import TEXT_LEN, UMT5Config
+from turbojax.models.vae import VAEConfig
 from turbojax.models.wan import WanConfig
-from turbojax.weights.load import Skeleton, wan_skeleton
+from turbojax.weights.load import umt5_skeleton, vae_skeleton, wan_skeleton
 
 
 class Parts(NamedTuple):
@@ -71,21 +71,6 @@ class Temporaries(NamedTuple):
     diffusion: int
     vae: int
     image: int = 0
-
-
-@functools.cache
-def text_skeleton(config: UMT5Config) -> Skeleton:
-    return Skeleton.of(lambda: UMT5Encoder(config, rngs=nnx.Rngs(0)))
-
-
-@functools.cache
-def clip_skeleton(config: CLIPConfig) -> Skeleton:
-    return Skeleton.of(lambda: CLIPVision(config, rngs=nnx.Rngs(0)))
-
-
-@functools.cache
-def vae_skeleton(config: VAEConfig) -> Skeleton:
-    return Skeleton.of(lambda: WanVAE(config, rngs=nnx.Rngs(0)))
 
 
 def estimate(parts: Parts, work: Work, where: Residency) -> Temporaries:
@@ -163,7 +148,7 @@ def compiled(parts: Parts, work: Work, compile_sampler: Callable[[], Any]) -> Ca
     def text(streamed: bool) -> int:
         mask = jax.ShapeDtypeStruct((1, TEXT_LEN), jnp.int32)
         embedded = jax.ShapeDtypeStruct((1, TEXT_LEN, t5.dim), t5.dtype)
-        skeleton = text_skeleton(t5)
+        skeleton = umt5_skeleton(t5)
         if streamed:
             return of_streamed(skeleton.abstract_streamed(), embedded, mask)
         return of_program(umt5.run_encoder.lower(*nnx.split(skeleton.abstract()), embedded, mask).compile())

@@ -13,11 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import lax
 
 from turbojax.errors import UserError
 from turbojax.kernels.attention import dot_product_attention
-from turbojax.models.layers import MLP, Dense, LayerNorm
+from turbojax.models.layers import MLP, Dense, LayerNorm, scan_blocks
 from turbojax.models.wan import patchify, split_heads
 
 # Of the pixels in 0..1, by channel (OpenAI's CLIP).
@@ -114,8 +113,7 @@ class CLIPVision(nnx.Module):
         x = self.patch_embedding(patchify(images.astype(c.dtype)[:, None], (1, c.patch, c.patch)))
         first = jnp.broadcast_to(self.class_token[...], (x.shape[0], 1, c.dim))
         x = self.norm(jnp.concatenate((first, x), axis=1) + self.positions[...][None])
-        graph, layers = nnx.split(self.blocks)
-        return lax.scan(lambda x, layer: (nnx.merge(graph, layer)(x), None), x, layers)[0]
+        return scan_blocks(self.blocks, x, ())
 
 
 @functools.partial(jax.jit, static_argnames="graph")

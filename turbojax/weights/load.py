@@ -90,6 +90,7 @@ class Skeleton(NamedTuple):
         return nnx.merge(self.graph, nnx.from_flat_state(flat))
 
     def fill_streamed(self, arrays: Mapping[str, Any]) -> Streamed:
+        """`fill` for a streamed module."""
         outer: list[tuple] = []
         resident: list[tuple] = []
         count = next(spec.shape[0] for name, spec in self.specs.items() if is_stacked(name))
@@ -103,16 +104,16 @@ class Skeleton(NamedTuple):
                     layer.append((path[1:], variable.replace(own)))
             else:
                 resident.append((path[1:], variable.replace(array)))
-        config, outer_graph, block_graph = self.parts()
+        config, outer_graph, block_graph = self.structures()
         blocks = HostBlocks(block_graph, nnx.from_flat_state(resident), tuple(map(nnx.from_flat_state, layers)))
         return Streamed(config, outer_graph, nnx.from_flat_state(outer), blocks)
 
     def restructured(self, model: Streamed) -> Streamed:
         """A streamed model with its own arrays in this skeleton's structure."""
-        config, outer, block = self.parts()
+        config, outer, block = self.structures()
         return Streamed(config, outer, model.state, dataclasses.replace(model.blocks, graph=block))
 
-    def parts(self) -> tuple[Any, nnx.GraphDef, nnx.GraphDef]:
+    def structures(self) -> tuple[Any, nnx.GraphDef, nnx.GraphDef]:
         """The configuration, and the structures of the module without its blocks and of one block."""
         module = self.abstract()
         blocks = module.blocks
@@ -156,6 +157,21 @@ class LazyTensors(Mapping[K, np.ndarray]):
 def specs_of(tensors: Mapping[K, np.ndarray]) -> Mapping[K, ShapeDtype]:
     """Shapes and dtypes, without reading: memory-mapped arrays know their own."""
     return tensors.specs if isinstance(tensors, LazyTensors) else tensors
+
+
+@functools.lru_cache(maxsize=16)
+def vae_skeleton(config: VAEConfig) -> Skeleton:
+    return Skeleton.of(lambda: WanVAE(config, rngs=nnx.Rngs(0)))
+
+
+@functools.lru_cache(maxsize=16)
+def umt5_skeleton(config: UMT5Config) -> Skeleton:
+    return Skeleton.of(lambda: UMT5Encoder(config, rngs=nnx.Rngs(0)))
+
+
+@functools.lru_cache(maxsize=16)
+def clip_skeleton(config: CLIPConfig) -> Skeleton:
+    return Skeleton.of(lambda: CLIPVision(config, rngs=nnx.Rngs(0)))
 
 
 class WanCheckpoint(NamedTuple):
@@ -513,8 +529,7 @@ def open_vae(path: str | os.PathLike, *, dtype: Any = jnp.bfloat16) -> PlainChec
     tensors = read_tensors(path)
     with naming(path):
         config: VAEConfig = dataclasses.replace(detect_vae_config(tensors), dtype=dtype)
-        skeleton = Skeleton.of(lambda: WanVAE(config, rngs=nnx.Rngs(0)))
-        return check_plain(skeleton, tensors, vae_rules(tensors), vae_layout(config))
+        return check_plain(vae_skeleton(config), tensors, vae_rules(tensors), vae_layout(config))
 
 
 def open_umt5(path: str | os.PathLike, *, dtype: Any = jnp.bfloat16) -> PlainCheckpoint:
@@ -522,8 +537,7 @@ def open_umt5(path: str | os.PathLike, *, dtype: Any = jnp.bfloat16) -> PlainChe
     tensors = read_tensors(path)
     with naming(path):
         config: UMT5Config = dataclasses.replace(detect_umt5_config(tensors), dtype=dtype)
-        skeleton = Skeleton.of(lambda: UMT5Encoder(config, rngs=nnx.Rngs(0)))
-        return check_plain(skeleton, tensors, umt5_rules(tensors), umt5_layout(config))
+        return check_plain(umt5_skeleton(config), tensors, umt5_rules(tensors), umt5_layout(config))
 
 
 def open_clip(path: str | os.PathLike, *, dtype: Any = jnp.float16) -> PlainCheckpoint:
@@ -531,8 +545,9 @@ def open_clip(path: str | os.PathLike, *, dtype: Any = jnp.float16) -> PlainChec
     tensors = read_tensors(path)
     with naming(path):
         config: CLIPConfig = dataclasses.replace(detect_clip_config(tensors), dtype=dtype)
-        skeleton = Skeleton.of(lambda: CLIPVision(config, rngs=nnx.Rngs(0)))
-        return check_plain(skeleton, clip_tensors(tensors, config.num_layers), clip_rules(tensors), clip_layout(config))
+        return check_plain(
+            clip_skeleton(config), clip_tensors(tensors, config.num_layers), clip_rules(tensors), clip_layout(config)
+        )
 
 
 def check_plain(
