@@ -179,16 +179,16 @@ def in_tiles(
 
 def joined(part: Callable[[int], np.ndarray], cut: Cut, unit: int, *, axis: int) -> np.ndarray:
     """part(start) for each start, put together along an axis `[b, t, h, w, c]`."""
-    filled = cut.side * unit
-    whole = part(0)
+    first = part(0)
     if len(cut.starts) == 1:
-        return whole
-    shape = list(whole.shape)
+        return first
+    shape = list(first.shape)
     shape[axis] = (cut.starts[-1] + cut.side) * unit
-    first, whole = whole, np.empty(shape, whole.dtype)
-    np.moveaxis(whole, axis, 0)[:filled] = np.moveaxis(first, axis, 0)
+    whole = np.empty(shape, first.dtype)
+    lines, filled = np.moveaxis(whole, axis, 0), cut.side * unit
+    lines[:filled] = np.moveaxis(first, axis, 0)
     for start in cut.starts[1:]:
-        new, old = np.moveaxis(part(start), axis, 0), np.moveaxis(whole, axis, 0)[start * unit :]
+        new, old = np.moveaxis(part(start), axis, 0), lines[start * unit :]
         overlap = filled - start * unit
         weight = passing(overlap)
         for i in range(overlap):  # a line at a time: no second copy of the clip, in float32
