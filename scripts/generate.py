@@ -24,8 +24,9 @@ from turbojax.image import read_image
 from turbojax.memory import Plan
 from turbojax.models.tokenizer import Tokenizer
 from turbojax.models.vae import VAEConfig
-from turbojax.pipeline import check_seed, check_tiling, latent_shape, make_sampler
+from turbojax.pipeline import check_tiling
 from turbojax.planning import plan_unloaded
+from turbojax.sampling import check_seed, latent_shape, make_sampler
 from turbojax.video import check_fps, check_path, make_parent, video_size
 from turbojax.weights.lora import Expert, LoRA
 

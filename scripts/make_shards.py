@@ -25,7 +25,7 @@ from turbojax import UserError, cli
 from turbojax.demo import demo_folder
 from turbojax.make_shards import find_clips, identity, make_index, make_shards
 from turbojax.models.vae import VAEConfig
-from turbojax.pipeline import latent_shape
+from turbojax.sampling import latent_shape
 from turbojax.text import TextEncoder
 from turbojax.video import check_fps, video_size
 from turbojax.weights.files import find_components, open_repository

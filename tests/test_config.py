@@ -11,7 +11,8 @@ from ml_collections import ConfigDict
 from turbojax import UserError, demo
 from turbojax.config import SETTINGS, base_config, describe_settings
 from turbojax.models.vae import VAEConfig
-from turbojax.pipeline import MODELS, latent_shape, make_sampler
+from turbojax.pipeline import MODELS
+from turbojax.sampling import latent_shape, make_sampler
 from turbojax.video import check_path, video_size
 
 FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))

@@ -21,7 +21,7 @@ from absl import logging
 from flax import nnx
 from jax import lax
 
-from turbojax.condition import image_shapes
+from turbojax.condition import image_shapes, takes_images
 from turbojax.kernels import int8
 from turbojax.kernels.int8 import QUANT_SCHEMES, QuantConfig
 from turbojax.models import vae as vae_model
@@ -31,15 +31,8 @@ from turbojax.models.tiling import decode_tiled
 from turbojax.models.tokenizer import Tokenizer
 from turbojax.models.vae import VAEConfig, WanVAE
 from turbojax.models.wan import WanConfig, WanModel
-from turbojax.pipeline import (
-    MODELS,
-    TurboVideoPipeline,
-    bytes_by_dtype,
-    latent_shape,
-    make_sampler,
-    sample,
-    takes_images,
-)
+from turbojax.pipeline import MODELS, TurboVideoPipeline, bytes_by_dtype
+from turbojax.sampling import latent_shape, make_sampler, sample
 from turbojax.video import whole_file
 from turbojax.weights.load import Skeleton, wan_skeleton, with_options
 from turbojax.weights.random import random_module

@@ -11,7 +11,8 @@ from flax import nnx
 
 from turbojax.models.vae import VAEConfig
 from turbojax.models.wan import WanConfig
-from turbojax.pipeline import MODELS, latent_shape
+from turbojax.pipeline import MODELS
+from turbojax.sampling import latent_shape
 from turbojax.train.losses import velocity_tangent
 from turbojax.train.trigflow import velocity
 from turbojax.weights.load import wan_skeleton

@@ -23,7 +23,7 @@ from turbojax.errors import CheckpointError, UserError
 from turbojax.models import vae as vae_model
 from turbojax.models.umt5 import encode_text
 from turbojax.models.vae import WanVAE
-from turbojax.pipeline import latent_shape
+from turbojax.sampling import latent_shape
 from turbojax.text import TextEncoder
 from turbojax.train.data import (
     DTYPES,

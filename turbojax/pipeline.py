@@ -12,7 +12,7 @@ import functools
 import inspect
 import itertools
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -26,8 +26,8 @@ from tqdm import tqdm
 
 from turbojax.ahead import Programs
 from turbojax.cache import use_compilation_cache
-from turbojax.condition import compile_still, image_inputs, image_shapes, read_images, takes_images, video_shape
-from turbojax.diffusion import RCM, Euler, Sampler, UniPC, guide, unembedded
+from turbojax.condition import compile_still, image_inputs, image_shapes, read_images, video_shape
+from turbojax.diffusion import Sampler
 from turbojax.errors import UserError
 from turbojax.experts import BOUNDARY, NAMES, Experts
 from turbojax.image import ImageSource
@@ -39,7 +39,19 @@ from turbojax.models.tiling import compile_tiles, decode_tiled
 from turbojax.models.tokenizer import Tokenizer
 from turbojax.models.umt5 import TEXT_LEN, UMT5Config
 from turbojax.models.vae import VAEConfig, WanVAE
-from turbojax.models.wan import TimeEmbedding, WanConfig, WanModel, patch_grid
+from turbojax.models.wan import WanConfig, WanModel
+from turbojax.sampling import (
+    SamplerName,
+    check_seed,
+    denoise,
+    first_noise_level,
+    latent_shape,
+    make_sampler,
+    sampler_arguments,
+    sampler_program,
+    streamed,
+    with_topk,
+)
 from turbojax.stopwatch import Stopwatch
 from turbojax.temporaries import Parts, Residency, Work
 from turbojax.text import TextEncoder
@@ -60,10 +72,8 @@ from turbojax.weights.load import (
 from turbojax.weights.lora import Expert, LoRA
 from turbojax.weights.random import random_module, random_token_table
 
-SamplerName = Literal["rcm", "euler", "unipc"]
 TilingName = Literal["auto", "on", "off"]
 VAE_TILING: tuple[str, ...] = ("auto", "on", "off")
-SAMPLERS: tuple[str, ...] = ("rcm", "euler", "unipc")
 
 # Networks that `random` builds, by the name a configuration gives.
 MODELS: dict[str, Callable[..., WanConfig]] = {
@@ -83,105 +93,6 @@ class VideoOutput:
     latents: jax.Array
     timings: dict[str, float]
     files: list[Path] = dataclasses.field(default_factory=list)
-
-
-def latent_shape(config: VAEConfig, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-    """Latents `[t, h, w, c]` of a video; raises UserError for sizes that no latents have."""
-    step = 2 * config.spatial_factor  # patches of the transformer are 2 x 2 latents
-    for name, size in (("height", height), ("width", width)):
-        if size < step or size % step:
-            low = max(step, size // step * step)
-            raise UserError(f"{name}={size} must be a multiple of {step}; nearest: {low}, {low + step}")
-    if num_frames < 1 or (num_frames - 1) % config.temporal_factor:
-        low = max(0, (num_frames - 1) // config.temporal_factor) * config.temporal_factor + 1
-        raise UserError(
-            f"{num_frames=} must be 1 more than a multiple of {config.temporal_factor}; "
-            f"nearest: {low}, {low + config.temporal_factor}"
-        )
-    t = 1 + (num_frames - 1) // config.temporal_factor
-    return t, height // config.spatial_factor, width // config.spatial_factor, config.z_dim
-
-
-def check_seed(seed: int) -> None:
-    if not 0 <= seed < 2**32:
-        raise UserError(f"{seed=} must be in 0..{2**32 - 1}")
-
-
-def make_sampler(name: str, *, num_steps: int, sigma_max: float, ode: bool = False, shift: float = 5.0) -> Sampler:
-    """rCM for distilled models, Euler or UniPC for others (which start at their own noise level, 5000)."""
-    if name == "rcm":
-        return RCM(num_steps, sigma_max, ode)
-    if name == "euler":
-        return Euler(num_steps, shift)
-    if name == "unipc":
-        return UniPC(num_steps, shift)
-    raise UserError(f"sampler={name!r} is unknown; choose {', '.join(SAMPLERS)}")
-
-
-# A network as a sampler's steps call it, velocity(x, time), and the function that makes time of timesteps.
-Steps = tuple[Callable[[jax.Array, Any], jax.Array], Callable[[jax.Array], Any]]
-
-
-def resident(graph: Any, state: Any, latents: jax.Array, text: jax.Array, images: dict[str, jax.Array]) -> Steps:
-    """The steps of a split transformer, under a trace; what they share is computed before."""
-    network: WanModel = nnx.merge(graph, state)
-    context = network.prepare(text, patch_grid(latents, network.config.patch), clip=images.get("clip"))
-
-    def velocity(x: jax.Array, time: TimeEmbedding) -> jax.Array:
-        network: WanModel = nnx.merge(graph, state)  # a module belongs to the trace that it was made in
-        every = TimeEmbedding(*(jnp.broadcast_to(a[None], (len(x), *a.shape)) for a in time))
-        return network.velocity(x, every, context, y=images.get("y"))
-
-    return velocity, network.embed_time
-
-
-def streamed(network: Streamed, latents: jax.Array, text: jax.Array, images: dict[str, jax.Array]) -> Steps:
-    """The steps of a transformer whose blocks come from host memory, without a trace."""
-
-    def velocity(x: jax.Array, timestep: jax.Array) -> jax.Array:
-        return network(x, jnp.full(len(x), timestep), text, **images)
-
-    return velocity, unembedded
-
-
-def sample(graph: Any, sampler: Sampler, steps: tuple[int, int], state: Any, *arguments: Any) -> jax.Array:
-    """`denoise` by a split transformer, to be compiled: one scan over the steps."""
-    return denoise(functools.partial(resident, graph, state), sampler, steps, *arguments)
-
-
-def denoise(
-    begin: Callable[..., Steps],
-    sampler: Sampler,
-    steps: tuple[int, int],
-    latents: jax.Array,
-    text: jax.Array,
-    negative: jax.Array | None,
-    guidance_scale: jax.Array,
-    key: jax.Array,
-    noise: jax.Array | None,
-    images: dict[str, jax.Array],
-    *,
-    scan: bool = True,
-) -> jax.Array:
-    """Latents `[B, t, h, w, c]` before and after steps [start, stop), by text `[B, 512, D]`.
-
-    begin: `resident` or, with scan=False, `streamed`, of a transformer. negative: embedding of the negative prompt,
-    None without guidance. images: what the network takes of images, see `turbojax.condition`; one serves the whole
-    batch.
-    """
-    batch = latents.shape[0]
-    texts = text if negative is None else jnp.concatenate((text, negative))
-    images = {name: jnp.broadcast_to(a, (len(texts), *a.shape[1:])) for name, a in images.items()}
-    network, embed = begin(latents, texts, images)
-
-    def velocity(x: jax.Array, time: Any) -> jax.Array:
-        if negative is None:
-            return network(x, time)
-        both = network(jnp.concatenate((x, x)), time)
-        return guide(both[:batch], both[batch:], guidance_scale)
-
-    start, stop = steps
-    return sampler.sample(velocity, latents, key=key, noise=noise, start=start, stop=stop, embed=embed, scan=scan)
 
 
 def decode(vae: WanVAE, latents: np.ndarray, *, tiled: bool = False) -> Iterator[np.ndarray]:
@@ -222,45 +133,6 @@ def needs_tiling(vae: WanVAE, height: int, width: int, tiling: str, *, limit: in
     if needed > free:
         logging.info("Decoding in tiles: whole frames take %.1f GB, and %.1f GB are free", needed / 1e9, free / 1e9)
     return needed > free
-
-
-def sampler_arguments(
-    sampler: Sampler,
-    shape: tuple[int, ...],
-    text: jax.Array,
-    *,
-    negative: jax.Array | None,
-    guidance_scale: float,
-    seed: int,
-    latents: jax.Array | None,
-    noise: jax.Array | None,
-    images: dict[str, jax.Array],
-) -> tuple:
-    """What `sample` takes besides the network; options as the pipeline's call takes them."""
-    first_key, step_key = jax.random.split(jax.random.key(seed))
-    if latents is None:
-        latents = jax.random.normal(first_key, shape, jnp.float32)
-    noise = None if noise is None else jnp.asarray(noise)
-    scale = jnp.asarray(guidance_scale, jnp.float32)
-    return sampler.initial(jnp.asarray(latents)), text, negative, scale, step_key, noise, images
-
-
-def sampler_program(
-    sampler: Sampler, steps: tuple[int, int], transformer: WanModel, arguments: tuple
-) -> tuple[Hashable, Callable[[], Any]]:
-    """Name of the compiled `sample` for these settings and shapes, and the function that compiles it.
-
-    Neither the transformer nor the arguments need be more than shapes.
-    """
-    graph, state = nnx.split(transformer)
-    shapes = jax.tree.map(lambda a: (a.shape, a.dtype), arguments)
-    name = (sampler, steps, transformer.config, jax.tree.structure(shapes), tuple(jax.tree.leaves(shapes)))
-
-    def build() -> Any:
-        logging.info("Compiling the sampler: %s", sampler)
-        return jax.jit(sample, static_argnums=(0, 1, 2)).lower(graph, sampler, steps, state, *arguments).compile()
-
-    return name, build
 
 
 class Call(NamedTuple):
@@ -366,19 +238,6 @@ def settle(parts: Parts, call: Call, memory: str | float) -> Residency:
     return found.residency
 
 
-def with_topk(transformer: Any, sla_topk: float | None) -> Any:
-    """The transformer, streamed or not, with another sla_topk; the weights are shared."""
-    config = transformer.config
-    if sla_topk is None or sla_topk == config.sla_topk:
-        return transformer
-    if config.attention_type == "original":
-        raise UserError(f"{sla_topk=} has no effect on attention_type='original'; load with attention_type='sla'")
-    skeleton = wan_skeleton(dataclasses.replace(config, sla_topk=sla_topk))
-    if isinstance(transformer, Streamed):
-        return skeleton.restructured(transformer)
-    return nnx.merge(skeleton.graph, nnx.state(transformer))
-
-
 def explaining_memory(call: Callable) -> Callable:
     """A call of a pipeline that says what to change where the device's memory is not enough."""
 
@@ -393,11 +252,6 @@ def explaining_memory(call: Callable) -> Callable:
             return call(pipe, *arguments, **settings)
 
     return explained
-
-
-def first_noise_level(config: WanConfig, sigma_max: float | None) -> float:
-    """rCM's first noise level; None takes the one that the published networks are run with."""
-    return (200.0 if takes_images(config) else 80.0) if sigma_max is None else sigma_max
 
 
 def published_parts(config: WanConfig, *, two: bool) -> Parts:

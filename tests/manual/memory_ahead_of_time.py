@@ -23,7 +23,8 @@ from jax.experimental import topologies
 from turbojax import benchmark, temporaries
 from turbojax.models.umt5 import UMT5Config
 from turbojax.models.vae import VAEConfig
-from turbojax.pipeline import MODELS, Call, sampler_program
+from turbojax.pipeline import MODELS, Call
+from turbojax.sampling import sampler_program
 from turbojax.temporaries import Parts, Residency, compiled, estimate
 from turbojax.video import video_size
 from turbojax.weights.load import wan_skeleton, with_options

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from tests.weights.checkpoints import small, turbo
-from turbojax import pipeline
+from turbojax import sampling
 from turbojax.diffusion import RCM
 from turbojax.errors import UserError
 from turbojax.kernels import attention, sla
@@ -136,7 +136,7 @@ def test_constant_work_is_outside_the_steps():
     graph, state = nnx.split(nnx.eval_shape(lambda: WanModel(config, rngs=nnx.Rngs(0))))
     spec = jax.ShapeDtypeStruct
     latents, text = spec((1, 21, 60, 104, 16), jnp.float32), spec((1, 512, 4096), jnp.bfloat16)
-    run = functools.partial(pipeline.sample, graph, RCM(4), (0, 4))
+    run = functools.partial(sampling.sample, graph, RCM(4), (0, 4))
     key = jax.eval_shape(lambda: jax.random.key(0))
     arguments = state, latents, text, text, spec((), jnp.float32), key, None, {}
     all_steps = list(equations(jax.make_jaxpr(run)(*arguments).jaxpr))

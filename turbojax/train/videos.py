@@ -12,7 +12,8 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from turbojax.demo import demo_folder
-from turbojax.pipeline import decode, make_sampler, sample
+from turbojax.pipeline import decode
+from turbojax.sampling import make_sampler, sample
 from turbojax.text import TextEncoder
 from turbojax.train.data import Shards
 from turbojax.train.state import Params, in_compute_dtype
