@@ -115,7 +115,7 @@ def parts(model: WanModel, args: dict) -> dict[str, wan.jax.Array]:
             out |= block_values(block, tokens, e0, own)
         if c.attention_type == "sla":
             out |= {f"out.block{i}.{k}": v for k, v in block_map(block, tokens, e0, context.table).items()}
-        tokens = out[f"out.block{i}"] = block(tokens, e0, own)
+        tokens = out[f"out.block{i}"] = block(tokens, e0, *own)
     return out
 
 
