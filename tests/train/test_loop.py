@@ -27,6 +27,8 @@ from turbojax.train.state import parameters
 from turbojax.train.toy import write_toy_shards
 from turbojax.weights.load import load_wan
 
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
 ROOT = Path(__file__).parents[2]
 TRAIN = str(ROOT / "scripts" / "train.py")
 TOY = f"--config={ROOT / 'configs' / 'train_toy.py'}"
@@ -55,7 +57,7 @@ def start(workdir: Path, data: Path) -> subprocess.Popen:
     overrides = [f"--config.{name}={value}" for name, value in (settings | {"workdir": workdir, "data": data}).items()]
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "True",
         "JAX_COMPILATION_CACHE_DIR": str(data / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "PYTHONPATH": str(ROOT),
@@ -114,15 +116,14 @@ def test_killed_and_resumed(tmp_path, data):
 
 
 @pytest.fixture(scope="module")
-def compiled_once(data):
+def compiled_once(data, quick_compilation):
     """All runs in this process share their compiled programs."""
-    with pytest.MonkeyPatch.context():
-        before = jax.config.jax_compilation_cache_dir
-        jax.config.update("jax_compilation_cache_dir", str(data / "compiled_here"))
-        compilation_cache.reset_cache()
-        yield
-        jax.config.update("jax_compilation_cache_dir", before)
-        compilation_cache.reset_cache()
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(data / "compiled_here"))
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
