@@ -7,13 +7,14 @@
     python scripts/benchmark.py --case=attention
     python scripts/benchmark.py --case=block --model=wan2.1-t2v-14b --resolution=720p
     python scripts/benchmark.py --case=tangent --model=wan2.1-t2v-1.3b --num_layers=2 --num_frames=1
+    python scripts/benchmark.py --case=train_step --recipe=sla --out=benchmarks/train_step_sla.json
     python scripts/benchmark.py --case=diffusion --model=wan2.1-t2v-14b --resolution=720p --quant_scheme=block128
 
 Cases: text_to_video (random weights at full size, prompt to mp4, cold and warm), vae (decoding in chunks),
 linear (int8 layers beside bfloat16), attention (dense, SLA and SageSLA with their parts, gradients and errors),
 block (one transformer block without attention), diffusion (that stage alone), tangent (the forward derivative that sCM
-trains with, of --num_layers=N layers; on any device), compile (seconds for --num_layers=N; a second one in the same
-process would find its kernels tuned).
+trains with, of --num_layers=N layers; on any device), train_step (of SLA fine-tuning, or --recipe=scm; with a profile),
+compile (seconds for --num_layers=N; a second one in the same process would find its kernels tuned).
 Peak memory has no reset, so run one case a process.
 """
 
@@ -25,16 +26,18 @@ from typing import Any
 import jax
 from absl import flags
 
-from turbojax import UserError, benchmark, benchmark_attention, benchmark_training, cli
+from turbojax import UserError, benchmark, benchmark_attention, cli
 from turbojax.demo import demo_folder
 from turbojax.kernels.int8 import QUANT_SCHEMES
 from turbojax.models.tokenizer import Tokenizer
+from turbojax.models.vae import VAEConfig
+from turbojax.pipeline import MODELS, latent_shape
 from turbojax.video import video_size
 
 CASE = flags.DEFINE_enum(
     "case",
     "text_to_video",
-    ["text_to_video", "vae", "compile", "linear", "attention", "block", "diffusion", "tangent"],
+    ["text_to_video", "vae", "compile", "linear", "attention", "block", "diffusion", "tangent", "train_step"],
     "what to measure",
 )
 MODEL = flags.DEFINE_string("model", "wan2.1-t2v-1.3b", "network, with random weights")
@@ -44,6 +47,7 @@ STEPS = flags.DEFINE_integer("num_inference_steps", 4, "1 to 4")
 ATTENTION = flags.DEFINE_string("attention_type", "original", "original, sla or sagesla")
 TOPK = flags.DEFINE_float("sla_topk", 0.1, "share of key blocks")
 LAYERS = flags.DEFINE_integer("num_layers", 40, "layers, of the cases compile and tangent")
+RECIPE = flags.DEFINE_enum("recipe", "sla", ["sla", "scm"], "of the case train_step")
 QUANT = flags.DEFINE_enum("quant_scheme", None, list(QUANT_SCHEMES), "int8 linear layers")
 OUT = flags.DEFINE_string("out", None, "JSON file to write; printed only if not given")
 
@@ -89,7 +93,17 @@ def main() -> None:
             quant_linear=QUANT.value is not None,
             quant_scheme=QUANT.value,
         )
+    elif CASE.value == "train_step":
+        from turbojax import benchmark_training  # needs the extra `train`
+
+        result = benchmark_training.train_step(
+            recipe=RECIPE.value,
+            config=MODELS[MODEL.value](sla_topk=TOPK.value, remat=True),
+            latents=latent_shape(VAEConfig.wan2_1(), FRAMES.value, height, width),
+        )
     elif CASE.value == "tangent":
+        from turbojax import benchmark_training
+
         result = benchmark_training.tangent(
             model=MODEL.value,
             layers=LAYERS.value,
@@ -106,7 +120,7 @@ def main() -> None:
 
 def save(result: dict[str, Any]) -> dict[str, Any]:
     """The result with what was measured; into --out where that is given."""
-    own = (CASE, MODEL, RESOLUTION, FRAMES, STEPS, ATTENTION, TOPK, LAYERS, QUANT)
+    own = (CASE, MODEL, RESOLUTION, FRAMES, STEPS, ATTENTION, TOPK, LAYERS, RECIPE, QUANT)
     whole = {"case": CASE.value, "settings": {flag.name: flag.value for flag in own}, "result": result}
     if OUT.value:
         benchmark.save(whole, Path(OUT.value))
