@@ -11,6 +11,7 @@
     python scripts/benchmark.py --case=layer --model=wan2.1-t2v-14b --resolution=720p --attention_type=sagesla \
         --quant_scheme=block128
     python scripts/benchmark.py --case=tangent --model=wan2.1-t2v-1.3b --num_layers=2 --num_frames=1
+    python scripts/benchmark.py --case=train_step --recipe=sla --out=benchmarks/train_step_sla.json
     python scripts/benchmark.py --case=diffusion --model=wan2.1-t2v-14b --resolution=720p --quant_scheme=block128
     python scripts/benchmark.py --case=memory --quant_scheme=block128 --memory=stream
 
@@ -20,8 +21,8 @@ device),
 linear (int8 layers beside bfloat16), attention (dense, SLA and SageSLA with their parts, gradients and errors),
 block (one transformer block without attention), layer (a whole one, kernel by kernel), diffusion (that stage alone),
 memory (predicted against measured peaks and seconds a step), tangent (the forward derivative that sCM trains with, of
---num_layers=N layers; on any device), compile (seconds for --num_layers=N; a second one in the same process would find
-its kernels tuned).
+--num_layers=N layers; on any device), train_step (of SLA fine-tuning, or --recipe=scm; with a profile), compile
+(seconds for --num_layers=N; a second one in the same process would find its kernels tuned).
 Peak memory has no reset, so run one case a process.
 """
 
@@ -39,14 +40,15 @@ from turbojax import (
     benchmark_attention,
     benchmark_memory,
     benchmark_step,
-    benchmark_training,
     benchmark_video,
     cli,
 )
 from turbojax.demo import demo_folder, demo_picture
 from turbojax.kernels.int8 import QUANT_SCHEMES
 from turbojax.models.tokenizer import Tokenizer
+from turbojax.models.vae import VAEConfig
 from turbojax.pipeline import MODELS
+from turbojax.sampling import latent_shape
 from turbojax.video import video_size
 from turbojax.weights.load import with_options
 
@@ -55,7 +57,7 @@ CASE = flags.DEFINE_enum(
     "text_to_video",
     [
         *("text_to_video", "image_to_video", "vae", "compile", "linear", "attention", "block", "layer", "diffusion"),
-        *("memory", "tangent", "file", "tiles"),
+        *("memory", "tangent", "train_step", "file", "tiles"),
     ],
     "what to measure",
 )
@@ -66,6 +68,7 @@ STEPS = flags.DEFINE_integer("num_inference_steps", 4, "1 to 4")
 ATTENTION = flags.DEFINE_string("attention_type", "original", "original, sla or sagesla")
 TOPK = flags.DEFINE_float("sla_topk", 0.1, "share of key blocks")
 LAYERS = flags.DEFINE_integer("num_layers", 40, "layers, of the cases compile and tangent")
+RECIPE = flags.DEFINE_enum("recipe", "sla", ["sla", "scm"], "of the case train_step")
 QUANT = flags.DEFINE_enum("quant_scheme", None, list(QUANT_SCHEMES), "int8 linear layers")
 MEMORY = flags.DEFINE_string("memory", "auto", "auto, resident, stream or GB to plan for, of whole videos and memory")
 OUT = flags.DEFINE_string("out", None, "JSON file to write; printed only if not given")
@@ -144,7 +147,17 @@ def main() -> None:
             quant_linear=QUANT.value is not None,
             quant_scheme=QUANT.value,
         )
+    elif CASE.value == "train_step":
+        from turbojax import benchmark_training  # needs the extra `train`
+
+        result = benchmark_training.train_step(
+            recipe=RECIPE.value,
+            config=MODELS[MODEL.value](sla_topk=TOPK.value, remat=True),
+            latents=latent_shape(VAEConfig.wan2_1(), FRAMES.value, height, width),
+        )
     elif CASE.value == "tangent":
+        from turbojax import benchmark_training
+
         result = benchmark_training.tangent(
             model=MODEL.value,
             layers=LAYERS.value,
@@ -162,7 +175,7 @@ def main() -> None:
 
 def save(result: dict[str, Any]) -> dict[str, Any]:
     """The result with what was measured; into --out where that is given."""
-    own = (CASE, MODEL, RESOLUTION, FRAMES, STEPS, ATTENTION, TOPK, LAYERS, QUANT, MEMORY)
+    own = (CASE, MODEL, RESOLUTION, FRAMES, STEPS, ATTENTION, TOPK, LAYERS, RECIPE, QUANT, MEMORY)
     whole = {"case": CASE.value, "settings": {flag.name: flag.value for flag in own}, "result": result}
     if OUT.value:
         benchmark.save(whole, Path(OUT.value))

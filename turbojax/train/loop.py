@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -78,7 +78,7 @@ def train(config: ConfigDict) -> Path:
             params = place(student.params, like.student.params)
             state = jax.jit(begin, out_shardings=jax.tree.map(lambda spec: spec.sharding, like))(params)
             del params
-        negative = jnp.asarray(shards.negative())
+        negative = jax.device_put(shards.negative(), NamedSharding(mesh, PartitionSpec()))
         fixed = Fixed(place(teacher.params, networks.teacher.specs) if teacher else {}, negative)
         del student, teacher  # the host's copies
         make_videos = (
@@ -93,7 +93,7 @@ def train(config: ConfigDict) -> Path:
                 recent.append(metrics)
                 done, stopping = i + 1, any_process(stop.is_set())
                 bar.update()
-                if done % config.log_every == 0:
+                if done % config.log_every == 0 or done == config.num_steps:
                     check_written(checkpoints)
                     report(bar, write, done, recent)
                     recent.clear()

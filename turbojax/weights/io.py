@@ -11,7 +11,9 @@ import logging as standard_logging
 import mmap
 import os
 import re
+import sys
 import uuid
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -275,11 +277,19 @@ def write_pth(path: str | os.PathLike, tensors: Iterable[tuple[str, np.ndarray]]
 
 @functools.cache
 def orbax() -> ModuleType:
-    """Orbax, without its reports (25 lines a file, tracebacks too) through the logger of the application: it raises."""
+    """Orbax, without its reports: 25 lines a file, and tracebacks beside the error that it raises."""
     import orbax.checkpoint as ocp  # takes a second or more to import
 
     logging.get_absl_logger().addFilter(lambda record: "orbax" not in Path(record.pathname).parts)
     standard_logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
+    hook = sys.unraisablehook
+
+    def without_late_writes(unraisable: Any) -> None:
+        if str(unraisable.exc_value) != "Event loop is closed":  # by the write that failed, under all others
+            hook(unraisable)
+
+    sys.unraisablehook = without_late_writes
+    warnings.filterwarnings("ignore", message="coroutine 'async_serialize")
     return ocp
 
 
