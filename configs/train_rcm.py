@@ -6,9 +6,10 @@
 DATA is a folder of shards, see docs/training-data.md; its negative prompt is what the teacher's guidance needs. The
 network is downloaded on first use; --config.weights= takes another one, from which teacher, student and fake score
 start. The consistency loss is near 100 by construction: look at the videos in the workdir, and at
-distribution_matching and fake_score. The state of 1.3B with the fake score's takes 36 GB, divided by --config.fsdp=N.
+distribution_matching and fake_score. The state of 1.3B with the fake score's takes 40 GB, divided by --config.fsdp=N.
 """
 
+from turbojax import UserError
 from turbojax.train.config import train_config
 
 
@@ -32,5 +33,5 @@ def get_config(size: str = "1.3b"):
         config.time_mean = 1.5
         config.tangent_warmup, config.student_every = 0, 10
     elif size != "1.3b":
-        raise ValueError(f"configs/train_rcm.py:{size} is unknown; choose 1.3b or 14b")
+        raise UserError(f"configs/train_rcm.py:{size} is unknown; choose 1.3b or 14b")
     return config

@@ -4,7 +4,7 @@
 
 DATA is a folder of shards, see docs/training-data.md. The network and, for the sample videos, the VAE are downloaded on
 first use; --config.weights= and --config.vae= take others. The settings are those published for SLA fine-tuning, with
-noise levels around the middle. The state takes 21 GB (float32 weights, two moments and the average), divided by
+noise levels around the middle. The state takes 23 GB (float32 weights, two moments and the average), divided by
 --config.fsdp=N devices.
 """
 

@@ -25,6 +25,7 @@ def get_config(recipe: str = "teacher"):
         sla_blocks=(8, 8),
         num_steps=200,
         batch_size=16,
+        accumulation=1,
         dtype="float32",
         remat=False,
         learning_rate=3e-3,

@@ -31,4 +31,9 @@ def main() -> None:
 
 if __name__ == "__main__":
     flags.adopt_module_key_flags(cli)
-    cli.run(main, help_text=(__doc__ or "") + "\n" + describe_settings(TRAIN_SETTINGS), settings=TRAIN_SETTINGS)
+    cli.run(
+        main,
+        help_text=(__doc__ or "") + "\n" + describe_settings(TRAIN_SETTINGS),
+        settings=TRAIN_SETTINGS,
+        less_memory="remat=True, a higher accumulation, or fsdp or sequence to share it among devices",
+    )

@@ -16,12 +16,19 @@ from turbojax.errors import UserError
 from turbojax.memory import short_of_memory
 
 USAGE = 2
+LESS_MEMORY = "memory=stream, quant_linear=True, a smaller resolution, or fewer num_frames or num_samples"
 
 
-def run(main: Callable[[], None], *, help_text: str, settings: Sequence[Setting] = SETTINGS) -> None:
+def run(
+    main: Callable[[], None],
+    *,
+    help_text: str,
+    settings: Sequence[Setting] = SETTINGS,
+    less_memory: str = LESS_MEMORY,
+) -> None:
     """Parses the flags and calls main; what the user can mend is printed without a traceback.
 
-    settings: the names that --config.NAME= may have.
+    settings: the names that --config.NAME= may have. less_memory: which of them to set where memory is not enough.
     """
     if {"--help", "-h", "--helpfull", "--helpshort"} & set(sys.argv[1:]):
         print(help_text.strip())
@@ -38,8 +45,7 @@ def run(main: Callable[[], None], *, help_text: str, settings: Sequence[Setting]
         except (MemoryError, jax.errors.JaxRuntimeError) as error:
             if not short_of_memory(error):
                 raise
-            ways = "memory=stream, quant_linear=True, a smaller resolution, or fewer num_frames or num_samples"
-            fail(UserError(f"memory is not enough for this; set {ways}"))
+            fail(UserError(f"memory is not enough for this; set {less_memory}"))
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr)
             sys.exit(130)

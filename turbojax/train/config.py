@@ -32,7 +32,7 @@ TRAIN_SETTINGS: tuple[Setting, ...] = (
     Setting("seed", 0, "of everything random; the same seed gives the same run"),
     Setting("num_steps", 10_000, "optimizer steps, of student and critic together"),
     Setting("batch_size", 64, "samples of a step, on all devices together"),
-    Setting("accumulation", 1, "micro-batches that a batch is cut into, to save memory"),
+    Setting("accumulation", int, "micro-batches of a batch; as many as leave a device one sample if not given"),
     Setting("remat", True, "compute each block again for its gradients, to save memory"),
     Setting("dtype", "bfloat16", "what the networks compute in, bfloat16 or float32; master weights are float32"),
     Setting("learning_rate", 1e-5, "peak of the schedule"),
@@ -162,7 +162,7 @@ def check_settings(config: ConfigDict) -> None:
         if not config[name]:
             raise UserError(f"no {name}; give --config.{name}=, see --help")
     for name in POSITIVE:
-        if not config[name] > 0:
+        if config[name] is not None and not config[name] > 0:
             raise UserError(f"{name}={config[name]} must be positive")
     for name in NOT_NEGATIVE:
         if not config[name] >= 0:
@@ -180,7 +180,7 @@ def check_settings(config: ConfigDict) -> None:
         raise UserError(f"tangent={config.tangent} is lost in {config.dtype}; take --config.dtype=float32, or exact")
     if config.attention_type not in (None, "original", "sla"):
         raise UserError(f"attention_type={config.attention_type!r} cannot be trained; choose original or sla")
-    if config.batch_size % config.accumulation:
+    if config.batch_size % (config.accumulation or 1):
         raise UserError(
             f"batch_size={config.batch_size} does not divide into accumulation={config.accumulation} micro-batches"
         )

@@ -53,7 +53,8 @@ def train(config: ConfigDict) -> Path:
 
     networks = Networks.of(student.config, (teacher or student).config)
     optimizers = make_optimizers(config, recipe)
-    step = make_step(recipe, networks, optimizers, accumulation=config.accumulation, seed=config.seed)
+    samples = config.batch_size // (mesh.shape[sharding.DATA] * mesh.shape[sharding.FSDP])  # of a step on a device
+    step = make_step(recipe, networks, optimizers, accumulation=config.accumulation or samples or 1, seed=config.seed)
     run = {"recipe": config.recipe, "learners": sorted(optimizers), **network_size(student.config)}
     network_config = student.config
 
