@@ -43,7 +43,7 @@ def open_networks(config: ConfigDict) -> tuple[Source, Source | None]:
 def open_network(config: ConfigDict, path: str, attention_type: str | None) -> Source:
     """A file's network, or a random one; the memory of the devices is not touched."""
     options = {"attention_type": attention_type, "sla_topk": config.sla_topk, "dtype": jnp.float32}
-    random, toy = path == "random", config.model == "toy"
+    random = path == "random"
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         if random:
             skeleton = wan_skeleton(with_options(named_config(config.model), **options))
@@ -51,7 +51,7 @@ def open_network(config: ConfigDict, path: str, attention_type: str | None) -> S
         else:
             module = load_wan(transformer_path(path), quant_linear=False, **options)
         params = {name: np.asarray(value) for name, value in parameters(module).items()}
-    if random and toy:
+    if random and config.model == "toy":
         params = smooth_in_time(params)
     blocks = tuple(config.sla_blocks) if module.config.attention_type == "sla" else None
     changes = {"sla_blocks": blocks, "dtype": jnp.dtype(config.dtype), "remat": config.remat}
