@@ -13,10 +13,12 @@ from turbojax.config import SETTINGS, base_config, describe_settings
 from turbojax.models.vae import VAEConfig
 from turbojax.pipeline import MODELS
 from turbojax.sampling import latent_shape, make_sampler
+from turbojax.train.config import TRAIN_SETTINGS, check_settings, make_recipe
 from turbojax.video import check_path, video_size
 
 FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
-files = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+TRAINING = [file for file in FILES if file.stem.startswith("train_")]
+files = pytest.mark.parametrize("file", [file for file in FILES if file not in TRAINING], ids=lambda file: file.stem)
 
 
 def module(file: Path):
@@ -29,6 +31,7 @@ def module(file: Path):
 def test_the_configurations_are_there():
     names = {"demo", "wan1_3b", "wan1_3b_quant", "wan14b", "wan14b_quant", "wan14b_480p_quant"}
     names |= {"demo_i2v", "wan22_i2v", "wan22_i2v_quant", "wan21_i2v_480p_quant"}
+    names |= {"train_teacher", "train_sla", "train_rcm", "train_toy"}
     assert {file.stem for file in FILES} >= names
 
 
@@ -57,6 +60,20 @@ def test_settings_can_be(file):
     assert config.model in MODELS
     assert config.dtype in ("bfloat16", "float32")
     assert bool(config.quant_linear) == ("quant" in file.stem)
+
+
+@pytest.mark.parametrize("file", TRAINING, ids=lambda file: file.stem)
+def test_training_settings_can_be(file):
+    loaded = module(file)
+    assert f"\n    python scripts/train.py --config=configs/{file.name}" in loaded.__doc__
+    config = loaded.get_config()
+    assert set(config) == {setting.name for setting in TRAIN_SETTINGS}
+    if config.data is None:
+        with pytest.raises(UserError, match=r"no data; give --config\.data="):
+            check_settings(config)
+        config.data = "shards"
+    check_settings(config)
+    make_recipe(config)
 
 
 def test_locked_and_typed():
