@@ -66,7 +66,7 @@ def matmul(
     num_sms = num_sms or jax.devices()[0].core_count
     tiles = tiles or (BLOCK_TILES if scheme == "block128" else CHANNEL_TILES)
     assert not requantize or (scheme == "block128" and k // BLOCK > tiles.stages and add_to is None)
-    optional: dict[str, jax.Array] = {} if bias is None else {"bias": bias}
+    optional: dict[str, jax.Array] = {} if bias is None else {"bias": bias.astype(jnp.float32)}
     if add_to is not None:
         optional["residual"] = add_to.x.reshape(m, n)
         if add_to.gate is not None:
@@ -86,8 +86,11 @@ def matmul(
         thread_name="wg",
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )
-    if scheme == "channel":  # tiles past the last row are computed and dropped; they read scales too
-        x_scale = jnp.pad(x_scale, (0, -m % (tiles.rows * CONSUMERS * tiles.cluster)))
+    # Tiles past the last row are computed and dropped; they read scales too.
+    rows_a_cluster = tiles.rows * CONSUMERS * tiles.cluster
+    rows_a_scale = BLOCK if scheme == "block128" else 1
+    scales = pl.cdiv(m, rows_a_cluster) * rows_a_cluster // rows_a_scale
+    x_scale = jnp.pad(x_scale, ((0, scales - len(x_scale)),) + ((0, 0),) * (x_scale.ndim - 1))
     with jax.named_scope("int8_matmul"):
         return call(x_q, x_scale, w_q, w_scale, *optional.values())
 
@@ -168,8 +171,7 @@ def kernel(x, x_scale, w, w_scale, *rest, m, n, k, tiles: Tiles, scheme: str, op
                     plgpu.wgmma_wait(0)
                     return acc
                 (step,) = idxs
-                # Tiles past the last row are computed and dropped.
-                scale = x_scale[jnp.minimum(i, x_scale.shape[0] - 1), step] * w_scale[j, step]
+                scale = x_scale[i, step] * w_scale[j, step]
 
                 def block_sum(part):
                     plgpu.wgmma(part, *operands)
@@ -231,8 +233,7 @@ def kernel(x, x_scale, w, w_scale, *rest, m, n, k, tiles: Tiles, scheme: str, op
                     acc = acc * lax.broadcast_in_dim(column_scale, acc.shape, [1])
                 if bias is not None:
                     b = mosaic.load(bias.at[pl.ds(first_column, tiles.columns)])
-                    b = lax.broadcast_in_dim(b.astype(jnp.float32), acc.shape, [1])
-                    acc = acc.astype(jnp.bfloat16).astype(jnp.float32) + b
+                    acc = acc.astype(jnp.bfloat16).astype(jnp.float32) + lax.broadcast_in_dim(b, acc.shape, [1])
                 if gelu:
                     acc = gelu_tanh(acc.astype(jnp.bfloat16).astype(jnp.float32))
                 out = acc.astype(jnp.bfloat16)
