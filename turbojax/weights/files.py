@@ -164,10 +164,15 @@ def find_networks(path_or_repo: str | Path, *, quantized: bool | None = None) ->
         return high, low
     for one in filter(None, (high, low)):
         raise UserError(f"{repository.name} holds {one.name} without the other expert's file; both are needed")
+    return sole_transformer(repository, quantized=quantized), None
+
+
+def sole_transformer(repository: Repository, *, quantized: bool | None = None) -> Path:
+    """The transformer that a repository holds; raises UserError where there is none."""
     found = find(repository, "transformer", quantized=quantized)
     if found is None:
         raise UserError(f"{repository.name} holds no transformer checkpoint; give the file's path")
-    return found, None
+    return found
 
 
 def find_other(path: Path) -> tuple[Path, Path | None]:
@@ -192,12 +197,7 @@ def component_path(path: str | Path, component: str) -> Path:
 def transformer_path(path_or_repo: str | Path) -> Path:
     """The file of a transformer: itself, or the plain (not quantized) one of a folder or repository."""
     path = Path(path_or_repo).expanduser()
-    if path.is_file():
-        return path
-    repository = open_repository(path_or_repo)
-    if (found := find(repository, "transformer")) is None:
-        raise UserError(f"{repository.name} holds no transformer checkpoint; give the file's path")
-    return found
+    return path if path.is_file() else sole_transformer(open_repository(path_or_repo))
 
 
 def find_components(repository: Repository | None, given: Mapping[str, str | Path | None]) -> dict[str, Path]:
