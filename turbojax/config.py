@@ -90,8 +90,13 @@ def check_names(names: Iterable[str], settings: Sequence[Setting] = SETTINGS) ->
     known = [setting.name for setting in settings]
     for name in names:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            raise UserError(f"there is no setting {name}{f', perhaps {close[0]}' if close else ''}")
+            raise UserError(f"there is no setting {name}{did_you_mean(name, known)}")
+
+
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """ ", perhaps NAME", if a known one is close."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f", perhaps {close[0]}" if close else ""
 
 
 def describe_settings(settings: Sequence[Setting] = SETTINGS) -> str:
