@@ -9,13 +9,14 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
+from turbojax.config import changed
 from turbojax.demo import demo_folder
 from turbojax.errors import UserError
 from turbojax.image import read_image
 from turbojax.memory import Plan
 from turbojax.models.tokenizer import Tokenizer
 from turbojax.models.vae import VAEConfig
-from turbojax.pipeline import TurboVideoPipeline, check_tiling
+from turbojax.pipeline import TurboVideoPipeline, VideoOutput, check_tiling
 from turbojax.planning import plan_unloaded
 from turbojax.sampling import check_seed, latent_shape, make_sampler
 from turbojax.video import check_fps, check_path, make_parent, video_size
@@ -30,6 +31,13 @@ DEMOS = {"demo": False, "demo-i2v": True}  # names of weights, and whether they 
 
 # Settings that loading takes by the same names.
 NETWORK_SETTINGS = ("quant_linear", "quant_scheme", "attention_type", "sla_topk", "sage_values", "memory")
+
+# All that another pipeline has to be loaded for; a call takes any sla_topk.
+LOAD_SETTINGS = (
+    *(name for name in NETWORK_SETTINGS if name != "sla_topk"),
+    *("model", "weights", "vae", "text_encoder", "tokenizer", "image_encoder", "dtype", "cache_prompts"),
+    *("lora", "lora_high", "lora_low", "lora_strength", "boundary"),
+)
 
 
 def plan(config: ConfigDict) -> Plan:
@@ -48,11 +56,41 @@ def generate(config: ConfigDict) -> list[Path]:
     """Loads the pipeline, makes the videos and returns the files written."""
     make_parent(check_path(config.output))
     settings = call_settings(config)
-    pipe = load_pipeline(config, prepare=settings)
+    return call(load_pipeline(config, prepare=settings), settings, output=config.output, fps=config.fps).files
+
+
+def call(pipe: TurboVideoPipeline, settings: dict[str, Any], *, output: str | Path, fps: int) -> VideoOutput:
+    """A call of the pipeline that tells what it makes and writes."""
     logging.info("Making {num_frames} frames, seed {seed}: {prompt}".format(**settings))
-    written = pipe(**settings, output=config.output, fps=config.fps).files
-    logging.info("Wrote %s", ", ".join(str(path) for path in written[:4]) + (" ..." if len(written) > 4 else ""))
-    return written
+    result = pipe(**settings, output=output, fps=fps)
+    shown = ", ".join(str(path) for path in result.files[:4])
+    logging.info("Wrote %s", shown + (" ..." if len(result.files) > 4 else ""))
+    return result
+
+
+class Studio:
+    """Makes videos of changing settings with one pipeline, loaded when it is needed.
+
+    It is loaded again where one of LOAD_SETTINGS has changed.
+    """
+
+    def __init__(self) -> None:
+        self._pipe: TurboVideoPipeline | None = None
+        self._loaded: dict[str, Any] = {}
+
+    def make(self, config: ConfigDict, output: str | Path) -> VideoOutput:
+        """One call; raises UserError for what it cannot be given, as the pipeline does."""
+        settings = call_settings(config) | {"sla_topk": config.sla_topk}
+        return call(self.pipeline(config, settings), settings, output=output, fps=config.fps)
+
+    def pipeline(self, config: ConfigDict, settings: dict[str, Any]) -> TurboVideoPipeline:
+        """The pipeline for these settings, the one that is there if it can be."""
+        wanted = {name: config[name] for name in LOAD_SETTINGS}
+        if self._pipe is None or wanted != self._loaded:
+            self._pipe = None  # its memory is needed
+            self._pipe = load_pipeline(changed(config, sla_topk=None), prepare=settings)
+            self._loaded = wanted
+        return self._pipe
 
 
 def call_settings(config: ConfigDict) -> dict[str, Any]:
