@@ -26,13 +26,14 @@ def run(
     *,
     help_text: str,
     flag_values: flags.FlagValues = flags.FLAGS,
+    lists: Sequence[str] = (),
     settings: Sequence[Setting] = SETTINGS,
     less_memory: str = LESS_MEMORY,
 ) -> None:
     """Parses the flags and calls main; what the user can mend is printed without a traceback.
 
-    flag_values: the command's own flags; absl's are taken beside them. settings: the names that --config.NAME= may
-    have. less_memory: which of them to set where memory is not enough.
+    flag_values: the command's own flags; absl's are taken beside them. lists: flags that take several words.
+    settings: the names that --config.NAME= may have. less_memory: which of them to set where memory is not enough.
     """
     if {"--help", "-h", "--helpfull", "--helpshort"} & set(sys.argv[1:]):
         print(as_called(help_text.strip()))
@@ -54,7 +55,7 @@ def run(
             print("stopped", file=sys.stderr)
             sys.exit(130)
 
-    app.run(guarded, flags_parser=functools.partial(parse, flag_values=flag_values, settings=settings))
+    app.run(guarded, flags_parser=functools.partial(parse, flag_values=flag_values, lists=lists, settings=settings))
 
 
 def as_called(help_text: str) -> str:
@@ -64,13 +65,15 @@ def as_called(help_text: str) -> str:
     return re.sub(r"\bconfigs/(\w+)\.py", r"\1", re.sub(r"\bpython scripts/(\w+)\.py", r"turbojax \1", help_text))
 
 
-def parse(arguments: Sequence[str], *, flag_values: flags.FlagValues, settings: Sequence[Setting]) -> list[str]:
+def parse(
+    arguments: Sequence[str], *, flag_values: flags.FlagValues, lists: Sequence[str], settings: Sequence[Setting]
+) -> list[str]:
     """Parses the command line; whatever is wrong with it ends the program with one sentence."""
     if flag_values is not flags.FLAGS:
         flag_values.append_flag_values(flags.FLAGS)
         flags.FLAGS.mark_as_parsed()
     try:
-        positional = flag_values(find_configs(arguments, settings))
+        positional = flag_values(find_configs(one_word_each(arguments, lists), settings))
     except Exception as error:  # a file of settings is Python: it may raise anything
         fail(UserError(f"{describe(error)}; see --help"))
     logging.use_absl_handler()
@@ -102,6 +105,19 @@ def read_config(flag: flags.FlagHolder, *, example: str, settings: Sequence[Sett
     if missing:
         raise UserError(f"get_config() must return all settings, as {example} does; missing: {', '.join(missing)}")
     return flag.value
+
+
+def one_word_each(arguments: Sequence[str], lists: Sequence[str]) -> list[str]:
+    """--grid a b as --grid=a --grid=b, for the flags named."""
+    words, current = [], ""
+    for argument in arguments:
+        name, equals, _ = argument.partition("=")
+        if argument.startswith("-"):
+            current = argument if name.lstrip("-") in lists and not equals else ""
+            words += [] if current else [argument]
+        else:
+            words.append(f"{current}={argument}" if current else argument)
+    return words
 
 
 def find_configs(arguments: Sequence[str], settings: Sequence[Setting]) -> list[str]:
