@@ -10,7 +10,7 @@ quant_linear, weights and so on) is loaded as often as its values change.
 
 --reference names settings of the videos that the others are compared with; if not given, the first value of each axis.
 --out=outputs/ablation is the folder of the results: index.html, plot.png, results.csv and results.jsonl. Run again
-after a stop, finished videos are not made again. --repeats=2 measures the second call, which is a warm one.
+after a stop, finished videos are not made again. --repeats=2 calls measure the second, a warm one; 1 saves its time.
 --num_frames=4 are shown of each video, and compared. Needs matplotlib: pip install 'turbojax[ablate]'.
 """
 
@@ -31,7 +31,7 @@ CONFIG = config_flags.DEFINE_config_file(
 GRID = flags.DEFINE_multi_string("grid", [], "NAME=VALUE,VALUE,...", flag_values=FLAGS)
 REFERENCE = flags.DEFINE_multi_string("reference", [], "NAME=VALUE", flag_values=FLAGS)
 OUT = flags.DEFINE_string("out", "outputs/ablation", "folder of the results", flag_values=FLAGS)
-REPEATS = flags.DEFINE_integer("repeats", 1, "calls for each video", flag_values=FLAGS)
+REPEATS = flags.DEFINE_integer("repeats", 2, "calls for each video; the last one counts", flag_values=FLAGS)
 FRAMES = flags.DEFINE_integer("num_frames", 4, "shown of each video", flag_values=FLAGS)
 
 
