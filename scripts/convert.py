@@ -1,48 +1,6 @@
-"""Converts a published checkpoint: checks it, casts or quantizes it, and writes it in any of the layouts.
+"""turbojax convert, from the checkout: see --help and turbojax/commands/convert.py."""
 
-    python scripts/convert.py --input=TurboWan2.1-T2V-1.3B-480P.pth --output=models/transformer.safetensors
-    python scripts/convert.py --input=wan14b/ --output=models/transformer.safetensors --quantize=block128
-    python scripts/convert.py --input=Wan2.1_VAE.pth --output=models/vae.safetensors
-
---input is a file, an index of shards or a folder: transformer (official, TurboDiffusion or diffusers names, or Orbax),
-VAE or text encoder. --output is a .safetensors file, or a .pth file with --format=pth, or a folder with --format=orbax.
-Further flags: --dtype=bfloat16 (or float16, float32), --quantize=block128 (or channel: int8 linear layers),
---names=turbodiffusion (or official, diffusers: without SLA and int8), --overwrite. Files named transformer.safetensors,
-vae.safetensors and text_encoder.safetensors in one folder, with the tokenizer's folder, load as
---config.weights=FOLDER.
-"""
-
-import jax.numpy as jnp
-from absl import flags, logging
-
-from turbojax import UserError, cli
-from turbojax.weights.convert import convert
-
-INPUT = flags.DEFINE_string("input", None, "checkpoint to read")
-OUTPUT = flags.DEFINE_string("output", None, "file or folder to write")
-QUANTIZE = flags.DEFINE_enum("quantize", "none", ["none", "block128", "channel"], "int8 linear layers in the blocks")
-DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float16", "float32"], "of all other tensors")
-FORMAT = flags.DEFINE_enum("format", "safetensors", ["safetensors", "pth", "orbax"], "what to write")
-NAMES = flags.DEFINE_enum("names", "turbodiffusion", ["turbodiffusion", "official", "diffusers"], "whose names")
-OVERWRITE = flags.DEFINE_bool("overwrite", False, "replace an output that exists")
-
-
-def main() -> None:
-    if not INPUT.value or not OUTPUT.value:
-        raise UserError("give --input=CHECKPOINT and --output=FILE, see --help")
-    summary = convert(
-        INPUT.value,
-        OUTPUT.value,
-        quantize=None if QUANTIZE.value == "none" else QUANTIZE.value,
-        dtype=jnp.dtype(DTYPE.value),
-        format=FORMAT.value,
-        names=NAMES.value,
-        overwrite=OVERWRITE.value,
-    )
-    logging.info(
-        "Wrote %s: %s, %d tensors, %.2f GB", OUTPUT.value, summary.component, summary.tensors, summary.bytes / 1e9
-    )
-
+from turbojax.commands.convert import run
 
 if __name__ == "__main__":
-    cli.run(main, help_text=__doc__ or "")
+    run()

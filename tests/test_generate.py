@@ -1,6 +1,5 @@
 """The scripts as a user runs them: files that can be read back, help, and one sentence for each mistake."""
 
-import importlib.util
 import json
 import pickle
 import subprocess
@@ -15,6 +14,7 @@ import pytest
 from flax import nnx
 
 from tests.weights.checkpoints import save, small, turbo
+from turbojax import generate
 from turbojax.config import SETTINGS, base_config
 from turbojax.demo import demo_picture
 from turbojax.weights.load import load_wan
@@ -264,7 +264,7 @@ def test_first_command_of_the_readme(tmp_path):
     assert [path.name for path in output.parent.iterdir()] == ["demo.mp4"]
 
 
-def test_converted_files_load_by_their_folder(tmp_path, demo, demo_pipe, generate):
+def test_converted_files_load_by_their_folder(tmp_path, demo, demo_pipe):
     names = {
         "TurboWan-demo.pth": "transformer",
         "Wan2.1_VAE.pth": "vae",
@@ -288,15 +288,7 @@ def test_converted_files_load_by_their_folder(tmp_path, demo, demo_pipe, generat
     np.testing.assert_array_equal(pipe.text.table, demo_pipe.text.table.astype(np.float32))
 
 
-# The script's parts in this process.
-
-
-@pytest.fixture(scope="module")
-def generate():
-    spec = importlib.util.spec_from_file_location("generate_script", GENERATE)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+# Its parts in this process.
 
 
 def small_config(output: Path, **changes):
@@ -313,7 +305,7 @@ def small_config(output: Path, **changes):
         ("x.PNG", 2, [f"x_{s:04}_{i:04}.PNG" for s in range(2) for i in range(5)]),
     ],
 )
-def test_outputs(generate, demo_pipe, monkeypatch, tmp_path, output, samples, expected):
+def test_outputs(demo_pipe, monkeypatch, tmp_path, output, samples, expected):
     monkeypatch.setattr(generate, "load_pipeline", lambda config, prepare: demo_pipe)
     written = generate.generate(small_config(tmp_path / "deep" / output, num_samples=samples))
     assert [path.name for path in written] == expected
@@ -322,7 +314,7 @@ def test_outputs(generate, demo_pipe, monkeypatch, tmp_path, output, samples, ex
     assert (len(first), first[0].shape[:2]) == (5, (32, 48))
 
 
-def test_settings_reach_the_pipeline(generate, monkeypatch, tmp_path):
+def test_settings_reach_the_pipeline(monkeypatch, tmp_path):
     calls = {}
 
     class Recorder:
@@ -345,7 +337,7 @@ def test_settings_reach_the_pipeline(generate, monkeypatch, tmp_path):
     assert set(calls) == {setting.name for setting in SETTINGS} - not_the_calls
 
 
-def test_loras(generate, tmp_path):
+def test_loras(tmp_path):
     config = small_config(tmp_path / "x.mp4", lora="a.safetensors, b.safetensors", lora_low="c", lora_strength=0.5)
     expected = [("a.safetensors", None), ("b.safetensors", None), ("c", "low")]
     assert generate.loras(config) == [(path, 0.5, expert) for path, expert in expected]

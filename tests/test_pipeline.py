@@ -79,6 +79,8 @@ def test_a_second_call_compiles_nothing(demo_pipe, run):
     assert len(demo_pipe._programs) == compiled
     assert result.timings["compile"] < 0.02
     assert (result.videos != run(BIRD, seed=2).videos).any()
+    assert (result.latents != run(CAT, seed=2, sigma_max=20.0).latents).any()
+    assert len(demo_pipe._programs) == compiled  # its times are arguments
 
 
 def test_given_noise_is_what_a_seed_draws(run):

@@ -38,6 +38,12 @@ from turbojax.weights.load import Skeleton, wan_skeleton, with_options
 from turbojax.weights.random import random_module
 
 
+def command_line() -> str:
+    """This process's, without the file that is written."""
+    words = [word for word in sys.argv if not word.startswith("--out=")]
+    return " ".join(words if words[0].startswith("turbojax ") else ["python", *words])
+
+
 def environment() -> dict[str, Any]:
     """Device, versions, command and date."""
     device = jax.devices()[0]
@@ -47,7 +53,7 @@ def environment() -> dict[str, Any]:
         "device_memory_limit": (device.memory_stats() or {}).get("bytes_limit"),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in packages},
-        "command": " ".join(["python", *(a for a in sys.argv if not a.startswith("--out="))]),
+        "command": command_line(),
         "date": datetime.date.today().isoformat(),
     }
 

@@ -1,7 +1,8 @@
-"""What the scripts share: flags, --help, and errors as one sentence with exit code 2."""
+"""What the commands share: flags, --help, and errors as one sentence with exit code 2."""
 
 import functools
 import logging as standard_logging
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from turbojax.errors import UserError
 from turbojax.memory import short_of_memory
 
 USAGE = 2
+CONFIGS = Path(__file__).with_name("configs")  # in the checkout a link to configs/, in a wheel a copy
 LESS_MEMORY = "memory=stream, quant_linear=True, a smaller resolution, or fewer num_frames or num_samples"
 
 
@@ -23,15 +25,18 @@ def run(
     main: Callable[[], None],
     *,
     help_text: str,
+    flag_values: flags.FlagValues = flags.FLAGS,
+    lists: Sequence[str] = (),
     settings: Sequence[Setting] = SETTINGS,
     less_memory: str = LESS_MEMORY,
 ) -> None:
     """Parses the flags and calls main; what the user can mend is printed without a traceback.
 
+    flag_values: the command's own flags; absl's are taken beside them. lists: flags that take several words.
     settings: the names that --config.NAME= may have. less_memory: which of them to set where memory is not enough.
     """
     if {"--help", "-h", "--helpfull", "--helpshort"} & set(sys.argv[1:]):
-        print(help_text.strip())
+        print(as_called(help_text.strip()))
         sys.exit(0)
 
     def guarded(arguments: Sequence[str]) -> None:
@@ -50,14 +55,25 @@ def run(
             print("stopped", file=sys.stderr)
             sys.exit(130)
 
-    app.run(guarded, flags_parser=functools.partial(parse, settings=settings))
+    app.run(guarded, flags_parser=functools.partial(parse, flag_values=flag_values, lists=lists, settings=settings))
 
 
-def parse(arguments: Sequence[str], *, settings: Sequence[Setting]) -> list[str]:
+def as_called(help_text: str) -> str:
+    """The commands in the form of the console command, if that was called: there may be no scripts/ and configs/."""
+    if not sys.argv[0].startswith("turbojax "):
+        return help_text
+    return re.sub(r"\bconfigs/(\w+)\.py", r"\1", re.sub(r"\bpython scripts/(\w+)\.py", r"turbojax \1", help_text))
+
+
+def parse(
+    arguments: Sequence[str], *, flag_values: flags.FlagValues, lists: Sequence[str], settings: Sequence[Setting]
+) -> list[str]:
     """Parses the command line; whatever is wrong with it ends the program with one sentence."""
+    if flag_values is not flags.FLAGS:
+        flag_values.append_flag_values(flags.FLAGS)
+        flags.FLAGS.mark_as_parsed()
     try:
-        check_config(arguments, settings)
-        positional = flags.FLAGS(list(arguments))
+        positional = flag_values(find_configs(one_word_each(arguments, lists), settings))
     except Exception as error:  # a file of settings is Python: it may raise anything
         fail(UserError(f"{describe(error)}; see --help"))
     logging.use_absl_handler()
@@ -91,17 +107,47 @@ def read_config(flag: flags.FlagHolder, *, example: str, settings: Sequence[Sett
     return flag.value
 
 
-def check_config(arguments: Sequence[str], settings: Sequence[Setting]) -> None:
-    """Names the file or the setting that is not there, before the libraries say it in their words."""
-    for i, argument in enumerate(arguments):
+def one_word_each(arguments: Sequence[str], lists: Sequence[str]) -> list[str]:
+    """--grid a b as --grid=a --grid=b, for the flags named."""
+    words, current = [], ""
+    for argument in arguments:
+        name, equals, _ = argument.partition("=")
+        if argument.startswith("-"):
+            current = argument if name.lstrip("-") in lists and not equals else ""
+            words += [] if current else [argument]
+        else:
+            words.append(f"{current}={argument}" if current else argument)
+    return words
+
+
+def find_configs(arguments: Sequence[str], settings: Sequence[Setting]) -> list[str]:
+    """The arguments with --config= as a file that is there: the one named, or of the configurations in the package.
+
+    Raises UserError for a file or a setting that is not there, before the libraries say it in their words.
+    """
+    found, rest = [], iter(arguments)
+    for argument in rest:
         if argument.startswith(("--config.", "-config.")):
             check_names([argument.partition("=")[0].partition(".")[2]], settings)
-        if argument in ("--config", "-config") and i + 1 < len(arguments):
-            argument = f"--config={arguments[i + 1]}"
-        if argument.startswith("--config="):
-            path = argument.partition("=")[2].partition(":")[0]
-            if not Path(path).is_file():
-                raise UserError(f"--config={path} is no file; give one of configs/*.py, for instance configs/demo.py")
+        if argument in ("--config", "-config"):
+            value = next(rest, None)
+            argument = argument if value is None else f"--config={value}"
+        if argument.startswith(("--config=", "-config=")):
+            path, colon, variant = argument.partition("=")[2].partition(":")
+            argument = f"--config={find_config(path)}{colon}{variant}"
+        found.append(argument)
+    return found
+
+
+def find_config(path: str) -> Path:
+    """A file of settings, or NAME or configs/NAME.py, which outside the checkout is the one in the package."""
+    packaged = CONFIGS / f"{Path(path).stem}.py"
+    named = path in (packaged.stem, f"configs/{packaged.name}")
+    for file in (Path(path), packaged):
+        if file.is_file() and (file is not packaged or named):
+            return file
+    names = sorted(file.stem for file in CONFIGS.glob("*.py"))
+    raise UserError(f"--config={path} is no file; give one, or a name: {', '.join(names)}")
 
 
 def fail(error: Exception) -> None:

@@ -19,6 +19,10 @@ PROMPT = (
 )
 
 
+KINDS = {int: "whole number", float: "number", bool: "switch: true or false"}
+SWITCHES = {"true": True, "on": True, "yes": True, "1": True, "false": False, "off": False, "no": False, "0": False}
+
+
 class Setting(NamedTuple):
     """A setting's name, default (a type where there is none) and meaning."""
 
@@ -85,13 +89,38 @@ def base_config(settings: Sequence[Setting] = SETTINGS, **changes: Any) -> Confi
     return config
 
 
+def changed(config: ConfigDict, **changes: Any) -> ConfigDict:
+    """A copy with some settings changed."""
+    copy = config.copy_and_resolve_references()
+    copy.update(changes)
+    return copy
+
+
 def check_names(names: Iterable[str], settings: Sequence[Setting] = SETTINGS) -> None:
     """Raises UserError for a name that is no setting."""
     known = [setting.name for setting in settings]
     for name in names:
         if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            raise UserError(f"there is no setting {name}{f', perhaps {close[0]}' if close else ''}")
+            raise UserError(f"there is no setting {name}{did_you_mean(name, known)}")
+
+
+def parse_value(name: str, text: str, settings: Sequence[Setting] = SETTINGS) -> Any:
+    """A setting's value as a person types it; "none" unsets one that has no default. Raises UserError."""
+    check_names([name], settings)
+    default = next(setting.default for setting in settings if setting.name == name)
+    kind = default if isinstance(default, type) else type(default)
+    if kind is not type(default) and text.lower() == "none":
+        return None
+    try:
+        return SWITCHES[text.lower()] if kind is bool else kind(text)
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{name}={text!r} is no {KINDS[kind]}") from error
+
+
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """ ", perhaps NAME", if a known one is close."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f", perhaps {close[0]}" if close else ""
 
 
 def describe_settings(settings: Sequence[Setting] = SETTINGS) -> str:

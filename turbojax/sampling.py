@@ -14,7 +14,7 @@ from absl import logging
 from flax import nnx
 
 from turbojax.condition import takes_images
-from turbojax.diffusion import RCM, Euler, Sampler, UniPC, guide, unembedded
+from turbojax.diffusion import RCM, Euler, Sampler, Schedule, UniPC, guide, unembedded
 from turbojax.errors import UserError
 from turbojax.models.streaming import Streamed
 from turbojax.models.vae import VAEConfig
@@ -99,6 +99,7 @@ def denoise(
     guidance_scale: jax.Array,
     key: jax.Array,
     noise: jax.Array | None,
+    schedule: Schedule,
     images: dict[str, jax.Array],
     *,
     scan: bool = True,
@@ -106,8 +107,8 @@ def denoise(
     """Latents `[B, t, h, w, c]` before and after steps [start, stop), by text `[B, 512, D]`.
 
     begin: `resident` or, with scan=False, `streamed`, of a transformer. negative: embedding of the negative prompt,
-    None without guidance. images: what the network takes of images, see `turbojax.condition`; one serves the whole
-    batch.
+    None without guidance. schedule: of a sampler of this kind. images: what the network takes of images, see
+    `turbojax.condition`; one serves the whole batch.
     """
     batch = latents.shape[0]
     texts = text if negative is None else jnp.concatenate((text, negative))
@@ -121,7 +122,8 @@ def denoise(
         return guide(both[:batch], both[batch:], guidance_scale)
 
     start, stop = steps
-    return sampler.sample(velocity, latents, key=key, noise=noise, start=start, stop=stop, embed=embed, scan=scan)
+    options: dict[str, Any] = dict(start=start, stop=stop, embed=embed, scan=scan)
+    return sampler.sample(velocity, latents, key=key, noise=noise, schedule=schedule, **options)
 
 
 def with_topk(transformer: Any, sla_topk: float | None) -> Any:
@@ -155,7 +157,10 @@ def sampler_arguments(
         latents = jax.random.normal(first_key, shape, jnp.float32)
     noise = None if noise is None else jnp.asarray(noise)
     scale = jnp.asarray(guidance_scale, jnp.float32)
-    return sampler.initial(jnp.asarray(latents)), text, negative, scale, step_key, noise, images
+    state = sampler.initial(jnp.asarray(latents))
+    timesteps, numbers = sampler.schedule()
+    schedule = jnp.asarray(timesteps), tuple(jnp.asarray(a, state.dtype) for a in numbers)
+    return state, text, negative, scale, step_key, noise, schedule, images
 
 
 def sampler_program(
@@ -163,14 +168,16 @@ def sampler_program(
 ) -> tuple[Hashable, Callable[[], Any]]:
     """Name of the compiled `sample` for these settings and shapes, and the function that compiles it.
 
-    Neither the transformer nor the arguments need be more than shapes.
+    Samplers of a kind share it: their times are among the arguments. Neither the transformer nor the arguments need be
+    more than shapes.
     """
     graph, state = nnx.split(transformer)
+    sampler = sampler.kind
     shapes = jax.tree.map(lambda a: (a.shape, a.dtype), arguments)
     name = (sampler, steps, transformer.config, jax.tree.structure(shapes), tuple(jax.tree.leaves(shapes)))
 
     def build() -> Any:
-        logging.info("Compiling the sampler: %s", sampler)
+        logging.info("Compiling the sampler: %s, steps %d to %d", type(sampler).__name__, steps[0] + 1, steps[1])
         return jax.jit(sample, static_argnums=(0, 1, 2)).lower(graph, sampler, steps, state, *arguments).compile()
 
     return name, build

@@ -48,6 +48,18 @@ def test_golden(dtype):
         np.testing.assert_allclose(value, t[key], rtol=0, atol=tolerance, err_msg=key)
 
 
+@pytest.mark.parametrize("sampler", [RCM(4, 15.0), RCM(1, 33.0), Euler(4, 3.0, 900.0), UniPC(4, 3.0)])
+def test_one_program_for_samplers_of_a_kind(x, sampler):
+    """The times of another one are arguments."""
+    assert sampler.kind == type(sampler)(sampler.num_steps) != sampler
+    key = jax.random.key(1)
+    run = jax.jit(lambda x, schedule: sampler.kind.sample(fixture_velocity, x, key=key, schedule=schedule))
+    own = sampler.sample(fixture_velocity, x, key=key)
+    np.testing.assert_allclose(run(x, sampler.schedule()), own, rtol=0, atol=2e-6)
+    assert np.abs(run(x, sampler.kind.schedule()) - own).max() > 1e-4
+    assert run._cache_size() == 1
+
+
 # Against independent float64 loops.
 
 

@@ -1,6 +1,6 @@
 """Noise schedules and samplers. They take a velocity function and import no model."""
 
-from turbojax.diffusion.samplers import RCM, Euler, Sampler, UniPC, Velocity, guide, unembedded
+from turbojax.diffusion.samplers import RCM, Euler, Sampler, Schedule, UniPC, Velocity, guide, unembedded
 from turbojax.diffusion.schedules import (
     expert_split,
     flow_sigmas,
@@ -16,6 +16,7 @@ __all__ = [
     "RCM",
     "Euler",
     "Sampler",
+    "Schedule",
     "UniPC",
     "Velocity",
     "expert_split",

@@ -30,6 +30,7 @@ from turbojax.errors import UserError
 # embed makes of it.
 Velocity = Callable[[jax.Array, Any], jax.Array]
 Embed = Callable[[jax.Array], Any]
+Schedule = tuple[Any, tuple[Any, ...]]  # timesteps [num_steps] and numbers [num_steps, ...] of all steps
 Carry = tuple[jax.Array, ...]  # what a step hands to the next; the first is the state
 
 
@@ -66,12 +67,32 @@ class Sampler:
         """What the network is told, float32 [num_steps], 0..1000; bfloat16 values if `round_timesteps`."""
         return schedules.timesteps(self.times[:-1], rounded=self.round_timesteps).astype(np.float32)
 
+    @property
+    def kind(self) -> "Sampler":
+        """The sampler with the default times, which with this one's `schedule` takes this one's steps."""
+        raise NotImplementedError
+
     def initial(self, noise: jax.Array) -> jax.Array:
         """The state before the first step, from standard normal noise [B, ...]."""
         raise NotImplementedError
 
+    def numbers(self) -> tuple[np.ndarray, ...]:
+        """What the steps multiply with, float64 [num_steps, ...] each."""
+        raise NotImplementedError
+
+    def schedule(self) -> Schedule:
+        """All that the times decide, so that one compiled program can take those of any sampler of its `kind`."""
+        return self.timesteps, self.numbers()
+
     def begin(
-        self, latents: jax.Array, *, key: jax.Array | None, noise: jax.Array | None, start: int, stop: int | None
+        self,
+        latents: jax.Array,
+        schedule: Schedule,
+        *,
+        key: jax.Array | None,
+        noise: jax.Array | None,
+        start: int,
+        stop: int | None,
     ) -> tuple[Carry, Rows]:
         """What the first step starts from, and the rows of steps [start, stop)."""
         raise NotImplementedError
@@ -87,6 +108,7 @@ class Sampler:
         *,
         key: jax.Array | None = None,
         noise: jax.Array | None = None,
+        schedule: Schedule | None = None,
         start: int = 0,
         stop: int | None = None,
         trajectory: bool = False,
@@ -101,6 +123,7 @@ class Sampler:
           key: random key of the run; step i draws from `fold_in(key, i)`, so parts of a run equal the whole.
           noise: [num_steps, B, ...], standard normal, in place of the key's draws. Deterministic samplers
             need neither and ignore both.
+          schedule: of a sampler of this `kind`, in place of this one's own; may be traced.
           start, stop: part of the steps; all by default.
           trajectory: return the states before step `start` and after each step, [stop - start + 1, B, ...].
           embed: timesteps float32 [steps] to a pytree of [steps, ...], whose rows velocity gets in their place:
@@ -113,7 +136,8 @@ class Sampler:
         Raises:
           UserError: the steps, the noise or the velocity's shape do not fit, or there is no source of noise.
         """
-        carry, rows = self.begin(latents, key=key, noise=noise, start=start, stop=stop)
+        schedule = self.schedule() if schedule is None else schedule
+        carry, rows = self.begin(latents, schedule, key=key, noise=noise, start=start, stop=stop)
         first, count = carry[0], len(rows.timestep)
         rows = rows._replace(timestep=embed(rows.timestep))
 
@@ -164,16 +188,22 @@ class RCM(Sampler):
     def times(self) -> np.ndarray:
         return schedules.rcm_times(self.num_steps, self.sigma_max)
 
+    @property
+    def kind(self):
+        return dataclasses.replace(self, sigma_max=RCM.sigma_max)
+
     def initial(self, noise):
         noise = _state(noise)
         return noise * jnp.asarray(self.times[0], noise.dtype)
 
-    def begin(self, latents, *, key, noise, start, stop):
+    def numbers(self):
+        return self.times[:-1], self.times[1:]
+
+    def begin(self, latents, schedule, *, key, noise, start, stop):
         x = _state(latents)
         steps = self._steps(start, stop)
-        t, t_next = self.times[:-1][steps], self.times[1:][steps]
         keys = None
-        if self.ode or not t_next.any():  # at t' = 0 both forms are the same
+        if self.ode or steps.start >= min(steps.stop, self.num_steps - 1):  # at t' = 0 both forms are the same
             noise = None
         elif noise is not None:
             if noise.shape != (self.num_steps, *x.shape):
@@ -183,8 +213,9 @@ class RCM(Sampler):
             keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(steps.start, steps.stop))
         else:
             raise UserError("RCM with ode=False draws noise between its steps; give key= or noise=, or set ode=True")
-        own = jnp.asarray(t, x.dtype), jnp.asarray(t_next, x.dtype), keys, noise
-        return (x,), Rows(jnp.asarray(self.timesteps[steps]), own)
+        timesteps, numbers = schedule
+        own = *(jnp.asarray(a[steps], x.dtype) for a in numbers), keys, noise
+        return (x,), Rows(jnp.asarray(timesteps[steps]), own)
 
     def advance(self, carry, own, v):
         (x,), (t, t_next, key, eps) = carry, own
@@ -215,15 +246,22 @@ class Euler(Sampler):
     def times(self) -> np.ndarray:
         return schedules.flow_sigmas(self.num_steps, self.shift, self.sigma_max)
 
+    @property
+    def kind(self):
+        return dataclasses.replace(self, shift=Euler.shift, sigma_max=Euler.sigma_max)
+
     def initial(self, noise):
         return _state(noise)
 
-    def begin(self, latents, *, key, noise, start, stop):
+    def numbers(self):
+        return (-np.diff(self.times),)
+
+    def begin(self, latents, schedule, *, key, noise, start, stop):
         del key, noise
         x = _state(latents)
         steps = self._steps(start, stop)
-        dt = jnp.asarray(-np.diff(self.times)[steps], x.dtype)
-        return (x,), Rows(jnp.asarray(self.timesteps[steps]), (dt,))
+        timesteps, (dt,) = schedule
+        return (x,), Rows(jnp.asarray(timesteps[steps]), (jnp.asarray(dt[steps], x.dtype),))
 
     def advance(self, carry, own, v):
         (x,), (dt,) = carry, own
@@ -265,8 +303,15 @@ class UniPC(Sampler):
     def times(self) -> np.ndarray:
         return schedules.flow_sigmas(self.num_steps, self.shift, self.sigma_max)
 
+    @property
+    def kind(self):
+        return dataclasses.replace(self, shift=UniPC.shift, sigma_max=UniPC.sigma_max)
+
     def initial(self, noise):
         return _state(noise)
+
+    def numbers(self):
+        return *self.coefficients(), self.times[:-1]
 
     def coefficients(self) -> tuple[np.ndarray, np.ndarray]:
         """Corrector [num_steps, 5] on (x, x_s, m_t, m_s, m_r), predictor [num_steps, 3] on (x_s, m_s, m_r).
@@ -291,13 +336,14 @@ class UniPC(Sampler):
                 corrector[i + 1] = 0.0, keep, gain * b, gain * (1 - a / q - b), gain * a / q
         return corrector, predictor
 
-    def begin(self, latents, *, key, noise, start, stop):
+    def begin(self, latents, schedule, *, key, noise, start, stop):
         del key, noise
         x = _state(latents)
         if self._steps(start, stop) != slice(0, self.num_steps):
             raise UserError(f"{start=}, {stop=}: UniPC's history spans its steps; sample all of them, or use Euler")
-        own = (jnp.asarray(a, x.dtype) for a in (*self.coefficients(), self.times[:-1]))
-        return (x, *(jnp.zeros_like(x),) * 3), Rows(jnp.asarray(self.timesteps), tuple(own))
+        timesteps, numbers = schedule
+        own = tuple(jnp.asarray(a, x.dtype) for a in numbers)
+        return (x, *(jnp.zeros_like(x),) * 3), Rows(jnp.asarray(timesteps), own)
 
     def advance(self, carry, own, v):
         (x, x_s, m_s, m_r), (c, p, sigma) = carry, own

@@ -1,0 +1,189 @@
+"""Many prompts for one pipeline: what a person types, and files of prompts that are gone on with."""
+
+import json
+
+import imageio.v2 as imageio
+import pytest
+
+from turbojax import TurboVideoPipeline, UserError, generate, session
+from turbojax.config import base_config, parse_value
+
+pytestmark = pytest.mark.filterwarnings(r"ignore:os\.fork\(\) was called")
+
+
+@pytest.fixture
+def config(tmp_path):
+    sizes = dict(height=32, width=48, num_frames=5, num_inference_steps=1, weights="demo", dtype="float32")
+    return base_config(**sizes, output=str(tmp_path / "video.mp4"))
+
+
+@pytest.fixture
+def loads(demo_pipe, monkeypatch):
+    """The demo's pipeline in the place of a loaded one; a list of what was loaded."""
+    loads = []
+    monkeypatch.setattr(generate, "load_pipeline", lambda config, prepare: loads.append(config) or demo_pipe)
+    return loads
+
+
+def typed(config, *lines):
+    """What a session shows after each line; an exception is raised in place of one."""
+    shown, lines = [], iter(lines)
+
+    def read(prompt):
+        shown.append([])
+        if (line := next(lines, None)) is None:
+            raise EOFError
+        if isinstance(line, str):
+            return line
+        raise line
+
+    session.interactive(config, read=read, write=lambda text: shown and shown[-1].append(text))
+    return ["\n".join(texts) for texts in shown]
+
+
+def test_prompts_one_after_another(config, loads, tmp_path):
+    (tmp_path / "video_0001.mp4").write_text("an older video")
+    shown = typed(config, "a red cat", "/size 64x32", "", "a dog", "/samples 2", "a bird", "/quit", "never read")
+    assert len(loads) == 1
+    assert (shown[1], shown[2]) == ("width = 64, height = 32", "")
+    assert shown[0].startswith(f"{tmp_path}/video_0000.mp4, ")
+    files = sorted(path.name for path in tmp_path.iterdir())
+    assert files == [f"video_{name}.mp4" for name in ("0000", "0001", "0002", "0003_0000", "0003_0001")]
+    assert (tmp_path / "video_0001.mp4").read_text() == "an older video"
+    assert imageio.mimread(tmp_path / "video_0002.mp4")[0].shape == (32, 64, 3)
+    assert len(shown) == 7
+
+
+def test_another_network_is_loaded_for_what_needs_one(config, loads):
+    typed(config, "a", "/seed 5", "/steps 2", "b", "/attention_type sla", "c", "/attention_type none", "d")
+    assert [own.attention_type for own in loads] == [None, "sla", None]
+
+
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [
+        ("/seed 7", "seed = 7"),
+        ("/topk 0.05", "sla_topk = 0.05"),
+        ("/topk none", "sla_topk = None"),
+        ("/ode on", "ode = True"),
+        ("/negative low quality, blurred", "negative_prompt = low quality, blurred"),
+        ("/size 480p 9:16", "resolution = 480p, aspect_ratio = 9:16, width = None, height = None"),
+        ("/size 720p", "resolution = 720p, width = None, height = None"),
+    ],
+)
+def test_commands(config, line, shown):
+    assert session.command(config, line) == shown
+    assert shown.split(", ")[0] in session.command(config, "/show")
+
+
+@pytest.mark.parametrize(
+    ("line", "error"),
+    [
+        ("/sed 7", "there is no command /sed, perhaps seed; see /help"),
+        ("/seed", "/seed needs a value; see /help"),
+        ("/seed x", "seed='x' is no whole number"),
+        ("/seed -1", "seed=-1 must be in 0..4294967295"),
+        ("/topk much", "sla_topk='much' is no number"),
+        ("/ode maybe", "ode='maybe' is no switch: true or false"),
+        ("/steps 9", "num_steps=9"),
+        ("/size 500p", "resolution='500p' is unknown"),
+        ("/size 50x32", "width=50 must be a multiple of 16"),
+        ("/size 48xhigh", "height='high' is no whole number"),
+        ("/image nothing.png", "the image 'nothing.png' does not exist"),
+        ("/output x.avi", "has no video format"),
+    ],
+)
+def test_mistakes_are_a_line_and_change_nothing(config, line, error):
+    before = config.to_dict()
+    (shown, _) = typed(config, line)
+    assert shown.startswith("error: ")
+    assert error in shown
+    assert "\n" not in shown
+    assert config.to_dict() == before
+
+
+def test_the_session_outlives_a_stopped_and_a_failed_video(config, loads, monkeypatch, tmp_path):
+    sample, failures = TurboVideoPipeline._sample, [KeyboardInterrupt(), UserError("no"), MemoryError()]
+
+    def interrupted(*arguments):
+        if failures:
+            raise failures.pop(0)
+        return sample(*arguments)
+
+    monkeypatch.setattr(TurboVideoPipeline, "_sample", interrupted)
+    shown = typed(config, "a", "b", "c", KeyboardInterrupt(), "d")
+    assert shown[0] == "\nstopped; /quit ends the session"
+    assert shown[1] == "error: no"
+    assert shown[2].startswith("error: ")
+    assert "memory" in shown[2]
+    assert shown[3] == shown[0]
+    assert [path.name for path in tmp_path.iterdir()] == ["video_0000.mp4"]
+    assert shown[4].startswith(f"{tmp_path}/video_0000.mp4")
+    assert len(loads) == 1
+
+
+def test_a_file_of_prompts_is_gone_on_with(config, loads, monkeypatch, tmp_path):
+    prompts, record = tmp_path / "prompts.txt", tmp_path / "video.jsonl"
+    prompts.write_text("# animals\na cat\n\na dog \n a bird\n")
+    made, call = [], TurboVideoPipeline.__call__
+
+    def counted(pipe, prompt, **settings):
+        if len(made) == 2:
+            raise KeyboardInterrupt
+        made.append(prompt)
+        return call(pipe, prompt, **settings)
+
+    monkeypatch.setattr(TurboVideoPipeline, "__call__", counted)
+    with pytest.raises(KeyboardInterrupt):
+        session.batch(config, prompts)
+    assert len(record.read_text().splitlines()) == 2
+    monkeypatch.setattr(
+        TurboVideoPipeline, "__call__", lambda *given, **named: made.append(given[1:]) or call(*given, **named)
+    )
+    made.clear()
+    files = session.batch(config, prompts)
+    assert [named["prompt"] for named in map(json.loads, record.read_text().splitlines())] == [
+        "a cat",
+        "a dog",
+        "a bird",
+    ]
+    assert [path.name for path in files] == ["video_0000.mp4", "video_0001.mp4", "video_0002.mp4"]
+    assert len(made) == 1
+    loads.clear()
+    assert session.batch(config, prompts) == files
+    assert not loads
+    files[1].unlink()
+    session.batch(config, prompts)
+    assert len(made) == 2
+    config.seed = 1
+    session.batch(config, prompts)
+    assert len(made) == 5
+
+
+@pytest.mark.parametrize(
+    ("content", "error"), [(b"", "has no prompt"), (b"# a\n", "has no prompt"), (b"\xff", "cannot be read")]
+)
+def test_no_prompts(config, tmp_path, content, error):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=error):
+        session.batch(config, path)
+    path.unlink()
+    with pytest.raises(UserError, match="cannot be read"):
+        session.batch(config, path)
+
+
+def test_foreign_record(config, tmp_path):
+    (tmp_path / "prompts.txt").write_text("a cat")
+    (tmp_path / "video.jsonl").write_text("[1]\n")
+    with pytest.raises(UserError, match=r"video\.jsonl is no record of finished work"):
+        session.batch(config, tmp_path / "prompts.txt")
+
+
+def test_values():
+    assert parse_value("memory", "12") == "12"
+    assert parse_value("prompt", "none") == "none"
+    assert parse_value("height", "none") is None
+    assert parse_value("quant_linear", "TRUE") is True
+    with pytest.raises(UserError, match="there is no setting sla_topc, perhaps sla_topk"):
+        parse_value("sla_topc", "1")

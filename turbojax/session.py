@@ -1,0 +1,144 @@
+"""Many prompts for one pipeline: typed one after another, or from a file."""
+
+import glob
+import itertools
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from turbojax.config import SETTINGS, changed, did_you_mean, parse_value
+from turbojax.errors import UserError
+from turbojax.generate import Studio, call_settings
+from turbojax.memory import short_of_memory
+from turbojax.records import Records, fingerprint
+from turbojax.video import check_path, make_parent, numbered
+
+SHORT = {
+    "topk": "sla_topk",
+    "steps": "num_inference_steps",
+    "sigma": "sigma_max",
+    "frames": "num_frames",
+    "negative": "negative_prompt",
+    "guidance": "guidance_scale",
+    "samples": "num_samples",
+}
+HELP = f"""A line is a prompt. A line that starts with / changes a setting for the videos that follow, or asks:
+  /size 480p 16:9      or /size 720p, or /size 832x480 in pixels
+  /seed 7              any setting by its name, see generate --help; "none" unsets it
+  /steps 2             short names: {", ".join(f"{short} for {name}" for short, name in SHORT.items())}
+  /show                the settings as they are
+  /quit                ends the session, as Ctrl-D does; Ctrl-C stops a video"""
+
+
+def interactive(
+    config: ConfigDict, *, read: Callable[[str], str] = input, write: Callable[[str], None] = print
+) -> None:
+    """Makes a video of each line read until /quit or the end; the pipeline is loaded at the first and stays.
+
+    Videos are numbered after those that are there: none is overwritten. What goes wrong is a line, and the next prompt
+    follows. read: takes what to show before the line. write: takes a text to show.
+    """
+    with suppress(ImportError):
+        import readline  # noqa: F401  # gives `input` earlier lines by the arrow keys
+    make_parent(check_path(config.output))
+    studio = Studio()
+    write("Type a prompt, or /help.")
+    while True:
+        try:
+            line = read("prompt> ").strip()
+            if line in ("/quit", "/exit"):
+                return
+            if line.startswith("/"):
+                write(command(config, line))
+            elif line:
+                config.prompt = line
+                result = studio.make(config, free(Path(config.output)))
+                write(f"{', '.join(map(str, result.files))}, {sum(result.timings.values()):.1f} s")
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            write("\nstopped; /quit ends the session")
+        except UserError as error:
+            write(f"error: {error}")
+        except (MemoryError, jax.errors.JaxRuntimeError) as error:
+            if not short_of_memory(error):
+                raise
+            write("error: memory is not enough for this; try /memory stream, a smaller /size or fewer /frames")
+
+
+def command(config: ConfigDict, line: str) -> str:
+    """Does what a line such as "/seed 7" says and returns what to show; a bad value changes nothing."""
+    name, _, text = line.removeprefix("/").partition(" ")
+    name, text = SHORT.get(name, name), text.strip()
+    if name == "help":
+        return HELP
+    if name == "show":
+        return "\n".join(f"  {setting.name} = {value}" for setting in SETTINGS if (value := config[setting.name]) != "")
+    known = [setting.name for setting in SETTINGS]
+    if name != "size" and name not in known:
+        raise UserError(f"there is no command /{name}{did_you_mean(name, [*known, *SHORT])}; see /help")
+    if not text:
+        raise UserError(f"/{name} needs a value; see /help")
+    changes = size(text) if name == "size" else {name: parse_value(name, text)}
+    new = changed(config, **changes)
+    call_settings(new)
+    make_parent(check_path(new.output))
+    config.update(changes)
+    return ", ".join(f"{name} = {value}" for name, value in changes.items())
+
+
+def size(text: str) -> dict[str, str | int | None]:
+    """The settings that "480p 16:9", "720p" or "832x480" stand for."""
+    width, x, height = text.partition("x")
+    if x:
+        return {"width": parse_value("width", width), "height": parse_value("height", height)}
+    resolution, _, aspect_ratio = text.partition(" ")
+    shape = {"aspect_ratio": aspect_ratio.strip()} if aspect_ratio else {}
+    return {"resolution": resolution, **shape, "width": None, "height": None}
+
+
+def free(path: Path) -> Path:
+    """The first of video_0000.mp4, video_0001.mp4, ... of which there is nothing, nor of its samples or frames."""
+    for i in itertools.count():
+        candidate = numbered(path, i, 2)
+        if not glob.glob(f"{glob.escape(str(candidate.with_suffix('')))}[._]*"):
+            return candidate
+    raise AssertionError
+
+
+def batch(config: ConfigDict, prompts_file: str | Path) -> list[Path]:
+    """Makes a video of each line of a file, numbered by them; returns the files, those that were there before included.
+
+    A record beside the output, video.jsonl, says which prompts are finished and with what settings: run again, these
+    are left out. Empty lines and those that start with # count as no prompt.
+    """
+    prompts = read_prompts(Path(prompts_file))
+    output = check_path(config.output)
+    make_parent(output)
+    call_settings(config)
+    finished, studio = Records(output.with_suffix(".jsonl")), Studio()
+    files: list[Path] = []
+    for i, prompt in enumerate(tqdm(prompts, desc="Prompts", unit="video", disable=None)):
+        own = changed(config, prompt=prompt, output=str(numbered(output, i, max(2, len(prompts)))))
+        key = fingerprint(own.to_dict())
+        record = finished.get(key)
+        if record is None:
+            made = [path.name for path in studio.make(own, own.output).files]
+            record = {"key": key, "prompt": prompt, "seed": own.seed, "files": made}
+            finished.add(record)
+        files += [output.parent / name for name in record["files"]]
+    return files
+
+
+def read_prompts(path: Path) -> list[str]:
+    try:
+        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the prompts {str(path)!r} cannot be read; give a text file with a prompt a line") from error
+    if prompts := [line for line in lines if line and not line.startswith("#")]:
+        return prompts
+    raise UserError(f"{str(path)!r} has no prompt; give one a line")
