@@ -77,7 +77,6 @@ def sla_parts(inputs: list[jax.Array], topk: float) -> dict[str, Any]:
         "block_map_ms": milliseconds(lambda q, k_means: sla_fused.block_table(q, k_means, settings), (q, k_means)),
         "query_means_ms": milliseconds(lambda q: sla_triton.block_means(q, 128), (q,)),
         "sparse_mosaic_ms": milliseconds(mosaic, operands),
-        "sparse_mosaic_overlapped_ms": milliseconds(functools.partial(mosaic, overlapped=True), operands),
         "sparse_triton_ms": milliseconds(lambda *a: triton(*a)[0], operands),
     }
     return parts | {

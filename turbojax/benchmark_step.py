@@ -45,8 +45,11 @@ def layer(
                 jax.block_until_ready(compiled(*arguments))
         measured = profiled_seconds(Path(folder))
     a_layer = {op: total / calls / LAYERS for op, total in measured.items()}
-    rows = [table_row(kernel, a_layer.pop(kernel.name, 0.0), config) for kernel in layer_kernels(text)]
-    outside = {kernel.name for kernel in hlo.kernels(text)}
+    rows = []
+    for kernel in layer_kernels(text):
+        its_seconds = sum(a_layer.pop(name, 0.0) for name in (kernel.name, *kernel.inside))
+        rows.append(table_row(kernel, its_seconds, config))
+    outside = {name for kernel in hlo.kernels(text) for name in (kernel.name, *kernel.inside)}
     unnamed = {op: 1e3 * total for op, total in a_layer.items() if op not in outside}
     rows.sort(key=lambda row: -row["ms"])
     return {

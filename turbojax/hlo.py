@@ -52,13 +52,18 @@ class Instruction(NamedTuple):
 
 
 class Kernel(NamedTuple):
-    """One launch. inputs, outputs: what it moves (a slice of a stack counts alone); source: where it was traced."""
+    """One launch.
+
+    inputs, outputs: what it moves (a slice of a stack counts alone); source: where it was traced; inside: names by
+    which a profile may list what the instruction wraps.
+    """
 
     name: str
     opcode: str
     source: str
     inputs: tuple[Array, ...]
     outputs: tuple[Array, ...]
+    inside: tuple[str, ...] = ()
 
     @property
     def bytes(self) -> int:
@@ -158,6 +163,7 @@ def kernel(instruction: Instruction, computation: Computation, computations: dic
         source=last.attribute(r'op_name="([^"]*)"') or instruction.attribute(r'op_name="([^"]*)"'),
         inputs=tuple(array for arrays in operands for array in arrays),
         outputs=outputs,
+        inside=tuple(i.name for i in inner.values() if i.opcode in ("custom-call", "fusion")),
     )
 
 

@@ -60,27 +60,6 @@ def test_attention(length, batch, heads, dim, topk, blocks):
         assert relative_rms(got, expected) < 1e-2
 
 
-@pytest.mark.skipif(compute_capability() != (9, 0), reason="needs Hopper")
-@pytest.mark.parametrize(
-    ("length", "heads", "dim", "count"), [(1560, 3, 64, 1), (1560, 2, 128, 25), (32760, 12, 128, 51)]
-)
-def test_schedules_of_the_hopper_kernel_agree(length, heads, dim, count):
-    from turbojax.kernels import sla_mosaic
-
-    q, k, v, weight, bias = arrays(length, batch=1, heads=heads, dim=dim)
-    scores = jax.random.uniform(jax.random.key(0), (1, heads, -(-length // 128), -(-length // 64)))
-    table = jnp.sort(jnp.argsort(scores)[..., :count]).astype(jnp.int32)
-    state = jnp.broadcast_to(weight.astype(BF16), (1, heads, dim, dim))
-    operands = (q, k, v, table, state, jnp.ones((1, heads, dim)), bias)
-    in_turns, overlapped = (
-        jax.jit(functools.partial(sla_mosaic.sparse_forward, block_k=64, overlapped=o)) for o in (False, True)
-    )
-    expected = in_turns(*operands)
-    assert bool(jnp.isfinite(expected).all())
-    assert relative_rms(overlapped(*operands), expected) < 1e-3
-    assert bool((overlapped(*operands) == overlapped(*operands)).all())
-
-
 @pytest.mark.parametrize(("rows", "blocks", "count"), [(100, 5, 5), (1000, 1182, 118), (64, 4096, 600)])
 def test_choose_blocks_is_top_k(rows, blocks, count):
     from turbojax.kernels import sla_triton

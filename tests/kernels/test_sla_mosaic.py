@@ -30,22 +30,19 @@ def operands(length: int, heads: int, dim: int, block_k: int, count: int):
 
 
 @pytest.mark.skipif(not emulator.SUPPORTED, reason="the emulator is made for jax 0.10")
-@pytest.mark.parametrize("overlapped", [False, True])
 @pytest.mark.parametrize(("length", "block_k", "count"), [(384, 64, 6), (256, 128, 1)])
-def test_emulated(monkeypatch, length, block_k, count, overlapped):
+def test_emulated(monkeypatch, length, block_k, count):
     """Several tiles in one program, an odd number of steps and one step alone: barriers, slots, results."""
     arrays, expected = operands(length, 1, 64, block_k, count)
-    monkeypatch.setattr(sla_mosaic, "computed_by_here", lambda x: None)
     emulator.emulate(monkeypatch, mosaic)
-    got = sla_mosaic.sparse_forward(*arrays, block_k=block_k, overlapped=overlapped, num_sms=1)
+    got = sla_mosaic.sparse_forward(*arrays, block_k=block_k, num_sms=1)
     np.testing.assert_allclose(np.asarray(got, np.float32), expected, atol=2e-2)
 
 
-@pytest.mark.parametrize("overlapped", [False, True])
 @pytest.mark.parametrize(
     ("length", "dim", "block_k", "count"), [(75600, 128, 64, 118), (1560, 64, 64, 3), (384, 128, 128, 2)]
 )
-def test_lowers_for_a_gpu(length, dim, block_k, count, overlapped):
+def test_lowers_for_a_gpu(length, dim, block_k, count):
     spec = jax.ShapeDtypeStruct
     x = spec((2, length, 3, dim), BF16)
     arguments = (
@@ -55,6 +52,6 @@ def test_lowers_for_a_gpu(length, dim, block_k, count, overlapped):
         spec((2, 3, dim), jnp.float32),
         spec((dim,), jnp.float32),
     )
-    call = functools.partial(sla_mosaic.sparse_forward, block_k=block_k, overlapped=overlapped, num_sms=132)
+    call = functools.partial(sla_mosaic.sparse_forward, block_k=block_k, num_sms=132)
     exported = jax.export.export(jax.jit(call), platforms=["cuda"])(*arguments)
     assert exported.out_avals[0].shape == x.shape

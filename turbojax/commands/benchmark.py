@@ -23,10 +23,12 @@ block (one transformer block without attention), layer (a whole one, kernel by k
 memory (predicted against measured peaks and seconds a step), tangent (the forward derivative that sCM trains with, of
 --num_layers=N layers; on any device), train_step (of SLA fine-tuning, or --recipe=scm; with a profile), compile
 (seconds for --num_layers=N; a second one in the same process would find its kernels tuned).
+A table, with peers' figures beside ours where the card is theirs, goes to standard error, JSON to standard output.
 Peak memory has no reset, so run one case a process.
 """
 
 import json
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,7 @@ from turbojax import (
     benchmark_video,
     cli,
 )
+from turbojax.benchmark_report import report
 from turbojax.demo import demo_folder, demo_picture
 from turbojax.kernels.int8 import QUANT_SCHEMES
 from turbojax.models.tokenizer import Tokenizer
@@ -174,7 +177,9 @@ def main() -> None:
     else:
         jax.config.update("jax_enable_compilation_cache", False)
         result = benchmark.compile_seconds(model=MODEL.value, layers=(LAYERS.value,), height=height, width=width)
-    print(json.dumps(benchmark.environment() | save(result), indent=1))
+    measurement = benchmark.environment() | save(result)
+    print(json.dumps(measurement, indent=1))
+    print(report(measurement), file=sys.stderr)
 
 
 def save(result: dict[str, Any]) -> dict[str, Any]:

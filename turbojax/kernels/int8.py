@@ -239,7 +239,7 @@ def norm_quantize(
         *(jnp.broadcast_to(a, (batch, 1, width)) for a in (gain, shift)),
         out_shape=block_shapes(m, width, quant.group),
         grid=(width // BLOCK, row_blocks(m)),
-        num_warps=16,
+        num_warps=8,
         num_stages=1,
         M=m,
         L=length,
@@ -274,8 +274,7 @@ def matmul(
     chosen = choose(implementation, dtype=dtype, rows=len(x_q), features_out=n)
     if implementation is None and chosen == "mosaic" and quant.group == 1 and quant.scheme == "block128":
         chosen = "triton"  # the Hopper kernel takes one scale a block of 128 rows
-    unproven = chosen == "mosaic" and implementation is None  # that epilogue has not run on a card yet: only when named
-    if add_to is not None and (chosen == "reference" or unproven or not adds_in_kernel(add_to, quant)):
+    if add_to is not None and (chosen == "reference" or not adds_in_kernel(add_to, quant)):
         y = matmul(x, w_q, w_scale, bias, quant, gelu=gelu, dtype=dtype, implementation=implementation)
         return add_to.plus(y)
     if chosen == "reference":

@@ -31,15 +31,13 @@ def tiles(scheme: str) -> Tiles:
 
 
 @triton.jit
-def round_half_even(x):
-    """Nearest integer of |x| < 2^22, ties to even, by the same mantissa: rounding happens in the addition."""
-    return (x + 12582912.0) - 12582912.0
-
-
-@triton.jit
 def to_int8(x, amax):
-    """x * 128 / amax, rounded and saturated; amax broadcasts against x and is at least 1e-8."""
-    return tl.minimum(tl.maximum(round_half_even(x * (128.0 / amax)), -128.0), 127.0).to(tl.int8)
+    """x * 128 / amax, rounded to the nearest, ties to even, 127 at most; amax broadcasts against |x| and bounds it.
+
+    Rounding happens in the addition of 1.5 * 2^23, whose last bit counts ones: the sum's low byte is the code.
+    """
+    ratio = tl.minimum(x * (128.0 / amax), 127.0)
+    return (ratio + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
 
 
 @triton.jit
@@ -64,12 +62,13 @@ def amax_of_bits(bits):
 
 @triton.jit
 def store_quantized(v, q, scale, offsets, rows, i, j, M: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr):
-    """Quantizes the 128 x 128 bfloat16 block (i, j) of a [M, K] matrix, GROUP rows to a scale; rows past M are zero.
+    """Quantizes the 128 x 128 bfloat16 block (i, j) of a [M, K] matrix, GROUP rows to a scale; without rows past M.
 
     Bits without the sign are ordered as magnitudes are, so that the maximum needs no float32 copy of the block: half
     the registers, more programs at once.
     """
-    top = tl.max(v.to(tl.int16, bitcast=True) & 0x7FFF, axis=1)
+    without_sign = tl.where(rows < M, 0x7FFF, 0).to(tl.int16)[:, None]
+    top = tl.max(v.to(tl.int16, bitcast=True) & without_sign, axis=1)
     if GROUP == 128:
         amax = amax_of_bits(tl.max(top, axis=0))
         tl.store(q + offsets, to_int8(v.to(tl.float32), amax), mask=(rows < M)[:, None])
@@ -134,8 +133,11 @@ def finish(y, bias, columns, N: tl.constexpr, HAS_BIAS: tl.constexpr, GELU: tl.c
 
 
 @triton.jit
-def row_gates(gate, rows, columns, M: tl.constexpr, N: tl.constexpr, BATCH: tl.constexpr):
-    """The gates of a tile's rows, of gate float32 [BATCH, N]; a tile belongs to two samples at most."""
+def of_rows(gate, rows, columns, M: tl.constexpr, N: tl.constexpr, BATCH: tl.constexpr):
+    """What a tile's rows take of gate, float32 [BATCH, N]; a tile belongs to two samples at most.
+
+    One or two rows of it are read: an element for each of the tile's would keep the cache busy.
+    """
     length: tl.constexpr = M // BATCH
     sample = tl.min(rows, axis=0) // length
     gates = tl.load(gate + sample * N + columns, mask=columns < N, other=0.0)[None, :]
@@ -212,7 +214,7 @@ def int8_matmul_kernel(
     offsets = rows.to(tl.int64)[:, None] * N + columns[None, :]
     if RESIDUAL:
         own = tl.load(residual + offsets, mask=inside, other=0.0).to(tl.float32)
-        out = (own + row_gates(gate, rows, columns, M, N, BATCH) * out.to(tl.float32)).to(tl.bfloat16)
+        out = (own + of_rows(gate, rows, columns, M, N, BATCH) * out.to(tl.float32)).to(tl.bfloat16)
     if REQUANTIZE:
         f = tl.where(inside, out.to(tl.float32), 0.0)
         amax = nan_or_max(f, tl.max(tl.max(tl.abs(f), axis=1), axis=0))
@@ -292,7 +294,7 @@ def norm_quantize_kernel(
 ):
     """layer_norm(x) gain + shift, rounded to bfloat16 and quantized; x [B, L, D], gain and shift [B, D].
 
-    One program a 128 x 128 block; its rows may belong to two samples.
+    One program a 128 x 128 block.
     """
     j, i = tl.program_id(0), tl.program_id(1)
     rows, columns = i * 128 + tl.arange(0, 128), j * 128 + tl.arange(0, 128)
@@ -300,7 +302,10 @@ def norm_quantize_kernel(
     offsets = rows.to(tl.int64)[:, None] * D + columns[None, :]
     mean = tl.load(statistics + 2 * rows, mask=rows < M, other=0.0)[:, None]
     rstd = tl.load(statistics + 2 * rows + 1, mask=rows < M, other=0.0)[:, None]
-    modulation = (rows // L)[:, None] * D + columns[None, :]
-    f = (tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32) - mean) * rstd
-    f = f * tl.load(gain + modulation, mask=inside, other=0.0) + tl.load(shift + modulation, mask=inside, other=0.0)
-    store_quantized(tl.where(inside, f, 0.0).to(tl.bfloat16), q, q_scale, offsets, rows, i, j, M, D, GROUP)
+    f = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32) * rstd - mean * rstd
+    if L >= 128:
+        f = f * of_rows(gain, rows, columns, M, D, M // L) + of_rows(shift, rows, columns, M, D, M // L)
+    else:  # a block may hold rows of many samples
+        sample = (rows // L)[:, None] * D + columns[None, :]
+        f = f * tl.load(gain + sample, mask=inside, other=0.0) + tl.load(shift + sample, mask=inside, other=0.0)
+    store_quantized(f.to(tl.bfloat16), q, q_scale, offsets, rows, i, j, M, D, GROUP)

@@ -2,10 +2,9 @@
 
 A tile is 128 rows of queries of one head. Two warp groups compute 64 rows each, a third feeds them keys and values by
 TMA, following the block table; two chosen blocks of 64 keys make one step, so that a product has 128 columns. Programs
-are persistent: the next tile's queries and keys arrive during the epilogue of this one. Two schedules:
+are persistent: the next tile's queries and keys arrive during the epilogue of this one.
 
-    in turns     while one group takes its softmax the other has the tensor core to itself
-    overlapped   a group's softmax of this step runs beside its own product of the step before with the values
+The groups take turns: while one takes its softmax the other has the tensor core to itself.
 """
 
 import math
@@ -15,8 +14,6 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm, vector
 
 from turbojax.kernels import mosaic
 
@@ -32,21 +29,6 @@ ROW = WGMMA.reduce(1)  # one value a row
 COLUMN = WGMMA.reduce(0)  # one value a column
 
 
-@plgpu.inline_mgpu(arg_types=(WGMMA,))
-def computed_by_here(ctx, x):
-    """Keeps what gives x `[64, 8]`, at least 0, in front of the next wait: the assembler would move it behind.
-
-    A store that never happens needs x, and the assembler leaves stores and waits in their order.
-    """
-    del ctx
-    store = (
-        "{ .reg .pred p; .reg .b32 a; mov.b32 a, 0; setp.lt.f32 p, $0, 0f00000000; @p st.volatile.shared.f32 [a], $0; }"
-    )
-    for pair in x.registers.flat:
-        value = vector.extract(pair, [], [0])
-        llvm.inline_asm(ir.Type.parse("!llvm.void"), [value], store, "f", has_side_effects=True)
-
-
 def sparse_forward(
     q: jax.Array,
     k: jax.Array,
@@ -57,7 +39,6 @@ def sparse_forward(
     bias: jax.Array,
     *,
     block_k: int,
-    overlapped: bool = False,
     num_sms: int | None = None,
 ) -> jax.Array:
     """The sparse branch over the blocks of `table`, plus the linear branch from its state: bfloat16 `[B, L, N, H]`.
@@ -94,8 +75,8 @@ def sparse_forward(
                 body(info.local_index, lax.div(i, tiles * heads), head, tile)
 
         def give_and_take_turns():
-            plgpu.barrier_arrive(turns.at[0])
-            plgpu.barrier_wait(turns.at[0])
+            plgpu.barrier_arrive(turns)
+            plgpu.barrier_wait(turns)
 
         @pl.when(wg == CONSUMERS)
         def produce():
@@ -178,7 +159,7 @@ def sparse_forward(
                     p = jnp.exp2(s * scale - of_rows(new_top, KEYS))
                     return p, new_top, total * decay + p.sum(axis=1), decay
 
-                def attend_in_turns(step, carry, *, last: bool = False):
+                def attend(step, carry, *, last: bool = False):
                     acc, top, total = carry
                     slot = slot_of(step)
 
@@ -192,9 +173,9 @@ def sparse_forward(
                     p, top, total, decay = soften(s, top, total, last=last)
                     acc = acc * of_rows(decay)
                     acc, total, top, p = lax.optimization_barrier((acc, total, top, p.astype(q.dtype)))
-                    plgpu.barrier_arrive(turns.at[0])
+                    plgpu.barrier_arrive(turns)
                     plgpu.barrier_wait(v_ready.at[slot])
-                    plgpu.barrier_wait(turns.at[0])
+                    plgpu.barrier_wait(turns)
 
                     def add_values(acc):
                         plgpu.wgmma(acc, p, v_smem.at[slot])
@@ -205,32 +186,6 @@ def sparse_forward(
                     plgpu.barrier_arrive(v_used.at[slot])
                     return acc, top, total
 
-                def attend_overlapped(step, carry, *, last: bool = False):
-                    """The softmax of this step; carry has the weights of the step before, which still lack values."""
-                    acc, p, top, total = carry
-                    slot, before = slot_of(step), slot_of(step - 1)
-                    plgpu.barrier_wait(k_ready.at[slot])
-                    plgpu.barrier_wait(v_ready.at[before])
-                    plgpu.barrier_wait(turns.at[wg])
-
-                    def products(s_ref, acc_ref):
-                        acc_ref[...] = acc
-                        scores(step, s_ref)
-                        plgpu.wgmma(acc_ref, p, v_smem.at[before])
-                        plgpu.barrier_arrive(turns.at[1 - wg])
-                        s = plgpu.wgmma_accumulator_load(s_ref, wait_n=1)
-                        plgpu.barrier_arrive(k_used.at[slot])
-                        softened = lax.optimization_barrier(soften(s, top, total, last=last))
-                        weights, new_top, new_total, decay = softened
-                        computed_by_here(of_rows(new_total, 8))
-                        new_acc = acc_ref[...]
-                        plgpu.barrier_arrive(v_used.at[before])
-                        # Not before: the running product reads its weights from registers.
-                        return new_acc * of_rows(decay), weights.astype(q.dtype), new_top, new_total
-
-                    both = plgpu.ACC((ROWS, KEYS), jnp.float32), plgpu.ACC((ROWS, dim), jnp.float32)
-                    return pl.run_scoped(products, *both)
-
                 def free_queries_of_the_tile_before():
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # its result lay there
                     plgpu.barrier_arrive(q_used.at[CONSUMERS * (1 - slot_q) + wg])
@@ -240,31 +195,12 @@ def sparse_forward(
                 acc = plgpu.layout_cast(jnp.zeros((ROWS, dim), jnp.float32), WGMMA)
                 top = plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), ROW)
                 total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW)
-                if overlapped:
-
-                    def first_scores(s):
-                        scores(0, s)
-                        return s[...]
-
-                    s = pl.run_scoped(first_scores, plgpu.ACC((ROWS, KEYS), jnp.float32))
-                    plgpu.barrier_arrive(k_used.at[slot_of(0)])
-                    p, top, total, _ = soften(s, top, total, last=steps == 1)
-                    carry = lax.fori_loop(1, steps - 1, attend_overlapped, (acc, p.astype(q.dtype), top, total))
-                    pl.when(number >= 1)(free_queries_of_the_tile_before)
-                    if steps > 1:
-                        carry = attend_overlapped(jnp.int32(steps - 1), carry, last=True)
-                    acc, p, _, total = carry
-                    slot = slot_of(steps - 1)
-                    plgpu.barrier_wait(v_ready.at[slot])
-                    acc = pl.run_state(lambda acc: plgpu.wgmma(acc, p, v_smem.at[slot]))(plgpu.ACC.init(acc))
-                    plgpu.barrier_arrive(v_used.at[slot])
-                else:
-                    pl.when(wg == 1)(give_and_take_turns)
-                    carry = lax.fori_loop(0, steps - 1, attend_in_turns, (acc, top, total))
-                    pl.when(number >= 1)(free_queries_of_the_tile_before)
-                    acc, _, total = attend_in_turns(jnp.int32(steps - 1), carry, last=True)
-                    # Neither group waits for the other's epilogue.
-                    pl.when(wg == 0)(lambda: plgpu.barrier_arrive(turns.at[0]))
+                pl.when(wg == 1)(give_and_take_turns)
+                carry = lax.fori_loop(0, steps - 1, attend, (acc, top, total))
+                pl.when(number >= 1)(free_queries_of_the_tile_before)
+                acc, _, total = attend(jnp.int32(steps - 1), carry, last=True)
+                # Neither group waits for the other's epilogue.
+                pl.when(wg == 0)(lambda: plgpu.barrier_arrive(turns))
                 # A reciprocal a row, for divisions take many instructions.
                 own = mosaic.load(own_q, layout=WGMMA).astype(jnp.float32)
                 e = jnp.exp2((own - of_rows(own.max(axis=1))) * LOG2_E)
@@ -283,11 +219,8 @@ def sparse_forward(
                 plgpu.barrier_arrive(state_used.at[0])
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(own_q, out.at[b, pl.ds(tile * BLOCK_Q + wg * ROWS, ROWS), head])
-                if not overlapped:
-                    pl.when(wg == 0)(lambda: plgpu.barrier_wait(turns.at[0]))
+                pl.when(wg == 0)(lambda: plgpu.barrier_wait(turns))
 
-            if overlapped:
-                pl.when(wg == 1)(lambda: plgpu.barrier_arrive(turns.at[0]))
             for_each_tile(compute_tile)
             plgpu.wait_smem_to_gmem(0)
 
@@ -314,8 +247,7 @@ def sparse_forward(
                 plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=STAGES),
                 plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=STAGES),
                 plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=1),
-                # In turns: the groups meet at the first. Overlapped: each waits at its own.
-                plgpu.Barrier(num_arrivals=1 if overlapped else CONSUMERS, num_barriers=CONSUMERS),
+                plgpu.Barrier(num_arrivals=CONSUMERS),
             ),
             collective_axes="wg",
         )

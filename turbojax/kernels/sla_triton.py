@@ -112,11 +112,16 @@ def choose_blocks_kernel(scores, table, BLOCKS: tl.constexpr, COUNT: tl.constexp
     order = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the floats
     smallest: tl.constexpr = -0x80000000
     order = tl.where(inside, order, smallest)
-    threshold = tl.full((), smallest, tl.int32)  # becomes the largest that COUNT scores reach, bit by bit
-    for i in range(32):
-        higher = threshold ^ (tl.full((), 1, tl.int32) << (31 - i))
-        enough = tl.sum((order >= higher).to(tl.int32), axis=0) >= COUNT
+    # Becomes the largest that COUNT scores reach, bit by bit, until just so many do.
+    threshold = tl.full((), smallest, tl.int32)
+    reached, bit = tl.full((), BLOCKS, tl.int32), tl.full((), 31, tl.int32)
+    while (reached != COUNT) & (bit >= 0):
+        higher = threshold ^ (tl.full((), 1, tl.int32) << bit)
+        count = tl.sum((order >= higher).to(tl.int32), axis=0)
+        enough = count >= COUNT
         threshold = tl.where(enough, higher, threshold)
+        reached = tl.where(enough, count, reached)
+        bit -= 1
     above = (order > threshold).to(tl.int32)
     equal = (inside & (order == threshold)).to(tl.int32)
     wanted = COUNT - tl.sum(above, axis=0)
