@@ -127,8 +127,9 @@ def batch(config: ConfigDict, prompts_file: str | Path) -> list[Path]:
         key = fingerprint(own.to_dict())
         record = finished.get(key)
         if record is None:
+            finished.drop("output", Path(own.output).name)
             made = [path.name for path in studio.make(own, own.output).files]
-            record = {"key": key, "prompt": prompt, "seed": own.seed, "files": made}
+            record = {"key": key, "output": Path(own.output).name, "prompt": prompt, "seed": own.seed, "files": made}
             finished.add(record)
         files += [output.parent / name for name in record["files"]]
     return files
