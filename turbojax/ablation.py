@@ -65,9 +65,9 @@ def ablate(
     repeats: calls for each video; the last one's seconds count.
     num_frames: shown of each video, and compared.
 
-    One sample is made of each, whatever the configuration says. The folder has videos/, frames/ (PNG), cells.jsonl with a
-    line for each video that is finished, which is not made again, and, at the end, results.jsonl, results.csv, plot.png
-    and index.html.
+    One sample is made of each, whatever the configuration says. The folder has videos/, frames/ (PNG), cells.jsonl with
+    a line for each video that is finished, which is not made again, and, at the end, results.jsonl, results.csv,
+    plot.png and index.html.
     A grid over sla_topk loads the network with attention_type "sla" unless the configuration names one.
     Raises UserError for what cannot be, most of it before anything is loaded.
     """
