@@ -30,6 +30,11 @@ class Job:
         self._future.cancel()
 
     @property
+    def cancelled(self) -> bool:
+        """Whether it is to end, and may have."""
+        return self._cancelled.is_set()
+
+    @property
     def done(self) -> bool:
         return self._future.done()
 
@@ -68,13 +73,12 @@ class Jobs:
             jobs = list(self._jobs)
         return sum(not other.done for other in jobs[: jobs.index(job)]) if job in jobs else 0
 
-    def cancel(self, owner: str) -> int:
-        """Cancels what an owner has queued and returns how many jobs that were."""
+    def cancel(self, owner: str) -> None:
+        """Cancels all that an owner has queued."""
         with self._lock:
-            own = [job for job in self._jobs if job.owner == owner and not job.done]
+            own = [job for job in self._jobs if job.owner == owner]
         for job in own:
             job.cancel()
-        return len(own)
 
     def close(self) -> None:
         """Cancels everything and waits for the running call to end."""

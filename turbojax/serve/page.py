@@ -1,6 +1,7 @@
 """The page in the browser, and the HTTP API that comes with it; see docs/web.md. Needs the extra `web`."""
 
 import html
+import logging as standard_logging
 import random
 from collections.abc import Iterator, Mapping
 from concurrent.futures import CancelledError
@@ -37,19 +38,25 @@ STAGES = {
     "file": "Writing the file",
 }
 CSS = """
-.gradio-container {max-width: 1200px !important; margin: auto}
-.status progress {width: 100%; height: .6em; accent-color: var(--color-accent)}
-.memory p {color: var(--body-text-color-subdued); font-size: var(--text-sm)}
+.gradio-container {width: 100% !important; max-width: 1200px !important; margin: auto}
+.memory p {color: var(--body-text-color); font-size: var(--text-sm)}
+#video video {max-height: 60vh}
+#seed button {flex-grow: 0; align-self: end}
+.status progress {appearance: none; width: 100%; height: .5em; border: 0; border-radius: .25em; overflow: hidden;
+  background: var(--border-color-primary)}
+.status progress::-webkit-progress-bar {background: none}
+.status progress::-webkit-progress-value {background: var(--color-accent)}
+.status progress::-moz-progress-bar {background: var(--color-accent)}
+.status progress:indeterminate::-moz-progress-bar {background: none}
+.status progress:indeterminate {background: linear-gradient(90deg, transparent, var(--color-accent), transparent)
+  0 0 / 40% 100% no-repeat var(--border-color-primary); animation: pass 1.5s linear infinite}
+@keyframes pass {from {background-position: -70% 0} to {background-position: 170% 0}}
 """
 
 
-class ImageFile(gr.Image):
+def as_file(payload: Any) -> str | None:
     """An uploaded image as its file, unread: `turbojax.image` says in a sentence what is wrong with one."""
-
-    def preprocess(self, payload: Any) -> str | None:
-        if payload is not None and not payload.path:
-            raise UserError("the image is no uploaded file; upload it first")
-        return payload and payload.path
+    return payload and payload.path
 
 
 class Server:
@@ -98,6 +105,8 @@ class Server:
         return lambda progress: self.make(config, values, progress)
 
     def status(self, job: Job) -> str:
+        if job.cancelled:
+            return line("Cancelling …", bar=None)
         if job.stage == "wait":
             return line(f"Waiting: {self.jobs.before(job)} before you.", bar=None)
         return line(f"{STAGES.get(job.stage, job.stage)} …", bar=job.share)
@@ -109,9 +118,10 @@ class Server:
             found = plan(config, exact=False)
         except UserError as error:
             return sentence(error)
-        limit = "" if found.limit is None else f" of the card's {gigabytes(found.limit)} GB"
-        need = f"Needs about {gigabytes(found.peak)} GB{limit}, most for {found.largest.name}."
-        return " ".join([need, *found.reasons])
+        need = f"Needs about {gigabytes(found.peak)} GB"
+        if found.limit is None:
+            return f"{need} of memory."
+        return " ".join([f"{need} of the card's {gigabytes(found.limit)} GB.", *found.reasons])
 
 
 @contextmanager
@@ -161,8 +171,7 @@ def build(server: Server) -> gr.Blocks:
     config = server.config
     first, with_image = first_values(config), makes_from_images(config)
     picture = image_of(config) if with_image else None
-    theme_options: dict[str, Any] = dict(analytics_enabled=False, title="turbojax", delete_cache=(3600, 86400))
-    with gr.Blocks(**theme_options) as page:
+    with gr.Blocks(title="turbojax", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         shown, names = gr.State(None), gr.State([])
         gr.Markdown(f"# turbojax\n{html.escape(str(config.weights))}")
         with gr.Row():
@@ -170,26 +179,25 @@ def build(server: Server) -> gr.Blocks:
                 form: dict[str, Any] = {}
                 form["prompt"] = gr.Textbox(first["prompt"], label="Prompt", lines=4, max_lines=12, elem_id="prompt")
                 form["negative_prompt"] = gr.Textbox(
-                    first["negative_prompt"], label="Negative prompt", info="needs a guidance scale above 1"
+                    first["negative_prompt"], label="Negative prompt", placeholder="needs a guidance scale above 1"
                 )
-                form["image"] = ImageFile(
+                form["image"] = gr.Image(
                     picture and str(picture), label="First frame", sources=["upload"], height=220, visible=with_image
                 )
+                form["image"].preprocess = as_file  # Gradio would open it
                 with gr.Row():
                     form["resolution"] = gr.Dropdown(resolutions(config), value=first["resolution"], label="Resolution")
-                    form["aspect_ratio"] = gr.Dropdown(
-                        list(SIZES["480p"]), value=first["aspect_ratio"], label="Aspect", info="of 480p and 720p"
-                    )
+                    form["aspect_ratio"] = gr.Dropdown(list(SIZES["480p"]), value=first["aspect_ratio"], label="Aspect")
                 with gr.Row():
                     form["num_frames"] = gr.Slider(
-                        1, MOST_FRAMES, first["num_frames"], step=4, label="Frames", info=f"{config.fps} a second"
+                        1, MOST_FRAMES, first["num_frames"], step=4, label=f"Frames, {config.fps} a second"
                     )
                     form["num_inference_steps"] = gr.Slider(
                         1, 4 if config.sampler == "rcm" else 100, first["num_inference_steps"], step=1, label="Steps"
                     )
-                with gr.Row(equal_height=True):
+                with gr.Row(elem_id="seed"):
                     form["seed"] = gr.Number(first["seed"], label="Seed", precision=0, min_width=120)
-                    dice = gr.Button("New seed", min_width=120)
+                    dice = gr.Button("New seed", size="md", min_width=120)
                 with gr.Accordion("Advanced settings", open=False):
                     form["quant_linear"] = gr.Dropdown(
                         [AS_STARTED, "on", "off"], value=first["quant_linear"], label="Quant Linear (Int8)"
@@ -198,9 +206,10 @@ def build(server: Server) -> gr.Blocks:
                         [AS_STARTED, "original", "sla", "sagesla"], value=first["attention_type"], label="Attention"
                     )
                     gr.Markdown("Another choice of these two loads the model again.")
-                    form["sla_topk"] = gr.Number(
-                        first["sla_topk"], label="SLA top-k", info="share of key blocks, of sla and sagesla", step=0.01
-                    )
+                    form["sla_topk"] = gr.Textbox(
+                        str(first["sla_topk"] or ""), label="SLA top-k", placeholder=AS_STARTED,
+                        info="share of key blocks that sla and sagesla attend to",
+                    )  # fmt: skip
                     form["sigma_max"] = gr.Number(first["sigma_max"], label="Sigma max", info="first noise level")
                     form["ode"] = gr.Checkbox(first["ode"], label="ODE", info="no noise between steps: sharper")
                     form["guidance_scale"] = gr.Number(
@@ -209,17 +218,21 @@ def build(server: Server) -> gr.Blocks:
                 memory = gr.Markdown(elem_classes="memory")
                 with gr.Row():
                     start = gr.Button("Generate", variant="primary", elem_id="generate", min_width=120)
-                    stop = gr.Button("Cancel", variant="stop", elem_id="cancel", min_width=120)
+                    stop = gr.Button("Cancel", elem_id="cancel", min_width=120)
             with gr.Column(scale=1, min_width=320):
                 status = gr.HTML(line("Ready."), elem_id="status", elem_classes="status")
-                video = gr.Video(label="Video", autoplay=True, loop=True, buttons=[], height=360, elem_id="video")
+                video = gr.Video(label="Video", autoplay=True, loop=True, buttons=[], elem_id="video")
                 about = gr.Markdown(visible=False)
                 with gr.Row():
-                    download = gr.DownloadButton("Download", interactive=False, min_width=120, elem_id="download")
-                    reuse = gr.Button("Reuse these settings", interactive=False, min_width=120, elem_id="reuse")
+                    download = gr.DownloadButton(
+                        "Download", interactive=False, size="md", min_width=120, elem_id="download"
+                    )
+                    reuse = gr.Button(
+                        "Reuse these settings", interactive=False, size="md", min_width=120, elem_id="reuse"
+                    )
                 gallery = gr.Gallery(
-                    label="Videos", columns=3, height="auto", allow_preview=False, object_fit="cover", buttons=[],
-                    interactive=False, elem_id="gallery",
+                    label="Videos", columns=3, height="auto", fit_columns=False, object_fit="cover", allow_preview=False,
+                    interactive=False, buttons=[], elem_id="gallery",
                 )  # fmt: skip
         assert tuple(form) == NAMES
         fields = list(form.values())
@@ -247,9 +260,8 @@ def build(server: Server) -> gr.Blocks:
                 yield {status: text} | (show(entry) if entry else {})
 
         def cancel(request: gr.Request):
-            """Cancels what this session waits for, and returns a sentence."""
-            count = server.jobs.cancel(str(request.session_hash))
-            return line("Cancelling …" if count else "Nothing to cancel.")
+            """Cancels the videos that this session waits for."""
+            server.jobs.cancel(str(request.session_hash))
 
         def latest():
             entries = server.album.latest(SHOWN)
@@ -272,7 +284,7 @@ def build(server: Server) -> gr.Blocks:
         )
         made.success(latest, None, [gallery, names], **hidden)
         made.failure(lambda: line("No video; the message says why."), None, status, **hidden)
-        stop.click(cancel, None, status, api_name="cancel", show_progress="hidden", queue=False)
+        stop.click(cancel, None, None, api_name="cancel", show_progress="hidden", queue=False)
         dice.click(lambda: random.randrange(2**32), None, form["seed"], **hidden)
         gallery.select(select, names, views, **hidden)
         reuse.click(again, shown, fields, **hidden)
@@ -293,6 +305,7 @@ def launch(
     auth: tuple[str, str] | None = None,
 ) -> str:
     """Starts to serve in threads of its own and returns the address; port 0 takes a free one."""
+    standard_logging.getLogger("httpx").setLevel(standard_logging.WARNING)  # Gradio looks whether it serves
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     try:
         _, url, _ = page.launch(
