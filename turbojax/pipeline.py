@@ -602,14 +602,16 @@ class TurboVideoPipeline:
             with self._clock.stage("diffusion"):
                 if isinstance(transformer, Streamed):
                     shares = iter(np.arange(*steps) / sampler.num_steps)
-                    begin = functools.partial(
-                        streamed, transformer, lambda shares=shares: self._clock.progress("diffusion", next(shares))
-                    )
+                    begin = functools.partial(streamed, transformer, functools.partial(self._step, shares))
                     latents = denoise(begin, sampler, steps, latents, *rest, scan=False)
                 else:
                     latents = program(nnx.state(transformer), latents, *rest)
                 latents.block_until_ready()
         return latents
+
+    def _step(self, shares: Iterator[float]) -> None:
+        """Tells the progress before a step."""
+        self._clock.progress("diffusion", float(next(shares)))
 
     def _decode(self, latents: np.ndarray, outputs: Sequence[Path], fps: int, *, tiled: bool) -> np.ndarray:
         """Latents `[B, t, h, w, c]` to uint8 videos `[B, T, H, W, 3]`, written to the outputs as their frames come."""

@@ -2,7 +2,8 @@
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor, wait
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 from turbojax.errors import UserError
@@ -40,7 +41,9 @@ class Job:
 
     def wait(self, seconds: float) -> bool:
         """Whether it is done, after this time or before."""
-        return bool(wait([self._future], seconds).done)
+        with suppress(TimeoutError, CancelledError):
+            self._future.exception(seconds)
+        return self.done
 
     def result(self) -> Any:
         """What the call returned or raised; CancelledError if it was cancelled."""

@@ -117,7 +117,7 @@ class Server:
             config = read_form(self.config, dict(values) | {"prompt": values["prompt"] or "any"})
             found = plan(config, exact=False)
         except UserError as error:
-            return sentence(error)
+            return html.escape(str(error))
         need = f"Needs about {gigabytes(found.peak)} GB"
         if found.limit is None:
             return f"{need} of memory."
@@ -130,18 +130,13 @@ def messages() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise gr.Error(html.escape(sentence(error)), duration=None, print_exception=False) from error
+        raise gr.Error(html.escape(str(error)), duration=None, print_exception=False) from error
     except (gr.Error, GeneratorExit):
         raise
     except Exception as error:
         logging.exception("A request failed")
         text = "Something went wrong on the server; its log says what. The other settings may still work."
         raise gr.Error(text, duration=None, print_exception=False) from error
-
-
-def sentence(error: UserError) -> str:
-    text = str(error)
-    return f"{text[:1].upper()}{text[1:]}."
 
 
 def line(text: str, *, bar: float | None = -1) -> str:
@@ -170,7 +165,7 @@ def build(server: Server) -> gr.Blocks:
     """The page: a form on the left, the video and the gallery on the right; below each other on a phone."""
     config = server.config
     first, with_image = first_values(config), makes_from_images(config)
-    picture = image_of(config) if with_image else None
+    picture = str(image_of(config) or "") or None if with_image else None
     with gr.Blocks(title="turbojax", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
         shown, names = gr.State(None), gr.State([])
         gr.Markdown(f"# turbojax\n{html.escape(str(config.weights))}")
@@ -182,7 +177,7 @@ def build(server: Server) -> gr.Blocks:
                     first["negative_prompt"], label="Negative prompt", placeholder="needs a guidance scale above 1"
                 )
                 form["image"] = gr.Image(
-                    picture and str(picture), label="First frame", sources=["upload"], height=220, visible=with_image
+                    picture, label="First frame", sources=["upload"], height=220, visible=with_image
                 )
                 form["image"].preprocess = as_file  # Gradio would open it
                 with gr.Row():
@@ -231,8 +226,8 @@ def build(server: Server) -> gr.Blocks:
                         "Reuse these settings", interactive=False, size="md", min_width=120, elem_id="reuse"
                     )
                 gallery = gr.Gallery(
-                    label="Videos", columns=3, height="auto", fit_columns=False, object_fit="cover", allow_preview=False,
-                    interactive=False, buttons=[], elem_id="gallery",
+                    label="Videos", columns=3, height="auto", fit_columns=False, object_fit="cover",
+                    allow_preview=False, interactive=False, buttons=[], elem_id="gallery",
                 )  # fmt: skip
         assert tuple(form) == NAMES
         fields = list(form.values())
