@@ -35,7 +35,13 @@ from turbojax.shapes.scene import (
     noun,
     random_scene,
 )
+from turbojax.video import whole_file
+from turbojax.weights.export import published_tensors
+from turbojax.weights.io import write_safetensors
+from turbojax.weights.published import umt5_layout
+from turbojax.weights.umt5 import UMT5_OFFICIAL
 
+ENCODER = "models_t5_umt5-xxl-enc-bf16.safetensors"
 LENGTH = 32  # tokens; the longest caption has 26
 ANSWERS: dict[str, tuple[str, ...]] = {
     "shape": SHAPES,
@@ -179,3 +185,17 @@ def train_text_encoder(
                 bar.set_postfix(loss=f"{float(value):.3f}")
     _, right = jax.jit(loss)(state, test.ids, test.mask, test.nouns, test.answers)
     return nnx.merge(graph, state), {name: float(share) for name, share in right.items()}
+
+
+def write_text_encoder(folder: Path, words: Words, reader: Reader) -> None:
+    """Writes tokenizer and encoder, in bfloat16, under their published names; the answers are left behind."""
+    layout = umt5_layout(reader.encoder.config)
+    specs = {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in layout.items()}
+    tensors = dict(published_tensors(reader.encoder, layout, UMT5_OFFICIAL))
+    tensors["token_embedding.weight"] = np.asarray(reader.table[...])
+    rounded = ((name, tensors[name].astype(jnp.bfloat16)) for name in layout)
+    tokenizer = folder / "google" / "umt5-xxl" / "tokenizer.json"
+    tokenizer.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(tokenizer) as temporary:
+        words.save(str(temporary))
+    write_safetensors(folder / ENCODER, rounded, specs, metadata={"format": "turbojax"})
