@@ -35,7 +35,7 @@ class Autoencoding:
     (VAE, arXiv 1312.6114; the distance is smooth where the published sum of absolute differences is not.)
     """
 
-    kl_scale: float = 1e-3
+    kl_scale: float = 2e-4
     ema_rate: float = 0.1
     phases: Phases = STUDENT_ALONE
 

@@ -50,7 +50,7 @@ TRAIN_SETTINGS: tuple[Setting, ...] = (
     Setting("time_mean", 1.5, "mean of log(sigma) of the noise levels that the data get"),
     Setting("time_std", 1.6, "its standard deviation"),
     Setting("text_dropout", 0.1, "teacher: share of samples that see the negative prompt, for guidance"),
-    Setting("kl_scale", 1e-3, "vae: weight of the divergence from the normal distribution"),
+    Setting("kl_scale", 2e-4, "vae: weight of the divergence from the normal distribution"),
     Setting("num_frames", 33, "vae: of the videos that it sees, 4 n + 1"),
     Setting("height", 128, "vae: likewise, pixels, a multiple of 8"),
     Setting("width", 128, "vae: likewise"),

@@ -54,7 +54,7 @@ def open_network(config: ConfigDict, path: str, attention_type: str | None) -> S
         else:
             module = load_wan(transformer_path(path), quant_linear=False, **options)
         params = {name: np.asarray(value) for name, value in parameters(module).items()}
-    if random and config.model == "toy":
+    if random:
         params = smooth_in_time(params)
     blocks = tuple(config.sla_blocks) if module.config.attention_type == "sla" else None
     changes = {"sla_blocks": blocks, "dtype": jnp.dtype(config.dtype), "remat": config.remat}
@@ -62,7 +62,10 @@ def open_network(config: ConfigDict, path: str, attention_type: str | None) -> S
 
 
 def open_autoencoder(config: ConfigDict) -> tuple[Skeleton, HostParams]:
-    """An autoencoder's structure, in what it computes in, and its parameters on the host, in float32."""
+    """An autoencoder's structure, in what it computes in, and its parameters on the host, in float32.
+
+    The residual blocks of a random one begin as identities.
+    """
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         if config.weights == "random":
             own = named_config(config.model, {**AUTOENCODERS, "wan2.1-vae": VAEConfig.wan2_1})
@@ -71,6 +74,8 @@ def open_autoencoder(config: ConfigDict) -> tuple[Skeleton, HostParams]:
         else:
             module = load_vae(find_components(None, {"vae": config.weights})["vae"], dtype=jnp.float32)
         params = {name: np.asarray(value) for name, value in parameters(module).items()}
+    if config.weights == "random":
+        params = {name: 0 * value if name.endswith(".conv2.kernel") else value for name, value in params.items()}
     return vae_skeleton(dataclasses.replace(module.config, dtype=jnp.dtype(config.dtype))), params
 
 
