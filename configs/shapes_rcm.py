@@ -14,7 +14,7 @@ def get_config(size: str = "full"):
         "rcm",
         size,
         weights=TEACHER,
-        num_steps=3000,
+        num_steps=2500,
         batch_size=32,
         learning_rate=1e-4,
         critic_learning_rate=2e-4,

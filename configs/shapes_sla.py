@@ -9,4 +9,4 @@ from turbojax.shapes.settings import TEACHER, shapes_config
 
 
 def get_config(size: str = "full"):
-    return shapes_config("sla", size, weights=TEACHER, num_steps=1200, learning_rate=3e-4, learning_rate_end=0.1)
+    return shapes_config("sla", size, weights=TEACHER, num_steps=1000, learning_rate=3e-4, learning_rate_end=0.1)

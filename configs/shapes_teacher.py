@@ -13,7 +13,7 @@ def get_config(size: str = "full"):
         "teacher",
         size,
         weights="random",
-        num_steps=8000,
+        num_steps=7000,
         learning_rate=1e-3,
         learning_rate_end=0.1,
         warmup_steps=200,

@@ -6,7 +6,6 @@ variants start from the same, however prompts are put into batches.
 """
 
 import dataclasses
-import itertools
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -87,9 +86,12 @@ class Task:
 
 def held_out_tasks(count: int, *, seed: int) -> list[Task]:
     """Prompts in varied wording for things that no training example has."""
-    rng = np.random.default_rng(seed)
-    scenes = [random_scene(rng, split="held out") for _ in range(count)]
-    return [Task(i, scene, caption(scene, rng)) for i, scene in enumerate(scenes)]
+    tasks = []
+    for i in range(count):
+        rng = np.random.default_rng((seed, i))
+        scene = random_scene(rng, split="held out")
+        tasks.append(Task(i, scene, caption(scene, rng)))
+    return tasks
 
 
 def noise(tasks: Sequence[Task], shape: tuple[int, ...], steps: int, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -200,5 +202,5 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 def contact_sheet(videos: np.ndarray, path: Path, *, columns: int = 6) -> None:
     """A picture with a row for each video and some of its frames side by side."""
     at = np.linspace(0, videos.shape[1] - 1, columns).round().astype(int)
-    rows = np.concatenate(list(np.concatenate(list(itertools.chain(video[at])), axis=1) for video in videos))
+    rows = np.concatenate(list(np.concatenate(list(video[at]), axis=1) for video in videos))
     Image.fromarray(rows).save(path)

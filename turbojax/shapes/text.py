@@ -7,6 +7,7 @@ background. So a noun's features tell whose colour and motion belong to it, whic
 import dataclasses
 import functools
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -51,15 +52,21 @@ ANSWERS: dict[str, tuple[str, ...]] = {
 }
 
 
+def caption_words() -> set[str]:
+    """Every word of captions, which are all that the networks learn from."""
+    sentences = [*BEFORE, *(form for forms in VERBS.values() for form in forms), *COLOURS, *BACKGROUNDS, "a an"]
+    return words_of([*sentences, *(noun(shape, form) for shape in SHAPES for form in range(3))])
+
+
 def vocabulary() -> list[str]:
     """Every word of captions, and of prompts that `scene.parse` understands in full."""
-    sentences = [*BEFORE, *(form for forms in VERBS.values() for form in forms), *COLOURS, *BACKGROUNDS, "a an"]
-    sentences += [noun(shape, form) for shape in SHAPES for form in range(3)]
-    sentences += [pattern for pattern, _ in SYNONYMS if re.fullmatch(r"\w+", pattern)]
-    sentences += ["spins spinning rotates bounces jumps jumping grows expanding left right up down upwards downwards"]
-    return sorted(
-        set(re.findall(r"[a-z0-9]+", " ".join(sentences).replace("{things}", "").replace("{background}", "")))
-    )
+    others = [pattern for pattern, _ in SYNONYMS if re.fullmatch(r"\w+", pattern)]
+    others += ["spins spinning rotates bounces jumps jumping grows expanding left right up down upwards downwards"]
+    return sorted(caption_words() | words_of(others))
+
+
+def words_of(sentences: Iterable[str]) -> set[str]:
+    return set(re.findall(r"[a-z0-9]+", " ".join(sentences).replace("{things}", "").replace("{background}", "")))
 
 
 def word_tokenizer(words: list[str]) -> Words:
