@@ -24,6 +24,7 @@ from absl import logging
 from flax import nnx
 from tqdm import tqdm
 
+from turbojax import guard
 from turbojax.ahead import Programs
 from turbojax.cache import use_compilation_cache
 from turbojax.condition import compile_still, image_inputs, image_shapes, read_images, video_shape
@@ -585,6 +586,8 @@ class TurboVideoPipeline:
             self._programs.wait("vae")
         tiled = needs_tiling(self.vae, *shape[2:4], vae_tiling, limit=parse(self.memory, None)[1])
         videos = self._decode(host, outputs, fps, tiled=tiled)
+        for line in guard.warnings(videos):
+            logging.warning("%s", line)
         written = [file for path in outputs for file in files_of(path, num_frames)]
         return VideoOutput(videos, clean, self._clock.take(), written)
 
