@@ -24,6 +24,7 @@ from absl import logging
 from flax import nnx
 from tqdm import tqdm
 
+from turbojax import guard
 from turbojax.ahead import Programs
 from turbojax.cache import use_compilation_cache
 from turbojax.condition import compile_still, image_inputs, image_shapes, read_images, video_shape
@@ -31,6 +32,7 @@ from turbojax.diffusion import Sampler
 from turbojax.errors import UserError
 from turbojax.experts import BOUNDARY, NAMES, Experts
 from turbojax.image import ImageSource
+from turbojax.kernels.dispatch import compute_capability, slow_gpu
 from turbojax.memory import Plan, asked, device_limit, loading_advice, out_of_memory, parse, plan, way_out
 from turbojax.models import vae as vae_model
 from turbojax.models.clip import CLIPConfig, CLIPVision, clip_dtype
@@ -459,6 +461,8 @@ class TurboVideoPipeline:
         self.memory = memory
         jax.block_until_ready((self.experts.placed(), placed(self.vae)))
         self.load_seconds = time.perf_counter() - start
+        if slow := slow_gpu(compute_capability()):
+            logging.warning(slow)
         c = self.config
         logging.info(
             "Loaded %s in %.1f s: %d layers of width %d, %s linear layers, %s attention",
@@ -582,6 +586,8 @@ class TurboVideoPipeline:
             self._programs.wait("vae")
         tiled = needs_tiling(self.vae, *shape[2:4], vae_tiling, limit=parse(self.memory, None)[1])
         videos = self._decode(host, outputs, fps, tiled=tiled)
+        for line in guard.warnings(videos):
+            logging.warning("%s", line)
         written = [file for path in outputs for file in files_of(path, num_frames)]
         return VideoOutput(videos, clean, self._clock.take(), written)
 
