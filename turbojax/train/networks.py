@@ -71,7 +71,7 @@ def open_autoencoder(config: ConfigDict) -> tuple[Skeleton, HostParams]:
             module = random_module(skeleton, seed=config.seed, what=f"random {config.model} autoencoder")
         else:
             module = load_vae(find_components(None, {"vae": config.weights})["vae"], dtype=jnp.float32)
-        params = {name: np.asarray(value) for name, value in parameters(module).items()}
+        params: HostParams = {name: np.asarray(value) for name, value in parameters(module).items()}
     if config.weights == "random":
         params = quiet(params, module.config.z_dim)
     return vae_skeleton(dataclasses.replace(module.config, dtype=jnp.dtype(config.dtype))), params
