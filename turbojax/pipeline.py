@@ -31,6 +31,7 @@ from turbojax.diffusion import Sampler
 from turbojax.errors import UserError
 from turbojax.experts import BOUNDARY, NAMES, Experts
 from turbojax.image import ImageSource
+from turbojax.kernels.dispatch import compute_capability, slow_gpu
 from turbojax.memory import Plan, asked, device_limit, loading_advice, out_of_memory, parse, plan, way_out
 from turbojax.models import vae as vae_model
 from turbojax.models.clip import CLIPConfig, CLIPVision, clip_dtype
@@ -459,6 +460,8 @@ class TurboVideoPipeline:
         self.memory = memory
         jax.block_until_ready((self.experts.placed(), placed(self.vae)))
         self.load_seconds = time.perf_counter() - start
+        if slow := slow_gpu(compute_capability()):
+            logging.warning(slow)
         c = self.config
         logging.info(
             "Loaded %s in %.1f s: %d layers of width %d, %s linear layers, %s attention",

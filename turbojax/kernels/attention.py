@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from turbojax.errors import UserError
+from turbojax.kernels.dispatch import compute_capability, has_kernels
 
 Implementation = Literal["cudnn", "reference"]
 
@@ -37,7 +38,7 @@ def cudnn_takes(q: jax.Array) -> bool:
     """Whether cuDNN's flash attention can run on arrays like q on the default device."""
     half = q.dtype in (jnp.bfloat16, jnp.float16)
     small = q.shape[-1] <= CUDNN_HEAD_DIM and q.shape[-1] % 8 == 0
-    return half and small and jax.default_backend() == "gpu"
+    return half and small and has_kernels(compute_capability())
 
 
 def attention_reference(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from turbojax.errors import UserError
-from turbojax.kernels.dispatch import compute_capability
+from turbojax.kernels.dispatch import compute_capability, has_kernels
 from turbojax.kernels.norms import Residual, modulated_norm
 from turbojax.kernels.triton_call import triton_call
 
@@ -85,7 +85,7 @@ def choose(
     if implementation is not None:
         return implementation
     capability = compute_capability()
-    if capability is None or capability < (8, 0) or dtype != jnp.bfloat16:
+    if not has_kernels(capability) or dtype != jnp.bfloat16:
         return "reference"
     if capability != (9, 0) or rows is None or features_out is None:
         return "triton"

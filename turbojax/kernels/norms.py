@@ -20,7 +20,7 @@ from jax import lax
 
 from turbojax.errors import UserError
 from turbojax.kernels import triton_call
-from turbojax.kernels.dispatch import compute_capability
+from turbojax.kernels.dispatch import compute_capability, has_kernels
 
 Implementation = Literal["triton", "reference"]
 Table = tuple[jax.Array, jax.Array]
@@ -100,9 +100,9 @@ def choose(implementation: Implementation | None, x: jax.Array, table: Table) ->
         raise UserError(f"{implementation=} is unknown; choose triton, reference or None")
     if implementation == "reference":
         return "reference"
-    capability, head_dim = compute_capability(), 2 * table[0].shape[-1]
+    head_dim = 2 * table[0].shape[-1]
     obstacle = None
-    if triton_call.override is None and (capability is None or capability < (8, 0)):
+    if triton_call.override is None and not has_kernels(compute_capability()):
         obstacle = "an NVIDIA GPU of compute capability 8.0 or later"
     elif x.dtype != jnp.bfloat16:
         obstacle = f"bfloat16, not {x.dtype}"

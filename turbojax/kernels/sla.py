@@ -21,7 +21,7 @@ from jax import lax
 
 from turbojax.errors import UserError
 from turbojax.kernels import triton_call
-from turbojax.kernels.dispatch import compute_capability
+from turbojax.kernels.dispatch import compute_capability, has_kernels
 
 Implementation = Literal["mosaic", "triton", "reference"]
 
@@ -47,8 +47,7 @@ def choose(implementation: Implementation | None, q: jax.Array, *, block_q: int,
 
 def triton_obstacle(q: jax.Array, *, block_q: int, block_k: int) -> str | None:
     """Why the Triton kernels cannot run, as what they take instead; None if they can."""
-    capability = compute_capability()
-    if triton_call.override is None and (capability is None or capability < (8, 0)):
+    if triton_call.override is None and not has_kernels(compute_capability()):
         return "an NVIDIA GPU of compute capability 8.0 or later"
     if q.dtype != jnp.bfloat16:
         return f"bfloat16, not {q.dtype}"
