@@ -23,7 +23,7 @@ from turbojax.weights.load import load_wan
 pytestmark = pytest.mark.filterwarnings(r"ignore:os\.fork\(\) was called")
 
 ROOT = Path(__file__).parents[1]
-GENERATE, CONVERT = (str(ROOT / "scripts" / f"{name}.py") for name in ("generate", "convert"))
+GENERATE, CONVERT, ABLATE = (str(ROOT / "scripts" / f"{name}.py") for name in ("generate", "convert", "ablate"))
 DEMO = f"--config={ROOT / 'configs' / 'demo.py'}"
 SMALL = ["--config.height=32", "--config.width=48", "--config.num_frames=5", "--config.num_inference_steps=1"]
 
@@ -137,6 +137,13 @@ GENERATE_MISTAKES: dict[str, tuple[list[str], str]] = {
         [*WITH_DEMO, "--plan", "--config.weights=x.pth"],
         "'x.pth' is neither a file, a folder",
     ),
+    "two ways at once": ([*WITH_DEMO, "--plan", "--interactive"], "--plan, --interactive and --prompts_file exclude"),
+    "missing prompts": ([*WITH_DEMO, "--prompts_file=nothing.txt"], "the prompts 'nothing.txt' cannot be read"),
+    "no prompts": ([*WITH_DEMO, "--prompts_file=FOLDER/empty.pth"], "empty.pth' has no prompt"),
+    "ablate without a grid": ([ABLATE, DEMO], "no grid; give for instance --grid sla_topk=0.05"),
+    "ablate what is no setting": ([ABLATE, DEMO, "--grid", "seed=1,2", "sla_topc=1"], "perhaps sla_topk"),
+    "ablate what cannot be": ([ABLATE, DEMO, "--grid", "sigma_max=80,1", "--out=FOLDER/out"], "sigma_max=1.0 must be"),
+    "ablate with two references": ([ABLATE, DEMO, "--grid=ode=on", "--reference=seed=1,2"], "has 2 values of seed"),
     "prompt's seed": ([*WITH_DEMO, "--config.seed=-1"], "seed=-1 must be in 0..4294967295"),
 }
 WEIGHTS_MISTAKES = {

@@ -42,16 +42,17 @@ def typed(config, *lines):
 
 
 def test_prompts_one_after_another(config, loads, tmp_path):
-    (tmp_path / "video_0001.mp4").write_text("an older video")
-    shown = typed(config, "a red cat", "/size 64x32", "", "a dog", "/samples 2", "a bird", "/quit", "never read")
+    for older in ("video_0001.mp4", "video_0002_0000.mp4"):
+        (tmp_path / older).write_text("an older video")
+    shown = typed(config, "a red cat", "/size 64x32", "", "a dog", "/quit", "never read")
     assert len(loads) == 1
     assert (shown[1], shown[2]) == ("width = 64, height = 32", "")
     assert shown[0].startswith(f"{tmp_path}/video_0000.mp4, ")
     files = sorted(path.name for path in tmp_path.iterdir())
-    assert files == [f"video_{name}.mp4" for name in ("0000", "0001", "0002", "0003_0000", "0003_0001")]
+    assert files == [f"video_{name}.mp4" for name in ("0000", "0001", "0002_0000", "0003")]
     assert (tmp_path / "video_0001.mp4").read_text() == "an older video"
-    assert imageio.mimread(tmp_path / "video_0002.mp4")[0].shape == (32, 64, 3)
-    assert len(shown) == 7
+    assert imageio.mimread(tmp_path / "video_0003.mp4")[0].shape == (32, 64, 3)
+    assert len(shown) == 5
 
 
 def test_another_network_is_loaded_for_what_needs_one(config, loads):
@@ -155,9 +156,15 @@ def test_a_file_of_prompts_is_gone_on_with(config, loads, monkeypatch, tmp_path)
     files[1].unlink()
     session.batch(config, prompts)
     assert len(made) == 2
+    prompts.write_text("a cat\na wolf\na bird\n")
+    session.batch(config, prompts)
+    prompts.write_text("a cat\na dog\na bird\n")  # its video has been replaced
+    session.batch(config, prompts)
+    assert len(made) == 4
     config.seed = 1
     session.batch(config, prompts)
-    assert len(made) == 5
+    assert len(made) == 7
+    assert len(record.read_text().splitlines()) == 3
 
 
 @pytest.mark.parametrize(

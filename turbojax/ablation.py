@@ -65,8 +65,9 @@ def ablate(
     repeats: calls for each video; the last one's seconds count.
     num_frames: shown of each video, and compared.
 
-    The folder has videos/, frames/ (PNG), cells.jsonl with a line for each video that is finished, which is not made
-    again, and, at the end, results.jsonl, results.csv, plot.png and index.html.
+    One sample is made of each, whatever the configuration says. The folder has videos/, frames/ (PNG), cells.jsonl with
+    a line for each video that is finished, which is not made again, and, at the end, results.jsonl, results.csv,
+    plot.png and index.html.
     A grid over sla_topk loads the network with attention_type "sla" unless the configuration names one.
     Raises UserError for what cannot be, most of it before anything is loaded.
     """
@@ -87,18 +88,18 @@ def ablate(
     make_parent(folder / "frames" / "x")
     finished, studio = Records(folder / "cells.jsonl"), Studio()
     work = list({str(cell): cell for cell in (*cells, *compared)}.values())
-    records = {}
+    records: dict[str, dict[str, Any]] = {}
     for cell in tqdm(work, desc="Cells", unit="cell", disable=None):
         own = changed(config, num_samples=1, **cell)
         key = cell_key(own, repeats, num_frames)
-        if finished.get(key) is None:
-            finished.add({"key": key, "cell": cell} | measure(studio, own, folder, key, repeats, num_frames))
-        records[str(cell)] = finished.get(key)
+        record = finished.get(key)
+        if record is None:
+            record = {"key": key, "cell": cell} | measure(studio, own, folder, key, repeats, num_frames)
+            finished.add(record)
+        records[str(cell)] = record
     rows = []
     for cell, other in zip(cells, compared, strict=True):
         record, against = records[str(cell)], records[str(other)]
-        assert record
-        assert against
         difference = None if record is against else psnr(frames_of(folder, record), frames_of(folder, against))
         rows.append(Row(cell, difference, record["seconds"], record["files"][0], record["files"][1:]))
     page = write_report(folder, config, dict(grid), rows, reference)
@@ -107,6 +108,7 @@ def ablate(
 
 
 def cell_key(config: ConfigDict, repeats: int, num_frames: int) -> str:
+    """The name of what is measured here with these settings."""
     own = {name: value for name, value in config.to_dict().items() if name not in ("output", "cache_prompts")}
     return fingerprint(own | {"repeats": repeats, "frames": num_frames, "device": jax.devices()[0].device_kind})
 
@@ -114,7 +116,7 @@ def cell_key(config: ConfigDict, repeats: int, num_frames: int) -> str:
 def measure(
     studio: Studio, config: ConfigDict, folder: Path, key: str, repeats: int, num_frames: int
 ) -> dict[str, Any]:
-    """Makes a video and some of its frames; what of the record they say."""
+    """Makes a video and files of some of its frames; returns what the record says of them."""
     video = f"videos/{key}.mp4"
     for _ in range(repeats):
         result = studio.make(config, folder / video)
@@ -129,5 +131,5 @@ def measure(
 
 
 def frames_of(folder: Path, record: Mapping[str, Any]) -> np.ndarray:
-    """uint8 [n, H, W, 3]"""
+    """The frames that are shown of a video, uint8 `[n, H, W, 3]`."""
     return np.stack([imageio.imread(folder / name) for name in record["files"][1:]])

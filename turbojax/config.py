@@ -17,8 +17,6 @@ PROMPT = (
     "a black leather jacket, a long red dress, and black boots, and carries a black purse. The street is damp and "
     "reflective, creating a mirror effect of the colorful lights. Many pedestrians walk about."
 )
-
-
 KINDS = {int: "whole number", float: "number", bool: "switch: true or false"}
 SWITCHES = {"true": True, "on": True, "yes": True, "1": True, "false": False, "off": False, "no": False, "0": False}
 
@@ -118,7 +116,7 @@ def parse_value(name: str, text: str, settings: Sequence[Setting] = SETTINGS) ->
 
 
 def did_you_mean(name: str, known: Sequence[str]) -> str:
-    """ ", perhaps NAME", if a known one is close."""
+    """What a sentence on an unknown name may add: ", perhaps NAME" if a known one is close."""
     close = difflib.get_close_matches(name, known, n=1)
     return f", perhaps {close[0]}" if close else ""
 

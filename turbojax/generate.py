@@ -9,6 +9,7 @@ import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
 
+from turbojax.condition import takes_images
 from turbojax.config import changed
 from turbojax.demo import demo_folder
 from turbojax.errors import UserError
@@ -17,8 +18,9 @@ from turbojax.memory import Plan
 from turbojax.models.tokenizer import Tokenizer
 from turbojax.models.vae import VAEConfig
 from turbojax.pipeline import TurboVideoPipeline, VideoOutput, check_tiling
-from turbojax.planning import plan_unloaded
+from turbojax.planning import find_parts, plan_unloaded
 from turbojax.sampling import check_seed, latent_shape, make_sampler
+from turbojax.stopwatch import Progress, untold
 from turbojax.video import check_fps, check_path, make_parent, video_size
 from turbojax.weights.lora import Expert, LoRA
 
@@ -40,16 +42,23 @@ LOAD_SETTINGS = (
 )
 
 
-def plan(config: ConfigDict) -> Plan:
-    """What the call would need of the device's memory; of weights, names and shapes are read."""
-    return plan_unloaded(
-        weights_of(config),
-        call_settings(config),
-        model=config.model,
-        vae=config.vae,
-        text_encoder=config.text_encoder,
-        **network_options(config),
-    )
+def plan(config: ConfigDict, *, exact: bool | None = True) -> Plan:
+    """What the call would need of the device's memory; of weights, names and shapes are read.
+
+    exact: as `turbojax.pipeline.plan_call` takes it.
+    """
+    options = network_options(config)
+    return plan_unloaded(weights_of(config), call_settings(config), exact=exact, **components(config), **options)
+
+
+def makes_from_images(config: ConfigDict) -> bool:
+    """Whether the network takes an image; of weights, names and shapes are read."""
+    options = {name: value for name, value in network_options(config).items() if name != "memory"}
+    return takes_images(find_parts(weights_of(config), **components(config), **options).transformer)
+
+
+def components(config: ConfigDict) -> dict[str, Any]:
+    return {name: config[name] for name in ("model", "vae", "text_encoder")}
 
 
 def generate(config: ConfigDict) -> list[Path]:
@@ -59,10 +68,17 @@ def generate(config: ConfigDict) -> list[Path]:
     return call(load_pipeline(config, prepare=settings), settings, output=config.output, fps=config.fps).files
 
 
-def call(pipe: TurboVideoPipeline, settings: dict[str, Any], *, output: str | Path, fps: int) -> VideoOutput:
+def call(
+    pipe: TurboVideoPipeline,
+    settings: dict[str, Any],
+    *,
+    output: str | Path,
+    fps: int,
+    progress: Progress = untold,
+) -> VideoOutput:
     """A call of the pipeline that tells what it makes and writes."""
     logging.info("Making {num_frames} frames, seed {seed}: {prompt}".format(**settings))
-    result = pipe(**settings, output=output, fps=fps)
+    result = pipe(**settings, output=output, fps=fps, progress=progress)
     shown = ", ".join(str(path) for path in result.files[:4])
     logging.info("Wrote %s", shown + (" ..." if len(result.files) > 4 else ""))
     return result
@@ -78,10 +94,15 @@ class Studio:
         self._pipe: TurboVideoPipeline | None = None
         self._loaded: dict[str, Any] = {}
 
-    def make(self, config: ConfigDict, output: str | Path) -> VideoOutput:
-        """One call; raises UserError for what it cannot be given, as the pipeline does."""
+    def make(self, config: ConfigDict, output: str | Path, progress: Progress = untold) -> VideoOutput:
+        """One call; raises UserError for what it cannot be given, as the pipeline does.
+
+        progress: as the pipeline's call takes it; the stage before is "load".
+        """
         settings = call_settings(config) | {"sla_topk": config.sla_topk}
-        return call(self.pipeline(config, settings), settings, output=output, fps=config.fps)
+        progress("load", 0.0)
+        pipe = self.pipeline(config, settings)
+        return call(pipe, settings, output=output, fps=config.fps, progress=progress)
 
     def pipeline(self, config: ConfigDict, settings: dict[str, Any]) -> TurboVideoPipeline:
         """The pipeline for these settings, the one that is there if it can be."""

@@ -24,6 +24,7 @@ from absl import logging
 from flax import nnx
 from tqdm import tqdm
 
+from turbojax import guard
 from turbojax.ahead import Programs
 from turbojax.cache import use_compilation_cache
 from turbojax.condition import compile_still, image_inputs, image_shapes, read_images, video_shape
@@ -53,7 +54,7 @@ from turbojax.sampling import (
     streamed,
     with_topk,
 )
-from turbojax.stopwatch import Stopwatch
+from turbojax.stopwatch import Progress, Stopwatch, untold
 from turbojax.temporaries import Parts, Residency, Work
 from turbojax.text import TextEncoder
 from turbojax.video import check_fps, check_path, files_of, numbered, open_video, save_video
@@ -501,6 +502,7 @@ class TurboVideoPipeline:
         output: str | Path | None = None,
         fps: int = 16,
         vae_tiling: TilingName = "auto",
+        progress: Progress = untold,
     ) -> VideoOutput:
         """Makes num_samples videos of each prompt.
 
@@ -519,6 +521,8 @@ class TurboVideoPipeline:
           numbered, clip_0000.mp4, clip_0001.mp4, ...
         vae_tiling: decode in tiles that pass into each other, with less memory and more time: "on", "off", or "auto"
           where whole frames would not fit.
+        progress: called with a stage's name and the share of it that is done, as stages begin, after decoded chunks and
+          before the steps of a streamed transformer. What it raises ends the call; no file is left then.
         The same seed gives the same videos.
 
         Raises UserError for impossible sizes and settings, for files that cannot be written, and where the network
@@ -548,6 +552,7 @@ class TurboVideoPipeline:
         check_fps(fps)
 
         self._clock.take()  # what a call that failed has left
+        self._clock.progress = progress
         with self._clock.stage("compile"):
             self._programs.wait("text")
         with self._clock.stage("text"):
@@ -581,6 +586,8 @@ class TurboVideoPipeline:
             self._programs.wait("vae")
         tiled = needs_tiling(self.vae, *shape[2:4], vae_tiling, limit=parse(self.memory, None)[1])
         videos = self._decode(host, outputs, fps, tiled=tiled)
+        for line in guard.warnings(videos):
+            logging.warning("%s", line)
         written = [file for path in outputs for file in files_of(path, num_frames)]
         return VideoOutput(videos, clean, self._clock.take(), written)
 
@@ -600,12 +607,17 @@ class TurboVideoPipeline:
                     self.experts.prefetch(parts[i + 1][0], self.experts.room_beside(program))
             with self._clock.stage("diffusion"):
                 if isinstance(transformer, Streamed):
-                    begin = functools.partial(streamed, transformer)
+                    shares = iter(np.arange(*steps) / sampler.num_steps)
+                    begin = functools.partial(streamed, transformer, functools.partial(self._step, shares))
                     latents = denoise(begin, sampler, steps, latents, *rest, scan=False)
                 else:
                     latents = program(nnx.state(transformer), latents, *rest)
                 latents.block_until_ready()
         return latents
+
+    def _step(self, shares: Iterator[float]) -> None:
+        """Tells the progress before a step."""
+        self._clock.progress("diffusion", float(next(shares)))
 
     def _decode(self, latents: np.ndarray, outputs: Sequence[Path], fps: int, *, tiled: bool) -> np.ndarray:
         """Latents `[B, t, h, w, c]` to uint8 videos `[B, T, H, W, 3]`, written to the outputs as their frames come."""
@@ -613,6 +625,7 @@ class TurboVideoPipeline:
         _, t, h, w, _ = latents.shape
         shape = (1 + (t - 1) * c.temporal_factor, h * c.spatial_factor, w * c.spatial_factor, 3)
         videos = np.empty((len(latents), *shape), np.uint8)
+        done = 0
         for latent, video, output in itertools.zip_longest(latents, videos, outputs):
             writing = open_video(output, shape, fps) if output else nullcontext(None)
             with self._clock.stage("file"), writing as append, self._clock.stage("vae"):
@@ -620,8 +633,10 @@ class TurboVideoPipeline:
                 for frames in decode(self.vae, latent, tiled=tiled):
                     video[start : start + len(frames)] = frames
                     start += len(frames)
+                    done += len(frames)
                     if append:
                         append(frames)
+                    self._clock.progress("vae", done / (len(videos) * shape[0]))
         return videos
 
     @property

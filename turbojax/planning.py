@@ -10,6 +10,7 @@ from turbojax.errors import UserError
 from turbojax.memory import Plan
 from turbojax.models.wan import WanConfig
 from turbojax.pipeline import MODELS, TWO_EXPERTS, Call, plan_call, published_parts
+from turbojax.temporaries import Parts
 from turbojax.weights import files
 from turbojax.weights.load import open_umt5, open_vae, open_wan, with_options
 
@@ -18,14 +19,25 @@ def plan_unloaded(
     path_or_repo: str | Path,
     settings: Mapping[str, Any],
     *,
+    memory: str | float = "auto",
+    exact: bool | None = True,
+    **options: Any,
+) -> Plan:
+    """What a call with these settings would need; options as `find_parts` takes them, exact as `plan_call`."""
+    parts = find_parts(path_or_repo, **options)
+    return plan_call(parts, Call.of(parts, settings), memory, exact=exact)
+
+
+def find_parts(
+    path_or_repo: str | Path,
+    *,
     model: str | None = None,
     vae: str | Path | None = None,
     text_encoder: str | Path | None = None,
-    memory: str | float = "auto",
     dtype: Any = jnp.bfloat16,
     **options: Any,
-) -> Plan:
-    """What a call with these settings would need; options as `TurboVideoPipeline.from_pretrained` takes them.
+) -> Parts:
+    """The configurations of the networks; options as `TurboVideoPipeline.from_pretrained` takes them.
 
     path_or_repo: a file, a folder, a repository, or "random" with `model` the network's name. A repository whose name
     has a known network in it is not downloaded: it is taken for that network, with SLA if it is TurboDiffusion's.
@@ -48,7 +60,7 @@ def plan_unloaded(
         parts = parts._replace(vae=open_vae(found["vae"], dtype=dtype).skeleton.abstract().config)
     if found["text_encoder"]:
         parts = parts._replace(text=open_umt5(found["text_encoder"], dtype=dtype).skeleton.abstract().config)
-    return plan_call(parts, Call.of(parts, settings), memory, exact=True)
+    return parts
 
 
 def component(name: str, given: str | Path | None, folder: files.Repository | None) -> Path | None:

@@ -34,6 +34,13 @@ class Records:
         record = self._records.get(key)
         return record if record and all((self.path.parent / file).is_file() for file in record["files"]) else None
 
+    def drop(self, name: str, value: Any) -> None:
+        """Forgets the pieces whose field `name` has this value: their files are about to be replaced."""
+        kept = {key: record for key, record in self._records.items() if record.get(name) != value}
+        if len(kept) < len(self._records):
+            self._records = kept
+            write_lines(self.path, list(kept.values()))
+
     def add(self, record: dict[str, Any]) -> None:
         """Adds a piece that is finished, in the place of an older one with its key."""
         self._records[record["key"]] = record

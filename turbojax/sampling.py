@@ -75,10 +75,17 @@ def resident(graph: Any, state: Any, latents: jax.Array, text: jax.Array, images
     return velocity, network.embed_time
 
 
-def streamed(network: Streamed, latents: jax.Array, text: jax.Array, images: dict[str, jax.Array]) -> Steps:
+def streamed(
+    network: Streamed,
+    before_step: Callable[[], None],
+    latents: jax.Array,
+    text: jax.Array,
+    images: dict[str, jax.Array],
+) -> Steps:
     """The steps of a transformer whose blocks come from host memory, without a trace."""
 
     def velocity(x: jax.Array, timestep: jax.Array) -> jax.Array:
+        before_step()
         return network(x, jnp.full(len(x), timestep), text, **images)
 
     return velocity, unembedded

@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import jax
+from absl import logging
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -122,15 +123,20 @@ def batch(config: ConfigDict, prompts_file: str | Path) -> list[Path]:
     call_settings(config)
     finished, studio = Records(output.with_suffix(".jsonl")), Studio()
     files: list[Path] = []
+    before = 0
     for i, prompt in enumerate(tqdm(prompts, desc="Prompts", unit="video", disable=None)):
         own = changed(config, prompt=prompt, output=str(numbered(output, i, max(2, len(prompts)))))
         key = fingerprint(own.to_dict())
         record = finished.get(key)
         if record is None:
+            finished.drop("output", Path(own.output).name)
             made = [path.name for path in studio.make(own, own.output).files]
-            record = {"key": key, "prompt": prompt, "seed": own.seed, "files": made}
+            record = {"key": key, "output": Path(own.output).name, "prompt": prompt, "seed": own.seed, "files": made}
             finished.add(record)
+        else:
+            before += 1
         files += [output.parent / name for name in record["files"]]
+    logging.info("%d prompts are finished, %d of them before", len(prompts), before)
     return files
 
 

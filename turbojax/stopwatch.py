@@ -2,11 +2,19 @@
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import jax
 from absl import logging
+
+# progress(stage, share): a stage has begun, share 0.0, or some of its steps or chunks are done. What it raises goes
+# through to the caller of the work.
+Progress = Callable[[str, float], None]
+
+
+def untold(stage: str, share: float) -> None:
+    """Progress that nobody wants to know."""
 
 
 class Stopwatch:
@@ -19,6 +27,7 @@ class Stopwatch:
 
     def __init__(self):
         self.seconds: dict[str, float] = {}
+        self.progress: Progress = untold
         self._thread = threading.get_ident()
         jax.monitoring.register_event_duration_secs_listener(self._listen)
 
@@ -32,6 +41,7 @@ class Stopwatch:
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
         self._thread = threading.get_ident()
+        self.progress(name, 0.0)
         start, before = time.perf_counter(), dict(self.seconds)
         yield
         elapsed = time.perf_counter() - start - (sum(self.seconds.values()) - sum(before.values()))

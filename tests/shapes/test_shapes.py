@@ -99,26 +99,26 @@ def test_judge_sees_what_was_drawn(judge):
     rng = np.random.default_rng(5)
     scenes = [random_scene(rng, split=split, two=0.4) for split in ("train", "held out") for _ in range(15)]
     results = [judge.compare(scene, render(scene, rng)) for scene in scenes]
-    assert all(result["colour"] and result["motion"] for result in results)
+    assert all(result["colour"] and result["motion"] and result["background"] for result in results)
     assert np.mean([result["shape"] for result in results]) > 0.9
 
 
 def test_judge_sees_what_is_wrong(judge):
     scene = Scene((Thing("square", "red", "left"), Thing("star", "blue", "rotating")), "white")
     video = render(scene, np.random.default_rng(0))
-    assert judge.compare(scene, video) == {"colour": True, "shape": True, "motion": True, "all": True}
+    right = dict.fromkeys(("colour", "shape", "motion", "background", "all"), True)
+    assert judge.compare(scene, video) == right
     wrong = {
         "motion": Scene((Thing("square", "red", "right"), scene.things[1]), "white"),
         "shape": Scene((scene.things[0], Thing("triangle", "blue", "rotating")), "white"),
+        "background": Scene(scene.things, "checkered"),
     }
     for name, other in wrong.items():
-        assert judge.compare(other, video) == {"colour": True, "shape": True, "motion": True} | {
-            name: False,
-            "all": False,
-        }
+        assert judge.compare(other, video) == right | {name: False, "all": False}
     one = Scene(scene.things[:1], "white")
     assert not judge.compare(one, video)["colour"]
     assert not judge.compare(scene, video[::-1])["motion"]
     still = judge.compare(scene, np.repeat(video[:1], 33, axis=0))
     assert not still["motion"]
     assert judge.look(np.zeros_like(video)) == ()
+    assert judging.background(np.full_like(video, 60)) is None

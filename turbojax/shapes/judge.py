@@ -1,6 +1,6 @@
 """Tells what a video of the world of shapes shows, to compare with what its prompt asked for.
 
-Colours and motions are read by rules from the pixels of each colour, shapes by a small classifier that was trained on
+Colours, motions and backgrounds are read by rules from the pixels, shapes by a small classifier that was trained on
 renderings. `Judge.accuracy` is its share of right answers on renderings of handwriting that it has not seen.
 """
 
@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 
 from turbojax.errors import UserError
-from turbojax.shapes.render import digit_images, render
+from turbojax.shapes.render import BACKGROUND_LEVELS, digit_images, render, squares
 from turbojax.shapes.scene import COLOURS, DIRECTIONS, SHAPES, Scene, Thing, random_scene
 
 CHROMA = 45.0  # distance from gray, 0 to 255, from which on a pixel has a colour
+GRAY = 20  # difference of a pixel's channels below which it has none
+OFF = 30.0  # levels that a background may be off
 SMALLEST = 0.004  # share of the picture that a thing covers at least
 STILL = 0.1  # a centre that strays less, in units of the shorter side, stays where it is
 CROP = 16  # side of the picture that the classifier sees
@@ -38,6 +40,16 @@ def colour_masks(video: np.ndarray) -> dict[str, np.ndarray]:
     coloured = np.linalg.norm(chroma, axis=-1) > CHROMA
     nearest = (chroma @ directions.T).argmax(axis=-1)
     return {name: coloured & (nearest == i) for i, name in enumerate(COLOURS)}
+
+
+def background(video: np.ndarray) -> str | None:
+    """The background whose two levels are nearest to the pixels without a colour, of BACKGROUNDS; None if none is."""
+    gray = np.ptp(video.astype(np.int16), axis=-1) < GRAY
+    odd = squares(*video.shape[1:3]) % 2 == 1
+    seen = [video[gray & own].mean() if (gray & own).any() else np.nan for own in (odd, ~odd)]
+    off = {name: np.abs(np.subtract(seen, levels)).max() for name, levels in BACKGROUND_LEVELS.items()}
+    nearest = min(off, key=lambda name: off[name])
+    return nearest if off[nearest] < OFF else None
 
 
 def present(mask: np.ndarray) -> bool:
@@ -124,12 +136,13 @@ class Judge:
         return tuple(seen)
 
     def compare(self, scene: Scene, video: np.ndarray) -> dict[str, bool]:
-        """Whether colours, shapes and motions are those of the scene, and "all" of them."""
+        """Whether colours, shapes, motions and background are those of the scene, and "all" of them."""
         wanted = {thing.colour: thing for thing in scene.things}
         seen = {thing.colour: thing for thing in self.look(video)}
         result = {"colour": wanted.keys() == seen.keys()}
         for name in ("shape", "motion"):
             result[name] = all(c in seen and getattr(seen[c], name) == getattr(wanted[c], name) for c in wanted)
+        result["background"] = background(video) == scene.background
         return result | {"all": all(result.values())}
 
 

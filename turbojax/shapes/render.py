@@ -13,8 +13,10 @@ Outline = Callable[[np.ndarray, np.ndarray], np.ndarray]  # signed distance of p
 
 BACKGROUND_LEVELS = {"black": (12, 12), "white": (242, 242), "gray": (128, 128), "checkered": (190, 225)}
 CHECKS = 8  # squares along the shorter side
-RADIUS = (0.11, 0.16)  # of a thing, as a share of the shorter side
-TRAVEL = (0.35, 0.5)  # of a thing that moves straight ahead, likewise
+# Of one thing alone, and of one of two, which have less room: radius as a share of the shorter side, and the way of a
+# thing that moves straight ahead, likewise.
+RADIUS = ((0.11, 0.16), (0.1, 0.125))
+TRAVEL = ((0.35, 0.5), (0.27, 0.38))
 GROWTH = (1.9, 2.3)  # last radius over first
 TURN = (1.2, 2.0)  # radians
 ROOM = 1.35  # of a thing's radius: the farthest point of its shape
@@ -66,15 +68,20 @@ def render(
 def background(name: str, height: int, width: int) -> np.ndarray:
     """Gray levels `[H, W]`."""
     dark, light = BACKGROUND_LEVELS[name]
-    side = max(1, min(height, width) // CHECKS)
-    y, x = np.mgrid[:height, :width] // side
-    return np.where((x + y) % 2, dark, light).astype(np.float32)
+    return np.where(squares(height, width) % 2, dark, light).astype(np.float32)
+
+
+def squares(height: int, width: int) -> np.ndarray:
+    """Column plus row of the square that each pixel `[H, W]` lies in."""
+    y, x = np.mgrid[:height, :width] // max(1, min(height, width) // CHECKS)
+    return x + y
 
 
 def paths(scene: Scene, rng: np.random.Generator, num_frames: int, height: int, width: int) -> list[Path]:
     """A path for each thing, inside the picture; two things start in halves of their own."""
     for _ in range(1000):
-        found = [path(thing, rng, num_frames, height, width) for thing in scene.things]
+        others = len(scene.things) - 1
+        found = [path(thing, rng, num_frames, height, width, others=others) for thing in scene.things]
         if len(found) == 1 or apart(*found):
             return found
     raise UserError(f"two things find no room in {width} x {height} pixels; take a larger picture")
@@ -86,14 +93,14 @@ def apart(a: Path, b: Path) -> bool:
     return bool((gap > 0).all())
 
 
-def path(thing: Thing, rng: np.random.Generator, num_frames: int, height: int, width: int) -> Path:
+def path(thing: Thing, rng: np.random.Generator, num_frames: int, height: int, width: int, *, others: int = 0) -> Path:
     side, time = min(height, width), np.linspace(0, 1, num_frames)
-    radius = np.full(num_frames, side * rng.uniform(*RADIUS))
+    radius = np.full(num_frames, side * rng.uniform(*RADIUS[others]))
     angle = np.full(num_frames, rng.uniform(-0.2, 0.2))
     move = np.zeros((num_frames, 2))
     if thing.motion in DIRECTIONS:
         step = np.array(DIRECTIONS[thing.motion], np.float64)
-        move = np.outer(time, side * rng.uniform(*TRAVEL) * step / np.linalg.norm(step))
+        move = np.outer(time, side * rng.uniform(*TRAVEL[others]) * step / np.linalg.norm(step))
     elif thing.motion == "bouncing":  # falls and is thrown back, twice
         height_of_fall, beat = side * rng.uniform(0.25, 0.35), (2 * time + rng.uniform(0, 0.3)) % 1
         move[:, 1] = -height_of_fall * 4 * beat * (1 - beat)

@@ -7,6 +7,7 @@ background. So a noun's features tell whose colour and motion belong to it, whic
 import dataclasses
 import functools
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,13 @@ from turbojax.shapes.scene import (
     noun,
     random_scene,
 )
+from turbojax.video import whole_file
+from turbojax.weights.export import published_tensors
+from turbojax.weights.io import write_safetensors
+from turbojax.weights.published import umt5_layout
+from turbojax.weights.umt5 import UMT5_OFFICIAL
 
+ENCODER = "models_t5_umt5-xxl-enc-bf16.safetensors"
 LENGTH = 32  # tokens; the longest caption has 26
 ANSWERS: dict[str, tuple[str, ...]] = {
     "shape": SHAPES,
@@ -45,15 +52,21 @@ ANSWERS: dict[str, tuple[str, ...]] = {
 }
 
 
+def caption_words() -> set[str]:
+    """Every word of captions, which are all that the networks learn from."""
+    sentences = [*BEFORE, *(form for forms in VERBS.values() for form in forms), *COLOURS, *BACKGROUNDS, "a an"]
+    return words_of([*sentences, *(noun(shape, form) for shape in SHAPES for form in range(3))])
+
+
 def vocabulary() -> list[str]:
     """Every word of captions, and of prompts that `scene.parse` understands in full."""
-    sentences = [*BEFORE, *(form for forms in VERBS.values() for form in forms), *COLOURS, *BACKGROUNDS, "a an"]
-    sentences += [noun(shape, form) for shape in SHAPES for form in range(3)]
-    sentences += [pattern for pattern, _ in SYNONYMS if re.fullmatch(r"\w+", pattern)]
-    sentences += ["spins spinning rotates bounces jumps jumping grows expanding left right up down upwards downwards"]
-    return sorted(
-        set(re.findall(r"[a-z0-9]+", " ".join(sentences).replace("{things}", "").replace("{background}", "")))
-    )
+    others = [pattern for pattern, _ in SYNONYMS if re.fullmatch(r"\w+", pattern)]
+    others += ["spins spinning rotates bounces jumps jumping grows expanding left right up down upwards downwards"]
+    return sorted(caption_words() | words_of(others))
+
+
+def words_of(sentences: Iterable[str]) -> set[str]:
+    return set(re.findall(r"[a-z0-9]+", " ".join(sentences).replace("{things}", "").replace("{background}", "")))
 
 
 def word_tokenizer(words: list[str]) -> Words:
@@ -179,3 +192,17 @@ def train_text_encoder(
                 bar.set_postfix(loss=f"{float(value):.3f}")
     _, right = jax.jit(loss)(state, test.ids, test.mask, test.nouns, test.answers)
     return nnx.merge(graph, state), {name: float(share) for name, share in right.items()}
+
+
+def write_text_encoder(folder: Path, words: Words, reader: Reader) -> None:
+    """Writes tokenizer and encoder, in bfloat16, under their published names; the answers are left behind."""
+    layout = umt5_layout(reader.encoder.config)
+    specs = {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in layout.items()}
+    tensors = dict(published_tensors(reader.encoder, layout, UMT5_OFFICIAL))
+    tensors["token_embedding.weight"] = np.asarray(reader.table[...])
+    rounded = ((name, tensors[name].astype(jnp.bfloat16)) for name in layout)
+    tokenizer = folder / "google" / "umt5-xxl" / "tokenizer.json"
+    tokenizer.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(tokenizer) as temporary:
+        words.save(str(temporary))
+    write_safetensors(folder / ENCODER, rounded, specs, metadata={"format": "turbojax"})

@@ -10,32 +10,36 @@ from ml_collections import ConfigDict
 
 from turbojax.config import Setting, base_config
 from turbojax.errors import UserError
+from turbojax.models.vae import VAEConfig, check_video
+from turbojax.train.autoencoder import Autoencoding
 from turbojax.train.losses import Tangent
 from turbojax.train.recipes import RCM, SLA, FlowMatching, Recipe
 from turbojax.train.schedule import LearningRate, Phases, ema_exponent
 from turbojax.train.step import Optimizer, adamw
 from turbojax.train.times import LogNormal, UniformShift
 
-RECIPES = ("teacher", "sla", "rcm")
+RECIPES = ("teacher", "sla", "rcm", "vae")
 TANGENTS = typing.get_args(Tangent)
 
 TRAIN_SETTINGS: tuple[Setting, ...] = (
-    Setting("recipe", "teacher", "teacher (flow matching on data), sla (fine-tuning) or rcm (distillation)"),
+    Setting("recipe", "teacher", "teacher (flow matching on data), sla (fine-tuning), rcm (distillation) or vae"),
     Setting("workdir", str, "folder of the run: checkpoints, metrics, videos, and the network at the end"),
-    Setting("data", str, "folder of shards, as scripts/make_shards.py writes them; toy writes and takes a tiny one"),
+    Setting("data", str, "folder of shards, as scripts/make_shards.py writes them; toy makes one; shapes for vae"),
     Setting("weights", str, "network to start from: file, folder, Hugging Face repository, or random"),
     Setting("teacher", str, "network that sla and rcm learn from, likewise; the one to start from if not given"),
-    Setting("model", "wan2.1-t2v-1.3b", "network that weights=random builds, toy for a tiny one"),
+    Setting("model", "wan2.1-t2v-1.3b", "network that weights=random builds, toy or shapes for small ones"),
     Setting("attention_type", str, "original or sla; if not given sla for the recipe sla, else as the weights are"),
     Setting("sla_topk", 0.1, "share of key blocks that sla attends to"),
     Setting("sla_blocks", (64, 64), "rows of sla's query and key blocks, in training"),
     Setting("seed", 0, "of everything random; the same seed gives the same run"),
     Setting("num_steps", 10_000, "optimizer steps, of student and critic together"),
+    Setting("max_minutes", 0.0, "stop after so long, with a checkpoint, to be gone on with; 0 for no limit"),
     Setting("batch_size", 64, "samples of a step, on all devices together"),
     Setting("accumulation", int, "micro-batches of a batch; as many as leave a device one sample if not given"),
     Setting("remat", True, "compute each block again for its gradients, to save memory"),
     Setting("dtype", "bfloat16", "what the networks compute in, bfloat16 or float32; master weights are float32"),
     Setting("learning_rate", 1e-5, "peak of the schedule"),
+    Setting("learning_rate_end", 1.0, "share of it that is left at num_steps; it falls in a line"),
     Setting("critic_learning_rate", 4e-7, "of rcm's fake score"),
     Setting("warmup_steps", 100, "steps in which the learning rate rises"),
     Setting("beta1", 0.9, "of AdamW"),
@@ -46,6 +50,11 @@ TRAIN_SETTINGS: tuple[Setting, ...] = (
     Setting("time_mean", 1.5, "mean of log(sigma) of the noise levels that the data get"),
     Setting("time_std", 1.6, "its standard deviation"),
     Setting("text_dropout", 0.1, "teacher: share of samples that see the negative prompt, for guidance"),
+    Setting("kl_scale", 2e-4, "vae: weight of the divergence from the normal distribution"),
+    Setting("num_frames", 33, "vae: of the videos that it sees, 4 n + 1"),
+    Setting("height", 128, "vae: likewise, pixels, a multiple of 8"),
+    Setting("width", 128, "vae: likewise"),
+    Setting("workers", 0, "vae: processes that draw videos; 0 draws in turn with the steps"),
     Setting("guidance_scale", 5.0, "rcm: of the teacher"),
     Setting("tangent", "exact", "rcm: time derivative: exact, or in float32 difference_in_time or difference"),
     Setting("tangent_step", 1e-4, "rcm: step of the differences"),
@@ -89,6 +98,8 @@ def make_recipe(config: ConfigDict) -> Recipe:
         if not 0 <= config.text_dropout < 1:
             raise UserError(f"text_dropout={config.text_dropout} must be in [0, 1); 0.1 is usual")
         return FlowMatching(times, config.text_dropout, ema_rate=config.ema_rate)
+    if config.recipe == "vae":
+        return Autoencoding(config.kl_scale, ema_rate=config.ema_rate)
     if config.recipe == "sla":
         return SLA(times, ema_rate=config.ema_rate)
     if config.recipe == "rcm":
@@ -128,7 +139,10 @@ def make_optimizers(config: ConfigDict, recipe: Recipe) -> dict[str, Optimizer]:
         "weight_decay": config.weight_decay,
         "clip_norm": config.clip_norm,
     }
-    return {name: adamw(LearningRate(peak, warm_up=config.warmup_steps), **settings) for name, peak in peaks.items()}
+    course: dict[str, Any] = {"warm_up": config.warmup_steps, "end": config.learning_rate_end}
+    if config.learning_rate_end != 1:
+        course["cycle"] = max(config.num_steps, config.warmup_steps + 1)
+    return {name: adamw(LearningRate(peak, **course), **settings) for name, peak in peaks.items()}
 
 
 POSITIVE = (
@@ -136,6 +150,7 @@ POSITIVE = (
     "accumulation",
     "learning_rate",
     "critic_learning_rate",
+    "learning_rate_end",
     "student_every",
     "simulation_steps",
     "log_every",
@@ -153,6 +168,9 @@ NOT_NEGATIVE = (
     "loss_scale",
     "matching_scale",
     "sample_every",
+    "kl_scale",
+    "workers",
+    "max_minutes",
 )
 
 
@@ -167,6 +185,10 @@ def check_settings(config: ConfigDict) -> None:
     for name in NOT_NEGATIVE:
         if not config[name] >= 0:
             raise UserError(f"{name}={config[name]} must not be negative")
+    if config.recipe == "vae":
+        if config.data != "shapes":
+            raise UserError(f"data={config.data}: an autoencoder learns from drawn videos; take --config.data=shapes")
+        check_video((1, config.num_frames, config.height, config.width, 3), VAEConfig.wan2_1())
     for name in ("beta1", "beta2"):
         if not 0 <= config[name] < 1:
             raise UserError(f"{name}={config[name]} must be in [0, 1)")

@@ -21,6 +21,7 @@ index does not list are not read.
 
 import bisect
 import dataclasses
+import functools
 import itertools
 import json
 import os
@@ -40,6 +41,7 @@ from turbojax.weights.io import file_metadata, read_tensors, write_safetensors
 
 FORMAT, VERSION = "turbojax-latents", 1
 INDEX, NEGATIVE = "index.json", "negative.safetensors"
+OPEN = 128  # shards
 DTYPES: dict[str, np.dtype] = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
 AGAIN = "make it again with scripts/make_shards.py"
 
@@ -83,19 +85,20 @@ class Sample(NamedTuple):
 class Shards:
     """A folder's samples by number; `shards[i]` is {"latents": [t, h, w, c], "text": [512, D]}.
 
-    A sample is read from disk when it is asked for, and no file stays open.
+    A sample is read from disk when it is asked for; the OPEN files that were used last stay mapped.
     """
 
     def __init__(self, folder: Path, index: Index, files: Mapping[str, int]):
         self.folder, self.index, self.files = folder, index, dict(files)
         self._names, self._ends = list(files), list(itertools.accumulate(files.values()))
+        self._open = functools.lru_cache(OPEN)(functools.partial(open_shard, index=index))
 
     def __len__(self) -> int:
         return self._ends[-1]
 
     def __getitem__(self, i: int) -> Batch:
         path, row = self._locate(i)
-        tensors = open_shard(path, self.index)
+        tensors = self._open(path)
         start, end = text_rows(tensors["text_lengths"], row)
         sample = {"latents": np.array(tensors["latents"][row]), "text": padded(tensors["text"][start:end])}
         for name, value in sample.items():

@@ -1,17 +1,20 @@
 """A training run, from its settings to the trained network.
 
-A run lives in its folder, `workdir`: checkpoints/, metrics/ (TensorBoard), videos/ and, at the end,
-transformer.safetensors. Started again with the same settings it goes on from the newest checkpoint, bit for bit as if
-it had not stopped.
+A run lives in its folder, `workdir`: checkpoints/, metrics/ (TensorBoard, and curves.jsonl), videos/ and, at the end,
+transformer.safetensors, of an autoencoder Wan2.1_VAE.safetensors. Started again with the same settings it goes on from
+the newest checkpoint, bit for bit as if it had not stopped.
 """
 
 import contextlib
+import json
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, Protocol, TextIO
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from jax.experimental import multihost_utils
@@ -21,29 +24,47 @@ from tqdm import tqdm
 
 from turbojax import sharding
 from turbojax.errors import UserError
+from turbojax.models.vae import WanVAE
 from turbojax.models.wan import WanConfig
-from turbojax.train.checkpoints import check_written, open_checkpoints, restore_newest, save_checkpoint
+from turbojax.shapes.examples import Batches, examples
+from turbojax.train.autoencoder import Autoencoding, latent_statistics, normalized, quality, write_autoencoder
+from turbojax.train.checkpoints import Manager, check_written, open_checkpoints, restore_newest, save_checkpoint
 from turbojax.train.config import check_settings, make_optimizers, make_recipe
 from turbojax.train.data import Shards, batches, open_shards
-from turbojax.train.networks import open_networks, place, to_host
+from turbojax.train.networks import HostParams, open_autoencoder, open_networks, place, to_host
 from turbojax.train.recipes import Metrics, Networks
-from turbojax.train.state import Params, TrainState, initial_state
-from turbojax.train.step import Fixed, make_step
+from turbojax.train.state import Params, TrainState, in_compute_dtype, initial_state
+from turbojax.train.step import Fixed, Optimizer, Step, make_step
 from turbojax.train.toy import write_toy_shards
-from turbojax.train.videos import prepare_videos
-from turbojax.video import make_parent
+from turbojax.train.videos import MakeVideos, prepare_videos
+from turbojax.video import make_parent, whole_file
 from turbojax.weights.convert import write_wan
+from turbojax.weights.load import Skeleton
 from turbojax.weights.rules import Entry
+
+CURVES = "curves.jsonl"
+
+
+class Data(Protocol):
+    """Batches of this process, without end, from any position on."""
+
+    def __next__(self) -> dict[str, np.ndarray]: ...
+
+    def get_state(self) -> dict[str, int]: ...
+
+    def set_state(self, state: Mapping[str, int]) -> None: ...
 
 
 def train(config: ConfigDict) -> Path:
     """Runs a training, from its newest checkpoint if there is one; returns the file with the trained network.
 
-    Raises UserError for settings, data or files that cannot be used, and KeyboardInterrupt after SIGTERM or Ctrl-C,
-    when a last checkpoint has been written.
+    Raises UserError for settings, data or files that cannot be used, and KeyboardInterrupt after SIGTERM, Ctrl-C or
+    `max_minutes`, when a last checkpoint has been written.
     """
     check_settings(config)
     recipe = make_recipe(config)
+    if isinstance(recipe, Autoencoding):
+        return train_autoencoder(config, recipe)
     workdir = Path(config.workdir).expanduser()
     make_parent(workdir / "checkpoints")
     mesh = sharding.make_mesh(data=config.data_parallel, fsdp=config.fsdp, sequence=config.sequence)
@@ -60,54 +81,130 @@ def train(config: ConfigDict) -> Path:
 
     with (
         jax.set_mesh(mesh),
-        stop_requests() as stop,
+        stop_requests(config.max_minutes) as stop,
         open_checkpoints(workdir / "checkpoints", keep=config.keep) as checkpoints,
     ):
         share, shares = sharding.batch_share()
         data = batches(
             shards, batch_size=config.batch_size, seed=config.seed, process_index=share, process_count=shares
         )
-
-        def begin(params: Params) -> TrainState:
-            return initial_state(params, **{name: own.transform for name, own in optimizers.items()})
-
-        like = with_shardings(jax.eval_shape(begin, student.params))
-        if restored := restore_newest(checkpoints, like, run=run):
-            state, position = restored
-            data.set_state(position)
-        else:
-            params = place(student.params, like.student.params)
-            state = jax.jit(begin, out_shardings=jax.tree.map(lambda spec: spec.sharding, like))(params)
-            del params
+        state = begin(checkpoints, student.params, optimizers, data, run=run)
         negative = jax.device_put(shards.negative(), NamedSharding(mesh, PartitionSpec()))
         fixed = Fixed(place(teacher.params, networks.teacher.specs) if teacher else {}, negative)
         del student, teacher  # the host's copies
         make_videos = (
             prepare_videos(config, shards, networks.student, workdir / "videos") if config.sample_every else None
         )
-
-        start = int(state.step)
-        with metrics_writer(workdir / "metrics", start) as write, progress(start, config.num_steps) as bar:
-            recent: list[Metrics] = []
-            for i in range(start, config.num_steps):
-                state, metrics = step(i, state, fixed, sharding.put_batch(next(data)))
-                recent.append(metrics)
-                done, stopping = i + 1, any_process(stop.is_set())
-                bar.update()
-                if done % config.log_every == 0 or done == config.num_steps:
-                    check_written(checkpoints)
-                    report(bar, write, done, recent)
-                    recent.clear()
-                if done % config.checkpoint_every == 0 or done == config.num_steps or stopping:
-                    save_checkpoint(checkpoints, state, position=data.get_state(), run=run)
-                if stopping:
-                    check_written(checkpoints, wait=True)
-                    logging.info("Stopped after step %d; the same command goes on from there", done)
-                    raise KeyboardInterrupt
-                if make_videos and done % config.sample_every == 0:
-                    make_videos(done, state.ema)
-        check_written(checkpoints, wait=True)
+        state = run_steps(config, step, state, fixed, data, checkpoints, stop, run=run, make_videos=make_videos)
         return export(workdir / "transformer.safetensors", network_config, state.ema)
+
+
+def train_autoencoder(config: ConfigDict, recipe: Autoencoding) -> Path:
+    """`train` of an autoencoder, on videos that are drawn as it goes."""
+    workdir = Path(config.workdir).expanduser()
+    make_parent(workdir / "checkpoints")
+    mesh = sharding.make_mesh(data=config.data_parallel, fsdp=config.fsdp, sequence=config.sequence)
+    skeleton, params = open_autoencoder(config)
+    optimizers = make_optimizers(config, recipe)
+    networks = Networks(skeleton, skeleton, skeleton)
+    step = make_step(recipe, networks, optimizers, accumulation=config.accumulation or 1, seed=config.seed)
+    size = {"num_frames": config.num_frames, "height": config.height, "width": config.width}
+    drawn = size | {"seed": config.seed, "workers": config.workers}
+    run = {"recipe": config.recipe, "learners": sorted(optimizers), "parameters": sum(v.size for v in params.values())}
+    with (
+        jax.set_mesh(mesh),
+        stop_requests(config.max_minutes) as stop,
+        open_checkpoints(workdir / "checkpoints", keep=config.keep) as checkpoints,
+        contextlib.closing(Batches(batch_size=config.batch_size, share=sharding.batch_share(), **drawn)) as data,
+    ):
+        state = begin(checkpoints, params, optimizers, data, run=run)
+        nothing = jax.device_put(np.zeros(0, np.float32), NamedSharding(mesh, PartitionSpec()))
+        state = run_steps(config, step, state, Fixed({}, nothing), data, checkpoints, stop, run=run)
+        trained = to_host(state.ema)
+    unseen = examples(range(2**30, 2**30 + 64), **drawn)
+    return export_autoencoder(workdir, skeleton, trained, [one.video for one in unseen])
+
+
+def export_autoencoder(
+    workdir: Path, skeleton: Skeleton, params: Mapping[str, np.ndarray], videos: list[np.ndarray]
+) -> Path:
+    """Normalizes the latents by what they are for these videos and writes checkpoint and quality."""
+
+    def module(params: Mapping[str, np.ndarray]) -> WanVAE:
+        return skeleton.fill(in_compute_dtype(skeleton, {name: jnp.asarray(value) for name, value in params.items()}))
+
+    trained = module(params)
+    final = normalized(params, *latent_statistics(trained, videos), trained.config)
+    found = quality(module(final), videos)
+    path = workdir / "Wan2.1_VAE.safetensors"
+    if jax.process_index() == 0:
+        write_autoencoder(path, skeleton, final)
+        with whole_file(workdir / "quality.json") as temporary:
+            temporary.write_text(json.dumps(found._asdict(), indent=1) + "\n")
+        logging.info("Wrote the average of the weights to %s; reconstructions have %.1f dB", path, found.psnr)
+    return path
+
+
+def begin(
+    checkpoints: Manager, params: HostParams, optimizers: Mapping[str, Optimizer], data: Data, *, run: Mapping[str, Any]
+) -> TrainState:
+    """The newest checkpoint's state, with the data where it was then; without one, the state before the first step.
+
+    run: what kind of run this is, as `restore_newest` compares it.
+    """
+
+    def initial(params: Params) -> TrainState:
+        return initial_state(params, **{name: own.transform for name, own in optimizers.items()})
+
+    like = with_shardings(jax.eval_shape(initial, params))
+    if restored := restore_newest(checkpoints, like, run=run):
+        state, position = restored
+        data.set_state(position)
+        return state
+    return jax.jit(initial, out_shardings=jax.tree.map(lambda spec: spec.sharding, like))(
+        place(params, like.student.params)
+    )
+
+
+def run_steps(
+    config: ConfigDict,
+    step: Step,
+    state: TrainState,
+    fixed: Fixed,
+    data: Data,
+    checkpoints: Manager,
+    stop: threading.Event,
+    *,
+    run: Mapping[str, Any],
+    make_videos: MakeVideos | None = None,
+) -> TrainState:
+    """The steps that are left, with metrics, checkpoints and sample videos on the way; the state that goes in is used
+    up.
+
+    Raises KeyboardInterrupt where it was asked to stop, when a last checkpoint has been written.
+    """
+    start, workdir = int(state.step), Path(config.workdir).expanduser()
+    with metrics_writer(workdir / "metrics", start) as write, progress(start, config.num_steps) as bar:
+        recent: list[Metrics] = []
+        for i in range(start, config.num_steps):
+            state, metrics = step(i, state, fixed, sharding.put_batch(next(data)))
+            recent.append(metrics)
+            done, stopping = i + 1, any_process(stop.is_set())
+            bar.update()
+            if done % config.log_every == 0 or done == config.num_steps:
+                check_written(checkpoints)
+                report(bar, write, done, recent)
+                recent.clear()
+            if done % config.checkpoint_every == 0 or done == config.num_steps or stopping:
+                save_checkpoint(checkpoints, state, position=data.get_state(), run=run)
+            if stopping:
+                check_written(checkpoints, wait=True)
+                logging.info("Stopped after step %d; the same command goes on from there", done)
+                raise KeyboardInterrupt
+            if make_videos and done % config.sample_every == 0:
+                make_videos(done, state.ema)
+    check_written(checkpoints, wait=True)
+    return state
 
 
 def open_data(config: ConfigDict, workdir: Path) -> Shards:
@@ -142,8 +239,11 @@ def with_shardings(state: TrainState) -> TrainState:
 
 
 @contextlib.contextmanager
-def stop_requests() -> Iterator[threading.Event]:
-    """An event that SIGTERM and Ctrl-C set, so that the step in hand is finished and saved; the next stops at once."""
+def stop_requests(max_minutes: float = 0.0) -> Iterator[threading.Event]:
+    """An event that SIGTERM and Ctrl-C set, so that the step in hand is finished and saved; the next stops at once.
+
+    max_minutes: it sets itself after that long; 0 for never.
+    """
     stop = threading.Event()
 
     def request(number: int, frame: object) -> None:
@@ -152,15 +252,16 @@ def stop_requests() -> Iterator[threading.Event]:
         logging.info("Stopping after this step, with a checkpoint; once more stops at once")
         stop.set()
 
-    if threading.current_thread() is not threading.main_thread():
+    with contextlib.ExitStack() as undo:
+        if max_minutes:
+            timer = threading.Timer(60 * max_minutes, stop.set)
+            undo.callback(timer.cancel)
+            timer.daemon = True
+            timer.start()
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                undo.callback(signal.signal, number, signal.signal(number, request))
         yield stop
-        return
-    before = {number: signal.signal(number, request) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def any_process(flag: bool) -> bool:
@@ -173,7 +274,10 @@ Write = Callable[[int, Mapping[str, float]], None]
 
 @contextlib.contextmanager
 def metrics_writer(folder: Path, start: int) -> Iterator[Write]:
-    """write(step, metrics) for TensorBoard; what a run that was killed wrote past `start` no longer counts."""
+    """write(step, metrics), for TensorBoard and as a line of curves.jsonl.
+
+    What a run that was killed wrote past `start` no longer counts.
+    """
     if jax.process_index() > 0:
         yield lambda step, metrics: None
         return
@@ -181,13 +285,31 @@ def metrics_writer(folder: Path, start: int) -> Iterator[Write]:
         from tensorboardX import SummaryWriter
     except ImportError as error:
         raise UserError("metrics need tensorboardX; pip install 'turbojax[train]'") from error
-    with SummaryWriter(str(folder), purge_step=start + 1) as writer:
+    with SummaryWriter(str(folder), purge_step=start + 1) as writer, open_curves(folder / CURVES, start) as curves:
 
         def write(step: int, metrics: Mapping[str, float]) -> None:
             for name, value in metrics.items():
                 writer.add_scalar(name, value, step)
+            curves.write(json.dumps({"step": step, **metrics}) + "\n")
 
         yield write
+
+
+def open_curves(path: Path, start: int) -> TextIO:
+    """A file of lines {"step": n, NAME: value, ...}, to go on behind step `start`."""
+    kept = [line for line in read_curves(path) if line["step"] <= start] if path.exists() else []
+    with whole_file(path) as temporary:
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
+    return path.open("a", buffering=1)
+
+
+def read_curves(path: Path) -> list[dict[str, float]]:
+    """The metrics of a run; a line that was cut off is left out."""
+    lines = []
+    for text in path.read_text().splitlines():
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(text))
+    return lines
 
 
 def progress(start: int, num_steps: int) -> tqdm:

@@ -1,8 +1,8 @@
 """The networks of a run: from checkpoints or at random to the host, and from there to the devices."""
 
 import dataclasses
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -11,17 +11,20 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from turbojax.errors import UserError
+from turbojax.models.vae import VAEConfig
 from turbojax.models.wan import WanConfig
 from turbojax.pipeline import MODELS
+from turbojax.shapes.networks import AUTOENCODERS, WANS
 from turbojax.sharding import state_shardings
 from turbojax.train.state import Params, parameters
 from turbojax.train.toy import smooth_in_time, toy_config
-from turbojax.weights.files import transformer_path
+from turbojax.weights.files import find_components, transformer_path
 from turbojax.weights.io import ShapeDtype
-from turbojax.weights.load import load_wan, wan_skeleton, with_options
+from turbojax.weights.load import Skeleton, load_vae, load_wan, vae_skeleton, wan_skeleton, with_options
 from turbojax.weights.random import random_module
 
 HostParams = Mapping[str, np.ndarray]
+TRANSFORMERS = {**MODELS, **WANS, "toy": toy_config}  # by what `model` says
 
 
 class Source(NamedTuple):
@@ -46,20 +49,40 @@ def open_network(config: ConfigDict, path: str, attention_type: str | None) -> S
     random = path == "random"
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         if random:
-            skeleton = wan_skeleton(with_options(named_config(config.model), **options))
+            skeleton = wan_skeleton(with_options(named_config(config.model, TRANSFORMERS), **options))
             module = random_module(skeleton, seed=config.seed, what=f"random {config.model}")
         else:
             module = load_wan(transformer_path(path), quant_linear=False, **options)
         params = {name: np.asarray(value) for name, value in parameters(module).items()}
-    if random and config.model == "toy":
+    if random:
         params = smooth_in_time(params)
     blocks = tuple(config.sla_blocks) if module.config.attention_type == "sla" else None
     changes = {"sla_blocks": blocks, "dtype": jnp.dtype(config.dtype), "remat": config.remat}
     return Source(dataclasses.replace(module.config, **changes), params)
 
 
-def named_config(model: str) -> WanConfig:
-    models = {**MODELS, "toy": toy_config}
+def open_autoencoder(config: ConfigDict) -> tuple[Skeleton, HostParams]:
+    """An autoencoder's structure, in what it computes in, and its parameters on the host, in float32.
+
+    The residual blocks of a random one begin as identities.
+    """
+    with jax.default_device(jax.local_devices(backend="cpu")[0]):
+        if config.weights == "random":
+            own = named_config(config.model, {**AUTOENCODERS, "wan2.1-vae": VAEConfig.wan2_1})
+            skeleton = vae_skeleton(dataclasses.replace(own, dtype=jnp.float32))
+            module = random_module(skeleton, seed=config.seed, what=f"random {config.model} autoencoder")
+        else:
+            module = load_vae(find_components(None, {"vae": config.weights})["vae"], dtype=jnp.float32)
+        params = {name: np.asarray(value) for name, value in parameters(module).items()}
+    if config.weights == "random":
+        params = {name: 0 * value if name.endswith(".conv2.kernel") else value for name, value in params.items()}
+    return vae_skeleton(dataclasses.replace(module.config, dtype=jnp.dtype(config.dtype))), params
+
+
+C = TypeVar("C")
+
+
+def named_config(model: str, models: Mapping[str, Callable[[], C]]) -> C:
     if model not in models:
         raise UserError(f"{model=} is unknown; choose one of {', '.join(models)}")
     return models[model]()

@@ -8,7 +8,7 @@ metrics).
 import dataclasses
 import functools
 import math
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from turbojax.train.times import Times, UniformShift, drawn_simulation_times, fi
 from turbojax.train.trigflow import Velocity, guided
 from turbojax.weights.load import Skeleton, wan_skeleton
 
-Batch = dict[str, jax.Array]  # latents [B, t, h, w, c], text [B, 512, D], key [B]
+Batch = dict[str, jax.Array]  # latents [B, t, h, w, c], text [B, 512, D], or of an autoencoder video; and key [B]
 Metrics = dict[str, jax.Array]  # float32 []
 Loss = tuple[jax.Array, Metrics]
 
@@ -69,6 +69,20 @@ class Numbers(NamedTuple):
 
     warmup: jax.Array
     simulation_steps: jax.Array
+
+
+class Recipe(Protocol):
+    """Has besides student_loss, where its phases need it critic_loss."""
+
+    @property
+    def phases(self) -> Phases: ...
+
+    @property
+    def ema_rate(self) -> float: ...
+
+    def student_loss(
+        self, networks: Networks, weights: Weights, batch: Batch, phase: Phase, numbers: Numbers, /
+    ) -> Loss: ...
 
 
 STUDENT_ALONE = Phases(tangent_warmup=0, fake=False)
@@ -198,9 +212,6 @@ class RCM:
         noise_key, time_key = streams(key, 2)
         t = self.score_times.trig(standard(self.score_times, time_key))
         return normal(noise_key, batch["latents"].shape[1:]), t
-
-
-Recipe = FlowMatching | SLA | RCM
 
 
 def network(skeleton: Skeleton, params: Params) -> Velocity:

@@ -62,7 +62,7 @@ def make_step(
     def run(phase: Phase, state: TrainState, fixed: Fixed, batch: Batch, numbers: Numbers, beta: jax.Array):
         learner: str = phase.learner
         weights: Any = Weights(state.student.params, {} if state.critic is None else state.critic.params, *fixed)
-        batch = batch | {"key": sample_keys(seed, state.step, len(batch["latents"]))}
+        batch = batch | {"key": sample_keys(seed, state.step, batch_size(batch))}
         own_loss = getattr(recipe, f"{learner}_loss")
 
         def loss(params: Params, batch: Batch) -> Loss:
@@ -89,6 +89,10 @@ def make_step(
     return step
 
 
+def batch_size(batch: Batch) -> int:
+    return len(next(iter(batch.values())))
+
+
 def mean_gradients(
     loss: Callable[[Params, Batch], Loss], params: Params, batch: Batch, *, accumulation: int
 ) -> tuple[Params, Metrics]:
@@ -97,14 +101,17 @@ def mean_gradients(
     Every micro-batch takes each accumulation-th sample, so that it spreads over all devices as the batch does.
     Raises UserError for a batch that does not divide.
     """
-    size = len(batch["latents"])
+    size = batch_size(batch)
     if size % accumulation:
         raise UserError(f"a batch of {size} does not divide into accumulation={accumulation} micro-batches")
-    micro = jax.tree.map(lambda a: a.reshape(-1, accumulation, *a.shape[1:]).swapaxes(0, 1), batch)
 
     def one(batch: Batch) -> tuple[Params, Metrics]:
         (_, metrics), grads = jax.value_and_grad(loss, has_aux=True)(params, batch)
         return as_sharded(grads), metrics
+
+    if accumulation == 1:  # in a loop a CPU's convolutions take thirty times as long
+        return one(batch)
+    micro = jax.tree.map(lambda a: a.reshape(-1, accumulation, *a.shape[1:]).swapaxes(0, 1), batch)
 
     def add(total: Any, batch: Batch) -> tuple[Any, None]:
         return jax.tree.map(jnp.add, total, one(batch)), None

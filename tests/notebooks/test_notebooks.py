@@ -1,0 +1,27 @@
+"""The notebooks, from top to bottom, on a CPU: `pytest tests/notebooks`, about two minutes on two cores."""
+
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
+LARGEST = 500_000  # bytes, with outputs
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook(path, tmp_path):
+    """Every cell runs, and shows something where the committed one does; its assertions check what the text says."""
+    notebook = nbformat.read(path, as_version=4)
+    shown = [bool(cell.get("outputs")) for cell in notebook.cells]
+    NotebookClient(
+        notebook, timeout=300, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
+    ).execute()
+    assert [bool(cell.get("outputs")) for cell in notebook.cells] == shown
+    assert any(shown)
+
+
+def test_they_are_there_and_small():
+    assert {path.stem for path in NOTEBOOKS} == {"quickstart", "ablation_topk_sigma", "kernels"}
+    assert all(path.stat().st_size < LARGEST for path in NOTEBOOKS)

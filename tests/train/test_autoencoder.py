@@ -1,0 +1,122 @@
+"""Training of an autoencoder: its latents end normalized, and a run that was stopped ends as one that was not."""
+
+import itertools
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from turbojax.errors import UserError
+from turbojax.models import vae as vae_model
+from turbojax.models.vae import VAEConfig
+from turbojax.shapes.examples import Batches
+from turbojax.train import autoencoder
+from turbojax.train.autoencoder import latent_statistics, normalized
+from turbojax.train.config import train_config
+from turbojax.train.loop import CURVES, read_curves, train
+from turbojax.train.networks import AUTOENCODERS
+from turbojax.train.state import parameters
+from turbojax.weights.io import read_tensors
+from turbojax.weights.load import load_vae, vae_skeleton
+from turbojax.weights.random import random_module
+
+pytest.importorskip("sklearn")
+pytestmark = pytest.mark.usefixtures("quick_compilation")
+
+SMALL = VAEConfig(dim=4, dim_mult=(1, 1), temporal_downsample=(True,), num_res_blocks=1, z_dim=16, dtype=jnp.float32)
+VIDEOS = np.random.default_rng(0).integers(0, 256, (2, 5, 16, 16, 3)).astype(np.uint8)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    monkeypatch.setitem(AUTOENCODERS, "small", lambda: SMALL)
+
+
+def test_encode_and_decode_are_the_pipeline_s():
+    vae = random_module(vae_skeleton(SMALL))
+    pixels = autoencoder.as_pixels(VIDEOS)
+    mean, log_variance = autoencoder.encode(vae, jnp.asarray(pixels))
+    np.testing.assert_allclose(mean, vae_model.encode(vae, pixels), atol=1e-4)
+    assert log_variance.shape == mean.shape
+    np.testing.assert_allclose(autoencoder.decode(vae, mean), vae_model.decode(vae, mean), atol=1e-4)
+
+
+def test_normalized_latents_are_decoded_to_the_same_frames():
+    skeleton = vae_skeleton(SMALL)
+    vae = random_module(skeleton)
+    pixels = jnp.asarray(autoencoder.as_pixels(VIDEOS))
+    mean, std = latent_statistics(vae, VIDEOS)
+    assert np.abs(std - 1).max() > 0.3
+    params = normalized({k: np.asarray(v) for k, v in parameters(vae).items()}, mean, std, SMALL)
+    other = skeleton.fill({name: jnp.asarray(value) for name, value in params.items()})
+    new_mean, new_std = latent_statistics(other, VIDEOS)
+    np.testing.assert_allclose(new_mean, 0, atol=1e-4)
+    np.testing.assert_allclose(new_std, 1, atol=1e-4)
+    (before, log_variance), (after, log_variance_after) = (
+        map(np.asarray, autoencoder.encode(m, pixels)) for m in (vae, other)
+    )
+    np.testing.assert_allclose(after, (before - mean) / std, atol=1e-3)
+    np.testing.assert_allclose(log_variance_after, log_variance - 2 * np.log(std), atol=1e-3)
+    frames = [np.asarray(autoencoder.decode(m, jnp.asarray(z))) for m, z in ((vae, before), (other, after))]
+    np.testing.assert_allclose(*frames, atol=1e-3)
+
+
+def test_stopped_and_resumed_and_shipped(tmp_path, small):
+    """The loss falls, a resumed run equals a whole one, and the file is read as published ones are."""
+    settings = dict(
+        recipe="vae", data="shapes", weights="random", model="small", num_frames=5, height=80, width=80, batch_size=2,
+        learning_rate=1e-2, learning_rate_end=0.5, warmup_steps=2, dtype="float32", log_every=1,
+    )  # fmt: skip
+    whole = train(train_config(workdir=str(tmp_path / "whole"), num_steps=24, **settings))
+    train(train_config(workdir=str(tmp_path / "parts"), num_steps=24, checkpoint_every=20, **settings))
+    for step in (20, 24):  # as if the run had ended after 20 steps
+        assert (tmp_path / "parts" / "checkpoints" / str(step)).is_dir()
+    (tmp_path / "parts" / "checkpoints" / "24").rename(tmp_path / "24")
+    parts = train(train_config(workdir=str(tmp_path / "parts"), num_steps=24, **settings))
+    for name, value in read_tensors(whole).items():
+        np.testing.assert_array_equal(value, read_tensors(parts)[name], name)
+    curves = read_curves(tmp_path / "parts" / "metrics" / CURVES)
+    assert [line["step"] for line in curves] == list(range(1, 25))
+    losses = [line["loss"] for line in curves]
+    assert np.mean(losses[-4:]) < 0.8 * np.mean(losses[:4])
+    assert load_vae(whole, dtype=jnp.float32).config == SMALL
+    quality = json.loads((tmp_path / "whole" / "quality.json").read_text())
+    assert quality["mean_off"] < 1e-3
+    assert quality["std_off"] < 1e-3
+
+
+def test_it_stops_when_time_is_up(tmp_path, small):
+    config = train_config(
+        recipe="vae", data="shapes", weights="random", model="small", num_frames=5, height=80, width=80, batch_size=2,
+        dtype="float32", workdir=str(tmp_path), max_minutes=1e-3, num_steps=10**6,
+    )  # fmt: skip
+    with pytest.raises(KeyboardInterrupt):
+        train(config)
+    assert any(path.name.isdigit() for path in (tmp_path / "checkpoints").iterdir())
+
+
+def test_data_of_files_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"--config\.data=shapes"):
+        train(train_config(recipe="vae", data="clips", weights="random", workdir=str(tmp_path)))
+
+
+def test_batches_go_on_and_are_shared():
+    settings = dict(batch_size=4, seed=3, num_frames=2, height=80, width=80, workers=0)
+    whole = [batch["video"] for batch in itertools.islice(Batches(**settings), 3)]
+    later = Batches(**settings)
+    later.set_state(Batches(**settings).get_state() | {"batch": 1})
+    np.testing.assert_array_equal(next(later)["video"], whole[1])
+    assert later.get_state()["batch"] == 2
+    shares = [next(Batches(**settings, share=(i, 2)))["video"] for i in range(2)]
+    np.testing.assert_array_equal(np.concatenate(shares), whole[0])
+    with pytest.raises(UserError, match="seed=3, not 4"):
+        Batches(**settings | {"seed": 4}).set_state(later.get_state())
+
+
+def test_workers_draw_the_same():
+    settings = dict(batch_size=2, seed=3, num_frames=2, height=80, width=80)
+    alone, several = Batches(**settings, workers=0), Batches(**settings, workers=1)
+    for _ in range(2):
+        np.testing.assert_array_equal(next(alone)["video"], next(several)["video"])
+    several.close()

@@ -1,0 +1,98 @@
+"""Numbered examples of the world of shapes, drawn by several processes ahead of whoever takes them."""
+
+import collections
+import functools
+import itertools
+import multiprocessing
+from collections.abc import Generator, Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+
+from turbojax.errors import UserError
+from turbojax.shapes.render import digit_images, render
+from turbojax.shapes.scene import Scene, caption, random_scene
+
+AHEAD = 4  # examples that wait or are drawn, for each worker
+
+
+class Example(NamedTuple):
+    """What is shown, a sentence that says so, and the video, uint8 `[T, H, W, 3]`."""
+
+    scene: Scene
+    caption: str
+    video: np.ndarray
+
+
+def example(number: int, *, seed: int, num_frames: int, height: int, width: int) -> Example:
+    """The example of that number: the same whoever draws it, and independent of all others."""
+    rng = np.random.default_rng((seed, number))
+    scene = random_scene(rng)
+    sentence = caption(scene, rng)
+    return Example(scene, sentence, render(scene, rng, num_frames=num_frames, height=height, width=width))
+
+
+def examples(
+    numbers: Iterable[int], *, seed: int, num_frames: int, height: int, width: int, workers: int
+) -> Generator[Example, None, None]:
+    """The examples of these numbers, which may be without end, in their order; without workers drawn here."""
+    digit_images()  # a missing package shows here and not in a worker
+    draw = functools.partial(example, seed=seed, num_frames=num_frames, height=height, width=width)
+    if workers < 0:
+        raise UserError(f"{workers=} must not be negative")
+    if not workers:
+        yield from map(draw, numbers)
+        return
+    numbers = iter(numbers)
+    # Spawned: a fork of a process in which JAX has threads may never return.
+    executor = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+    try:
+        drawn = collections.deque(executor.submit(draw, i) for i in itertools.islice(numbers, AHEAD * workers))
+        while drawn:
+            result = drawn.popleft().result()
+            drawn.extend(executor.submit(draw, i) for i in itertools.islice(numbers, 1))
+            yield result
+    finally:
+        executor.shutdown(cancel_futures=True)
+
+
+class Batches(Iterator[dict[str, np.ndarray]]):
+    """Endless batches {"video": uint8 `[B / share count, T, H, W, 3]`}; batch n has examples n B to (n + 1) B - 1.
+
+    share: (i, n) for the i-th of n equal shares of each batch. The rest as `examples` takes it.
+    """
+
+    def __init__(self, *, batch_size: int, share: tuple[int, int] = (0, 1), **settings: int):
+        part, parts = share
+        if batch_size < 1 or batch_size % parts:
+            raise UserError(f"{batch_size=} must be a multiple of the {parts} processes")
+        self._size, self._settings = batch_size, settings
+        self._own = range(part * batch_size // parts, (part + 1) * batch_size // parts)
+        self._batch = 0
+        self._examples: Generator[Example, None, None] | None = None
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        if self._examples is None:
+            numbers = (batch * self._size + i for batch in itertools.count(self._batch) for i in self._own)
+            self._examples = examples(numbers, **self._settings)
+        self._batch += 1
+        return {"video": np.stack([one.video for one in itertools.islice(self._examples, len(self._own))])}
+
+    def get_state(self) -> dict[str, int]:
+        """Where the next batch is; plain numbers, for JSON."""
+        return {"batch": self._batch, "batch_size": self._size, "seed": self._settings["seed"]}
+
+    def set_state(self, state: Mapping[str, int]) -> None:
+        """Goes on where `get_state` was called; raises UserError for a state of another seed or size."""
+        for name, value in self.get_state().items():
+            if name != "batch" and state.get(name) != value:
+                raise UserError(f"the data's state is of {name}={state.get(name)}, not {value}; resume as it was begun")
+        self.close()
+        self._batch = int(state["batch"])
+
+    def close(self) -> None:
+        """Ends the workers."""
+        if self._examples is not None:
+            self._examples.close()
+            self._examples = None

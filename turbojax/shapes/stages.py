@@ -1,0 +1,157 @@
+"""From nothing to a small model that is shipped: the stages, each of which goes on where it was stopped.
+
+A folder has one for each stage. A stage is done when its last file is there.
+"""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from absl import logging
+from ml_collections import ConfigDict
+
+from turbojax.errors import UserError
+from turbojax.make_shards import identity, make_index
+from turbojax.shapes.networks import TEXT_ENCODERS
+from turbojax.shapes.settings import FOLDER
+from turbojax.shapes.shards import write_shapes_shards
+from turbojax.shapes.text import ENCODER, train_text_encoder, vocabulary, word_tokenizer, write_text_encoder
+from turbojax.text import TextEncoder
+from turbojax.train.loop import CURVES, read_curves, stop_requests, train
+from turbojax.video import whole_file
+from turbojax.weights.files import find_components
+from turbojax.weights.load import load_vae
+from turbojax.weights.merge import merge
+
+VIDEOS = {"full": 24_576, "tiny": 8}  # to learn from, in shards of
+SHARD = {"full": 256, "tiny": 4}
+TRAINED = ("vae", "teacher", "sla", "rcm")
+VAE = "Wan2.1_VAE.safetensors"
+MOST_BYTES = 12_000_000  # of all that is shipped
+POINTS = 200  # of a curve that is shipped
+
+Settings = Callable[[str], ConfigDict]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """settings: a stage's configuration by its name; max_minutes: when to stop, 0 for never."""
+
+    folder: Path
+    size: str
+    settings: Settings
+    max_minutes: float = 0.0
+
+    def config(self, stage: str) -> ConfigDict:
+        """A stage's configuration with its paths in this folder."""
+        config = self.settings(stage)
+        for name, value in config.items():
+            if isinstance(value, str) and Path(value).is_relative_to(FOLDER):
+                config[name] = str(self.folder / Path(value).relative_to(FOLDER))
+        return config
+
+
+def learn_text(job: Job) -> None:
+    config = job.config("text")
+    words = word_tokenizer(vocabulary())
+    settings = {name: config[name] for name in ("steps", "batch", "peak", "seed")}
+    reader, right = train_text_encoder(words, TEXT_ENCODERS[config.model](), **settings)
+    logging.info("The text encoder's right answers: %s", right)
+    folder = Path(config.workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "quality.json", right)
+    write_text_encoder(folder, words, reader)
+
+
+def learn(stage: str, job: Job) -> None:
+    config = job.config(stage)
+    config.max_minutes = job.max_minutes
+    train(config)
+
+
+def make_data(job: Job) -> None:
+    config = job.config("vae")
+    dtype = jnp.dtype(config.dtype)
+    given: dict[str, str | Path | None] = {
+        "vae": job.folder / "vae",
+        "text_encoder": job.folder / "text",
+        "tokenizer": job.folder / "text",
+    }
+    where = find_components(None, given)
+    vae = load_vae(where["vae"], dtype=dtype)
+    text = TextEncoder.from_files(where["text_encoder"], where["tokenizer"], dtype=dtype, cache=False)
+    index = make_index(
+        vae,
+        text,
+        num_frames=config.num_frames,
+        height=config.height,
+        width=config.width,
+        fps=16,
+        vae_identity=identity(where["vae"]),
+        text_identity=identity(where["text_encoder"]),
+        shard_size=SHARD[job.size],
+    )
+    with stop_requests(job.max_minutes) as stop:
+        count = VIDEOS[job.size]
+        # Another seed than the autoencoder's: its latents are those of videos that it has not seen.
+        write_shapes_shards(
+            job.folder / "data", vae, text, index, count=count, seed=config.seed + 1, workers=config.workers, stop=stop
+        )
+    write_json(job.folder / "data" / "done.json", {"videos": count})
+
+
+def ship(job: Job) -> None:
+    """Puts SLA on the distilled network, makes it int8, and lays all files into one folder, with the curves."""
+    folder, transformers = job.folder / "model", {s: job.folder / s / "transformer.safetensors" for s in TRAINED}
+    (folder / "google" / "umt5-xxl").mkdir(parents=True, exist_ok=True)
+    sources = transformers["rcm"], transformers["teacher"], transformers["sla"]
+    dtype = jnp.bfloat16
+    merge(*sources, job.folder / "merged.safetensors", dtype=dtype, overwrite=True)
+    merge(*sources, folder / "TurboWan-shapes-quant.safetensors", quantize="block128", dtype=dtype, overwrite=True)
+    for source, target in (
+        (job.folder / "vae" / VAE, VAE),
+        (job.folder / "text" / ENCODER, ENCODER),
+        (job.folder / "text" / "google" / "umt5-xxl" / "tokenizer.json", "google/umt5-xxl/tokenizer.json"),
+    ):
+        with whole_file(folder / target) as temporary:
+            shutil.copyfile(source, temporary)
+    curves = {stage: thinned(job.folder / stage / "metrics" / CURVES) for stage in TRAINED}
+    quality = {stage: json.loads((job.folder / stage / "quality.json").read_text()) for stage in ("vae", "text")}
+    write_json(folder / "training.json", {"quality": quality, "curves": curves})
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    logging.info("%s holds %.2f MB", folder, size / 1e6)
+    if size > MOST_BYTES:
+        raise UserError(f"{folder} holds {size} bytes and may hold {MOST_BYTES}; make a network smaller")
+
+
+def thinned(path: Path) -> list[dict[str, float]]:
+    """A curve in about POINTS points, to four digits."""
+    lines = read_curves(path)
+    lines = lines[:: max(1, len(lines) // POINTS)]
+    return [{name: float(f"{value:.4g}") for name, value in line.items()} for line in lines]
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n")
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    run: Callable[[Job], None]
+    last: str  # file that is there when it is done
+
+
+STAGES: dict[str, Stage] = {
+    "text": Stage(learn_text, f"text/{ENCODER}"),
+    "vae": Stage(lambda job: learn("vae", job), f"vae/{VAE}"),
+    "data": Stage(make_data, "data/done.json"),
+    "teacher": Stage(lambda job: learn("teacher", job), "teacher/transformer.safetensors"),
+    "sla": Stage(lambda job: learn("sla", job), "sla/transformer.safetensors"),
+    "rcm": Stage(lambda job: learn("rcm", job), "rcm/transformer.safetensors"),
+    "ship": Stage(ship, "model/training.json"),
+}
