@@ -130,12 +130,7 @@ def linear_errors() -> list[str]:
 
 
 def attention() -> list[str]:
-    names = {
-        "dense_ms": "dense",
-        "sla_mosaic_ms": "sla, Hopper",
-        "sla_triton_ms": "sla, Triton",
-        "sagesla_ms": "sagesla",
-    }
+    names = {"dense_ms": "dense", "sla_mosaic_ms": "sla, Hopper", "sla_triton_ms": "sla, Triton", "sagesla_ms": "sagesla"}
     rows = []
     for shape, measured in read("attention")["result"].items():
         if "dense_ms" in measured:
