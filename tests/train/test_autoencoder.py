@@ -78,7 +78,7 @@ def test_stopped_and_resumed_and_shipped(tmp_path, small):
     resumed = read_tensors(train(train_config(workdir=str(parts), **settings)))
     for name, value in read_tensors(file).items():
         np.testing.assert_array_equal(value, resumed[name], name)
-    curves = read_curves(parts / "metrics" / CURVES)
+    curves = read_curves(parts / CURVES)
     assert [line["step"] for line in curves] == list(range(1, 17))
     losses = [line["loss"] for line in curves]
     assert np.mean(losses[-4:]) < 0.8 * np.mean(losses[:4])

@@ -119,7 +119,7 @@ def ship(job: Job) -> None:
     ):
         with whole_file(folder / target) as temporary:
             shutil.copyfile(source, temporary)
-    curves = {stage: thinned(job.folder / stage / "metrics" / CURVES) for stage in TRAINED}
+    curves = {stage: thinned(job.folder / stage / CURVES) for stage in TRAINED}
     quality = {stage: json.loads((job.folder / stage / "quality.json").read_text()) for stage in ("vae", "text")}
     write_json(folder / "training.json", {"quality": quality, "curves": curves}, indent=None)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())

@@ -1,6 +1,6 @@
 """A training run, from its settings to the trained network.
 
-A run lives in its folder, `workdir`: checkpoints/, metrics/ (TensorBoard, and curves.jsonl), videos/ and, at the end,
+A run lives in its folder, `workdir`: checkpoints/, metrics/ (TensorBoard), curves.jsonl, videos/ and, at the end,
 transformer.safetensors, of an autoencoder Wan2.1_VAE.safetensors. Started again with the same settings it goes on from
 the newest checkpoint, bit for bit as if it had not stopped.
 """
@@ -185,7 +185,7 @@ def run_steps(
     Raises KeyboardInterrupt where it was asked to stop, when a last checkpoint has been written.
     """
     start, workdir = int(state.step), Path(config.workdir).expanduser()
-    with metrics_writer(workdir / "metrics", start) as write, progress(start, config.num_steps) as bar:
+    with metrics_writer(workdir, start) as write, progress(start, config.num_steps) as bar:
         recent: list[Metrics] = []
         for i in range(start, config.num_steps):
             state, metrics = step(i, state, fixed, sharding.put_batch(next(data)))
@@ -274,7 +274,7 @@ Write = Callable[[int, Mapping[str, float]], None]
 
 
 @contextlib.contextmanager
-def metrics_writer(folder: Path, start: int) -> Iterator[Write]:
+def metrics_writer(workdir: Path, start: int) -> Iterator[Write]:
     """write(step, metrics), for TensorBoard and as a line of curves.jsonl.
 
     What a run that was killed wrote past `start` no longer counts.
@@ -286,7 +286,10 @@ def metrics_writer(folder: Path, start: int) -> Iterator[Write]:
         from tensorboardX import SummaryWriter
     except ImportError as error:
         raise UserError("metrics need tensorboardX; pip install 'turbojax[train]'") from error
-    with SummaryWriter(str(folder), purge_step=start + 1) as writer, open_curves(folder / CURVES, start) as curves:
+    with (
+        SummaryWriter(str(workdir / "metrics"), purge_step=start + 1) as writer,
+        open_curves(workdir / CURVES, start) as curves,
+    ):
 
         def write(step: int, metrics: Mapping[str, float]) -> None:
             for name, value in metrics.items():
