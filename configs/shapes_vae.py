@@ -15,7 +15,7 @@ def get_config(size: str = "full"):
         size,
         weights="random",
         data="shapes",
-        num_steps=2500,
+        num_steps=4000,
         batch_size=8,
         learning_rate=1e-3,
         learning_rate_end=0.05,

@@ -17,8 +17,11 @@ from turbojax.train.config import TRAIN_SETTINGS, check_settings, make_recipe
 from turbojax.video import check_path, video_size
 
 FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
-TRAINING = [file for file in FILES if file.stem.startswith("train_")]
-files = pytest.mark.parametrize("file", [file for file in FILES if file not in TRAINING], ids=lambda file: file.stem)
+TEXT = FILES[0].with_name("shapes_text.py")  # has settings of its own
+TRAINING = [file for file in FILES if file.stem.startswith(("train_", "shapes_")) and file != TEXT]
+files = pytest.mark.parametrize(
+    "file", [file for file in FILES if file not in (*TRAINING, TEXT)], ids=lambda file: file.stem
+)
 
 
 def module(file: Path):
@@ -31,6 +34,7 @@ def module(file: Path):
 def test_the_configurations_are_there():
     names = {"demo", "wan1_3b", "wan1_3b_quant", "wan14b", "wan14b_quant", "wan14b_480p_quant"}
     names |= {"demo_i2v", "wan22_i2v", "wan22_i2v_quant", "wan21_i2v_480p_quant"}
+    names |= {f"shapes_{name}" for name in ("text", "vae", "teacher", "sla", "rcm")}
     names |= {"train_teacher", "train_sla", "train_rcm", "train_toy"}
     assert {file.stem for file in FILES} >= names
 
@@ -74,6 +78,19 @@ def test_training_settings_can_be(file):
         config.data = "shards"
     check_settings(config)
     make_recipe(config)
+
+
+@pytest.mark.parametrize("file", [f for f in (*TRAINING, TEXT) if "shapes" in f.stem], ids=lambda file: file.stem)
+def test_small_model_s_sizes(file):
+    loaded = module(file)
+    assert "python scripts/train" in loaded.__doc__
+    full, tiny = loaded.get_config(), loaded.get_config("tiny")
+    assert (full.model, tiny.model) == ("shapes", "shapes-tiny")
+    assert full.workdir == tiny.workdir == f"outputs/shapes/{file.stem.removeprefix('shapes_')}"
+    if file != TEXT:
+        check_settings(tiny)
+    with pytest.raises(UserError, match="choose full or tiny"):
+        loaded.get_config("small")
 
 
 def test_locked_and_typed():

@@ -341,6 +341,7 @@ def test_settings_reach_the_pipeline(monkeypatch, tmp_path):
         *("resolution", "aspect_ratio", "model", "weights", "vae", "text_encoder", "tokenizer", "cache_prompts"),
         *("quant_linear", "quant_scheme", "attention_type", "sla_topk", "sage_values", "dtype", "memory"),
     }
+    assert calls.pop("progress") is not None
     assert set(calls) == {setting.name for setting in SETTINGS} - not_the_calls
 
 

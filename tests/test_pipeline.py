@@ -209,10 +209,15 @@ def test_streamed_weights_give_the_same_videos(demo, options):
         settings["sla_topk"] = 0.5
     options = options | {"dtype": jnp.float32}
     loaded = [TurboVideoPipeline.from_pretrained(demo, memory=memory, **options) for memory in ("resident", "stream")]
-    resident, streamed = (pipe(BIRD, **settings) for pipe in loaded)
+    told: list[tuple[str, float]] = []
+    resident, streamed = (pipe(BIRD, **settings, progress=lambda *now: told.append(now)) for pipe in loaded)
     np.testing.assert_allclose(streamed.latents, resident.latents, rtol=0, atol=1e-5)
     assert np.abs(streamed.videos.astype(int) - resident.videos).max() <= 1
     assert set(streamed.timings) == set(resident.timings)
+    steps = settings["num_inference_steps"]
+    assert [share for stage, share in told if stage == "diffusion"][2:] == [step / steps for step in range(steps)]
+    assert {stage for stage, _ in told} == set(resident.timings)
+    assert told[-1] == ("vae", 1.0)
     if "quant_linear" not in options:
         guided = (pipe(BIRD, guidance_scale=3.0, **settings).latents for pipe in loaded)
         np.testing.assert_allclose(*guided, rtol=0, atol=1e-5)

@@ -354,7 +354,7 @@ def diffusion(
     text = jax.random.normal(keys[1], (1, config.text_len, config.text_dim), config.dtype)
     shapes = image_shapes(config, VAEConfig.wan2_1(), shape) if takes_images(config) else {}
     images = {name: jnp.zeros(spec.shape, spec.dtype) for name, spec in shapes.items()}
-    arguments = (steps.initial(noise), text, None, jnp.float32(1), keys[2], None, images)
+    arguments = (steps.initial(noise), text, None, jnp.float32(1), keys[2], None, None, images)
     run = jax.jit(functools.partial(sample, graph, steps, (0, num_inference_steps)))
     seconds = []
     for _ in range(2):

@@ -106,7 +106,7 @@ def denoise(
     guidance_scale: jax.Array,
     key: jax.Array,
     noise: jax.Array | None,
-    schedule: Schedule,
+    schedule: Schedule | None,
     images: dict[str, jax.Array],
     *,
     scan: bool = True,
@@ -114,8 +114,8 @@ def denoise(
     """Latents `[B, t, h, w, c]` before and after steps [start, stop), by text `[B, 512, D]`.
 
     begin: `resident` or, with scan=False, `streamed`, of a transformer. negative: embedding of the negative prompt,
-    None without guidance. schedule: of a sampler of this kind. images: what the network takes of images, see
-    `turbojax.condition`; one serves the whole batch.
+    None without guidance. schedule: of a sampler of this kind, None for this one's own. images: what the network
+    takes of images, see `turbojax.condition`; one serves the whole batch.
     """
     batch = latents.shape[0]
     texts = text if negative is None else jnp.concatenate((text, negative))

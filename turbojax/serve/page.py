@@ -41,6 +41,7 @@ CSS = """
 .gradio-container {width: 100% !important; max-width: 1200px !important; margin: auto}
 .memory p {color: var(--body-text-color); font-size: var(--text-sm)}
 #video video {max-height: 60vh}
+#gallery, #gallery .grid-wrap {min-height: 0 !important; height: auto !important}
 #seed button {flex-grow: 0; align-self: end}
 .status progress {appearance: none; width: 100%; height: .5em; border: 0; border-radius: .25em; overflow: hidden;
   background: var(--border-color-primary)}
@@ -117,7 +118,7 @@ class Server:
             config = read_form(self.config, dict(values) | {"prompt": values["prompt"] or "any"})
             found = plan(config, exact=False)
         except UserError as error:
-            return html.escape(str(error))
+            return html.escape(str(error), quote=False)
         need = f"Needs about {gigabytes(found.peak)} GB"
         if found.limit is None:
             return f"{need} of memory."
@@ -130,7 +131,7 @@ def messages() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise gr.Error(html.escape(str(error)), duration=None, print_exception=False) from error
+        raise gr.Error(html.escape(str(error), quote=False), duration=None, print_exception=False) from error
     except (gr.Error, GeneratorExit):
         raise
     except Exception as error:
@@ -184,9 +185,7 @@ def build(server: Server) -> gr.Blocks:
                     form["resolution"] = gr.Dropdown(resolutions(config), value=first["resolution"], label="Resolution")
                     form["aspect_ratio"] = gr.Dropdown(list(SIZES["480p"]), value=first["aspect_ratio"], label="Aspect")
                 with gr.Row():
-                    form["num_frames"] = gr.Slider(
-                        1, MOST_FRAMES, first["num_frames"], step=4, label=f"Frames, {config.fps} a second"
-                    )
+                    form["num_frames"] = gr.Slider(1, MOST_FRAMES, first["num_frames"], step=4, label="Frames")
                     form["num_inference_steps"] = gr.Slider(
                         1, 4 if config.sampler == "rcm" else 100, first["num_inference_steps"], step=1, label="Steps"
                     )

@@ -32,7 +32,7 @@ SHARD = {"full": 256, "tiny": 4}
 TRAINED = ("vae", "teacher", "sla", "rcm")
 VAE = "Wan2.1_VAE.safetensors"
 MOST_BYTES = 12_000_000  # of all that is shipped
-POINTS = 200  # of a curve that is shipped
+POINTS = 100  # of a curve that is shipped
 
 Settings = Callable[[str], ConfigDict]
 
@@ -121,7 +121,7 @@ def ship(job: Job) -> None:
             shutil.copyfile(source, temporary)
     curves = {stage: thinned(job.folder / stage / "metrics" / CURVES) for stage in TRAINED}
     quality = {stage: json.loads((job.folder / stage / "quality.json").read_text()) for stage in ("vae", "text")}
-    write_json(folder / "training.json", {"quality": quality, "curves": curves})
+    write_json(folder / "training.json", {"quality": quality, "curves": curves}, indent=None)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     logging.info("%s holds %.2f MB", folder, size / 1e6)
     if size > MOST_BYTES:
@@ -135,9 +135,9 @@ def thinned(path: Path) -> list[dict[str, float]]:
     return [{name: float(f"{value:.4g}") for name, value in line.items()} for line in lines]
 
 
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
+def write_json(path: Path, content: Mapping[str, Any], *, indent: int | None = 1) -> None:
     with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
+        temporary.write_text(json.dumps(content, indent=indent) + "\n")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -121,7 +121,7 @@ def train_autoencoder(config: ConfigDict, recipe: Autoencoding) -> Path:
         nothing = jax.device_put(np.zeros(0, np.float32), NamedSharding(mesh, PartitionSpec()))
         state = run_steps(config, step, state, Fixed({}, nothing), data, checkpoints, stop, run=run)
         trained = to_host(state.ema)
-    unseen = examples(range(2**30, 2**30 + 64), **drawn)
+    unseen = examples(range(2**30, 2**30 + 64), **drawn | {"workers": 0})
     return export_autoencoder(workdir, skeleton, trained, [one.video for one in unseen])
 
 

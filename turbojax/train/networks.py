@@ -25,6 +25,7 @@ from turbojax.weights.random import random_module
 
 HostParams = Mapping[str, np.ndarray]
 TRANSFORMERS = {**MODELS, **WANS, "toy": toy_config}  # by what `model` says
+FIRST_LOG_VARIANCE = -6.0  # of a random autoencoder's mu
 
 
 class Source(NamedTuple):
@@ -62,10 +63,7 @@ def open_network(config: ConfigDict, path: str, attention_type: str | None) -> S
 
 
 def open_autoencoder(config: ConfigDict) -> tuple[Skeleton, HostParams]:
-    """An autoencoder's structure, in what it computes in, and its parameters on the host, in float32.
-
-    The residual blocks of a random one begin as identities.
-    """
+    """An autoencoder's structure, in what it computes in, and its parameters on the host, in float32."""
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         if config.weights == "random":
             own = named_config(config.model, {**AUTOENCODERS, "wan2.1-vae": VAEConfig.wan2_1})
@@ -73,10 +71,17 @@ def open_autoencoder(config: ConfigDict) -> tuple[Skeleton, HostParams]:
             module = random_module(skeleton, seed=config.seed, what=f"random {config.model} autoencoder")
         else:
             module = load_vae(find_components(None, {"vae": config.weights})["vae"], dtype=jnp.float32)
-        params = {name: np.asarray(value) for name, value in parameters(module).items()}
+        params: HostParams = {name: np.asarray(value) for name, value in parameters(module).items()}
     if config.weights == "random":
-        params = {name: 0 * value if name.endswith(".conv2.kernel") else value for name, value in params.items()}
+        params = quiet(params, module.config.z_dim)
     return vae_skeleton(dataclasses.replace(module.config, dtype=jnp.dtype(config.dtype))), params
+
+
+def quiet(params: HostParams, z_dim: int) -> HostParams:
+    """A random autoencoder's parameters with residual blocks that are identities, and little noise in its latents."""
+    out = {name: 0 * value if name.endswith(".conv2.kernel") else value for name, value in params.items()}
+    log_variance = np.concatenate((np.zeros(z_dim), np.full(z_dim, FIRST_LOG_VARIANCE))).astype(np.float32)
+    return out | {"quant.bias": out["quant.bias"] + log_variance}
 
 
 C = TypeVar("C")

@@ -51,7 +51,7 @@ def prepare_videos(config: ConfigDict, shards: Shards, skeleton: Skeleton, folde
         graph, state = nnx.split(skeleton.fill(in_compute_dtype(skeleton, params)))
         guidance = jnp.float32(config.sample_guidance)
         steps, start = (0, sampler.num_steps), sampler.initial(noise)
-        latents = run(graph, sampler, steps, state, start, text, negative, guidance, step_key, None, {})
+        latents = run(graph, sampler, steps, state, start, text, negative, guidance, step_key, None, None, {})
         if jax.process_count() > 1:
             latents = multihost_utils.process_allgather(latents, tiled=True)
         # By every process: under a mesh that is a computation of all.
