@@ -43,6 +43,7 @@ from turbojax.weights.load import Skeleton
 from turbojax.weights.rules import Entry
 
 CURVES = "curves.jsonl"
+UNSEEN = 64  # videos that an autoencoder's latents are normalized by, and that its quality is told of
 
 
 class Data(Protocol):
@@ -121,7 +122,7 @@ def train_autoencoder(config: ConfigDict, recipe: Autoencoding) -> Path:
         nothing = jax.device_put(np.zeros(0, np.float32), NamedSharding(mesh, PartitionSpec()))
         state = run_steps(config, step, state, Fixed({}, nothing), data, checkpoints, stop, run=run)
         trained = to_host(state.ema)
-    unseen = examples(range(2**30, 2**30 + 64), **drawn | {"workers": 0})
+    unseen = examples(range(2**30, 2**30 + UNSEEN), **drawn | {"workers": 0})
     return export_autoencoder(workdir, skeleton, trained, [one.video for one in unseen])
 
 
