@@ -50,9 +50,9 @@ def cards(share: float) -> list[str]:
 
 
 def choice(plan: Plan) -> str:
-    """The peak in GB and a letter for each measure taken, or a dash."""
-    letters = [letter for field, letter in LETTERS.items() if getattr(plan.residency, field)]
-    return " ".join([f"{plan.peak / GB:.1f}", *letters]) if plan.fits else "-"
+    """The peak in GB and a letter for each measure taken, or a dash where it does not fit."""
+    letters = "".join(letter for field, letter in LETTERS.items() if getattr(plan.residency, field))
+    return f"{plan.peak / GB:.1f} {letters}".rstrip() if plan.fits else "-"
 
 
 # Measurements.
@@ -130,7 +130,12 @@ def linear_errors() -> list[str]:
 
 
 def attention() -> list[str]:
-    names = {"dense_ms": "dense", "sla_mosaic_ms": "sla, Hopper", "sla_triton_ms": "sla, Triton", "sagesla_ms": "sagesla"}
+    names = {
+        "dense_ms": "dense",
+        "sla_mosaic_ms": "sla, Hopper",
+        "sla_triton_ms": "sla, Triton",
+        "sagesla_ms": "sagesla",
+    }
     rows = []
     for shape, measured in read("attention")["result"].items():
         if "dense_ms" in measured:

@@ -105,6 +105,7 @@ def estimate(parts: Parts, work: Work, where: Residency) -> Temporaries:
     return Temporaries(text, diffusion, decoding(parts.vae, work, where.vae_tiled), encoding(parts, work))
 
 
+@functools.lru_cache
 def encoding(parts: Parts, work: Work) -> int:
     """The VAE's share in image to video."""
     if not takes_images(parts.transformer):
@@ -129,6 +130,7 @@ def tried(config: WanConfig, work: Work) -> int:
     return item * numbers + (4 * 16 + 32) * 2**20
 
 
+@functools.lru_cache
 def decoding(config: VAEConfig, work: Work, tiled: bool) -> int:
     """Estimate of the VAE; in tiles the middle block's features of the whole clip are there, too, and its scores."""
     vae = vae_skeleton(config).abstract()
