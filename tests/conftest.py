@@ -16,10 +16,15 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 def pytest_configure(config):
-    """On a machine with a GPU, too, only tests/gpu uses it: tolerances elsewhere are those of a CPU's float32."""
+    """On a machine with a GPU, too, only tests/gpu uses it: tolerances elsewhere are those of a CPU's float32.
+
+    There programs run for a moment and need not be fast: compiling them with care takes longer.
+    """
     if not any("gpu" in argument for argument in config.args):
         os.environ.setdefault("JAX_PLATFORMS", "cpu")  # for subprocesses
         jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
+        os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        jax.config.update("jax_disable_most_optimizations", os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1")
 
 
 @pytest.fixture(scope="session", autouse=True)

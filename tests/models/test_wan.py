@@ -138,7 +138,7 @@ def test_constant_work_is_outside_the_steps():
     latents, text = spec((1, 21, 60, 104, 16), jnp.float32), spec((1, 512, 4096), jnp.bfloat16)
     run = functools.partial(sampling.sample, graph, RCM(4), (0, 4))
     key = jax.eval_shape(lambda: jax.random.key(0))
-    arguments = state, latents, text, text, spec((), jnp.float32), key, None, {}
+    arguments = state, latents, text, text, spec((), jnp.float32), key, None, None, {}
     all_steps = list(equations(jax.make_jaxpr(run)(*arguments).jaxpr))
     (steps,) = [e for e in all_steps if e.primitive.name == "scan" and e.params["length"] == 4]
 

@@ -27,8 +27,6 @@ from turbojax.train.state import parameters
 from turbojax.train.toy import write_toy_shards
 from turbojax.weights.load import load_wan
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 ROOT = Path(__file__).parents[2]
 TRAIN = str(ROOT / "scripts" / "train.py")
 TOY = f"--config={ROOT / 'configs' / 'train_toy.py'}"
@@ -116,7 +114,7 @@ def test_killed_and_resumed(tmp_path, data):
 
 
 @pytest.fixture(scope="module")
-def compiled_once(data, quick_compilation):
+def compiled_once(data):
     """All runs in this process share their compiled programs."""
     before = jax.config.jax_compilation_cache_dir
     jax.config.update("jax_compilation_cache_dir", str(data / "compiled_here"))

@@ -24,8 +24,6 @@ from turbojax.train.toy import smooth_in_time, toy_config
 from turbojax.weights.load import wan_skeleton
 from turbojax.weights.random import random_module
 
-pytestmark = pytest.mark.usefixtures("quick_compilation")
-
 DENSE = toy_config(dim=32, ffn_dim=64, in_channels=4, out_channels=4, text_dim=32, dtype=jnp.float32)
 SPARSE = dataclasses.replace(DENSE, attention_type="sla", sla_topk=0.25, sla_blocks=(8, 8))
 SHAPE = (2, 8, 8, 4)
