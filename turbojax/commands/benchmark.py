@@ -85,6 +85,13 @@ def main() -> None:
     if jax.default_backend() != "gpu" and CASE.value not in ("tangent", "file", "tiles"):
         raise UserError("benchmarks need a GPU; none was found (pip install -e '.[cuda12]')")
     width, height = video_size(RESOLUTION.value, "16:9")
+    size: dict[str, int] = {"num_frames": FRAMES.value, "height": height, "width": width}
+    options: dict[str, Any] = {
+        "attention_type": ATTENTION.value,
+        "sla_topk": TOPK.value,
+        "quant_linear": QUANT.value is not None,
+        "quant_scheme": QUANT.value,
+    }
     tokens = (1 + (FRAMES.value - 1) // 4, height // 16, width // 16)
     if CASE.value in ("text_to_video", "image_to_video"):
         tokenizer = Tokenizer.from_path(demo_folder() / "google" / "umt5-xxl")
@@ -92,17 +99,12 @@ def main() -> None:
             result = benchmark.whole_video(
                 tokenizer,
                 model=MODEL.value,
-                num_frames=FRAMES.value,
-                height=height,
-                width=width,
                 num_inference_steps=STEPS.value,
-                attention_type=ATTENTION.value,
-                sla_topk=TOPK.value,
-                quant_linear=QUANT.value is not None,
-                quant_scheme=QUANT.value,
                 memory=MEMORY.value,
                 image=demo_picture() if CASE.value == "image_to_video" else None,
                 output=Path(folder) / "video.mp4",
+                **size,
+                **options,
             )
     elif CASE.value == "memory":
         result = benchmark_memory.memory(
@@ -110,19 +112,12 @@ def main() -> None:
             model=MODEL.value,
             memory=MEMORY.value,
             num_inference_steps=STEPS.value,
-            num_frames=FRAMES.value,
-            height=height,
-            width=width,
-            options={
-                "attention_type": ATTENTION.value,
-                "sla_topk": TOPK.value,
-                "quant_linear": QUANT.value is not None,
-                "quant_scheme": QUANT.value,
-            },
+            options=options,
+            **size,
         )
     elif CASE.value == "file":
         with tempfile.TemporaryDirectory() as folder:
-            result = benchmark_video.video_writing(Path(folder), num_frames=FRAMES.value, height=height, width=width)
+            result = benchmark_video.video_writing(Path(folder), **size)
     elif CASE.value == "tiles":
         result = benchmark_video.tiling_errors()
     elif CASE.value == "vae":
@@ -134,26 +129,10 @@ def main() -> None:
     elif CASE.value == "block":
         result = benchmark.one_block(model=MODEL.value, tokens=tokens, schemes=(None, "block128", "channel"))
     elif CASE.value == "layer":
-        config = with_options(
-            MODELS[MODEL.value](num_layers=benchmark_step.LAYERS),
-            attention_type=ATTENTION.value,
-            sla_topk=TOPK.value,
-            quant_linear=QUANT.value is not None,
-            quant_scheme=QUANT.value,
-        )
+        config = with_options(MODELS[MODEL.value](num_layers=benchmark_step.LAYERS), **options)
         result = benchmark_step.layer(config, tokens, compiler_options=benchmark_step.NO_COMMAND_BUFFERS)
     elif CASE.value == "diffusion":
-        result = benchmark.diffusion(
-            model=MODEL.value,
-            num_frames=FRAMES.value,
-            height=height,
-            width=width,
-            num_inference_steps=STEPS.value,
-            attention_type=ATTENTION.value,
-            sla_topk=TOPK.value,
-            quant_linear=QUANT.value is not None,
-            quant_scheme=QUANT.value,
-        )
+        result = benchmark.diffusion(model=MODEL.value, num_inference_steps=STEPS.value, **size, **options)
     elif CASE.value == "train_step":
         from turbojax import benchmark_training  # needs the extra `train`
 
@@ -168,9 +147,7 @@ def main() -> None:
         result = benchmark_training.tangent(
             model=MODEL.value,
             layers=LAYERS.value,
-            num_frames=FRAMES.value,
-            height=height,
-            width=width,
+            **size,
             attention_type=ATTENTION.value,
             sla_topk=TOPK.value,
         )
