@@ -110,11 +110,11 @@ def test_one_block_a_query_block(length, values):
 
 @pytest.mark.parametrize("values", ["float8", "exact"])
 def test_what_pads_the_partial_block_counts_nowhere(values):
-    """Neither beside equal scores, of queries that are zeros, nor above a query whose scores are all far below zero."""
+    """Neither beside scores that are all zero nor above those of a query that are all far below zero."""
     _, k, v = arrays(168, heads=1)
     k += jnp.where(jnp.arange(168) < 128, -2, 2).astype(BF16)[None, :, None, None]
     alone = jnp.ones_like(k).at[:, 3::64].set(-1)  # of each block one query that cares least for the block chosen
-    for q in (jnp.zeros_like(k), alone):
+    for q in (jnp.full_like(k, 1e-9), alone):  # the former's codes are zeros
         got, expected = both(q, k, v, topk=1e-6, values=values)
         assert relative_error(got, expected) < 6e-3
         assert relative_error(got[:, 3::64], expected[:, 3::64]) < 1e-2
@@ -126,6 +126,14 @@ def test_nan_in_gives_nan_out():
         out = attend(*bad, *projection(64), topk=1.0, implementation="triton")
         assert bool(jnp.isnan(out[0, 3, 0]).all())
         assert not bool(jnp.isnan(out[0, :, 1]).any())
+
+
+def test_nan_of_a_sample_stays_there():
+    """Behind the last key of a sample lie the next one's values."""
+    q, k, v = arrays(1, batch=2, heads=1)
+    out = attend(q, k, v.at[1].set(jnp.nan), *projection(64), topk=1.0, values="exact", implementation="triton")
+    np.testing.assert_array_equal(jnp.isnan(out).all(axis=(1, 2, 3)), [False, True])
+    assert not bool(jnp.isnan(out[0]).any())
 
 
 def test_differentiating_says_what_to_do():

@@ -32,13 +32,12 @@ class Tiles(NamedTuple):
 def forward_tiles(capability: tuple[int, int], *, block_q: int, block_k: int, values: Values) -> Tiles:
     """The sparse kernel's tiles that fit a compute capability and spill no registers (tests/kernels).
 
-    One warp group of Hopper's takes 64 rows; elsewhere eight warps share the registers. Two stages where three, of 128
-    bfloat16 values each, would leave room for one program only.
+    One warp group of Hopper's takes 64 rows; elsewhere eight warps share the registers. Four stages of 64 keys or three
+    of 128; of bfloat16 values one less, or there would be room for one program only.
     """
-    return Tiles(
-        warps=4 if capability == (9, 0) and block_q == 64 else 8,
-        stages=2 if values != "float8" and block_k == 128 else 3,
-    )
+    warps = 4 if capability == (9, 0) and block_q == 64 else 8
+    stages = 4 if block_k == 64 else 3
+    return Tiles(warps, stages if values == "float8" else stages - 1)
 
 
 @triton.jit
