@@ -2,7 +2,7 @@
 
 block means of k, phi(k)^T v, sum phi(k)                 reads k and v
 int8 q with its block means, int8 k less its mean        read q and k, write half as much
-e4m3 v, transposed                                       reads v twice, writes half as much
+e4m3 v, transposed, in the order of its operand          reads v twice, writes half as much
 scores, and the block map from them                      small
 sparse softmax + linear branch + projection + bias       reads q, its codes and the chosen blocks, writes the result
 """
