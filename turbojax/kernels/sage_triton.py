@@ -360,6 +360,7 @@ def sage_forward(
         normalizer,
         bias,
         out_shape=(jax.ShapeDtypeStruct(q.shape, jnp.bfloat16),),
+        in_place={7: 0},  # a program reads the rows of q that it writes
         grid=(table.shape[2], batch * heads),
         num_warps=tiles.warps,
         num_stages=tiles.stages,
