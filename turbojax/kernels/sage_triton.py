@@ -5,7 +5,7 @@ with zeros: inside the loop over key blocks no load needs a mask. The table of k
 entry can be the partial block, and only that one masks its scores.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -294,7 +294,7 @@ def quantize_values(v: jax.Array) -> tuple[jax.Array, jax.Array]:
     """
     batch, length, heads, dim = v.shape
     chunks, blocks = -(-length // AMAX_ROWS), -(-length // VALUE_ROWS)
-    shape = dict(num_stages=1, L=length, N=heads, H=dim)
+    shape: dict[str, Any] = dict(num_stages=1, L=length, N=heads, H=dim)
     (parts,) = triton_call(
         channel_amax_kernel,
         v,
