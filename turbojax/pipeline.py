@@ -87,6 +87,13 @@ MODELS: dict[str, Callable[..., WanConfig]] = {
 TWO_EXPERTS = ("wan2.2-i2v-a14b",)
 
 
+def known_network(model: str | None) -> WanConfig:
+    """The network of a name in MODELS; raises UserError for another."""
+    if model not in MODELS:
+        raise UserError(f"{model=} is unknown; choose one of {', '.join(MODELS)}")
+    return MODELS[model]()
+
+
 @dataclasses.dataclass(frozen=True)
 class VideoOutput:
     """videos: uint8 `[B, T, H, W, 3]`; latents: float32, what was decoded; timings: seconds by stage; files written."""
@@ -113,6 +120,11 @@ def decode(vae: WanVAE, latents: np.ndarray, *, tiled: bool = False) -> Iterator
 def memory_stats() -> dict[str, int]:
     """Of the first device, in bytes; empty where it does not count them."""
     return jax.devices()[0].memory_stats() or {}
+
+
+def check_number(prompts: Sequence[str], num_samples: int) -> None:
+    if not prompts or num_samples < 1:
+        raise UserError(f"{len(prompts)} prompts and {num_samples=} ask for no video; give at least one of each")
 
 
 def check_tiling(vae_tiling: str) -> None:
@@ -424,12 +436,9 @@ class TurboVideoPipeline:
 
         Options as `from_pretrained` takes them.
         """
-        if model not in MODELS:
-            raise UserError(f"{model=} is unknown; choose one of {', '.join(MODELS)}")
         start = time.perf_counter()
-        logging.warning("Weights are random: %s at full size, for measuring. The video will be noise.", model)
         config = with_options(
-            MODELS[model](),
+            known_network(model),
             quant_linear=quant_linear,
             quant_scheme=quant_scheme,
             attention_type=attention_type,
@@ -437,6 +446,7 @@ class TurboVideoPipeline:
             sage_values=sage_values,
             dtype=dtype,
         )
+        logging.warning("Weights are random: %s at full size, for measuring. The video will be noise.", model)
         use_compilation_cache()
         parts = published_parts(config, two=model in TWO_EXPERTS)
         network, vae, encoder = wan_skeleton(config), vae_skeleton(parts.vae), umt5_skeleton(parts.text)
@@ -529,8 +539,7 @@ class TurboVideoPipeline:
         returns NaN.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if not prompts or num_samples < 1:
-            raise UserError(f"{len(prompts)} prompts and {num_samples=} ask for no video; give at least one of each")
+        check_number(prompts, num_samples)
         check_seed(seed)
         check_tiling(vae_tiling)
         pictures = read_images(self.config, image, last_image, background)
