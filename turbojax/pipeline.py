@@ -47,6 +47,7 @@ from turbojax.sampling import (
     check_seed,
     denoise,
     first_noise_level,
+    first_state,
     latent_shape,
     make_sampler,
     sampler_arguments,
@@ -206,6 +207,7 @@ def compile_ahead(
         network = with_topk(transformer, call.sla_topk)
         for _, steps in experts.parts(call.sampler):
             programs.start(*sampler_program(call.sampler, steps, network, call.arguments))
+    programs.start("noise", lambda: first_state(call.sampler, call.arguments[0].shape, 0))
     programs.start("text", text.compile)
     if call.arguments[-1]:
         programs.start("image", lambda: compile_still(vae, *call.work.pixels(vae.config)))
@@ -576,17 +578,19 @@ class TurboVideoPipeline:
             with self._clock.stage("image"):
                 sizes = dict(num_frames=num_frames, width=width, height=height)
                 images = jax.block_until_ready(image_inputs(self.vae, self.clip, pictures, **sizes))
-        arguments = sampler_arguments(
-            steps,
-            shape,
-            text,
-            negative=negative,
-            guidance_scale=guidance_scale,
-            seed=seed,
-            latents=latents,
-            noise=noise,
-            images=images,
-        )
+        with self._clock.stage("compile"):
+            self._programs.wait("noise")
+            arguments = sampler_arguments(
+                steps,
+                shape,
+                text,
+                negative=negative,
+                guidance_scale=guidance_scale,
+                seed=seed,
+                latents=latents,
+                noise=noise,
+                images=images,
+            )
         clean = self._sample(steps, sla_topk, arguments)
         host = np.asarray(clean)
         if not np.isfinite(host).all():
