@@ -80,15 +80,25 @@ def setting(m: Measurement) -> list[str]:
 
 
 def videos() -> list[str]:
-    names = ("t2v_1_3b_480p_int8_sagesla", "t2v_14b_720p_int8_sagesla", "t2v_1_3b_480p", "t2v_14b_480p")
+    stages = {"text": "text", "diffusion": "diffusion", "vae": "VAE", "file": "file", "end_to_end": "end to end"}
+    own = ("t2v_1_3b_480p_int8_sagesla", "t2v_14b_720p_int8_sagesla", "t2v_14b_720p_channel_sagesla")
+    return seconds_of_stages(stages, (*own, "t2v_1_3b_480p", "t2v_14b_480p"))
+
+
+def videos_of_images() -> list[str]:
+    stages = {name: name for name in ("image", "experts", "diffusion")} | {"vae": "VAE", "end_to_end": "end to end"}
+    return seconds_of_stages(stages, ("i2v_a14b_720p_int8_sagesla", "i2v_a14b_720p_24gb"))
+
+
+def seconds_of_stages(stages: dict[str, str], names: Sequence[str]) -> list[str]:
+    """Those of the last, warm call, and the peak of its process."""
     rows = []
     for name in names:
         m = read(name)
         warm = m["result"]["calls"][-1]
-        stages = [f"{warm['seconds'][stage]:.2f}" for stage in ("text", "diffusion", "vae", "file", "end_to_end")]
-        rows.append([*setting(m), *stages, f"{warm['peak_bytes'] / GB:.1f}"])
-    stages = ["text", "diffusion", "VAE", "file", "end to end", "peak, GB"]
-    return [*table(["card", "", "", *stages], rows), *sources(names)]
+        rows.append([*setting(m), *(f"{warm['seconds'].get(stage, 0):.2f}" for stage in stages)])
+        rows[-1].append(f"{warm['peak_bytes'] / GB:.1f}")
+    return [*table(["card", "", "", *stages.values(), "peak, GB"], rows), *sources(names)]
 
 
 def first_videos() -> list[str]:
@@ -143,15 +153,27 @@ def attention() -> list[str]:
     return [*table(["heads x tokens", *names.values()], rows), *sources(["attention"])]
 
 
+def training() -> list[str]:
+    names = ("train_step_sla", "train_step_scm")
+    rows = []
+    for name in names:
+        result = read(name)["result"]
+        share = f"{result['model_flops_utilisation']:.2f}"
+        rows.append([name.rpartition("_")[2], f"{result['seconds']:.2f}", f"{result['peak_bytes'] / GB:.1f}", share])
+    return [*table(["recipe", "seconds", "peak, GB", "of the card's bfloat16 rate"], rows), *sources(names)]
+
+
 TABLES: dict[str, Callable[[], list[str]]] = {
     "cards, 0.75": lambda: cards(0.75),
     "cards, 0.9": lambda: cards(0.9),
     "videos": videos,
+    "videos of images": videos_of_images,
     "first videos": first_videos,
     "diffusion": diffusion,
     "linear": linear,
     "linear, errors": linear_errors,
     "attention": attention,
+    "training": training,
 }
 MARKED = re.compile(r"(<!-- table: (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 

@@ -47,6 +47,7 @@ from turbojax.sampling import (
     check_seed,
     denoise,
     first_noise_level,
+    first_state,
     latent_shape,
     make_sampler,
     sampler_arguments,
@@ -87,6 +88,13 @@ MODELS: dict[str, Callable[..., WanConfig]] = {
 TWO_EXPERTS = ("wan2.2-i2v-a14b",)
 
 
+def known_network(model: str | None) -> WanConfig:
+    """The network of a name in MODELS; raises UserError for another."""
+    if model not in MODELS:
+        raise UserError(f"{model=} is unknown; choose one of {', '.join(MODELS)}")
+    return MODELS[model]()
+
+
 @dataclasses.dataclass(frozen=True)
 class VideoOutput:
     """videos: uint8 `[B, T, H, W, 3]`; latents: float32, what was decoded; timings: seconds by stage; files written."""
@@ -113,6 +121,11 @@ def decode(vae: WanVAE, latents: np.ndarray, *, tiled: bool = False) -> Iterator
 def memory_stats() -> dict[str, int]:
     """Of the first device, in bytes; empty where it does not count them."""
     return jax.devices()[0].memory_stats() or {}
+
+
+def check_number(prompts: Sequence[str], num_samples: int) -> None:
+    if not prompts or num_samples < 1:
+        raise UserError(f"{len(prompts)} prompts and {num_samples=} ask for no video; give at least one of each")
 
 
 def check_tiling(vae_tiling: str) -> None:
@@ -194,6 +207,7 @@ def compile_ahead(
         network = with_topk(transformer, call.sla_topk)
         for _, steps in experts.parts(call.sampler):
             programs.start(*sampler_program(call.sampler, steps, network, call.arguments))
+    programs.start("noise", lambda: first_state(call.sampler, call.arguments[0].shape, 0))
     programs.start("text", text.compile)
     if call.arguments[-1]:
         programs.start("image", lambda: compile_still(vae, *call.work.pixels(vae.config)))
@@ -424,12 +438,9 @@ class TurboVideoPipeline:
 
         Options as `from_pretrained` takes them.
         """
-        if model not in MODELS:
-            raise UserError(f"{model=} is unknown; choose one of {', '.join(MODELS)}")
         start = time.perf_counter()
-        logging.warning("Weights are random: %s at full size, for measuring. The video will be noise.", model)
         config = with_options(
-            MODELS[model](),
+            known_network(model),
             quant_linear=quant_linear,
             quant_scheme=quant_scheme,
             attention_type=attention_type,
@@ -437,6 +448,7 @@ class TurboVideoPipeline:
             sage_values=sage_values,
             dtype=dtype,
         )
+        logging.warning("Weights are random: %s at full size, for measuring. The video will be noise.", model)
         use_compilation_cache()
         parts = published_parts(config, two=model in TWO_EXPERTS)
         network, vae, encoder = wan_skeleton(config), vae_skeleton(parts.vae), umt5_skeleton(parts.text)
@@ -529,8 +541,7 @@ class TurboVideoPipeline:
         returns NaN.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if not prompts or num_samples < 1:
-            raise UserError(f"{len(prompts)} prompts and {num_samples=} ask for no video; give at least one of each")
+        check_number(prompts, num_samples)
         check_seed(seed)
         check_tiling(vae_tiling)
         pictures = read_images(self.config, image, last_image, background)
@@ -567,17 +578,19 @@ class TurboVideoPipeline:
             with self._clock.stage("image"):
                 sizes = dict(num_frames=num_frames, width=width, height=height)
                 images = jax.block_until_ready(image_inputs(self.vae, self.clip, pictures, **sizes))
-        arguments = sampler_arguments(
-            steps,
-            shape,
-            text,
-            negative=negative,
-            guidance_scale=guidance_scale,
-            seed=seed,
-            latents=latents,
-            noise=noise,
-            images=images,
-        )
+        with self._clock.stage("compile"):
+            self._programs.wait("noise")
+            arguments = sampler_arguments(
+                steps,
+                shape,
+                text,
+                negative=negative,
+                guidance_scale=guidance_scale,
+                seed=seed,
+                latents=latents,
+                noise=noise,
+                images=images,
+            )
         clean = self._sample(steps, sla_topk, arguments)
         host = np.asarray(clean)
         if not np.isfinite(host).all():

@@ -6,10 +6,9 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from turbojax.errors import UserError
 from turbojax.memory import Plan
 from turbojax.models.wan import WanConfig
-from turbojax.pipeline import MODELS, TWO_EXPERTS, Call, plan_call, published_parts
+from turbojax.pipeline import MODELS, TWO_EXPERTS, Call, known_network, plan_call, published_parts
 from turbojax.temporaries import Parts
 from turbojax.weights import files
 from turbojax.weights.load import open_umt5, open_vae, open_wan, with_options
@@ -45,9 +44,7 @@ def find_parts(
     path = Path(path_or_repo).expanduser()
     folder = files.open_repository(path) if path.exists() else None
     if path_or_repo == "random":
-        if model not in MODELS:
-            raise UserError(f"{model=} is unknown; choose one of {', '.join(MODELS)}")
-        stored, two = MODELS[model](), model in TWO_EXPERTS
+        stored, two = known_network(model), model in TWO_EXPERTS
     elif folder is None and (known := published(str(path_or_repo))):
         stored, two = known
     else:

@@ -12,6 +12,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from turbojax.errors import UserError
 from turbojax.kernels import sage_triton, sla_triton
@@ -49,8 +50,9 @@ def attention(
     s = settings
     k_means, state, normalizer = sla_triton.key_summary(k, v, s.block_k)
     k_mean = sla_triton.mean_of_means(k_means, k.shape[1], s.block_k)
-    q_code, q_scale, q_means = sage_triton.quantize_rows(q, s.block_q, means=True)
     k_code, k_scale, _ = sage_triton.quantize_rows(k, s.block_k, mean=k_mean)
+    q, k_code = lax.optimization_barrier((q, k_code))  # k's memory is free before q's codes take some
+    q_code, q_scale, q_means = sage_triton.quantize_rows(q, s.block_q, means=True)
     v_code, v_scale = prepare_values(v, s.values)
     return sage_triton.sage_forward(
         q,

@@ -4,7 +4,7 @@ B batch, L tokens, N heads, H head dim. int8 codes of q and k are padded to whol
 with zeros: inside the loop over key blocks their loads need no mask, and only the partial block masks its scores.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -306,7 +306,7 @@ def quantize_values(v: jax.Array) -> tuple[jax.Array, jax.Array]:
     """
     batch, length, heads, dim = v.shape
     chunks, blocks = -(-length // AMAX_ROWS), -(-length // VALUE_ROWS)
-    shape = dict(num_stages=1, L=length, N=heads, H=dim)
+    shape: dict[str, Any] = dict(num_stages=1, L=length, N=heads, H=dim)
     (parts,) = triton_call(
         channel_amax_kernel,
         v,
@@ -372,6 +372,7 @@ def sage_forward(
         normalizer,
         bias,
         out_shape=(jax.ShapeDtypeStruct(q.shape, jnp.bfloat16),),
+        in_place={7: 0},  # a program reads the rows of q that it writes
         grid=(table.shape[2], batch * heads),
         num_warps=tiles.warps,
         num_stages=tiles.stages,
