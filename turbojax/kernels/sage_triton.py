@@ -149,14 +149,14 @@ def keep_columns(x, left, other):
 @triton.jit
 def attend(q, k, v, factor, left, top, denominator, total, VALUES: tl.constexpr, PARTIAL: tl.constexpr):
     """One key block of the online softmax in base 2; q, k int8 [q, H] and [k, H], v [k, H]; `left` keys if PARTIAL."""
-    codes = tl.dot(q, k.T, out_dtype=tl.int32)
+    products = tl.dot(q, k.T, out_dtype=tl.int32)
     if PARTIAL:
-        codes = keep_columns(codes, left, LEAST)
+        products = keep_columns(products, left, LEAST)
     # The maximum is that of the integers: a Hopper instruction takes three, and none waits for its conversion.
-    new_top = tl.maximum(top, tl.max(codes, axis=1).to(tl.float32) * factor)
+    new_top = tl.maximum(top, tl.max(products, axis=1).to(tl.float32) * factor)
     decay = tl.exp2(top - new_top)
     offset: tl.constexpr = OFFSET if VALUES == "float8" else 0.0
-    p = tl.exp2(codes.to(tl.float32) * factor - (new_top - offset)[:, None])
+    p = tl.exp2(products.to(tl.float32) * factor - (new_top - offset)[:, None])
     if PARTIAL:
         p = keep_columns(p, left, 0.0)  # with small factors LEAST is not far below the maximum
     if VALUES == "float8":
