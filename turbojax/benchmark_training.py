@@ -27,8 +27,8 @@ from turbojax.train.state import initial_state, parameters
 from turbojax.train.step import Fixed, adamw, make_step
 from turbojax.train.times import LogNormal
 from turbojax.train.trigflow import velocity
-from turbojax.weights.load import wan_skeleton
 from turbojax.weights.random import random_module
+from turbojax.weights.skeleton import wan_skeleton
 
 ROUNDS = 3
 

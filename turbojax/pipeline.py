@@ -60,20 +60,11 @@ from turbojax.temporaries import Parts, Residency, Work
 from turbojax.text import TextEncoder
 from turbojax.video import check_fps, check_path, files_of, numbered, open_video, save_video
 from turbojax.weights import files
-from turbojax.weights.load import (
-    clip_skeleton,
-    load_plain,
-    load_wan,
-    open_clip,
-    open_vae,
-    open_wan,
-    umt5_skeleton,
-    vae_skeleton,
-    wan_skeleton,
-    with_options,
-)
+from turbojax.weights.load import load_wan, open_wan, with_options
 from turbojax.weights.lora import Expert, LoRA
+from turbojax.weights.plain import load_plain, open_clip, open_vae
 from turbojax.weights.random import random_module, random_token_table
+from turbojax.weights.skeleton import clip_skeleton, umt5_skeleton, vae_skeleton, wan_skeleton
 
 TilingName = Literal["auto", "on", "off"]
 VAE_TILING: tuple[str, ...] = ("auto", "on", "off")

@@ -11,7 +11,8 @@ from turbojax.models.wan import WanConfig
 from turbojax.pipeline import MODELS, TWO_EXPERTS, Call, known_network, plan_call, published_parts
 from turbojax.temporaries import Parts
 from turbojax.weights import files
-from turbojax.weights.load import open_umt5, open_vae, open_wan, with_options
+from turbojax.weights.load import open_wan, with_options
+from turbojax.weights.plain import open_umt5, open_vae
 
 
 def plan_unloaded(

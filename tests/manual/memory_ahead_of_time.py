@@ -27,7 +27,8 @@ from turbojax.pipeline import MODELS, Call
 from turbojax.sampling import sampler_program
 from turbojax.temporaries import Parts, Residency, compiled, estimate
 from turbojax.video import video_size
-from turbojax.weights.load import wan_skeleton, with_options
+from turbojax.weights.load import with_options
+from turbojax.weights.skeleton import wan_skeleton
 
 # What XLA says of an H100 SXM.
 H100 = """

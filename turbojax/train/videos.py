@@ -19,7 +19,8 @@ from turbojax.train.data import Shards
 from turbojax.train.state import Params, in_compute_dtype
 from turbojax.video import save_video
 from turbojax.weights.files import find_components
-from turbojax.weights.load import Skeleton, load_vae
+from turbojax.weights.plain import load_vae
+from turbojax.weights.skeleton import Skeleton
 
 MakeVideos = Callable[[int, Params], list[Path]]
 
