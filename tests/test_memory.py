@@ -12,7 +12,7 @@ from turbojax.memory import Sizes, Streamable, loading_advice, out_of_memory, pl
 from turbojax.models.umt5 import UMT5Config
 from turbojax.models.vae import VAEConfig
 from turbojax.models.wan import WanConfig
-from turbojax.pipeline import published_parts
+from turbojax.networks import published_parts
 from turbojax.temporaries import Parts, Residency, Temporaries, Work, compiled, estimate, tried
 from turbojax.weights.skeleton import wan_skeleton
 

@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from turbojax.errors import UserError
 from turbojax.models.vae import VAEConfig
 from turbojax.models.wan import WanConfig
-from turbojax.pipeline import MODELS
+from turbojax.networks import MODELS
 from turbojax.shapes.networks import AUTOENCODERS, WANS
 from turbojax.sharding import state_shardings
 from turbojax.train.state import Params, parameters

@@ -11,8 +11,8 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
+from turbojax.decoding import decode
 from turbojax.demo import demo_folder
-from turbojax.pipeline import decode
 from turbojax.sampling import make_sampler, sample
 from turbojax.text import TextEncoder
 from turbojax.train.data import Shards
