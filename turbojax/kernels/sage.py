@@ -170,12 +170,14 @@ def sage_sparse_linear_attention(
     block_k: int = 128,
     values: Values = "float8",
     implementation: Implementation | None = None,
+    overwrite_q: bool = False,
 ) -> jax.Array:
     """The whole of the module docstring plus SLA's linear branch, from unquantized q, k, v.
 
     q, k (rotated) and v `[B, L, N, H]`, proj_weight `[H, H]` (out, in). The default blocks are those that the published
-    checkpoints run with on Hopper; elsewhere they are 128 and 64. Raises UserError where a named implementation cannot
-    run, and where the fused one is differentiated.
+    checkpoints run with on Hopper; elsewhere they are 128 and 64. overwrite_q: the result takes q's memory, which
+    costs a copy if q is needed elsewhere. Raises UserError where a named implementation cannot run, and where the fused
+    one is differentiated.
     """
     if values not in VALUES:
         raise UserError(f"{values=} is unknown; choose {' or '.join(VALUES)}")
@@ -183,7 +185,8 @@ def sage_sparse_linear_attention(
         from turbojax.kernels import sage_fused
 
         count = num_selected(topk, -(-k.shape[1] // block_k))
-        settings = sage_fused.settings(count, block_q=block_q, block_k=block_k, values=values)
+        blocks = {"block_q": block_q, "block_k": block_k}
+        settings = sage_fused.settings(count, **blocks, values=values, overwrite_q=overwrite_q)
         return sage_fused.attention(q, k, v, proj_weight, proj_bias, settings)
     table = block_table(q, k, topk=topk, block_q=block_q, block_k=block_k)
     sparse = sage_sparse(q, k, v, table, block_q=block_q, block_k=block_k, values=values)

@@ -25,7 +25,8 @@ from turbojax.kernels.sla_fused import project_state, table_of_means
 class Settings:
     """What the kernels are compiled for.
 
-    count: key blocks a query block attends to. tiles: how the sparse kernel runs.
+    count: key blocks a query block attends to. tiles: how the sparse kernel runs. overwrite_q: the result takes q's
+    memory.
     """
 
     count: int
@@ -33,13 +34,14 @@ class Settings:
     block_k: int
     values: Values
     tiles: sage_triton.Tiles
+    overwrite_q: bool = False
 
 
-def settings(count: int, *, block_q: int, block_k: int, values: Values) -> Settings:
+def settings(count: int, *, block_q: int, block_k: int, values: Values, overwrite_q: bool = False) -> Settings:
     """The fastest settings for the device's compute capability."""
     capability = compute_capability() or (9, 0)
     tiles = sage_triton.forward_tiles(capability, block_q=block_q, block_k=block_k, values=values)
-    return Settings(count, block_q, block_k, values, tiles)
+    return Settings(count, block_q, block_k, values, tiles, overwrite_q)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -70,6 +72,7 @@ def attention(
         block_k=s.block_k,
         values=s.values,
         tiles=s.tiles,
+        overwrite_q=s.overwrite_q,
     )
 
 

@@ -349,6 +349,7 @@ def sage_forward(
     block_k: int,
     values: Values,
     tiles: Tiles,
+    overwrite_q: bool = False,
 ) -> jax.Array:
     """The sparse branch over the chosen key blocks plus the linear branch, bfloat16 `[B, L, N, H]`.
 
@@ -372,7 +373,7 @@ def sage_forward(
         normalizer,
         bias,
         out_shape=(jax.ShapeDtypeStruct(q.shape, jnp.bfloat16),),
-        in_place={7: 0},  # a program reads the rows of q that it writes
+        in_place={7: 0} if overwrite_q else {},  # a program reads the rows of q that it writes
         grid=(table.shape[2], batch * heads),
         num_warps=tiles.warps,
         num_stages=tiles.stages,

@@ -173,7 +173,7 @@ class SelfAttention(nnx.Module):
         }
         if c.attention_type == "sla":
             return sparse_linear_attention(q, k, v, *projection, **settings)
-        return sage_sparse_linear_attention(q, k, v, *projection, values=c.sage_values, **settings)
+        return sage_sparse_linear_attention(q, k, v, *projection, values=c.sage_values, overwrite_q=True, **settings)
 
 
 class CrossAttention(nnx.Module):
