@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from turbojax.calls import plan_call
 from turbojax.kernels.int8 import QuantConfig
 from turbojax.memory import GB, Plan
-from turbojax.pipeline import MODELS, TWO_EXPERTS, Call, plan_call, published_parts
+from turbojax.networks import MODELS, TWO_EXPERTS, published_parts
+from turbojax.pipeline import abstract_call
 from turbojax.video import video_size
 
 DOCS = Path(__file__).parent
@@ -42,7 +44,7 @@ def cards(share: float) -> list[str]:
             for precision, quant in (("int8", QuantConfig()), ("bfloat16", None)):
                 parts = published_parts(MODELS[model](attention_type="sla", quant=quant), two=model in TWO_EXPERTS)
                 width, height = video_size(resolution, "16:9")
-                call = Call.of(parts, {"width": width, "height": height})
+                call = abstract_call(parts, {"width": width, "height": height})
                 limits = [share * card * 2**30 / GB for card in CARDS]
                 plans = [plan_call(parts, call, limit, exact=False) for limit in limits]
                 rows.append([f"{name}, {resolution}, {precision}", *map(choice, plans)])

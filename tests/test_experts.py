@@ -11,8 +11,8 @@ from turbojax.errors import UserError
 from turbojax.experts import Experts
 from turbojax.kernels.int8 import QuantConfig
 from turbojax.models.wan import WanModel
-from turbojax.weights.load import wan_skeleton
 from turbojax.weights.random import random_module
+from turbojax.weights.skeleton import wan_skeleton
 
 PLAIN, INT8 = small(num_layers=1), small(num_layers=1, quant=QuantConfig())
 

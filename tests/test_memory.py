@@ -12,9 +12,9 @@ from turbojax.memory import Sizes, Streamable, loading_advice, out_of_memory, pl
 from turbojax.models.umt5 import UMT5Config
 from turbojax.models.vae import VAEConfig
 from turbojax.models.wan import WanConfig
-from turbojax.pipeline import published_parts
+from turbojax.networks import published_parts
 from turbojax.temporaries import Parts, Residency, Temporaries, Work, compiled, estimate, tried
-from turbojax.weights.load import wan_skeleton
+from turbojax.weights.skeleton import wan_skeleton
 
 SMALL, LARGE, INT8 = WanConfig.t2v_1_3b(), WanConfig.t2v_14b(), WanConfig.t2v_14b(quant=QuantConfig())
 WORK = {"480p": Work((21, 60, 104, 16)), "720p": Work((21, 90, 160, 16))}

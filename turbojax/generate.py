@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from turbojax.condition import takes_images
 from turbojax.config import changed
+from turbojax.decoding import check_tiling
 from turbojax.demo import demo_folder
 from turbojax.diffusion import expert_split
 from turbojax.errors import UserError
@@ -21,7 +22,8 @@ from turbojax.memory import Plan, parse
 from turbojax.models.tokenizer import Tokenizer
 from turbojax.models.vae import VAEConfig
 from turbojax.models.wan import WanConfig
-from turbojax.pipeline import TurboVideoPipeline, VideoOutput, check_number, check_tiling, known_network
+from turbojax.networks import known_network
+from turbojax.pipeline import TurboVideoPipeline, VideoOutput, check_number
 from turbojax.planning import find_parts, plan_unloaded
 from turbojax.sampling import check_seed, latent_shape, make_sampler
 from turbojax.stopwatch import Progress, untold
@@ -50,7 +52,7 @@ LOAD_SETTINGS = (
 def plan(config: ConfigDict, *, exact: bool | None = True) -> Plan:
     """What the call would need of the device's memory; of weights, names and shapes are read.
 
-    exact: as `turbojax.pipeline.plan_call` takes it.
+    exact: as `turbojax.calls.plan_call` takes it.
     """
     options = network_options(config)
     return plan_unloaded(weights_of(config), call_settings(config), exact=exact, **components(config), **options)

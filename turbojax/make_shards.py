@@ -39,7 +39,7 @@ from turbojax.train.data import (
 )
 from turbojax.video import check_fps, read_video
 from turbojax.weights.io import file_metadata, read_tensors
-from turbojax.weights.load import load_vae
+from turbojax.weights.plain import load_vae
 
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
 LISTS = ("captions.jsonl", "captions.csv")

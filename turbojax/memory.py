@@ -19,7 +19,7 @@ import jax
 from turbojax.errors import UserError
 from turbojax.models import streaming
 from turbojax.temporaries import Parts, Residency, Temporaries, Work, compiled, estimate, size_of
-from turbojax.weights.load import (
+from turbojax.weights.skeleton import (
     Skeleton,
     clip_skeleton,
     is_stacked,

@@ -6,12 +6,15 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from turbojax.calls import plan_call
 from turbojax.memory import Plan
 from turbojax.models.wan import WanConfig
-from turbojax.pipeline import MODELS, TWO_EXPERTS, Call, known_network, plan_call, published_parts
+from turbojax.networks import MODELS, TWO_EXPERTS, known_network, published_parts
+from turbojax.pipeline import abstract_call
 from turbojax.temporaries import Parts
 from turbojax.weights import files
-from turbojax.weights.load import open_umt5, open_vae, open_wan, with_options
+from turbojax.weights.load import open_wan, with_options
+from turbojax.weights.plain import open_umt5, open_vae
 
 
 def plan_unloaded(
@@ -24,7 +27,7 @@ def plan_unloaded(
 ) -> Plan:
     """What a call with these settings would need; options as `find_parts` takes them, exact as `plan_call`."""
     parts = find_parts(path_or_repo, **options)
-    return plan_call(parts, Call.of(parts, settings), memory, exact=exact)
+    return plan_call(parts, abstract_call(parts, settings), memory, exact=exact)
 
 
 def find_parts(

@@ -20,7 +20,7 @@ from turbojax.errors import UserError
 from turbojax.models.streaming import Streamed
 from turbojax.models.vae import VAEConfig
 from turbojax.models.wan import TimeEmbedding, WanConfig, WanModel, patch_grid
-from turbojax.weights.load import wan_skeleton
+from turbojax.weights.skeleton import wan_skeleton
 
 SamplerName = Literal["rcm", "euler", "unipc"]
 SAMPLERS: tuple[str, ...] = ("rcm", "euler", "unipc")

@@ -22,7 +22,7 @@ from turbojax.models.tiling import compile_tiles, tile_sides
 from turbojax.models.umt5 import TEXT_LEN, UMT5Config
 from turbojax.models.vae import VAEConfig
 from turbojax.models.wan import WanConfig
-from turbojax.weights.load import umt5_skeleton, vae_skeleton, wan_skeleton
+from turbojax.weights.skeleton import umt5_skeleton, vae_skeleton, wan_skeleton
 
 
 class Parts(NamedTuple):

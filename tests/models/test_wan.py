@@ -18,7 +18,8 @@ from turbojax.kernels import attention, sla
 from turbojax.models import wan
 from turbojax.models.layers import time_sinusoid
 from turbojax.models.wan import WanConfig, WanModel, patch_grid, patchify, unpatchify
-from turbojax.weights.load import build_wan, check_wan, wan_skeleton
+from turbojax.weights.load import build_wan, check_wan
+from turbojax.weights.skeleton import wan_skeleton
 
 TOKENS_480P = 21 * 30 * 52  # 81 frames of 832 x 480: 32,760
 SIZES = {

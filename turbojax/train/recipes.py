@@ -21,7 +21,7 @@ from turbojax.train.schedule import Phases
 from turbojax.train.state import Params, in_compute_dtype
 from turbojax.train.times import Times, UniformShift, drawn_simulation_times, fixed_simulation_times
 from turbojax.train.trigflow import Velocity, guided
-from turbojax.weights.load import Skeleton, wan_skeleton
+from turbojax.weights.skeleton import Skeleton, wan_skeleton
 
 Batch = dict[str, jax.Array]  # latents [B, t, h, w, c], text [B, 512, D], or of an autoencoder video; and key [B]
 Metrics = dict[str, jax.Array]  # float32 []
