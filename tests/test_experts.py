@@ -58,6 +58,10 @@ def test_one_at_a_time(config, room):
         assert extra <= room
         assert (extra == one) == (room > one and following != name)
         assert_equal(numbers(model), expected[name])
+    del model
+    experts.make_room()
+    assert places(experts)["device"] == (0 if both_on_host else one)
+    assert_equal(numbers(experts.bring("low")), expected["low"])
 
 
 def test_both_stay():

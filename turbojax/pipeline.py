@@ -375,6 +375,7 @@ class TurboVideoPipeline:
             raise UserError("the network returned NaN or infinity; check the checkpoint, or try dtype float32")
         with self._clock.stage("compile"):
             self._programs.wait("vae")
+        self.experts.make_room()
         tiled = needs_tiling(self.vae, *shape[2:4], vae_tiling, limit=parse(self.memory, None)[1])
         videos = self._decode(host, outputs, fps, tiled=tiled)
         for line in guard.warnings(videos):
