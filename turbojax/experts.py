@@ -167,7 +167,7 @@ class Experts:
             self._networks[name].fetch(room)
 
     def make_room(self) -> None:
-        """Behind the last step: frees the device where that costs nothing, as the next video begins with the other one."""
+        """Behind the last step: frees the device if that costs nothing, as the next video begins with the other one."""
         if self.in_turn and self.keeps and self._here:
             self._here.leave()
             self._here = None
