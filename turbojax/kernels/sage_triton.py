@@ -19,7 +19,7 @@ LOG2 = tl.constexpr(LOG2_E)
 OFFSET = tl.constexpr(P_OFFSET)
 LEAST = tl.constexpr(-(2**30))  # below every product of codes
 VALUE_ROWS = 128  # rows of v that one program converts
-AMAX_ROWS = 1024  # rows of v that one program takes the largest magnitude of
+AMAX_ROWS = 512  # rows of v that one program takes the largest magnitude of
 
 
 class Tiles(NamedTuple):
