@@ -334,7 +334,7 @@ class WanModel(nnx.Module):
         """What no step changes, see `__call__`; grid: patches in time, height and width."""
         text, image = self.embed_text(text, clip)
         table = rotary_table(grid, self.config.head_dim)
-        if 2 * self.config.num_layers * sum(tokens.nbytes for tokens in jax.tree.leaves((text, image))) > KEYS_BYTES:
+        if not kept_keys(self.config, sum(math.prod(a.shape[:2]) for a in jax.tree.leaves((text, image)))):
             return Context(text, image, table)
         graph, layers = nnx.split(self.blocks.cross_attn)
         keys_of = lambda _, layer: (None, nnx.merge(graph, layer).keys(text, image))  # noqa: E731
@@ -397,6 +397,12 @@ class WanModel(nnx.Module):
             raise UserError(f"{clip.shape[1]} clip tokens were given and the model takes {tokens}, those of its images")
         image = None if clip is None else self.image_embedding(clip.astype(c.dtype))
         return self.text_embedding(text.astype(c.dtype)), image
+
+
+def kept_keys(config: WanConfig, tokens: int) -> int:
+    """Bytes of the keys and values of so many tokens in all layers; 0 where each step makes them, see `Context`."""
+    size = 2 * config.num_layers * tokens * config.dim * jnp.dtype(config.dtype).itemsize
+    return size if size <= KEYS_BYTES else 0
 
 
 def linear_kind(config: WanConfig):
