@@ -14,6 +14,9 @@ from turbojax.demo import demo_folder
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
+# The quicker of XLA's two ways to generate code for a CPU, and a program in one piece.
+QUICK = "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters --xla_cpu_parallel_codegen_split_count=1"
+
 
 def pytest_configure(config):
     """On a machine with a GPU, too, only tests/gpu uses it: tolerances elsewhere are those of a CPU's float32.
@@ -23,8 +26,10 @@ def pytest_configure(config):
     if not any("gpu" in argument for argument in config.args):
         os.environ.setdefault("JAX_PLATFORMS", "cpu")  # for subprocesses
         jax.config.update("jax_platforms", os.environ["JAX_PLATFORMS"])
-        os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-        jax.config.update("jax_disable_most_optimizations", os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] == "1")
+        quick = os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1") == "1"
+        jax.config.update("jax_disable_most_optimizations", quick)
+        if quick:
+            os.environ["XLA_FLAGS"] = f"{QUICK} {os.environ.get('XLA_FLAGS', '')}"
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -149,3 +149,16 @@ def patch_tensor(tensor, scope):
 
 
 interpreter._patch_lang_tensor = patch_tensor
+
+
+def call_helper(self, *arguments, **constants):
+    """Patches the helper's Triton at its first call alone; each launch of a kernel patches what it sees anew."""
+    if self.fn not in self.rewritten_fn:
+        interpreter._patch_lang(self.fn)
+    return self.rewrite()(*arguments, **constants)
+
+
+interpreter.InterpretedFunction.__call__ = call_helper
+
+# Integers of so small arrays do not overflow, and checking each sum and product takes a quarter of the time.
+interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)

@@ -8,12 +8,12 @@ from pathlib import Path
 FOLDER = Path(__file__).parent
 
 
-def run_in_the_interpreter(file: str, **environment: str) -> None:
+def run_in_the_interpreter(file: str) -> None:
     """The tests of one file beside this one; raises AssertionError with what pytest says where any fails."""
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", FOLDER / file],
         cwd=FOLDER.parents[1],
-        env=os.environ | {"TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"} | environment,
+        env=os.environ | {"TRITON_INTERPRET": "1", "JAX_PLATFORMS": "cpu"},
         capture_output=True,
         text=True,
     )

@@ -19,8 +19,7 @@ SUMMARY = {"k": BF16, "v": BF16, "means": F32, "states": F32, "normalizers": F32
 
 
 def test_kernels_in_the_interpreter():
-    quick_compilation = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
-    run_in_the_interpreter("interpreted_sla.py", XLA_FLAGS=quick_compilation)
+    run_in_the_interpreter("interpreted_sla.py")
 
 
 def assert_within_limits(kernel, pointers, constants, *, warps: int, stages: int, capability: int, spilled: int = 0):
