@@ -11,9 +11,11 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from turbojax.calls import plan_call
 from turbojax.kernels.int8 import QuantConfig
 from turbojax.memory import GB, Plan
-from turbojax.pipeline import MODELS, TWO_EXPERTS, Call, plan_call, published_parts
+from turbojax.networks import MODELS, TWO_EXPERTS, published_parts
+from turbojax.pipeline import abstract_call
 from turbojax.video import video_size
 
 DOCS = Path(__file__).parent
@@ -42,7 +44,7 @@ def cards(share: float) -> list[str]:
             for precision, quant in (("int8", QuantConfig()), ("bfloat16", None)):
                 parts = published_parts(MODELS[model](attention_type="sla", quant=quant), two=model in TWO_EXPERTS)
                 width, height = video_size(resolution, "16:9")
-                call = Call.of(parts, {"width": width, "height": height})
+                call = abstract_call(parts, {"width": width, "height": height})
                 limits = [share * card * 2**30 / GB for card in CARDS]
                 plans = [plan_call(parts, call, limit, exact=False) for limit in limits]
                 rows.append([f"{name}, {resolution}, {precision}", *map(choice, plans)])
@@ -80,25 +82,31 @@ def setting(m: Measurement) -> list[str]:
 
 
 def videos() -> list[str]:
-    names = ("t2v_1_3b_480p_int8_sagesla", "t2v_14b_720p_int8_sagesla", "t2v_1_3b_480p", "t2v_14b_480p")
+    stages = {"text": "text", "diffusion": "diffusion", "vae": "VAE", "file": "file", "end_to_end": "end to end"}
+    own = ("t2v_1_3b_480p_int8_sagesla", "t2v_14b_720p_int8_sagesla", "t2v_14b_720p_channel_sagesla")
+    return seconds_of_stages(stages, (*own, "t2v_1_3b_480p", "t2v_14b_480p"))
+
+
+def videos_of_images() -> list[str]:
+    stages = {name: name for name in ("image", "experts", "diffusion")} | {"vae": "VAE", "end_to_end": "end to end"}
+    return seconds_of_stages(stages, ("i2v_a14b_720p_int8_sagesla", "i2v_a14b_720p_24gb"))
+
+
+def seconds_of_stages(stages: dict[str, str], names: Sequence[str]) -> list[str]:
+    """Those of the last, warm call, and the peak of its process."""
     rows = []
     for name in names:
         m = read(name)
         warm = m["result"]["calls"][-1]
-        stages = [f"{warm['seconds'][stage]:.2f}" for stage in ("text", "diffusion", "vae", "file", "end_to_end")]
-        rows.append([*setting(m), *stages, f"{warm['peak_bytes'] / GB:.1f}"])
-    stages = ["text", "diffusion", "VAE", "file", "end to end", "peak, GB"]
-    return [*table(["card", "", "", *stages], rows), *sources(names)]
+        rows.append([*setting(m), *(f"{warm['seconds'].get(stage, 0):.2f}" for stage in stages)])
+        rows[-1].append(f"{warm['peak_bytes'] / GB:.1f}")
+    return [*table(["card", "", "", *stages.values(), "peak, GB"], rows), *sources(names)]
 
 
 def first_videos() -> list[str]:
-    names = ("t2v_1_3b_480p_int8_sagesla", "t2v_1_3b_480p_int8_sagesla_cached")
-    rows = []
-    for name, cache in zip(names, ("empty", "full"), strict=True):
-        result = read(name)["result"]
-        first, warm = (result["calls"][i]["seconds"]["end_to_end"] for i in (0, -1))
-        rows.append([cache, f"{result['load_seconds']:.1f}", f"{first:.1f}", f"{warm:.2f}"])
-    return [*table(["compilation cache", "loading", "first video", "third video"], rows), *sources(names)]
+    seconds = read("first_video")["seconds"]
+    rows = [[name.removesuffix("_cache"), f"{taken:.1f}"] for name, taken in seconds.items()]
+    return [*table(["compilation cache", "from launch to closed mp4"], rows), *sources(["first_video"])]
 
 
 def diffusion() -> list[str]:
@@ -143,15 +151,27 @@ def attention() -> list[str]:
     return [*table(["heads x tokens", *names.values()], rows), *sources(["attention"])]
 
 
+def training() -> list[str]:
+    names = ("train_step_sla", "train_step_scm")
+    rows = []
+    for name in names:
+        result = read(name)["result"]
+        share = f"{result['model_flops_utilisation']:.2f}"
+        rows.append([name.rpartition("_")[2], f"{result['seconds']:.2f}", f"{result['peak_bytes'] / GB:.1f}", share])
+    return [*table(["recipe", "seconds", "peak, GB", "of the card's bfloat16 rate"], rows), *sources(names)]
+
+
 TABLES: dict[str, Callable[[], list[str]]] = {
     "cards, 0.75": lambda: cards(0.75),
     "cards, 0.9": lambda: cards(0.9),
     "videos": videos,
+    "videos of images": videos_of_images,
     "first videos": first_videos,
     "diffusion": diffusion,
     "linear": linear,
     "linear, errors": linear_errors,
     "attention": attention,
+    "training": training,
 }
 MARKED = re.compile(r"(<!-- table: (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
 

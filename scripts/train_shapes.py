@@ -1,64 +1,6 @@
-"""Trains the small model of the world of shapes from nothing, and lays out what is shipped.
+"""turbojax train_shapes, from the checkout: see --help and turbojax/commands/train_shapes.py."""
 
-    python scripts/train_shapes.py --folder=outputs/shapes --minutes=8
-    python scripts/train_shapes.py --folder=outputs/shapes-tiny --size=tiny
-
-Stages: text, vae, data, teacher, sla, rcm, ship; their settings are in configs/shapes_*.py, and "data" encodes drawn
-videos. After --minutes it stops with a checkpoint and exit code 130; the same command goes on from there, stages that
-are done are passed over. model/ then has the files in the published layouts and the curves. --stages=sla,rcm runs these
-alone, --steps=0.5 takes half the steps of each, --size=tiny shows on a CPU in minutes that the way works.
-"""
-
-import functools
-import runpy
-import time
-from pathlib import Path
-
-from absl import flags, logging
-from ml_collections import ConfigDict
-
-from turbojax import UserError, cli
-
-try:
-    from turbojax.shapes.stages import STAGES, Job
-except ModuleNotFoundError as missing:
-    cli.fail(ModuleNotFoundError(f"training needs {missing.name}; pip install 'turbojax[shapes,train]'"))
-
-FOLDER = flags.DEFINE_string("folder", "outputs/shapes", "of all that is made")
-STAGE_NAMES = flags.DEFINE_list("stages", list(STAGES), "to run, in this order")
-MINUTES = flags.DEFINE_float("minutes", 0.0, "stop, to be gone on with, after so long; 0 for no limit")
-SIZE = flags.DEFINE_enum("size", "full", ["full", "tiny"], "of networks, data and steps")
-STEPS = flags.DEFINE_float("steps", 1.0, "share of each stage's steps")
-
-CONFIGS = Path(__file__).parents[1] / "configs"
-
-
-def settings(stage: str, *, size: str, steps: float) -> ConfigDict:
-    """What configs/shapes_STAGE.py says."""
-    config = runpy.run_path(str(CONFIGS / f"shapes_{stage}.py"))["get_config"](size)
-    name = "steps" if stage == "text" else "num_steps"
-    config[name] = max(1, round(config[name] * steps))
-    return config
-
-
-def main() -> None:
-    start = time.monotonic()
-    if unknown := [name for name in STAGE_NAMES.value if name not in STAGES]:
-        raise UserError(f"there is no stage {unknown[0]}; choose among {','.join(STAGES)}")
-    folder = Path(FOLDER.value).expanduser()
-    for name in STAGE_NAMES.value:
-        if (folder / STAGES[name].last).exists():
-            logging.info("%s is done", name)
-            continue
-        left = MINUTES.value - (time.monotonic() - start) / 60 if MINUTES.value else 0.0
-        if MINUTES.value and left <= 0:
-            logging.info("Stopped before %s; the same command goes on from there", name)
-            raise KeyboardInterrupt
-        began = time.monotonic()
-        read = functools.partial(settings, size=SIZE.value, steps=STEPS.value)
-        STAGES[name].run(Job(folder, SIZE.value, read, left))
-        logging.info("%s took %.1f s", name, time.monotonic() - began)
-
+from turbojax.commands.train_shapes import run
 
 if __name__ == "__main__":
-    cli.run(main, help_text=__doc__ or "")
+    run()

@@ -22,8 +22,8 @@ from turbojax.train.schedule import LearningRate
 from turbojax.train.state import TrainState, initial_state, parameters
 from turbojax.train.step import Fixed, adamw, make_step
 from turbojax.train.times import LogNormal
-from turbojax.weights.load import wan_skeleton
 from turbojax.weights.random import random_module
+from turbojax.weights.skeleton import wan_skeleton
 
 TOKENS = 3 * 4 * 6  # half of them is no multiple of a block
 CONFIGS = {

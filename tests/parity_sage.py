@@ -47,6 +47,13 @@ def block_values(q, k, v, blocks: str, topk: float) -> dict[str, np.ndarray]:
     }
 
 
+def operand_order(code: jax.Array) -> jax.Array:
+    """e4m3 values `[B, L, N, H]` as the kernel lays them out, `[B, N, H, L padded to 128]`."""
+    code = jnp.pad(code.transpose(0, 2, 3, 1), ((0, 0), (0, 0), (0, 0), (0, -code.shape[1] % 128)))
+    # Of each 16 keys, key 8 b + 2 c + d at 4 c + 2 b + d.
+    return code.reshape(*code.shape[:3], -1, 2, 4, 2).swapaxes(4, 5).reshape(code.shape)
+
+
 def as_rows(blocks: jax.Array, length: int) -> jax.Array:
     """`[B, N, blocks, block, H]` to `[B, L, N, H]`."""
     batch, heads, *_, dim = blocks.shape

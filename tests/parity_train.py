@@ -13,8 +13,8 @@ from tests.parity_wan import build, channels_first, channels_last, parts
 from turbojax.diffusion import schedules
 from turbojax.train import losses, times, trigflow
 from turbojax.train.schedule import Phases
-from turbojax.weights.load import dotted
 from turbojax.weights.rules import rename
+from turbojax.weights.skeleton import dotted
 from turbojax.weights.wan import OFFICIAL
 
 Values = dict[str, Any]

@@ -7,7 +7,7 @@ from flax import nnx
 
 from turbojax.benchmark_training import forward_flops, train_step
 from turbojax.train.toy import toy_config
-from turbojax.weights.load import wan_skeleton
+from turbojax.weights.skeleton import wan_skeleton
 
 LATENTS = (2, 8, 8, 16)
 

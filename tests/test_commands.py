@@ -23,7 +23,7 @@ BUILD = "import setuptools.build_meta; setuptools.build_meta.build_wheel('dist')
 
 
 def test_every_command_is_a_script_with_flags_of_its_own():
-    assert {"generate", "convert", "benchmark", "train", "merge", "make_shards"} <= set(commands.NAMES)
+    assert {"generate", "convert", "benchmark", "train", "merge", "make_shards", "evaluate"} <= set(commands.NAMES)
     modules = [importlib.import_module(f"turbojax.commands.{name}") for name in commands.NAMES]  # all in one process
     assert len({id(module.FLAGS) for module in modules}) == len(modules)
     for name, module in zip(commands.NAMES, modules, strict=True):
@@ -73,6 +73,14 @@ def test_configurations_by_name(monkeypatch, tmp_path):
     assert cli.find_config("configs/demo.py") == own
     for given in (["--config=train_toy:sla"], ["--config", "train_toy:sla"]):
         assert cli.find_configs(given, ()) == [f"--config={cli.CONFIGS / 'train_toy.py'}:sla"]
+
+
+def test_stages_of_the_small_model_find_their_settings():
+    from turbojax.commands.train_shapes import settings
+
+    tiny = settings("teacher", size="tiny", steps=1.0)
+    assert (tiny.model, settings("teacher", size="tiny", steps=0.5).num_steps) == ("shapes-tiny", tiny.num_steps // 2)
+    assert settings("text", size="tiny", steps=1e-9).steps == 1
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from turbojax import UserError, demo
 from turbojax.config import SETTINGS, base_config, describe_settings
 from turbojax.models.vae import VAEConfig
-from turbojax.pipeline import MODELS
+from turbojax.networks import MODELS
 from turbojax.sampling import latent_shape, make_sampler
 from turbojax.train.config import TRAIN_SETTINGS, check_settings, make_recipe
 from turbojax.video import check_path, video_size

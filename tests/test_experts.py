@@ -11,8 +11,8 @@ from turbojax.errors import UserError
 from turbojax.experts import Experts
 from turbojax.kernels.int8 import QuantConfig
 from turbojax.models.wan import WanModel
-from turbojax.weights.load import wan_skeleton
 from turbojax.weights.random import random_module
+from turbojax.weights.skeleton import wan_skeleton
 
 PLAIN, INT8 = small(num_layers=1), small(num_layers=1, quant=QuantConfig())
 
@@ -58,6 +58,10 @@ def test_one_at_a_time(config, room):
         assert extra <= room
         assert (extra == one) == (room > one and following != name)
         assert_equal(numbers(model), expected[name])
+    del model
+    experts.make_room()
+    assert places(experts)["device"] == (0 if both_on_host else one)
+    assert_equal(numbers(experts.bring("low")), expected["low"])
 
 
 def test_both_stay():

@@ -154,7 +154,7 @@ def test_compiled_while_loading(folder, picture, undecoded):
     settings = dict(image=picture, **SIZE)
     prepared = TurboVideoPipeline.from_pretrained(folder, dtype=jnp.float32, prepare=settings)
     programs = len(prepared._programs)
-    assert programs == 5  # two parts of the steps, text, image, VAE
+    assert programs == 6  # two parts of the steps, noise, text, image, VAE
     prepared(PROMPT, **settings)
     assert len(prepared._programs) == programs
 

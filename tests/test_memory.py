@@ -12,9 +12,9 @@ from turbojax.memory import Sizes, Streamable, loading_advice, out_of_memory, pl
 from turbojax.models.umt5 import UMT5Config
 from turbojax.models.vae import VAEConfig
 from turbojax.models.wan import WanConfig
-from turbojax.pipeline import published_parts
+from turbojax.networks import published_parts
 from turbojax.temporaries import Parts, Residency, Temporaries, Work, compiled, estimate, tried
-from turbojax.weights.load import wan_skeleton
+from turbojax.weights.skeleton import wan_skeleton
 
 SMALL, LARGE, INT8 = WanConfig.t2v_1_3b(), WanConfig.t2v_14b(), WanConfig.t2v_14b(quant=QuantConfig())
 WORK = {"480p": Work((21, 60, 104, 16)), "720p": Work((21, 90, 160, 16))}
@@ -56,15 +56,15 @@ def test_the_estimate_is_near_a_measured_peak():
 @pytest.mark.parametrize(
     ("config", "size", "expected"),
     [  # GB, XLA's analysis for an H100 without a GPU
-        (SMALL, "480p", 0.962),
+        (SMALL, "480p", 0.985),
         (LARGE, "720p", 4.740),
-        (INT8, "480p", 1.702),
-        (INT8, "720p", 3.918),
-        (dataclasses.replace(INT8, attention_type="sla"), "720p", 4.000),
-        (dataclasses.replace(INT8, attention_type="sagesla"), "480p", 1.926),
-        (WanConfig.t2v_14b(quant=QuantConfig("channel")), "720p", 3.954),
-        (WanConfig.t2v_1_3b(quant=QuantConfig("channel")), "720p", 2.305),
-        (WanConfig.t2v_1_3b(quant=QuantConfig()), "480p", 0.622),
+        (INT8, "480p", 1.721),
+        (INT8, "720p", 3.963),
+        (dataclasses.replace(INT8, attention_type="sla"), "720p", 3.974),
+        (dataclasses.replace(INT8, attention_type="sagesla"), "480p", 1.482),
+        (WanConfig.t2v_14b(quant=QuantConfig("channel")), "720p", 4.772),
+        (WanConfig.t2v_1_3b(quant=QuantConfig("channel")), "720p", 2.437),
+        (WanConfig.t2v_1_3b(quant=QuantConfig()), "480p", 0.727),
     ],
     ids=str,
 )
@@ -73,7 +73,7 @@ def test_estimates_are_near_xla_s_analysis(config, size, expected):
     if found == tried(config, WORK[size]):  # what trying matmuls takes is not in a program's analysis
         assert found > expected * 1e9
     else:
-        assert near(found, expected * 1e9, 0.05)
+        assert 0.97 < found / (expected * 1e9) < 1.09  # too little is worse
 
 
 def test_temporaries_grow_with_the_call():

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tests.weights.checkpoints import save, small, turbo
-from turbojax import CheckpointError, TurboVideoPipeline, UserError, VideoOutput, pipeline
+from turbojax import CheckpointError, TurboVideoPipeline, UserError, VideoOutput, decoding, loading, networks, pipeline
 from turbojax.models.vae import decoding_bytes
 from turbojax.temporaries import Residency
 from turbojax.video import save_video
@@ -170,11 +170,11 @@ def test_tiles_where_memory_is_short(demo_pipe, run, monkeypatch):
     monkeypatch.setattr(pipeline, "decode", decode)
     needed = decoding_bytes(demo_pipe.vae, *LATENTS[1:3])
     for memory in ({}, *({"bytes_limit": needed + more, "bytes_in_use": 100} for more in (100, 99))):
-        monkeypatch.setattr(pipeline, "memory_stats", lambda memory=memory: memory)
+        monkeypatch.setattr(decoding, "memory_stats", lambda memory=memory: memory)
         run(seed=5)
         run(seed=5, vae_tiling="off")
     assert used == [False, False, False, False, True, False]
-    monkeypatch.setattr(pipeline, "memory_stats", lambda: {"bytes_limit": 80 * 10**9, "bytes_in_use": 100})
+    monkeypatch.setattr(decoding, "memory_stats", lambda: {"bytes_limit": 80 * 10**9, "bytes_in_use": 100})
     monkeypatch.setattr(demo_pipe, "memory", needed / 1e9)
     run(seed=5)
     assert used[-1]
@@ -279,9 +279,9 @@ def test_parts_from_elsewhere(demo, tmp_path, demo_pipe):
 def test_random_weights(demo_pipe, monkeypatch, caplog, undecoded):
     tokenizer, t5 = demo_pipe.text.tokenizer, demo_pipe.text.encoder.config
     others = {"random umT5": demo_pipe.text.encoder, "random VAE": demo_pipe.vae}  # to save the seconds they take
-    monkeypatch.setattr(pipeline, "random_module", lambda *a, what, **k: others.get(what) or generate(*a, **k))
-    monkeypatch.setattr(pipeline.UMT5Config, "xxl", lambda dtype: t5)
-    monkeypatch.setitem(pipeline.MODELS, "tiny", lambda **changes: small(num_layers=1, **changes))
+    monkeypatch.setattr(loading, "random_module", lambda *a, what, **k: others.get(what) or generate(*a, **k))
+    monkeypatch.setattr(networks.UMT5Config, "xxl", lambda dtype: t5)
+    monkeypatch.setitem(networks.MODELS, "tiny", lambda **changes: small(num_layers=1, **changes))
     with caplog.at_level(logging.WARNING, logger="absl"):
         pipe = TurboVideoPipeline.random("tiny", tokenizer, quant_linear=True)
     assert "Weights are random: tiny at full size" in caplog.text

@@ -31,11 +31,13 @@ from turbojax.models.tiling import decode_tiled
 from turbojax.models.tokenizer import Tokenizer
 from turbojax.models.vae import VAEConfig, WanVAE
 from turbojax.models.wan import WanConfig, WanModel
-from turbojax.pipeline import MODELS, TurboVideoPipeline, bytes_by_dtype
+from turbojax.networks import MODELS
+from turbojax.pipeline import TurboVideoPipeline, bytes_by_dtype
 from turbojax.sampling import latent_shape, make_sampler, sample
 from turbojax.video import whole_file
-from turbojax.weights.load import Skeleton, wan_skeleton, with_options
+from turbojax.weights.load import with_options
 from turbojax.weights.random import random_module
+from turbojax.weights.skeleton import Skeleton, wan_skeleton
 
 
 def command_line() -> str:

@@ -9,7 +9,8 @@ from turbojax.benchmark import peak_bytes
 from turbojax.condition import takes_images
 from turbojax.demo import demo_picture
 from turbojax.models.tokenizer import Tokenizer
-from turbojax.pipeline import MODELS, TurboVideoPipeline
+from turbojax.networks import MODELS
+from turbojax.pipeline import TurboVideoPipeline
 from turbojax.stopwatch import Stopwatch
 
 

@@ -14,8 +14,8 @@ from turbojax import hlo
 from turbojax.benchmark import seconds_a_call
 from turbojax.models import wan
 from turbojax.models.wan import WanConfig, WanModel
-from turbojax.weights.load import wan_skeleton
 from turbojax.weights.random import random_module
+from turbojax.weights.skeleton import wan_skeleton
 
 # What an H100 reaches: bytes a second of a copy; operations a second of cuBLAS in bfloat16 and of int8 without block
 # scales (docs/performance.md).

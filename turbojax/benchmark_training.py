@@ -18,7 +18,8 @@ from flax import nnx
 from turbojax.benchmark import peak_bytes
 from turbojax.models.vae import VAEConfig
 from turbojax.models.wan import WanConfig
-from turbojax.pipeline import MODELS, bytes_by_dtype
+from turbojax.networks import MODELS
+from turbojax.pipeline import bytes_by_dtype
 from turbojax.sampling import latent_shape
 from turbojax.train.losses import velocity_tangent
 from turbojax.train.recipes import RCM, SLA, Networks, Recipe
@@ -27,8 +28,8 @@ from turbojax.train.state import initial_state, parameters
 from turbojax.train.step import Fixed, adamw, make_step
 from turbojax.train.times import LogNormal
 from turbojax.train.trigflow import velocity
-from turbojax.weights.load import wan_skeleton
 from turbojax.weights.random import random_module
+from turbojax.weights.skeleton import wan_skeleton
 
 ROUNDS = 3
 

@@ -62,7 +62,7 @@ def as_called(help_text: str) -> str:
     """The commands in the form of the console command, if that was called: there may be no scripts/ and configs/."""
     if not sys.argv[0].startswith("turbojax "):
         return help_text
-    return re.sub(r"\bconfigs/(\w+)\.py", r"\1", re.sub(r"\bpython scripts/(\w+)\.py", r"turbojax \1", help_text))
+    return re.sub(r"\bconfigs/(\w+)\.py", r"\1", re.sub(r"\b(python )?scripts/(\w+)\.py", r"turbojax \2", help_text))
 
 
 def parse(

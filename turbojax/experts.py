@@ -56,13 +56,14 @@ class Network:
                 self.device[i] = jax.device_put(leaf, memory(None))
                 room -= leaf.nbytes
 
-    def take_the_place_of(self, other: "Network", *, keep: bool) -> None:
+    def take_the_place_of(self, other: "Network | None", *, keep: bool) -> None:
         """Comes to the device and sends the other away, a parameter at a time: the device never holds both.
 
         keep: leave the parameters in host memory, too, so that this network's leaving will cost nothing.
         """
         for i in range(len(self.device)):
-            other._leave(i)
+            if other:
+                other._leave(i)
             if self.device[i] is None:
                 self.device[i] = jax.device_put(self.host[i], memory(None))
             if not keep and self.host[i] is not None:
@@ -154,7 +155,6 @@ class Experts:
             return self._models[name]
         network = self._networks[name]
         if self._here is not network:
-            assert self._here is not None
             start = time.perf_counter()
             network.take_the_place_of(self._here, keep=self.keeps)
             self._here = network
@@ -165,6 +165,12 @@ class Experts:
         """Starts to copy a network that is away, as much of it as fits in `room` bytes of the device."""
         if self.in_turn:
             self._networks[name].fetch(room)
+
+    def make_room(self) -> None:
+        """Behind the last step: frees the device if that costs nothing, as the next video begins with the other one."""
+        if self.in_turn and self.keeps and self._here:
+            self._here.leave()
+            self._here = None
 
     def placed(self) -> Placed:
         """All arrays of the networks on the device and in host memory."""

@@ -1,5 +1,6 @@
 """From settings, as a configuration holds them, to the pipeline and its calls."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,23 @@ from ml_collections import ConfigDict
 
 from turbojax.condition import takes_images
 from turbojax.config import changed
+from turbojax.decoding import check_tiling
 from turbojax.demo import demo_folder
+from turbojax.diffusion import expert_split
 from turbojax.errors import UserError
 from turbojax.image import read_image
-from turbojax.memory import Plan
+from turbojax.kernels.int8 import QuantConfig
+from turbojax.memory import Plan, parse
 from turbojax.models.tokenizer import Tokenizer
 from turbojax.models.vae import VAEConfig
-from turbojax.pipeline import TurboVideoPipeline, VideoOutput, check_tiling
+from turbojax.models.wan import WanConfig
+from turbojax.networks import known_network
+from turbojax.pipeline import TurboVideoPipeline, VideoOutput, check_number
 from turbojax.planning import find_parts, plan_unloaded
 from turbojax.sampling import check_seed, latent_shape, make_sampler
 from turbojax.stopwatch import Progress, untold
 from turbojax.video import check_fps, check_path, make_parent, video_size
+from turbojax.weights.load import with_options
 from turbojax.weights.lora import Expert, LoRA
 
 # Settings that the pipeline's call takes by the same names; height and width may come from elsewhere.
@@ -45,7 +52,7 @@ LOAD_SETTINGS = (
 def plan(config: ConfigDict, *, exact: bool | None = True) -> Plan:
     """What the call would need of the device's memory; of weights, names and shapes are read.
 
-    exact: as `turbojax.pipeline.plan_call` takes it.
+    exact: as `turbojax.calls.plan_call` takes it.
     """
     options = network_options(config)
     return plan_unloaded(weights_of(config), call_settings(config), exact=exact, **components(config), **options)
@@ -126,11 +133,22 @@ def check_settings(config: ConfigDict) -> tuple[int, int]:
     width = width if config.width is None else config.width
     height = height if config.height is None else config.height
     latent_shape(VAEConfig.wan2_1(), config.num_frames, height, width)
-    make_sampler(config.sampler, num_steps=config.num_inference_steps, sigma_max=config.sigma_max, shift=config.shift)
+    steps = {"num_steps": config.num_inference_steps, "sigma_max": config.sigma_max, "shift": config.shift}
+    expert_split(make_sampler(config.sampler, **steps).times, config.boundary)
+    check_network(config)
+    check_number([config.prompt], config.num_samples)
     check_seed(config.seed)
     check_tiling(config.vae_tiling)
     check_fps(config.fps)
     return width, height
+
+
+def check_network(config: ConfigDict) -> None:
+    """Tries the options on a network that may have all of them; raises UserError for what none can have."""
+    options = network_options(config)
+    parse(options.pop("memory"), None)
+    network = known_network(config.model) if config.weights == "random" else WanConfig.t2v_1_3b()
+    with_options(dataclasses.replace(network, quant=QuantConfig()), **options)
 
 
 def read_pictures(config: ConfigDict) -> dict[str, np.ndarray]:

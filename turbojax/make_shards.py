@@ -10,9 +10,9 @@ import hashlib
 import io
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -39,6 +39,7 @@ from turbojax.train.data import (
 )
 from turbojax.video import check_fps, read_video
 from turbojax.weights.io import file_metadata, read_tensors
+from turbojax.weights.plain import load_vae
 
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
 LISTS = ("captions.jsonl", "captions.csv")
@@ -133,6 +134,17 @@ def identity(path: str | os.PathLike) -> str:
         start = tensor.reshape(-1)[:256].tobytes()
         digest.update(f"{name} {tensor.dtype} {tensor.shape}".encode() + start)
     return f"{Path(path).name} {digest.hexdigest()[:12]}"
+
+
+def load_encoders(where: Mapping[str, Path], *, dtype: jnp.dtype, **settings: Any) -> tuple[WanVAE, TextEncoder, Index]:
+    """The networks in the files that `find_components` gives, and the index of what they make.
+
+    settings: as `make_index` takes them.
+    """
+    vae = load_vae(where["vae"], dtype=dtype)
+    text = TextEncoder.from_files(where["text_encoder"], where["tokenizer"], dtype=dtype, cache=False)
+    vae_identity, text_identity = (identity(where[name]) for name in ("vae", "text_encoder"))
+    return vae, text, make_index(vae, text, vae_identity=vae_identity, text_identity=text_identity, **settings)
 
 
 def make_index(

@@ -19,7 +19,7 @@ import jax
 from turbojax.errors import UserError
 from turbojax.models import streaming
 from turbojax.temporaries import Parts, Residency, Temporaries, Work, compiled, estimate, size_of
-from turbojax.weights.load import (
+from turbojax.weights.skeleton import (
     Skeleton,
     clip_skeleton,
     is_stacked,
@@ -259,7 +259,7 @@ class Sizes:
         skeletons = [wan_skeleton(parts.transformer), umt5_skeleton(parts.text), vae_skeleton(parts.vae)]
         skeletons += [clip_skeleton(parts.clip)] if parts.clip else []
         self.transformer, self.text = (Streamable.of(skeleton) for skeleton in skeletons[:2])
-        self.transformers = parts.transformers
+        self.transformers, self.int8 = parts.transformers, parts.transformer.quant is not None
         self.vae = sum(map(size_of, skeletons[2].specs.values()))
         self.clip = sum(map(size_of, skeletons[3].specs.values())) if parts.clip else 0
         stacked = [spec for skeleton in skeletons[:2] for name, spec in skeleton.specs.items() if is_stacked(name)]
@@ -276,7 +276,8 @@ class Sizes:
         layers = self.transformer.in_use(where.transformer_streamed) - one
         diffusion = Stage("diffusion", kept + layers + text, temporaries.diffusion)
         image = [Stage("image", kept + text, temporaries.image)] if temporaries.image else []
-        return load, encode, *image, diffusion, Stage("vae", kept + text, temporaries.vae)
+        gone = one if alone and self.int8 else 0  # an int8 expert leaves behind its last step
+        return load, encode, *image, diffusion, Stage("vae", kept - gone + text, temporaries.vae)
 
 
 # When it does not fit.

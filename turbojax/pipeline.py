@@ -15,32 +15,30 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from flax import nnx
-from tqdm import tqdm
 
 from turbojax import guard
 from turbojax.ahead import Programs
-from turbojax.cache import use_compilation_cache
-from turbojax.condition import compile_still, image_inputs, image_shapes, read_images, video_shape
+from turbojax.calls import Call, plan_call
+from turbojax.condition import image_inputs, read_images, video_shape
+from turbojax.decoding import TilingName, check_tiling, decode, needs_tiling
 from turbojax.diffusion import Sampler
 from turbojax.errors import UserError
-from turbojax.experts import BOUNDARY, NAMES, Experts
+from turbojax.experts import BOUNDARY, Experts
 from turbojax.image import ImageSource
 from turbojax.kernels.dispatch import compute_capability, slow_gpu
-from turbojax.memory import Plan, asked, device_limit, loading_advice, out_of_memory, parse, plan, way_out
-from turbojax.models import vae as vae_model
-from turbojax.models.clip import CLIPConfig, CLIPVision, clip_dtype
+from turbojax.loading import Loaded, load_published, load_random
+from turbojax.memory import Plan, out_of_memory, parse, way_out
+from turbojax.models.clip import CLIPVision
 from turbojax.models.streaming import Placed, Streamed, placed
-from turbojax.models.tiling import compile_tiles, decode_tiled
 from turbojax.models.tokenizer import Tokenizer
-from turbojax.models.umt5 import TEXT_LEN, UMT5Config
-from turbojax.models.vae import VAEConfig, WanVAE
+from turbojax.models.vae import WanVAE
 from turbojax.models.wan import WanConfig, WanModel
 from turbojax.sampling import (
     SamplerName,
@@ -55,36 +53,11 @@ from turbojax.sampling import (
     with_topk,
 )
 from turbojax.stopwatch import Progress, Stopwatch, untold
-from turbojax.temporaries import Parts, Residency, Work
+from turbojax.temporaries import Parts, Residency
 from turbojax.text import TextEncoder
 from turbojax.video import check_fps, check_path, files_of, numbered, open_video, save_video
-from turbojax.weights import files
-from turbojax.weights.load import (
-    clip_skeleton,
-    load_plain,
-    load_wan,
-    open_clip,
-    open_vae,
-    open_wan,
-    umt5_skeleton,
-    vae_skeleton,
-    wan_skeleton,
-    with_options,
-)
-from turbojax.weights.lora import Expert, LoRA
-from turbojax.weights.random import random_module, random_token_table
-
-TilingName = Literal["auto", "on", "off"]
-VAE_TILING: tuple[str, ...] = ("auto", "on", "off")
-
-# Networks that `random` builds, by the name a configuration gives.
-MODELS: dict[str, Callable[..., WanConfig]] = {
-    "wan2.1-t2v-1.3b": WanConfig.t2v_1_3b,
-    "wan2.1-t2v-14b": WanConfig.t2v_14b,
-    "wan2.1-i2v-14b": WanConfig.i2v_14b,
-    "wan2.2-i2v-a14b": WanConfig.i2v_a14b,
-}
-TWO_EXPERTS = ("wan2.2-i2v-a14b",)
+from turbojax.weights.lora import LoRA
+from turbojax.weights.skeleton import wan_skeleton
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,147 +70,16 @@ class VideoOutput:
     files: list[Path] = dataclasses.field(default_factory=list)
 
 
-def decode(vae: WanVAE, latents: np.ndarray, *, tiled: bool = False) -> Iterator[np.ndarray]:
-    """One video's latents `[t, h, w, c]` to uint8 frames `[n, H, W, 3]` on the host, a chunk at a time.
-
-    tiled: in tiles, see `turbojax.models.tiling`; then all frames come at once.
-    """
-    if tiled:
-        yield decode_tiled(vae, latents[None], as_uint8=True)[0]
-        return
-    chunks = vae_model.decode_chunks(vae, latents[None], as_uint8=True)
-    for part in tqdm(chunks, desc="Decoding", unit="chunk", disable=None, leave=False):
-        yield np.asarray(part)[0]  # travels while the next chunk is computed
+def check_number(prompts: Sequence[str], num_samples: int) -> None:
+    if not prompts or num_samples < 1:
+        raise UserError(f"{len(prompts)} prompts and {num_samples=} ask for no video; give at least one of each")
 
 
-def memory_stats() -> dict[str, int]:
-    """Of the first device, in bytes; empty where it does not count them."""
-    return jax.devices()[0].memory_stats() or {}
-
-
-def check_tiling(vae_tiling: str) -> None:
-    if vae_tiling not in VAE_TILING:
-        raise UserError(f"{vae_tiling=} is unknown; choose {', '.join(VAE_TILING)}")
-
-
-def needs_tiling(vae: WanVAE, height: int, width: int, tiling: str, *, limit: int | None = None) -> bool:
-    """Whether decoding latents of this size goes in tiles; "auto" compares with the memory that is free.
-
-    limit: bytes to keep to where the device has more.
-    """
-    if tiling != "auto":
-        return tiling == "on"
-    memory = memory_stats()
-    if "bytes_limit" not in memory:
-        return False
-    free = min(memory["bytes_limit"], limit or memory["bytes_limit"]) - memory["bytes_in_use"]
-    needed = vae_model.decoding_bytes(vae, height, width)
-    if needed > free:
-        logging.info("Decoding in tiles: whole frames take %.1f GB, and %.1f GB are free", needed / 1e9, free / 1e9)
-    return needed > free
-
-
-class Call(NamedTuple):
-    """A call of the pipeline in shapes; arguments: what `sample` takes besides the network."""
-
-    sampler: Sampler
-    arguments: tuple
-    sla_topk: float | None
-    vae_tiling: str
-
-    @classmethod
-    def of(cls, parts: Parts, settings: Mapping[str, Any]) -> "Call":
-        """settings: of `TurboVideoPipeline.__call__`, whose defaults stand for the others."""
-        call = inspect.signature(TurboVideoPipeline.__call__).bind(None, **{"prompt": "", **settings})
-        call.apply_defaults()
-        c, network = call.arguments, parts.transformer
-        prompts = [c["prompt"]] if isinstance(c["prompt"], str) else c["prompt"]
-        batch = len(prompts) * c["num_samples"]
-        images = [] if c["image"] is None else read_images(network, c["image"], c["last_image"], c["background"])
-        width, height = video_shape(c["width"], c["height"], images, adaptive=c["adaptive_size"])
-        shape = (batch, *latent_shape(parts.vae, c["num_frames"], height, width))
-        sampler = make_sampler(
-            c["sampler"],
-            num_steps=c["num_inference_steps"],
-            sigma_max=first_noise_level(network, c["sigma_max"]),
-            **{name: c[name] for name in ("ode", "shift")},
-        )
-        embedding = jax.ShapeDtypeStruct((batch, TEXT_LEN, parts.text.dim), parts.text.dtype)
-        guided = c["guidance_scale"] != 1.0
-        options = {name: c[name] for name in ("guidance_scale", "seed", "latents", "noise")}
-
-        def arguments(embedding: jax.Array, images: dict[str, jax.Array]) -> tuple:
-            negative = embedding if guided else None
-            return sampler_arguments(sampler, shape, embedding, negative=negative, images=images, **options)
-
-        check_tiling(c["vae_tiling"])
-        inputs = image_shapes(network, parts.vae, (1, *shape[1:]))
-        return cls(sampler, jax.eval_shape(arguments, embedding, inputs), c["sla_topk"], c["vae_tiling"])
-
-    @property
-    def work(self) -> Work:
-        latents, _, negative, *_ = self.arguments
-        return Work(latents.shape[1:], latents.shape[0], negative is not None, self.vae_tiling)
-
-
-def compile_ahead(
-    programs: Programs,
-    experts: Experts,
-    transformer: WanModel,
-    vae: WanVAE,
-    text: TextEncoder,
-    call: Call,
-    residency: Residency,
-) -> None:
-    """Starts to compile what a call will run, but for a streamed transformer. transformer and vae may be abstract."""
-    if not residency.transformer_streamed:
-        network = with_topk(transformer, call.sla_topk)
-        for _, steps in experts.parts(call.sampler):
-            programs.start(*sampler_program(call.sampler, steps, network, call.arguments))
-    programs.start("text", text.compile)
-    if call.arguments[-1]:
-        programs.start("image", lambda: compile_still(vae, *call.work.pixels(vae.config)))
-    compile_vae = compile_tiles if residency.vae_tiled else vae_model.compile_decoding
-    programs.start("vae", lambda: compile_vae(vae, (1, *call.work.latents), as_uint8=True))
-
-
-def plan_call(
-    parts: Parts,
-    call: Call,
-    memory: str | float = "auto",
-    *,
-    residency: Residency | None = None,
-    exact: bool | None = None,
-) -> Plan:
-    """What a call needs of the device, see `turbojax.memory.plan`.
-
-    residency: where weights are already, None to choose. exact: compile the programs, which takes the GPU's compiler
-    half a minute; None where the estimate is near the limit; without a GPU, it is an estimate either way.
-    """
-
-    def compile_sampler() -> Any:
-        transformer = wan_skeleton(parts.transformer).abstract()
-        steps = 0, call.sampler.num_steps
-        return sampler_program(call.sampler, steps, with_topk(transformer, call.sla_topk), call.arguments)[1]()
-
-    options: dict[str, Any] = dict(memory=memory, limit=device_limit(), residency=residency)
-    found = plan(parts, call.work, **options)
-    if jax.default_backend() != "gpu" or exact is False or (exact is None and found.clear):
-        return found
-    return plan(parts, call.work, compile_sampler=compile_sampler, **options)
-
-
-def settle(parts: Parts, call: Call, memory: str | float) -> Residency:
-    """Where weights go for this call; raises UserError where nothing fits."""
-    mode, limit = parse(memory, device_limit())
-    if mode != "auto" or limit is None:
-        return dataclasses.replace(asked(mode), vae_tiled=call.vae_tiling == "on")
-    found = plan_call(parts, call, memory)
-    if not found.fits:
-        raise UserError(found.reasons[-1])
-    if found.residency != Residency():
-        logging.info(" ".join(found.reasons))
-    return found.residency
+def abstract_call(parts: Parts, settings: Mapping[str, Any]) -> Call:
+    """settings: of `TurboVideoPipeline.__call__`, whose defaults stand for the others."""
+    call = inspect.signature(TurboVideoPipeline.__call__).bind(None, **{"prompt": "", **settings})
+    call.apply_defaults()
+    return Call.of(parts, call.arguments)
 
 
 def explaining_memory(call: Callable) -> Callable:
@@ -254,20 +96,6 @@ def explaining_memory(call: Callable) -> Callable:
             return call(pipe, *arguments, **settings)
 
     return explained
-
-
-def published_parts(config: WanConfig, *, two: bool) -> Parts:
-    """A transformer, or two, with the published networks around it in its dtype."""
-    clip = CLIPConfig.vit_h_14(dtype=clip_dtype(config.dtype)) if config.clip_dim else None
-    vae, text = VAEConfig.wan2_1(dtype=config.dtype), UMT5Config.xxl(dtype=config.dtype)
-    return Parts(config, vae, text, clip, 2 if two else 1)
-
-
-def arrange(parts: Parts, residency: Residency, memory: str | float, *, boundary: float = BOUNDARY) -> Experts:
-    """Where the plan wants one or two transformers, which are still to be added."""
-    in_turn = residency.in_turn and not residency.transformer_streamed
-    names = NAMES if parts.transformers > 1 else NAMES[:1]
-    return Experts(names=names, boundary=boundary, in_turn=in_turn, limit=parse(memory, device_limit())[1])
 
 
 def bytes_by_dtype(arrays: Any) -> dict[str, int]:
@@ -360,9 +188,15 @@ class TurboVideoPipeline:
         Raises UserError or CheckpointError with one sentence for what cannot be found or does not fit.
         """
         start = time.perf_counter()
-        given = {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer}
-        high, low = files.find_networks(path_or_repo, quantized=quant_linear)
-        options: dict[str, Any] = dict(
+        loaded = load_published(
+            path_or_repo,
+            {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer, "image_encoder": image_encoder},
+            functools.partial(abstract_call, settings=prepare or {}),
+            ahead=prepare is not None,
+            memory=memory,
+            loras=loras,
+            boundary=boundary,
+            cache_prompts=cache_prompts,
             quant_linear=quant_linear,
             quant_scheme=quant_scheme,
             attention_type=attention_type,
@@ -370,39 +204,7 @@ class TurboVideoPipeline:
             sage_values=sage_values,
             dtype=dtype,
         )
-        # Reads names only: a bad file shows before anything is downloaded.
-        config = with_options(open_wan(high).config, **options)
-        if low is None and (single := [lora for lora in loras if lora.expert]):
-            raise UserError(f"{single[0].path} is for an expert, and {high.name} is the only network; give it for all")
-        given |= {"image_encoder": image_encoder} if config.clip_dim else {}
-        where = files.find_components(files.open_repository(path_or_repo), given)
-        use_compilation_cache()
-        text = TextEncoder.from_files(where["text_encoder"], where["tokenizer"], dtype=dtype, cache=cache_prompts)
-        vae_file, programs = open_vae(where["vae"], dtype=dtype), Programs()
-        clip_file = open_clip(where["image_encoder"], dtype=clip_dtype(dtype)) if config.clip_dim else None
-        abstract_vae = vae_file.skeleton.abstract()
-        parts = Parts(
-            config,
-            abstract_vae.config,
-            text.config,
-            clip_file.skeleton.abstract().config if clip_file else None,
-            1 if low is None else 2,
-        )
-        call = Call.of(parts, prepare or {})
-        residency = settle(parts, call, memory)
-        text.streamed, streamed = residency.text_streamed, residency.transformer_streamed
-        experts = arrange(parts, residency, memory, boundary=boundary)
-        if prepare is not None:
-            compile_ahead(programs, experts, wan_skeleton(config).abstract(), abstract_vae, text, call, residency)
-        with programs.needed(), out_of_memory(lambda: loading_advice(parts)):
-            if low is not None:
-                experts.add("low", load_wan(low, loras=loras, expert="low", streamed=streamed, **options))
-            expert: Expert | None = "high" if low else None
-            experts.add("high", load_wan(high, loras=loras, expert=expert, streamed=streamed, **options))
-            clip = load_plain(clip_file, what=where["image_encoder"].name) if clip_file else None
-            network = load_plain(vae_file, what=where["vae"].name)
-            pipe = cls(experts, network, text, clip=clip, programs=programs)
-        return pipe._loaded(high.name if low is None else f"{high.name} and {low.name}", start, memory)
+        return cls._of(loaded, start, memory)
 
     @classmethod
     def random(
@@ -424,12 +226,14 @@ class TurboVideoPipeline:
 
         Options as `from_pretrained` takes them.
         """
-        if model not in MODELS:
-            raise UserError(f"{model=} is unknown; choose one of {', '.join(MODELS)}")
         start = time.perf_counter()
-        logging.warning("Weights are random: %s at full size, for measuring. The video will be noise.", model)
-        config = with_options(
-            MODELS[model](),
+        loaded = load_random(
+            model,
+            tokenizer,
+            functools.partial(abstract_call, settings=prepare or {}),
+            ahead=prepare is not None,
+            memory=memory,
+            seed=seed,
             quant_linear=quant_linear,
             quant_scheme=quant_scheme,
             attention_type=attention_type,
@@ -437,43 +241,29 @@ class TurboVideoPipeline:
             sage_values=sage_values,
             dtype=dtype,
         )
-        use_compilation_cache()
-        parts = published_parts(config, two=model in TWO_EXPERTS)
-        network, vae, encoder = wan_skeleton(config), vae_skeleton(parts.vae), umt5_skeleton(parts.text)
-        call, programs = Call.of(parts, prepare or {}), Programs()
-        residency = settle(parts, call, memory)
-        streamed, experts = residency.transformer_streamed, arrange(parts, residency, memory)
-        table = random_token_table(tokenizer.vocab_size, parts.text.dim, dtype, seed=seed)
-        generate = functools.partial(random_module, seed=seed)
-        load = functools.partial(generate, encoder, what="random umT5")
-        text = TextEncoder(tokenizer, encoder.abstract(), table, load, streamed=residency.text_streamed)
-        if prepare is not None:
-            compile_ahead(programs, experts, network.abstract(), vae.abstract(), text, call, residency)
-        with programs.needed(), out_of_memory(lambda: loading_advice(parts)):
-            for i, name in enumerate(reversed(experts.names)):
-                experts.add(name, random_module(network, seed=seed + i, what=f"random {model}", streamed=streamed))
-            clip = generate(clip_skeleton(parts.clip), what="random CLIP") if parts.clip else None
-            pipe = cls(experts, generate(vae, what="random VAE"), text, clip=clip, programs=programs)
-            jax.block_until_ready(placed(text.encoder))
-        return pipe._loaded(f"random {model}", start, memory)
+        return cls._of(loaded, start, memory)
 
-    def _loaded(self, what: str, start: float, memory: str | float) -> "TurboVideoPipeline":
-        self.memory = memory
-        jax.block_until_ready((self.experts.placed(), placed(self.vae)))
-        self.load_seconds = time.perf_counter() - start
+    @classmethod
+    def _of(cls, loaded: Loaded, start: float, memory: str | float) -> "TurboVideoPipeline":
+        """start: when loading began."""
+        with loaded.programs.needed():
+            pipe = cls(loaded.experts, loaded.vae, loaded.text, clip=loaded.clip, programs=loaded.programs)
+        pipe.memory = memory
+        jax.block_until_ready((pipe.experts.placed(), placed(pipe.vae)))
+        pipe.load_seconds = time.perf_counter() - start
         if slow := slow_gpu(compute_capability()):
             logging.warning(slow)
-        c = self.config
+        c = pipe.config
         logging.info(
             "Loaded %s in %.1f s: %d layers of width %d, %s linear layers, %s attention",
-            what,
-            self.load_seconds,
+            loaded.name,
+            pipe.load_seconds,
             c.num_layers,
             c.dim,
             f"int8 ({c.quant.scheme})" if c.quant else jnp.dtype(c.dtype).name,
             c.attention_type + ("" if c.attention_type == "original" else f" (topk {c.sla_topk})"),
         )
-        return self
+        return pipe
 
     @explaining_memory
     def __call__(
@@ -529,8 +319,7 @@ class TurboVideoPipeline:
         returns NaN.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if not prompts or num_samples < 1:
-            raise UserError(f"{len(prompts)} prompts and {num_samples=} ask for no video; give at least one of each")
+        check_number(prompts, num_samples)
         check_seed(seed)
         check_tiling(vae_tiling)
         pictures = read_images(self.config, image, last_image, background)
@@ -567,23 +356,26 @@ class TurboVideoPipeline:
             with self._clock.stage("image"):
                 sizes = dict(num_frames=num_frames, width=width, height=height)
                 images = jax.block_until_ready(image_inputs(self.vae, self.clip, pictures, **sizes))
-        arguments = sampler_arguments(
-            steps,
-            shape,
-            text,
-            negative=negative,
-            guidance_scale=guidance_scale,
-            seed=seed,
-            latents=latents,
-            noise=noise,
-            images=images,
-        )
+        with self._clock.stage("compile"):
+            self._programs.wait("noise")
+            arguments = sampler_arguments(
+                steps,
+                shape,
+                text,
+                negative=negative,
+                guidance_scale=guidance_scale,
+                seed=seed,
+                latents=latents,
+                noise=noise,
+                images=images,
+            )
         clean = self._sample(steps, sla_topk, arguments)
         host = np.asarray(clean)
         if not np.isfinite(host).all():
             raise UserError("the network returned NaN or infinity; check the checkpoint, or try dtype float32")
         with self._clock.stage("compile"):
             self._programs.wait("vae")
+        self.experts.make_room()
         tiled = needs_tiling(self.vae, *shape[2:4], vae_tiling, limit=parse(self.memory, None)[1])
         videos = self._decode(host, outputs, fps, tiled=tiled)
         for line in guard.warnings(videos):
@@ -660,7 +452,7 @@ class TurboVideoPipeline:
                 in_turn=self.experts.in_turn,
                 transformer_streamed=self.experts.streamed,
             )
-        return plan_call(self.parts, Call.of(self.parts, settings), memory, residency=residency, exact=exact)
+        return plan_call(self.parts, abstract_call(self.parts, settings), memory, residency=residency, exact=exact)
 
     def memory_report(self) -> dict[str, dict[str, int]]:
         """Bytes by component and dtype, measured from the arrays; "host" has the token table and what is not on it."""

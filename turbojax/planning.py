@@ -6,13 +6,15 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from turbojax.errors import UserError
+from turbojax.calls import plan_call
 from turbojax.memory import Plan
 from turbojax.models.wan import WanConfig
-from turbojax.pipeline import MODELS, TWO_EXPERTS, Call, plan_call, published_parts
+from turbojax.networks import MODELS, TWO_EXPERTS, known_network, published_parts
+from turbojax.pipeline import abstract_call
 from turbojax.temporaries import Parts
 from turbojax.weights import files
-from turbojax.weights.load import open_umt5, open_vae, open_wan, with_options
+from turbojax.weights.load import open_wan, with_options
+from turbojax.weights.plain import open_umt5, open_vae
 
 
 def plan_unloaded(
@@ -25,7 +27,7 @@ def plan_unloaded(
 ) -> Plan:
     """What a call with these settings would need; options as `find_parts` takes them, exact as `plan_call`."""
     parts = find_parts(path_or_repo, **options)
-    return plan_call(parts, Call.of(parts, settings), memory, exact=exact)
+    return plan_call(parts, abstract_call(parts, settings), memory, exact=exact)
 
 
 def find_parts(
@@ -45,9 +47,7 @@ def find_parts(
     path = Path(path_or_repo).expanduser()
     folder = files.open_repository(path) if path.exists() else None
     if path_or_repo == "random":
-        if model not in MODELS:
-            raise UserError(f"{model=} is unknown; choose one of {', '.join(MODELS)}")
-        stored, two = MODELS[model](), model in TWO_EXPERTS
+        stored, two = known_network(model), model in TWO_EXPERTS
     elif folder is None and (known := published(str(path_or_repo))):
         stored, two = known
     else:

@@ -10,16 +10,17 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from absl import logging
 from flax import nnx
 
 from turbojax.condition import takes_images
-from turbojax.diffusion import RCM, Euler, Sampler, Schedule, UniPC, guide, unembedded
+from turbojax.diffusion import RCM, Euler, Sampler, Schedule, UniPC, guide, normal, unembedded
 from turbojax.errors import UserError
 from turbojax.models.streaming import Streamed
 from turbojax.models.vae import VAEConfig
 from turbojax.models.wan import TimeEmbedding, WanConfig, WanModel, patch_grid
-from turbojax.weights.load import wan_skeleton
+from turbojax.weights.skeleton import wan_skeleton
 
 SamplerName = Literal["rcm", "euler", "unipc"]
 SAMPLERS: tuple[str, ...] = ("rcm", "euler", "unipc")
@@ -159,15 +160,25 @@ def sampler_arguments(
     images: dict[str, jax.Array],
 ) -> tuple:
     """What `sample` takes besides the network; options as the pipeline's call takes them."""
-    first_key, step_key = jax.random.split(jax.random.key(seed))
-    if latents is None:
-        latents = jax.random.normal(first_key, shape, jnp.float32)
+    state, step_key = first_state(sampler, shape, seed)
+    state = state if latents is None else sampler.initial(jnp.asarray(latents))
     noise = None if noise is None else jnp.asarray(noise)
-    scale = jnp.asarray(guidance_scale, jnp.float32)
-    state = sampler.initial(jnp.asarray(latents))
     timesteps, numbers = sampler.schedule()
-    schedule = jnp.asarray(timesteps), tuple(jnp.asarray(a, state.dtype) for a in numbers)
-    return state, text, negative, scale, step_key, noise, schedule, images
+    schedule = timesteps, tuple(a.astype(state.dtype) for a in numbers)  # on the host: no programs for small numbers
+    return state, text, negative, np.asarray(guidance_scale, np.float32), step_key, noise, schedule, images
+
+
+def first_state(sampler: Sampler, shape: tuple[int, ...], seed: int) -> tuple[jax.Array, jax.Array]:
+    """The state before the first step, from a seed's noise, and the key of the steps."""
+    noise, step_key = draw(np.uint32(seed), shape)
+    return sampler.initial(noise), step_key
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def draw(seed: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """Standard normal float32 of this shape, and the key of the steps."""
+    first_key, step_key = jax.random.split(jax.random.key(seed))
+    return normal(first_key, shape), step_key
 
 
 def sampler_program(

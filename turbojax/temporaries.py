@@ -21,8 +21,8 @@ from turbojax.models.clip import CLIPConfig
 from turbojax.models.tiling import compile_tiles, tile_sides
 from turbojax.models.umt5 import TEXT_LEN, UMT5Config
 from turbojax.models.vae import VAEConfig
-from turbojax.models.wan import WanConfig
-from turbojax.weights.load import umt5_skeleton, vae_skeleton, wan_skeleton
+from turbojax.models.wan import WanConfig, kept_keys
+from turbojax.weights.skeleton import umt5_skeleton, vae_skeleton, wan_skeleton
 
 
 class Parts(NamedTuple):
@@ -79,10 +79,10 @@ def estimate(parts: Parts, work: Work, where: Residency) -> Temporaries:
     L tokens, D width, F ffn width:
 
       text        6 arrays of scores `[heads, 512, 512]` in float32
-      diffusion   the table of the rotary embedding, the latents, and the larger of
+      diffusion   the table of the rotary embedding, the latents, keys of the text that are kept, and the larger of
                     attention: `ATTENTION_ARRAYS` arrays `[L, D]`
                     ffn: the hidden state `[L, F]`, int8 with block scales, both int8 and bfloat16 with channel scales,
-                         beside 1 to 3.5 arrays `[L, D]`
+                         beside 2 to 3.5 arrays `[L, D]`
                     what XLA tries matmuls with, see `tried`
       image       the VAE encoding an image, `turbojax.condition.encoding_bytes`
       vae         `vae.decoding_bytes`, in tiles of one tile; the middle block works on whole frames before
@@ -98,9 +98,10 @@ def estimate(parts: Parts, work: Work, where: Residency) -> Temporaries:
     elif c.quant.scheme == "block128" and not c.quant.weight_only:
         arrays, ffn = ATTENTION_ARRAYS[c.attention_type], hidden + 3 * array
     else:
-        arrays, ffn = ATTENTION_ARRAYS[c.attention_type], (1 + item) * hidden + array
+        arrays, ffn = ATTENTION_ARRAYS[c.attention_type], (1 + item) * hidden + 2 * array
     table = tokens * c.head_dim * jnp.dtype(jnp.float32).itemsize
-    diffusion = max(int(max(arrays * array, ffn)) + table + work.latent_bytes, tried(c, work))
+    keys = 0 if where.transformer_streamed else kept_keys(c, work.batch * (1 + work.guided) * c.text_len)
+    diffusion = max(int(max(arrays * array, ffn)) + table + keys + work.latent_bytes, tried(c, work))
     text = 6 * 4 * parts.text.num_heads * TEXT_LEN**2
     return Temporaries(text, diffusion, decoding(parts.vae, work, where.vae_tiled), encoding(parts, work))
 
@@ -114,7 +115,7 @@ def encoding(parts: Parts, work: Work) -> int:
 
 
 # Arrays `[L, D]` alive at once with int8 layers: the stream, q, k, v, a result, and SageSLA's codes.
-ATTENTION_ARRAYS = {"original": 5.0, "sla": 5.15, "sagesla": 5.65}
+ATTENTION_ARRAYS = {"original": 5.0, "sla": 5.1, "sagesla": 4.5}
 
 
 def tried(config: WanConfig, work: Work) -> int:

@@ -19,7 +19,7 @@ from turbojax.models.streaming import Streamed
 from turbojax.models.tokenizer import Tokenizer
 from turbojax.models.umt5 import TEXT_LEN, UMT5Config, UMT5Encoder, encode_text, run_encoder, zero_past_end
 from turbojax.weights.io import read_tensors, write_safetensors
-from turbojax.weights.load import load_plain, open_umt5
+from turbojax.weights.plain import load_plain, open_umt5
 from turbojax.weights.umt5 import token_table
 
 CACHE_VERSION = 1  # raise it when embeddings change

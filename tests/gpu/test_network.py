@@ -7,8 +7,8 @@ import pytest
 
 from turbojax.kernels.attention import dot_product_attention
 from turbojax.models.wan import WanConfig
-from turbojax.weights.load import wan_skeleton
 from turbojax.weights.random import random_module
+from turbojax.weights.skeleton import wan_skeleton
 
 pytestmark = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU")
 

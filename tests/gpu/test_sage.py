@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.parity_sage import operand_order
 from turbojax.kernels import sage, sla
 from turbojax.kernels.dispatch import compute_capability
 
@@ -37,7 +38,13 @@ def on_cpu(function, *inputs):
 
 
 def takes(values: str) -> bool:
-    return values != "float8" or compute_capability() >= (8, 9)
+    return values == "exact" or compute_capability() >= (8, 9)
+
+
+def test_xla_keeps_the_rounding():
+    x = np.linspace(-450, 450, 4000, dtype=np.float32)
+    rounded = jax.jit(lambda x: sage.to_e4m3(x).astype(jnp.float32))(x)
+    np.testing.assert_array_equal(rounded, x.clip(-448, 448).astype(jnp.float8_e4m3fn).astype(np.float32))
 
 
 @pytest.mark.parametrize("block", [64, 128])
@@ -57,6 +64,19 @@ def test_quantization_is_the_reference_s(shape, block):
         np.testing.assert_allclose(scale, expected_scale, rtol=1e-6)
         if means:
             np.testing.assert_allclose(block_means, sla.block_means(x, block), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_values_are_the_reference_s(shape):
+    if not takes("float8"):
+        pytest.skip("no float8 here")
+    from turbojax.kernels import sage_triton
+
+    v = arrays(shape)[2]
+    code, scale = sage_triton.quantize_values(v)
+    expected, expected_scale = on_cpu(sage.quantize_values, v)
+    np.testing.assert_allclose(scale, expected_scale, rtol=1e-6)
+    np.testing.assert_array_equal(np.asarray(code), operand_order(jnp.asarray(expected)))
 
 
 @pytest.mark.parametrize("values", VALUES)

@@ -11,8 +11,8 @@ from turbojax import sharding
 from turbojax.kernels.int8 import QuantConfig
 from turbojax.models.wan import WanConfig
 from turbojax.train.state import parameters
-from turbojax.weights.load import wan_skeleton
 from turbojax.weights.random import random_module
+from turbojax.weights.skeleton import wan_skeleton
 
 GPUS = jax.device_count()
 pytestmark = pytest.mark.skipif(jax.default_backend() != "gpu" or GPUS not in (2, 4, 8), reason="needs 2, 4 or 8 GPUs")

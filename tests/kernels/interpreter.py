@@ -61,12 +61,15 @@ class HostTensor:
 one_at_a_time = threading.Lock()  # the interpreter patches Triton while it runs; XLA may call from several threads
 
 
-def launch(kernel, *arrays, out_shape, grid, num_warps, num_stages, **constants):
-    """As `turbojax.kernels.triton_call.triton_call`; outputs start as poison, so that a hole shows."""
+def launch(kernel, *arrays, out_shape, grid, num_warps, num_stages, input_output_aliases, **constants):
+    """As `jax_triton.triton_call`; outputs start as poison, so that a hole shows, or overwrite an array."""
 
     def run(*arrays):
         inputs = [np.ascontiguousarray(a) for a in arrays]
         outputs = [poisoned(s) for s in out_shape]
+        for i, o in input_output_aliases.items():
+            assert (inputs[i].shape, inputs[i].dtype) == (outputs[o].shape, outputs[o].dtype)
+            inputs[i] = outputs[o] = inputs[i].copy()
         with one_at_a_time:
             kernel[grid](*map(HostTensor, inputs + outputs), **constants)
         return tuple(outputs)

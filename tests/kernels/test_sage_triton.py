@@ -83,6 +83,7 @@ def choose(
 def test_none_takes_the_kernels_where_they_run(monkeypatch):
     assert choose((9, 0), monkeypatch) == "triton"
     assert choose((8, 0), monkeypatch, values="exact") == "triton"
+    assert choose((8, 9), monkeypatch, values="float8_values") == "triton"
     assert choose(None, monkeypatch) == "reference"
     assert choose((7, 5), monkeypatch) == "reference"
     assert choose((9, 0), monkeypatch, dtype=jnp.float32) == "reference"
@@ -98,6 +99,7 @@ def test_none_takes_the_kernels_where_they_run(monkeypatch):
         ((9, 0), {"implementation": "cuda"}, "choose triton, reference or None"),
         ((8, 6), {"implementation": "triton"}, 'needs compute capability 8.9, not 8.6; set sage_values="exact"'),
         ((8, 0), {}, 'needs compute capability 8.9, not 8.0; set sage_values="exact"'),
+        ((8, 6), {"values": "float8_values"}, '^sage_values="float8_values" needs compute capability 8.9, not 8.6; '),
     ],
 )
 def test_what_cannot_run_raises(capability, options, message, monkeypatch):

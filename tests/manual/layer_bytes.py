@@ -18,7 +18,7 @@ from jax.experimental import topologies
 from turbojax import benchmark_step
 from turbojax.models.layers import rotary_table
 from turbojax.models.wan import Context, WanConfig, WanModel
-from turbojax.pipeline import MODELS
+from turbojax.networks import MODELS
 from turbojax.video import video_size
 from turbojax.weights.load import with_options
 

@@ -23,11 +23,13 @@ from jax.experimental import topologies
 from turbojax import benchmark, temporaries
 from turbojax.models.umt5 import UMT5Config
 from turbojax.models.vae import VAEConfig
-from turbojax.pipeline import MODELS, Call
+from turbojax.networks import MODELS
+from turbojax.pipeline import abstract_call
 from turbojax.sampling import sampler_program
 from turbojax.temporaries import Parts, Residency, compiled, estimate
 from turbojax.video import video_size
-from turbojax.weights.load import wan_skeleton, with_options
+from turbojax.weights.load import with_options
+from turbojax.weights.skeleton import wan_skeleton
 
 # What XLA says of an H100 SXM.
 H100 = """
@@ -58,7 +60,7 @@ def compare(model: str, size: str, quant_scheme: str | None, **options) -> dict[
     config = with_options(MODELS[model](), quant_linear=quant_scheme is not None, quant_scheme=quant_scheme, **options)
     parts = Parts(config, VAEConfig.wan2_1(), UMT5Config.xxl())
     width, height = video_size(size, "16:9")
-    call = Call.of(parts, {"width": width, "height": height})
+    call = abstract_call(parts, {"width": width, "height": height})
     program = lambda: sampler_program(call.sampler, (0, 4), wan_skeleton(config).abstract(), call.arguments)[1]()  # noqa: E731
     measure = compiled(parts, call.work, program)
     result = {}

@@ -9,8 +9,9 @@ from flax import nnx
 from turbojax.models.streaming import LAYERS_ON_DEVICE, HostBlocks, Streamed
 from turbojax.models.umt5 import UMT5Config, UMT5Encoder, encode_text
 from turbojax.models.wan import WanConfig
-from turbojax.weights.load import Skeleton, load_wan, wan_skeleton, with_options
+from turbojax.weights.load import load_wan, with_options
 from turbojax.weights.random import random_module
+from turbojax.weights.skeleton import Skeleton, wan_skeleton
 
 LAYERS = 5
 CONFIG = WanConfig(dim=256, ffn_dim=512, num_heads=2, num_layers=LAYERS, text_dim=64)

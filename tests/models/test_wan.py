@@ -18,7 +18,8 @@ from turbojax.kernels import attention, sla
 from turbojax.models import wan
 from turbojax.models.layers import time_sinusoid
 from turbojax.models.wan import WanConfig, WanModel, patch_grid, patchify, unpatchify
-from turbojax.weights.load import build_wan, check_wan, wan_skeleton
+from turbojax.weights.load import build_wan, check_wan
+from turbojax.weights.skeleton import wan_skeleton
 
 TOKENS_480P = 21 * 30 * 52  # 81 frames of 832 x 480: 32,760
 SIZES = {
@@ -121,8 +122,8 @@ def test_dtypes_of_parameters():
 
 def test_one_scan_over_the_layers():
     counts = []
-    for layers in (4, 40):
-        config = WanConfig.t2v_14b(num_layers=layers)
+    for layers in (4, 30):
+        config = WanConfig.t2v_1_3b(num_layers=layers)
         run, state = network(config)
         found = list(equations(jax.make_jaxpr(run)(state, arguments(config)).jaxpr))
         counts.append(len(found))
@@ -132,7 +133,7 @@ def test_one_scan_over_the_layers():
 
 def test_constant_work_is_outside_the_steps():
     """Of a whole sampling: text keys and values, rotary table and time embedding are in no step."""
-    config = WanConfig.t2v_14b()
+    config = WanConfig.t2v_1_3b()
     graph, state = nnx.split(nnx.eval_shape(lambda: WanModel(config, rngs=nnx.Rngs(0))))
     spec = jax.ShapeDtypeStruct
     latents, text = spec((1, 21, 60, 104, 16), jnp.float32), spec((1, 512, 4096), jnp.bfloat16)
@@ -152,6 +153,17 @@ def test_constant_work_is_outside_the_steps():
     assert len(products_over(step, config.dim)) == 8
     assert len(products_over(step, config.text_dim)) == len(products_over(step, config.freq_dim)) == 0
     assert len(products_over(all_steps, config.text_dim)) == len(products_over(all_steps, config.freq_dim)) == 1
+
+
+@pytest.mark.parametrize("more", [{}, {"in_channels": 36, "clip_dim": 64}])
+def test_layers_make_the_keys_of_a_large_text(monkeypatch, more):
+    """In each step what `prepare` otherwise does once."""
+    config = small(num_layers=2, **more)
+    model, inputs = built(config), drawn(config, frames=2, height=4, width=4)
+    once = nnx.jit(WanModel.__call__)(model, **inputs)
+    monkeypatch.setattr(wan, "KEYS_BYTES", 0)
+    assert isinstance(model.prepare(inputs["text"], (2, 2, 2), clip=inputs["clip"]).text, jax.Array)
+    np.testing.assert_allclose(nnx.jit(lambda m, **i: m(**i))(model, **inputs), once, rtol=1e-5, atol=1e-6)
 
 
 # Attention without [L, L].

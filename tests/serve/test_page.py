@@ -60,11 +60,21 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A file of 200 MB, which are nowhere on the disk."""
+    path = tmp_path_factory.mktemp("large") / "large.png"
+    with path.open("wb") as file:
+        file.truncate(200 * 2**20)
+    return path
+
+
+@pytest.fixture(scope="module")
 def url(gate, folder, demo):
     config = base_config(**SIZES, prompt="A red bird")
     server = Server(config, folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generate, "load_pipeline", lambda config, prepare: gate)
+        patch.setattr("turbojax.serve.page.makes_from_images", lambda config: True)  # there is a field for one
         page = build(server)
         address = launch(page, server, port=0)
         yield address.rstrip("/")
@@ -180,7 +190,7 @@ def test_cancel(visit, shut, folder):
     second.click("#cancel")
     says(second, "Cancelled")
     first.click("#cancel")
-    says(first, "Cancelling")
+    says(first, "Cancelling, after this stage at the latest: Denoising")
     shut.open.set()
     says(first, "Cancelled")
     assert set(folder.iterdir()) == before
@@ -195,6 +205,14 @@ def test_mistakes_are_messages(visit):
         page.wait_for_selector(f"text={message}")
         says(page, "No video")
     ask(page, "A cat")
+    says(page, "Done in")
+
+
+def test_a_large_image_is_a_message(visit, large):
+    page = visit()
+    page.set_input_files("input[type=file]", large)
+    page.wait_for_selector("text=exceed the maximum allowed size of 20.0 Mb")
+    ask(page, "A cat without an image")
     says(page, "Done in")
 
 
@@ -221,13 +239,10 @@ def test_the_api_says_what_is_wrong(url, changes, message):
     assert "Traceback" not in json.dumps(data)
 
 
-def test_uploads_are_limited_and_checked(url, tmp_path):
+def test_uploads_are_limited_and_checked(url, large):
     def upload(content):
         return httpx.post(f"{url}/gradio_api/upload", files={"files": ("cat.png", content)}, timeout=60)
 
-    large = tmp_path / "large.png"
-    with large.open("wb") as file:
-        file.truncate(200 * 2**20)
     with large.open("rb") as file:
         refused = upload(file)
     assert refused.status_code == 413

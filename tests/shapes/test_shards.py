@@ -15,8 +15,8 @@ from turbojax.shapes.shards import write_shapes_shards
 from turbojax.shapes.text import ENCODER, Reader, text_config, vocabulary, word_tokenizer, write_text_encoder
 from turbojax.text import TextEncoder
 from turbojax.train.data import open_shards
-from turbojax.weights.load import vae_skeleton
 from turbojax.weights.random import random_module
+from turbojax.weights.skeleton import vae_skeleton
 
 pytest.importorskip("sklearn")
 

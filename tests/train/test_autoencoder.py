@@ -20,8 +20,9 @@ from turbojax.train.loop import CURVES, read_curves, train
 from turbojax.train.networks import AUTOENCODERS
 from turbojax.train.state import parameters
 from turbojax.weights.io import read_tensors
-from turbojax.weights.load import load_vae, vae_skeleton
+from turbojax.weights.plain import load_vae
 from turbojax.weights.random import random_module
+from turbojax.weights.skeleton import vae_skeleton
 
 pytest.importorskip("sklearn")
 

@@ -21,8 +21,8 @@ from turbojax.train.state import Trained, initial_state, parameters
 from turbojax.train.step import Fixed, adamw, make_step, mean_gradients, updated
 from turbojax.train.times import LogNormal, UniformShift
 from turbojax.train.toy import smooth_in_time, toy_config
-from turbojax.weights.load import wan_skeleton
 from turbojax.weights.random import random_module
+from turbojax.weights.skeleton import wan_skeleton
 
 DENSE = toy_config(dim=32, ffn_dim=64, in_channels=4, out_channels=4, text_dim=32, dtype=jnp.float32)
 SPARSE = dataclasses.replace(DENSE, attention_type="sla", sla_topk=0.25, sla_blocks=(8, 8))

@@ -16,7 +16,8 @@ from turbojax.models.wan import WanConfig
 from turbojax.weights import convert as module
 from turbojax.weights.convert import convert
 from turbojax.weights.io import read_tensors
-from turbojax.weights.load import load_umt5, load_vae, load_wan
+from turbojax.weights.load import load_wan
+from turbojax.weights.plain import load_umt5, load_vae
 from turbojax.weights.published import generated, wan_layout
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)

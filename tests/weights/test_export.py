@@ -8,7 +8,8 @@ from turbojax.demo import demo_configs
 from turbojax.weights import published
 from turbojax.weights.export import published_tensors
 from turbojax.weights.io import read_tensors
-from turbojax.weights.load import load_umt5, load_vae, load_wan
+from turbojax.weights.load import load_wan
+from turbojax.weights.plain import load_umt5, load_vae
 from turbojax.weights.umt5 import UMT5_OFFICIAL
 from turbojax.weights.vae import VAE_OFFICIAL
 from turbojax.weights.wan import OFFICIAL

@@ -20,16 +20,9 @@ from turbojax.models.vae import VAEConfig, WanVAE
 from turbojax.models.wan import WanConfig, WanModel
 from turbojax.weights import convert, published
 from turbojax.weights.io import read_tensors
-from turbojax.weights.load import (
-    Skeleton,
-    check_plain,
-    check_wan,
-    load_umt5,
-    load_vae,
-    load_wan,
-    open_wan,
-    wan_skeleton,
-)
+from turbojax.weights.load import check_wan, load_wan, open_wan
+from turbojax.weights.plain import check_plain, load_umt5, load_vae
+from turbojax.weights.skeleton import Skeleton, wan_skeleton
 from turbojax.weights.umt5 import umt5_rules
 from turbojax.weights.vae import vae_rules
 

@@ -50,7 +50,7 @@ from turbojax.demo import demo_folder, demo_picture
 from turbojax.kernels.int8 import QUANT_SCHEMES
 from turbojax.models.tokenizer import Tokenizer
 from turbojax.models.vae import VAEConfig
-from turbojax.pipeline import MODELS
+from turbojax.networks import MODELS
 from turbojax.sampling import latent_shape
 from turbojax.video import video_size
 from turbojax.weights.load import with_options

@@ -23,13 +23,11 @@ from absl import flags, logging
 
 from turbojax import UserError, cli
 from turbojax.demo import demo_folder
-from turbojax.make_shards import find_clips, identity, make_index, make_shards
+from turbojax.make_shards import find_clips, load_encoders, make_shards
 from turbojax.models.vae import VAEConfig
 from turbojax.sampling import latent_shape
-from turbojax.text import TextEncoder
 from turbojax.video import check_fps, video_size
 from turbojax.weights.files import find_components, open_repository
-from turbojax.weights.load import load_vae
 
 FLAGS = flags.FlagValues()
 VIDEOS = flags.DEFINE_string("videos", None, "folder of videos", flag_values=FLAGS)
@@ -70,18 +68,13 @@ def main() -> None:
     where = find_components(open_repository(weights) if weights else None, given)
     if jax.default_backend() == "cpu" and WEIGHTS.value != "demo":
         logging.warning("No GPU was found; real models take minutes a clip on a CPU (pip install turbojax[cuda12])")
-    dtype = jnp.dtype(DTYPE.value)
-    vae = load_vae(where["vae"], dtype=dtype)
-    text = TextEncoder.from_files(where["text_encoder"], where["tokenizer"], dtype=dtype, cache=False)
-    index = make_index(
-        vae,
-        text,
+    vae, text, index = load_encoders(
+        where,
+        dtype=jnp.dtype(DTYPE.value),
         num_frames=FRAMES.value,
         height=height,
         width=width,
         fps=FPS.value,
-        vae_identity=identity(where["vae"]),
-        text_identity=identity(where["text_encoder"]),
         negative_prompt=NEGATIVE_PROMPT.value,
         shard_size=SHARD_SIZE.value,
     )

@@ -1,6 +1,6 @@
 """Noise schedules and samplers. They take a velocity function and import no model."""
 
-from turbojax.diffusion.samplers import RCM, Euler, Sampler, Schedule, UniPC, Velocity, guide, unembedded
+from turbojax.diffusion.samplers import RCM, Euler, Sampler, Schedule, UniPC, Velocity, guide, normal, unembedded
 from turbojax.diffusion.schedules import (
     expert_split,
     flow_sigmas,
@@ -22,6 +22,7 @@ __all__ = [
     "expert_split",
     "flow_sigmas",
     "guide",
+    "normal",
     "rcm_times",
     "rf_from_trig",
     "shift_time",

@@ -15,6 +15,7 @@ from turbojax.kernels.dispatch import compute_capability, has_kernels
 Implementation = Literal["cudnn", "reference"]
 
 SCORES_IN_MEMORY = 2**26  # float32 scores that the reference holds at once: 256 MiB
+TILE = 128  # queries; XLA pads operands of which a tensor core's tile takes a part
 CUDNN_HEAD_DIM = 128  # the largest that cuDNN takes on every generation with bf16
 
 
@@ -45,6 +46,9 @@ def attention_reference(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     """The definition, one block of queries at a time."""
     batch, length, heads, dim = q.shape
     block = max(1, min(length, SCORES_IN_MEMORY // (batch * heads * k.shape[1])))
+    if TILE < block < length:
+        count = -(-length // (block // TILE * TILE))
+        block = -(-length // (count * TILE)) * TILE
 
     def attend(q: jax.Array) -> jax.Array:
         scores = jnp.einsum("blnh,bsnh->bnls", q, k, preferred_element_type=jnp.float32) * dim**-0.5

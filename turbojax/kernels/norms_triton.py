@@ -30,16 +30,18 @@ def rms_norm_rotate_kernel(
 
 
 def rms_norm_rotate(x: jax.Array, weight: jax.Array, cos: jax.Array, sin: jax.Array, *, eps: float) -> jax.Array:
-    """As `norms.rms_norm_rotate`: x bfloat16 `[B, L, D]` to `[B, L, N, H]`."""
+    """As `norms.rms_norm_rotate`: x bfloat16 `[B, L, D]` to `[B, L, N, H]`, in its memory if nothing else needs x."""
     batch, length, width = x.shape
     dim = 2 * cos.shape[-1]
+    shape = (batch, length, width // dim, dim)
     (y,) = triton_call(
         rms_norm_rotate_kernel,
-        x,
+        x.reshape(shape),
         weight.astype(jnp.float32),
         cos,
         sin,
-        out_shape=(jax.ShapeDtypeStruct((batch, length, width // dim, dim), jnp.bfloat16),),
+        out_shape=(jax.ShapeDtypeStruct(shape, jnp.bfloat16),),
+        in_place={0: 0},
         grid=(batch * length,),
         num_warps=warps(width),
         num_stages=1,

@@ -17,7 +17,7 @@ Subtracting the mean of k changes no softmax: it adds one number to a whole row 
 2.25 leaves room for float16 sums of products in the published kernels; 8.807 = log2(448) puts P's largest value at the
 format's. No step holds `[L, L]`.
 
-Implementations: "triton" (bfloat16, compute capability 8.0 and later, "float8" from 8.9 on) and "reference" (jnp,
+Implementations: "triton" (bfloat16, compute capability 8.0 and later, float8 from 8.9 on) and "reference" (jnp,
 anything, anywhere). None chooses; a named one runs or raises.
 """
 
@@ -66,8 +66,11 @@ def quantize_values(v: jax.Array, *, largest: float = E4M3_OF_V) -> tuple[jax.Ar
 
 
 def to_e4m3(x: jax.Array) -> jax.Array:
-    """Nearest float8_e4m3fn, ties to even, saturated at 448."""
-    return jnp.clip(x, -LARGEST_E4M3, LARGEST_E4M3).astype(jnp.float8_e4m3fn)
+    """Nearest float8_e4m3fn, ties to even, saturated at 448.
+
+    Behind a barrier, since XLA drops the rounding on GPUs where the codes are converted back at once.
+    """
+    return lax.optimization_barrier(jnp.clip(x, -LARGEST_E4M3, LARGEST_E4M3).astype(jnp.float8_e4m3fn))
 
 
 def sage_sparse(
@@ -149,9 +152,9 @@ def choose(
     if obstacle and implementation == "triton":
         raise UserError(f"implementation='triton' of SageSLA takes {obstacle}; None chooses another")
     capability = compute_capability()
-    if not obstacle and values == "float8" and capability is not None and capability < (8, 9):
+    if not obstacle and values != "exact" and capability is not None and capability < (8, 9):
         has = ".".join(map(str, capability))
-        raise UserError(f'sage_values="float8" needs compute capability 8.9, not {has}; set sage_values="exact"')
+        raise UserError(f'sage_values="{values}" needs compute capability 8.9, not {has}; set sage_values="exact"')
     return "reference" if obstacle else "triton"
 
 
@@ -167,12 +170,14 @@ def sage_sparse_linear_attention(
     block_k: int = 128,
     values: Values = "float8",
     implementation: Implementation | None = None,
+    overwrite_q: bool = False,
 ) -> jax.Array:
     """The whole of the module docstring plus SLA's linear branch, from unquantized q, k, v.
 
     q, k (rotated) and v `[B, L, N, H]`, proj_weight `[H, H]` (out, in). The default blocks are those that the published
-    checkpoints run with on Hopper; elsewhere they are 128 and 64. Raises UserError where a named implementation cannot
-    run, and where the fused one is differentiated.
+    checkpoints run with on Hopper; elsewhere they are 128 and 64. overwrite_q: the result takes q's memory, which
+    costs a copy if q is needed elsewhere. Raises UserError where a named implementation cannot run, and where the fused
+    one is differentiated.
     """
     if values not in VALUES:
         raise UserError(f"{values=} is unknown; choose {' or '.join(VALUES)}")
@@ -180,7 +185,8 @@ def sage_sparse_linear_attention(
         from turbojax.kernels import sage_fused
 
         count = num_selected(topk, -(-k.shape[1] // block_k))
-        settings = sage_fused.settings(count, block_q=block_q, block_k=block_k, values=values)
+        blocks = {"block_q": block_q, "block_k": block_k}
+        settings = sage_fused.settings(count, **blocks, values=values, overwrite_q=overwrite_q)
         return sage_fused.attention(q, k, v, proj_weight, proj_bias, settings)
     table = block_table(q, k, topk=topk, block_q=block_q, block_k=block_k)
     sparse = sage_sparse(q, k, v, table, block_q=block_q, block_k=block_k, values=values)

@@ -2,7 +2,7 @@
 
 block means of k, phi(k)^T v, sum phi(k)                 reads k and v
 int8 q with its block means, int8 k less its mean        read q and k, write half as much
-e4m3 v, transposed                                       reads v twice, writes half as much
+e4m3 v, transposed, in the order of its operand          reads v twice, writes half as much
 scores, and the block map from them                      small
 sparse softmax + linear branch + projection + bias       reads q, its codes and the chosen blocks, writes the result
 """
@@ -12,6 +12,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from turbojax.errors import UserError
 from turbojax.kernels import sage_triton, sla_triton
@@ -24,7 +25,8 @@ from turbojax.kernels.sla_fused import project_state, table_of_means
 class Settings:
     """What the kernels are compiled for.
 
-    count: key blocks a query block attends to. tiles: how the sparse kernel runs.
+    count: key blocks a query block attends to. tiles: how the sparse kernel runs. overwrite_q: the result takes q's
+    memory.
     """
 
     count: int
@@ -32,13 +34,14 @@ class Settings:
     block_k: int
     values: Values
     tiles: sage_triton.Tiles
+    overwrite_q: bool = False
 
 
-def settings(count: int, *, block_q: int, block_k: int, values: Values) -> Settings:
+def settings(count: int, *, block_q: int, block_k: int, values: Values, overwrite_q: bool = False) -> Settings:
     """The fastest settings for the device's compute capability."""
     capability = compute_capability() or (9, 0)
     tiles = sage_triton.forward_tiles(capability, block_q=block_q, block_k=block_k, values=values)
-    return Settings(count, block_q, block_k, values, tiles)
+    return Settings(count, block_q, block_k, values, tiles, overwrite_q)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
@@ -49,8 +52,9 @@ def attention(
     s = settings
     k_means, state, normalizer = sla_triton.key_summary(k, v, s.block_k)
     k_mean = sla_triton.mean_of_means(k_means, k.shape[1], s.block_k)
-    q_code, q_scale, q_means = sage_triton.quantize_rows(q, s.block_q, means=True)
     k_code, k_scale, _ = sage_triton.quantize_rows(k, s.block_k, mean=k_mean)
+    q, k_code = lax.optimization_barrier((q, k_code))  # k's memory is free before q's codes take some
+    q_code, q_scale, q_means = sage_triton.quantize_rows(q, s.block_q, means=True)
     v_code, v_scale = prepare_values(v, s.values)
     return sage_triton.sage_forward(
         q,
@@ -68,6 +72,7 @@ def attention(
         block_k=s.block_k,
         values=s.values,
         tiles=s.tiles,
+        overwrite_q=s.overwrite_q,
     )
 
 

@@ -1,11 +1,10 @@
 """Triton kernels of SageSLA; the equations are in `turbojax.kernels.sage`.
 
 B batch, L tokens, N heads, H head dim. int8 codes of q and k are padded to whole blocks and e4m3 values to 128 rows,
-with zeros: inside the loop over key blocks no load needs a mask. The table of key blocks ascends, so only its last
-entry can be the partial block, and only that one masks its scores.
+with zeros: inside the loop over key blocks their loads need no mask, and only the partial block masks its scores.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +15,11 @@ from turbojax.kernels.sage import E4M3_OF_V, LOG2_E, P_OFFSET, Values
 from turbojax.kernels.sla_triton import sum_rows
 from turbojax.kernels.triton_call import triton_call
 
+LOG2 = tl.constexpr(LOG2_E)
 OFFSET = tl.constexpr(P_OFFSET)
+LEAST = tl.constexpr(-(2**30))  # below every product of codes
 VALUE_ROWS = 128  # rows of v that one program converts
-AMAX_ROWS = 1024  # rows of v that one program takes the largest magnitude of
+AMAX_ROWS = 512  # rows of v that one program takes the largest magnitude of
 
 
 class Tiles(NamedTuple):
@@ -31,13 +32,12 @@ class Tiles(NamedTuple):
 def forward_tiles(capability: tuple[int, int], *, block_q: int, block_k: int, values: Values) -> Tiles:
     """The sparse kernel's tiles that fit a compute capability and spill no registers (tests/kernels).
 
-    One warp group of Hopper's takes 64 rows; elsewhere eight warps share the registers. Two stages where three, of 128
-    bfloat16 values each, would leave room for one program only.
+    One warp group of Hopper's takes 64 rows; elsewhere eight warps share the registers. Four stages of 64 keys or three
+    of 128; of bfloat16 values one less, or there would be room for one program only.
     """
-    return Tiles(
-        warps=4 if capability == (9, 0) and block_q == 64 else 8,
-        stages=2 if values != "float8" and block_k == 128 else 3,
-    )
+    warps = 4 if capability == (9, 0) and block_q == 64 else 8
+    stages = 4 if block_k == 64 else 3
+    return Tiles(warps, stages if values == "float8" else stages - 1)
 
 
 @triton.jit
@@ -110,12 +110,21 @@ def channel_amax_kernel(
 
 
 @triton.jit
+def operand_order(x, ROWS: tl.constexpr, KEYS: tl.constexpr):
+    """x [ROWS, KEYS] with key 16 a + 8 b + 2 c + d at 16 a + 4 c + 2 b + d: no thread needs another's.
+
+    Of a product's result, thread c has keys 2 c + d and 8 + 2 c + d; of a float8 operand, the four from 4 c on.
+    """
+    return x.reshape(ROWS, KEYS // 16, 2, 4, 2).permute(0, 1, 3, 2, 4).reshape(ROWS, KEYS)
+
+
+@triton.jit
 def quantize_values_kernel(
     v, amax, code, L: tl.constexpr, N: tl.constexpr, H: tl.constexpr, ROWS: tl.constexpr, LARGEST: tl.constexpr
 ):
     """v bfloat16 [B, L, N, H] with amax float32 [B, N, H] to e4m3 [B, N, H, blocks * ROWS]; grid (N, blocks, B).
 
-    Transposed: float8 tensor cores want the keys, over which they sum, next to each other.
+    Transposed: float8 tensor cores want the keys, over which they sum, next to each other. In `operand_order`.
     """
     n, i, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     columns, in_rows = tl.arange(0, H), tl.arange(0, ROWS)
@@ -123,24 +132,36 @@ def quantize_values_kernel(
     offsets = in_rows[:, None] * (N * H) + columns[None, :]
     inside = (i * ROWS + in_rows < L)[:, None]
     f = tl.load(v + ((b * L + i * ROWS) * N + n) * H + offsets, mask=inside, other=0.0).to(tl.float32)
-    codes = (f * factor[None, :]).to(tl.float8e4nv)
+    codes = operand_order((f * factor[None, :]).to(tl.float8e4nv).T, H, ROWS)
     rows_first = columns[:, None] * (tl.num_programs(1) * ROWS) + in_rows[None, :]
-    tl.store(code + (b * N + n) * H * tl.num_programs(1) * ROWS + i * ROWS + rows_first, codes.T)
+    tl.store(code + (b * N + n) * H * tl.num_programs(1) * ROWS + i * ROWS + rows_first, codes)
 
 
 @triton.jit
-def attend(q, k, v, factor, top, denominator, total, valid, VALUES: tl.constexpr, MASKED: tl.constexpr):
-    """One key block of the online softmax in base 2; q, k int8 [q, H] and [k, H], v [k, H], valid [k] if MASKED."""
-    scores = tl.dot(q, k.T, out_dtype=tl.int32).to(tl.float32)
-    if MASKED:
-        scores = tl.where(valid[None, :], scores, float("-inf"))
-    new_top = tl.maximum(top, tl.max(scores, axis=1) * factor)
+def keep_columns(x, left, other):
+    """x with `other` in columns from `left` on. Most blocks have none: all threads pass by the masks together."""
+    columns: tl.constexpr = x.shape[1]
+    if left < columns:
+        x = tl.where((tl.arange(0, columns) < left)[None, :], x, other)
+    return x
+
+
+@triton.jit
+def attend(q, k, v, factor, left, top, denominator, total, VALUES: tl.constexpr, PARTIAL: tl.constexpr):
+    """One key block of the online softmax in base 2; q, k int8 [q, H] and [k, H], v [k, H]; `left` keys if PARTIAL."""
+    products = tl.dot(q, k.T, out_dtype=tl.int32)
+    if PARTIAL:
+        products = keep_columns(products, left, LEAST)
+    # The maximum is that of the integers: a Hopper instruction takes three, and none waits for its conversion.
+    new_top = tl.maximum(top, tl.max(products, axis=1).to(tl.float32) * factor)
     decay = tl.exp2(top - new_top)
+    offset: tl.constexpr = OFFSET if VALUES == "float8" else 0.0
+    p = tl.exp2(products.to(tl.float32) * factor - (new_top - offset)[:, None])
+    if PARTIAL:
+        p = keep_columns(p, left, 0.0)  # with small factors LEAST is not far below the maximum
     if VALUES == "float8":
-        p = tl.exp2(scores * factor - (new_top - OFFSET)[:, None])
-        part = tl.dot(p.to(tl.float8e4nv), v)
+        part = tl.dot(operand_order(p.to(tl.float8e4nv), q.shape[0], k.shape[0]), v)
     else:
-        p = tl.exp2(scores * factor - new_top[:, None])
         part = tl.dot(p.to(tl.bfloat16), v)
     # Added outside of the tensor cores, whose float8 sums keep 14 bits; it costs what the multiplication alone would.
     total = total * decay[:, None] + part
@@ -155,14 +176,14 @@ def add_linear(total, q, inside, normalizer, projected, bias, N: tl.constexpr, H
     """
     columns, rows = tl.arange(0, H), tl.arange(0, Q)
     all_x = tl.load(q + rows[:, None] * (N * H) + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-    top = tl.max(all_x, axis=1)
-    e = tl.exp(all_x - top[:, None])
+    top = tl.max(all_x, axis=1) * LOG2
+    e = tl.exp2(all_x * LOG2 - top[:, None])
     weight = 1.0 / tl.sum(e * (1e-5 + tl.load(normalizer + columns))[None, :], axis=1)
-    PART: tl.constexpr = 32
+    PART: tl.constexpr = 64
     part = tl.arange(0, PART)
-    for start in range(0, H, PART):
+    for start in tl.static_range(0, H, PART):
         x = tl.load(q + rows[:, None] * (N * H) + (start + part)[None, :], mask=inside, other=0.0).to(tl.float32)
-        phi = (tl.exp(x - top[:, None]) * weight[:, None]).to(tl.bfloat16)
+        phi = (tl.exp2(x * LOG2 - top[:, None]) * weight[:, None]).to(tl.bfloat16)
         state = tl.load(projected + (start + part)[:, None] * H + columns[None, :])
         total = tl.dot(phi, state, total)
     return total + tl.load(bias + columns)[None, :]
@@ -194,8 +215,8 @@ def sage_forward_kernel(
     """One program a query block of a head; grid (query blocks, B * N). SCALE is log2(e) / sqrt(H).
 
     q_code, k_code int8 [B, blocks * block, N, H] with scales float32 [B, N, blocks]; table int32
-    [B, N, query blocks, COUNT], ascending. v e4m3 [B, N, H, L padded to 128] for VALUES "float8", else bfloat16
-    [B, L, N, H]; v_scale float32 [B, N, H]. The linear branch: q bfloat16 [B, L, N, H], projected bfloat16
+    [B, N, query blocks, COUNT]. v e4m3 [B, N, H, L padded to 128] in `operand_order` for VALUES "float8", else
+    bfloat16 [B, L, N, H]; v_scale float32 [B, N, H]. The linear branch: q bfloat16 [B, L, N, H], projected bfloat16
     [B, N, H, H], normalizer float32 [B, N, H], bias float32 [H]. out bfloat16 [B, L, N, H].
     """
     i, head = tl.program_id(0), tl.program_id(1)
@@ -203,6 +224,7 @@ def sage_forward_kernel(
     q_blocks: tl.constexpr = (L + BLOCK_Q - 1) // BLOCK_Q
     k_blocks: tl.constexpr = (L + BLOCK_K - 1) // BLOCK_K
     v_length: tl.constexpr = (L + 127) // 128 * 128
+    partial: tl.constexpr = L % BLOCK_K > 0
     columns, in_q, in_k = tl.arange(0, H), tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_K)
     q_offsets = in_q[:, None] * (N * H) + columns[None, :]
     k_offsets = in_k[:, None] * (N * H) + columns[None, :]
@@ -222,30 +244,19 @@ def sage_forward_kernel(
     top = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
     denominator = tl.zeros((BLOCK_Q,), tl.float32)
     total = tl.zeros((BLOCK_Q, H), tl.float32)
-    whole: tl.constexpr = COUNT if L % BLOCK_K == 0 else COUNT - 1
     chosen = tl.load(table)
-    for c in range(0, whole):
+    for c in range(0, COUNT):
+        left = L - chosen * BLOCK_K
         block = chosen.to(tl.int64)
         # Read a step ahead: loads whose address comes from a load of the same step are fetched less early.
         chosen = tl.load(table + tl.minimum(c + 1, COUNT - 1))
         factor = row_factor * tl.load(k_scale + block)
         k_tile = tl.load(k_code + block * (BLOCK_K * N * H) + k_offsets)
-        v_tile = tl.load(v + block * v_step + v_offsets)
-        top, denominator, total = attend(
-            q_tile, k_tile, v_tile, factor, top, denominator, total, in_k, VALUES, MASKED=False
-        )
-    if whole < COUNT:
-        block = chosen.to(tl.int64)
-        valid = block * BLOCK_K + in_k < L
-        factor = row_factor * tl.load(k_scale + block)
-        k_tile = tl.load(k_code + block * (BLOCK_K * N * H) + k_offsets)
-        if VALUES == "float8":
+        if VALUES == "float8" or not partial:
             v_tile = tl.load(v + block * v_step + v_offsets)
         else:
-            v_tile = tl.load(v + block * v_step + v_offsets, mask=valid[:, None], other=0.0)
-        top, denominator, total = attend(
-            q_tile, k_tile, v_tile, factor, top, denominator, total, valid, VALUES, MASKED=True
-        )
+            v_tile = tl.load(v + block * v_step + v_offsets, mask=(in_k < left)[:, None], other=0.0)
+        top, denominator, total = attend(q_tile, k_tile, v_tile, factor, left, top, denominator, total, VALUES, partial)
 
     total *= (1.0 / denominator)[:, None] * tl.load(v_scale + head * H + columns)[None, :]
     inside = (i * BLOCK_Q + in_q < L)[:, None]
@@ -290,11 +301,12 @@ def quantize_rows(
 def quantize_values(v: jax.Array) -> tuple[jax.Array, jax.Array]:
     """As `sage.quantize_values`: v bfloat16 `[B, L, N, H]` to e4m3 and float32 scales `[B, N, H]`.
 
-    The codes are transposed and padded with zeros, `[B, N, H, L padded to 128]`.
+    The codes are transposed and padded with zeros, `[B, N, H, L padded to 128]`, each 16 keys in `operand_order`:
+    key 8 b + 2 c + d at 4 c + 2 b + d.
     """
     batch, length, heads, dim = v.shape
     chunks, blocks = -(-length // AMAX_ROWS), -(-length // VALUE_ROWS)
-    shape = dict(num_stages=1, L=length, N=heads, H=dim)
+    shape: dict[str, Any] = dict(num_stages=1, L=length, N=heads, H=dim)
     (parts,) = triton_call(
         channel_amax_kernel,
         v,
@@ -337,12 +349,13 @@ def sage_forward(
     block_k: int,
     values: Values,
     tiles: Tiles,
+    overwrite_q: bool = False,
 ) -> jax.Array:
     """The sparse branch over the chosen key blocks plus the linear branch, bfloat16 `[B, L, N, H]`.
 
     q bfloat16 `[B, L, N, H]` and its codes and scales from `quantize_rows`, as k's; v e4m3 from `quantize_values` for
     values "float8", else bfloat16 `[B, L, N, H]`; v_scale float32 `[B, N, H]`; table int32
-    `[B, N, query blocks, chosen]`, ascending; projected = phi(k)^T v W^T bfloat16 `[B, N, H, H]`; normalizer =
+    `[B, N, query blocks, chosen]`; projected = phi(k)^T v W^T bfloat16 `[B, N, H, H]`; normalizer =
     sum phi(k) float32 `[B, N, H]`; bias float32 `[H]`.
     """
     batch, length, heads, dim = q.shape
@@ -360,6 +373,7 @@ def sage_forward(
         normalizer,
         bias,
         out_shape=(jax.ShapeDtypeStruct(q.shape, jnp.bfloat16),),
+        in_place={7: 0} if overwrite_q else {},  # a program reads the rows of q that it writes
         grid=(table.shape[2], batch * heads),
         num_warps=tiles.warps,
         num_stages=tiles.stages,

@@ -10,6 +10,8 @@ q and g are read twice, k and v once: dP in the kernel of dq would not fit the r
 see; their sums are added in a fixed order.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import triton
@@ -158,7 +160,7 @@ def launch(kernel, x: jax.Array, *arrays: jax.Array, out_shape, own_sums: bool =
     """A kernel over shares of the rows of x `[B, L, N, H]`; own_sums: each share has results of its own."""
     batch, length, heads, dim = x.shape
     share, shares = shares_of(length, batch * heads, ROWS)
-    constants = {"SHARES": shares} if own_sums else {}
+    constants: dict[str, Any] = {"SHARES": shares} if own_sums else {}
     return triton_call.triton_call(
         kernel,
         x,

@@ -3,7 +3,7 @@
 `import jax_triton` fails where jax has no CUDA and changes the environment, so it is imported at the first launch.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,10 +19,16 @@ def triton_call(
     grid: tuple[int, ...],
     num_warps: int,
     num_stages: int,
+    in_place: Mapping[int, int] | None = None,
     **constants: Any,
 ) -> Any:
-    """Launches a `triton.jit` kernel: pointers to `arrays`, then to the outputs, then the constants by name."""
+    """Launches a `triton.jit` kernel: pointers to `arrays`, then to the outputs, then the constants by name.
+
+    in_place: numbers of arrays that an output of the same shape overwrites, and that output's number; XLA copies an
+    array first that something else needs.
+    """
     settings = dict(out_shape=tuple(out_shape), grid=grid, num_warps=num_warps, num_stages=num_stages, **constants)
+    settings["input_output_aliases"] = dict(in_place or {})
     if override is not None:
         return override(kernel, *arrays, **settings)
     import jax_triton

@@ -182,20 +182,21 @@ def joined(part: Callable[[int], np.ndarray], cut: Cut, unit: int, *, axis: int)
     first = part(0)
     if len(cut.starts) == 1:
         return first
-    shape = list(first.shape)
+    shape, filled = list(first.shape), cut.side * unit
     shape[axis] = (cut.starts[-1] + cut.side) * unit
     whole = np.empty(shape, first.dtype)
-    lines, filled = np.moveaxis(whole, axis, 0), cut.side * unit
-    lines[:filled] = np.moveaxis(first, axis, 0)
-    for start in cut.starts[1:]:
-        new, old = np.moveaxis(part(start), axis, 0), lines[start * unit :]
-        overlap = filled - start * unit
-        weight = passing(overlap)
-        for i in range(overlap):  # a line at a time: no second copy of the clip, in float32
-            mixed = old[i] + weight[i] * (new[i].astype(np.float32) - old[i].astype(np.float32))
-            old[i] = np.round(mixed) if whole.dtype == np.uint8 else mixed
-        old[overlap : len(new)] = new[overlap:]
-        filled = start * unit + len(new)
+    lines = lambda a, start, stop: a[(slice(None),) * axis + (slice(start, stop),)]  # noqa: E731
+    lines(whole, 0, filled)[...] = first
+    for begin in (start * unit for start in cut.starts[1:]):
+        new, weight = part(begin // unit), passing(filled - begin)
+        low, high = np.count_nonzero(weight == 0), np.count_nonzero(weight < 1)  # between them tiles are mixed
+        weight = weight[low:high].reshape(-1, *[1] * (4 - axis))
+        for t in range(shape[1]):  # a frame at a time is small in float32
+            old = lines(whole[:, t : t + 1], begin + low, begin + high)
+            mixed = old + weight * (lines(new[:, t : t + 1], low, high).astype(np.float32) - old.astype(np.float32))
+            old[...] = np.round(mixed) if whole.dtype == np.uint8 else mixed
+        filled = begin + cut.side * unit
+        lines(whole, begin + high, filled)[...] = lines(new, high, None)
     return whole
 
 

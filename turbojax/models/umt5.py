@@ -200,7 +200,7 @@ def encode_text(
     if ids.shape != mask.shape or ids.ndim != 2 or ids.shape[1] > length:
         raise UserError(f"{ids.shape=} and {mask.shape=} must be [batch, tokens] with tokens <= {length}")
     run = functools.partial(run_encoder, *nnx.split(encoder)) if isinstance(encoder, UMT5Encoder) else encoder
-    x, tokens = jnp.asarray(embed_tokens(table, ids)), jnp.asarray(mask)
+    x, tokens = jax.device_put((embed_tokens(table, ids), mask))
     return zero_past_end(run(x, tokens), tokens, length=length)
 
 

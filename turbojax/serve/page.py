@@ -106,11 +106,12 @@ class Server:
         return lambda progress: self.make(config, values, progress)
 
     def status(self, job: Job) -> str:
-        if job.cancelled:
-            return line("Cancelling …", bar=None)
         if job.stage == "wait":
-            return line(f"Waiting: {self.jobs.before(job)} before you.", bar=None)
-        return line(f"{STAGES.get(job.stage, job.stage)} …", bar=job.share)
+            return line("Cancelling …" if job.cancelled else f"Waiting: {self.jobs.before(job)} before you.", bar=None)
+        stage = f"{STAGES.get(job.stage, job.stage)} …"
+        if job.cancelled:
+            return line(f"Cancelling, after this stage at the latest: {stage}", bar=None)
+        return line(stage, bar=job.share)
 
     def memory(self, values: Mapping[str, Any]) -> str:
         """A line on what these settings need of the card; estimated, so that it is there at once."""

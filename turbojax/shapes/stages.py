@@ -15,16 +15,14 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from turbojax.errors import UserError
-from turbojax.make_shards import identity, make_index
+from turbojax.make_shards import load_encoders
 from turbojax.shapes.networks import TEXT_ENCODERS
 from turbojax.shapes.settings import FOLDER
 from turbojax.shapes.shards import write_shapes_shards
 from turbojax.shapes.text import ENCODER, train_text_encoder, vocabulary, word_tokenizer, write_text_encoder
-from turbojax.text import TextEncoder
 from turbojax.train.loop import CURVES, read_curves, stop_requests, train
 from turbojax.video import whole_file
 from turbojax.weights.files import find_components
-from turbojax.weights.load import load_vae
 from turbojax.weights.merge import merge
 
 VIDEOS = {"full": 24_576, "tiny": 8}  # to learn from, in shards of
@@ -75,24 +73,18 @@ def learn(stage: str, job: Job) -> None:
 
 def make_data(job: Job) -> None:
     config = job.config("vae")
-    dtype = jnp.dtype(config.dtype)
     given: dict[str, str | Path | None] = {
         "vae": job.folder / "vae",
         "text_encoder": job.folder / "text",
         "tokenizer": job.folder / "text",
     }
-    where = find_components(None, given)
-    vae = load_vae(where["vae"], dtype=dtype)
-    text = TextEncoder.from_files(where["text_encoder"], where["tokenizer"], dtype=dtype, cache=False)
-    index = make_index(
-        vae,
-        text,
+    vae, text, index = load_encoders(
+        find_components(None, given),
+        dtype=jnp.dtype(config.dtype),
         num_frames=config.num_frames,
         height=config.height,
         width=config.width,
         fps=16,
-        vae_identity=identity(where["vae"]),
-        text_identity=identity(where["text_encoder"]),
         shard_size=SHARD[job.size],
     )
     with stop_requests(job.max_minutes) as stop:

@@ -20,8 +20,8 @@ from turbojax.train.schedule import Phases
 from turbojax.train.state import in_compute_dtype
 from turbojax.weights.export import published_tensors
 from turbojax.weights.io import write_safetensors
-from turbojax.weights.load import Skeleton
 from turbojax.weights.published import vae_layout
+from turbojax.weights.skeleton import Skeleton
 from turbojax.weights.vae import VAE_OFFICIAL
 
 SMOOTH = 1e-2  # where sqrt(d^2 + SMOOTH^2) passes from square to absolute; pixels are in [-1, 1]

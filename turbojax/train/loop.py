@@ -39,8 +39,8 @@ from turbojax.train.toy import write_toy_shards
 from turbojax.train.videos import MakeVideos, prepare_videos
 from turbojax.video import make_parent, whole_file
 from turbojax.weights.convert import write_wan
-from turbojax.weights.load import Skeleton
 from turbojax.weights.rules import Entry
+from turbojax.weights.skeleton import Skeleton
 
 CURVES = "curves.jsonl"
 UNSEEN = 64  # videos that an autoencoder's latents are normalized by, and that its quality is told of

@@ -13,15 +13,17 @@ from ml_collections import ConfigDict
 from turbojax.errors import UserError
 from turbojax.models.vae import VAEConfig
 from turbojax.models.wan import WanConfig
-from turbojax.pipeline import MODELS
+from turbojax.networks import MODELS
 from turbojax.shapes.networks import AUTOENCODERS, WANS
 from turbojax.sharding import state_shardings
 from turbojax.train.state import Params, parameters
 from turbojax.train.toy import smooth_in_time, toy_config
 from turbojax.weights.files import find_components, transformer_path
 from turbojax.weights.io import ShapeDtype
-from turbojax.weights.load import Skeleton, load_vae, load_wan, vae_skeleton, wan_skeleton, with_options
+from turbojax.weights.load import load_wan, with_options
+from turbojax.weights.plain import load_vae
 from turbojax.weights.random import random_module
+from turbojax.weights.skeleton import Skeleton, vae_skeleton, wan_skeleton
 
 HostParams = Mapping[str, np.ndarray]
 TRANSFORMERS = {**MODELS, **WANS, "toy": toy_config}  # by what `model` says

@@ -7,13 +7,13 @@ metrics).
 
 import dataclasses
 import functools
-import math
 from typing import Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from turbojax import diffusion
 from turbojax.models.wan import WanConfig
 from turbojax.train import losses
 from turbojax.train.losses import Tangent
@@ -21,7 +21,7 @@ from turbojax.train.schedule import Phases
 from turbojax.train.state import Params, in_compute_dtype
 from turbojax.train.times import Times, UniformShift, drawn_simulation_times, fixed_simulation_times
 from turbojax.train.trigflow import Velocity, guided
-from turbojax.weights.load import Skeleton, wan_skeleton
+from turbojax.weights.skeleton import Skeleton, wan_skeleton
 
 Batch = dict[str, jax.Array]  # latents [B, t, h, w, c], text [B, 512, D], or of an autoencoder video; and key [B]
 Metrics = dict[str, jax.Array]  # float32 []
@@ -252,9 +252,8 @@ def streams(keys: jax.Array, count: int) -> jax.Array:
 
 
 def normal(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Standard normal `[B, *shape]`; drawn flat, because XLA compiles several axes under vmap ten times as long."""
-    flat = jax.vmap(lambda key: jax.random.normal(key, (math.prod(shape),), jnp.float32))(keys)
-    return flat.reshape(-1, *shape)
+    """Standard normal `[B, *shape]`."""
+    return jax.vmap(lambda key: diffusion.normal(key, shape))(keys)
 
 
 def standard(times: Times, keys: jax.Array, shape: tuple[int, ...] = ()) -> jax.Array:

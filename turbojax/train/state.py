@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from turbojax.weights.load import Skeleton
+from turbojax.weights.skeleton import Skeleton
 
 # Parameters by dotted name, as `Skeleton` has them: `blocks.self_attn.q.weight` is `[layers, out, in]`.
 Params = dict[str, jax.Array]

@@ -11,15 +11,16 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
+from turbojax.decoding import decode
 from turbojax.demo import demo_folder
-from turbojax.pipeline import decode
 from turbojax.sampling import make_sampler, sample
 from turbojax.text import TextEncoder
 from turbojax.train.data import Shards
 from turbojax.train.state import Params, in_compute_dtype
 from turbojax.video import save_video
 from turbojax.weights.files import find_components
-from turbojax.weights.load import Skeleton, load_vae
+from turbojax.weights.plain import load_vae
+from turbojax.weights.skeleton import Skeleton
 
 MakeVideos = Callable[[int, Params], list[Path]]
 

@@ -20,20 +20,11 @@ from turbojax.errors import UserError
 from turbojax.models.wan import WanConfig
 from turbojax.weights.files import CONVERTED
 from turbojax.weights.io import read_tensors, release, save_orbax, write_pth, write_safetensors
-from turbojax.weights.load import (
-    Pieces,
-    WanCheckpoint,
-    is_converted,
-    is_stacked,
-    open_umt5,
-    open_vae,
-    open_wan,
-    specs_of,
-    wan_skeleton,
-    with_options,
-)
+from turbojax.weights.load import Pieces, WanCheckpoint, is_converted, open_wan, specs_of, with_options
+from turbojax.weights.plain import open_umt5, open_vae
 from turbojax.weights.published import Layout, diffusers_layout, official_layout, wan_layout
 from turbojax.weights.rules import Entry, Rule, rename
+from turbojax.weights.skeleton import is_stacked, wan_skeleton
 from turbojax.weights.wan import DIFFUSERS, OFFICIAL
 
 FORMATS = ("safetensors", "pth", "orbax")

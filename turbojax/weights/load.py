@@ -1,9 +1,6 @@
-"""From checkpoint files to modules on the device, one layer at a time.
+"""From checkpoint files to transformers: checked as a whole against the network's shapes, then read a tensor at a time.
 
-The network is built as shapes only (`nnx.eval_shape`), the checkpoint is checked against it as a whole, and then each
-tensor goes from the memory-mapped file to the device. A stacked parameter `[layers, ...]` is filled in place, so that
-neither the host nor the device ever holds the model twice. For a streamed model (`turbojax.models.streaming`) each
-layer's large tensors go on to pinned host memory, one after the other.
+Options quantize, dequantize and merge LoRAs on the way. `turbojax.weights.place` says where the parameters go.
 """
 
 import dataclasses
@@ -11,8 +8,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -20,123 +16,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from flax import nnx
 from tqdm import tqdm
 
 from turbojax.errors import CheckpointError
 from turbojax.kernels import int8
-from turbojax.models.clip import CLIPConfig, CLIPVision
-from turbojax.models.streaming import HostBlocks, Streamed, is_streamed, to_host
-from turbojax.models.umt5 import UMT5Config, UMT5Encoder
-from turbojax.models.vae import VAEConfig, WanVAE
+from turbojax.models.streaming import Streamed
 from turbojax.models.wan import WanConfig, WanModel
-from turbojax.weights.clip import clip_rules, clip_tensors, detect_clip_config
 from turbojax.weights.files import CONVERTED
-from turbojax.weights.io import ShapeDtype, file_metadata, load_orbax, read_tensors, release
+from turbojax.weights.io import ShapeDtype, file_metadata, load_orbax, read_tensors
 from turbojax.weights.lora import Changes, Expert, LoRA, merge, read_loras
-from turbojax.weights.published import Layout, clip_layout, umt5_layout, vae_layout, wan_layout
-from turbojax.weights.rules import Entry, Rule, assign, describe, relaid, rename, shorten
-from turbojax.weights.umt5 import detect_umt5_config, token_table, umt5_rules
-from turbojax.weights.vae import detect_vae_config, vae_rules
+from turbojax.weights.place import all_finite, place
+from turbojax.weights.published import wan_layout
+from turbojax.weights.rules import Entry, Rule, assign, describe, relaid, rename
+from turbojax.weights.skeleton import Skeleton, wan_skeleton
 from turbojax.weights.wan import clean_name, detect_wan_config, wan_rules
 
 K = TypeVar("K")
-
-
-class Skeleton(NamedTuple):
-    """A module without arrays: its structure and the shape and dtype of each parameter by dotted path."""
-
-    graph: Any
-    variables: dict[tuple, Any]
-    specs: dict[str, jax.ShapeDtypeStruct]
-
-    @classmethod
-    def of(cls, build: Callable[[], nnx.Module]) -> "Skeleton":
-        graph, state = nnx.split(nnx.eval_shape(build))
-        variables = dict(nnx.to_flat_state(state))
-        specs = {dotted(path): variable.get_value() for path, variable in variables.items()}
-        return cls(graph, variables, specs)
-
-    def entries(self) -> dict[Entry, jax.ShapeDtypeStruct]:
-        """One entry a tensor of the checkpoint: stacked parameters are counted a layer at a time."""
-        out = {}
-        for name, spec in self.specs.items():
-            if is_stacked(name):
-                out.update({Entry(name, i): layer_of(spec) for i in range(spec.shape[0])})
-            else:
-                out[Entry(name, None)] = spec
-        return out
-
-    def abstract(self) -> Any:
-        """The module with shapes and dtypes in place of its parameters, to trace and compile with."""
-        return nnx.merge(self.graph, nnx.from_flat_state(list(self.variables.items())))
-
-    def abstract_streamed(self) -> Streamed:
-        """The streamed form of `abstract`."""
-        specs: dict[str, Any] = dict(self.specs)
-        for name, spec in self.specs.items():
-            if is_stacked(name) and is_streamed(layer_of(spec)):
-                specs[name] = [layer_of(spec)] * spec.shape[0]
-        return self.fill_streamed(specs)
-
-    def fill(self, arrays: Mapping[str, Any], *, streamed: bool = False) -> Any:
-        """The module with these arrays as its parameters.
-
-        streamed: its streamed form; what is streamed comes as a list, an array a layer.
-        """
-        if streamed:
-            return self.fill_streamed(arrays)
-        flat = [(path, variable.replace(arrays[dotted(path)])) for path, variable in self.variables.items()]
-        return nnx.merge(self.graph, nnx.from_flat_state(flat))
-
-    def fill_streamed(self, arrays: Mapping[str, Any]) -> Streamed:
-        """`fill` for a streamed module."""
-        outer: list[tuple] = []
-        resident: list[tuple] = []
-        count = next(spec.shape[0] for name, spec in self.specs.items() if is_stacked(name))
-        layers: list[list[tuple]] = [[] for _ in range(count)]
-        for path, variable in self.variables.items():
-            array = arrays[dotted(path)]
-            if path[0] != "blocks":
-                outer.append((path, variable.replace(array)))
-            elif isinstance(array, list):
-                for layer, own in zip(layers, array, strict=True):
-                    layer.append((path[1:], variable.replace(own)))
-            else:
-                resident.append((path[1:], variable.replace(array)))
-        config, outer_graph, block_graph = self.structures()
-        blocks = HostBlocks(block_graph, nnx.from_flat_state(resident), tuple(map(nnx.from_flat_state, layers)))
-        return Streamed(config, outer_graph, nnx.from_flat_state(outer), blocks)
-
-    def restructured(self, model: Streamed) -> Streamed:
-        """A streamed model with its own arrays in this skeleton's structure."""
-        config, outer, block = self.structures()
-        return Streamed(config, outer, model.state, dataclasses.replace(model.blocks, graph=block))
-
-    def structures(self) -> tuple[Any, nnx.GraphDef, nnx.GraphDef]:
-        """The configuration, and the structures of the module without its blocks and of one block."""
-        module = self.abstract()
-        blocks = module.blocks
-        del module.blocks
-        return module.config, nnx.split(module)[0], nnx.split(blocks)[0]
-
-
-def dotted(path: tuple) -> str:
-    return ".".join(str(part) for part in path)
-
-
-def is_stacked(name: str) -> bool:
-    return name.startswith("blocks.")
-
-
-def layer_of(spec: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-    """One layer of a stacked parameter."""
-    return jax.ShapeDtypeStruct(spec.shape[1:], spec.dtype)
-
-
-@functools.lru_cache(maxsize=16)
-def wan_skeleton(config: WanConfig) -> Skeleton:
-    return Skeleton.of(lambda: WanModel(config, rngs=nnx.Rngs(0)))
 
 
 class LazyTensors(Mapping[K, np.ndarray]):
@@ -157,21 +52,6 @@ class LazyTensors(Mapping[K, np.ndarray]):
 def specs_of(tensors: Mapping[K, np.ndarray]) -> Mapping[K, ShapeDtype]:
     """Shapes and dtypes, without reading: memory-mapped arrays know their own."""
     return tensors.specs if isinstance(tensors, LazyTensors) else tensors
-
-
-@functools.lru_cache(maxsize=16)
-def vae_skeleton(config: VAEConfig) -> Skeleton:
-    return Skeleton.of(lambda: WanVAE(config, rngs=nnx.Rngs(0)))
-
-
-@functools.lru_cache(maxsize=16)
-def umt5_skeleton(config: UMT5Config) -> Skeleton:
-    return Skeleton.of(lambda: UMT5Encoder(config, rngs=nnx.Rngs(0)))
-
-
-@functools.lru_cache(maxsize=16)
-def clip_skeleton(config: CLIPConfig) -> Skeleton:
-    return Skeleton.of(lambda: CLIPVision(config, rngs=nnx.Rngs(0)))
 
 
 class WanCheckpoint(NamedTuple):
@@ -396,82 +276,6 @@ def quantize_weight(weight: jax.Array, scheme: int8.Scheme) -> tuple[jax.Array, 
 dequantize_weight = jax.jit(int8.dequantize_weight)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def write_layer(stack: jax.Array, layer: jax.Array, index: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_update_index_in_dim(stack, layer.astype(stack.dtype), index, 0)
-
-
-@jax.jit
-def all_finite(x: jax.Array) -> jax.Array:
-    return jnp.isfinite(x).all()
-
-
-SMALL_BYTES = 2**22  # parameters up to this size are put together by numpy: compiling for each shape takes longer
-
-
-def place(
-    skeleton: Skeleton, piece: Callable[[Entry], Any], *, what: str, streamed: bool = False
-) -> dict[str, jax.Array | list[jax.Array]]:
-    """Puts every parameter on the device, one tensor of the checkpoint at a time, with a progress bar in bytes.
-
-    streamed: large parameters of the blocks become lists of arrays in host memory, one a layer.
-
-    Raises CheckpointError naming the parameters that hold NaN or infinity.
-    """
-    total = sum(spec.size * spec.dtype.itemsize for spec in skeleton.specs.values())
-    arrays: dict[str, jax.Array | list[jax.Array]] = {}
-    finite = {}
-    with tqdm(total=total, unit="B", unit_scale=True, desc=f"Loading {what}", disable=None, leave=False) as bar:
-
-        def values(name: str, spec: jax.ShapeDtypeStruct, small: bool) -> Iterator[tuple[int | None, Any]]:
-            """The parameter's layers, or (None, the whole of it); read when asked for."""
-            layers = range(spec.shape[0]) if is_stacked(name) else [None]
-            for layer in layers:
-                stored = piece(Entry(name, layer))
-                # jnp.asarray would compile a program for each shape.
-                value = np.asarray(stored) if small else jax.device_put(stored, may_alias=False)
-                if jnp.issubdtype(value.dtype, jnp.floating):
-                    finite[Entry(name, layer)] = np.isfinite(value).all() if small else all_finite(value)
-                yield layer, value
-                if isinstance(stored, np.ndarray):
-                    release(stored)
-                bar.update(spec.size * spec.dtype.itemsize // len(layers))
-
-        for name, spec in skeleton.specs.items():
-            if streamed and is_stacked(name) and is_streamed(layer_of(spec)):
-                arrays[name] = layers_on_host(spec, values(name, spec, small=False))
-                continue
-            small = spec.size * spec.dtype.itemsize <= SMALL_BYTES
-            arrays[name] = (stack_on_host if small else stack_on_device)(spec, values(name, spec, small))
-    bad = [describe(entry) for entry, ok in finite.items() if not ok]
-    if bad:
-        raise CheckpointError(f"{what} holds NaN or infinity in {shorten(bad)}; download it again")
-    return arrays
-
-
-def layers_on_host(spec: jax.ShapeDtypeStruct, values: Iterator[tuple[int | None, jax.Array]]) -> list[jax.Array]:
-    """Each waited for, so that the device holds one at a time."""
-    return [jax.block_until_ready(to_host(value.astype(spec.dtype))) for _, value in values]
-
-
-def stack_on_host(spec: jax.ShapeDtypeStruct, values: Iterator[tuple[int | None, np.ndarray]]) -> jax.Array:
-    array = np.empty(spec.shape, spec.dtype)
-    for layer, value in values:
-        array[... if layer is None else layer] = value
-    return jax.device_put(array)
-
-
-def stack_on_device(spec: jax.ShapeDtypeStruct, values: Iterator[tuple[int | None, jax.Array]]) -> jax.Array:
-    array = None
-    for layer, value in values:
-        if layer is None:
-            array = value.astype(spec.dtype)
-        else:
-            array = write_layer(jnp.zeros(spec.shape, spec.dtype) if array is None else array, value, layer)
-    assert array is not None
-    return array
-
-
 def open_converted(path: Path) -> WanCheckpoint:
     """Opens a transformer that `scripts/convert.py --format=orbax` wrote."""
     try:
@@ -506,77 +310,3 @@ def load_arrays(folder: Path, skeleton: Skeleton) -> dict[str, Any]:
             arrays[name] = load_array(folder, name, wanted)
             bar.update(spec.size * spec.dtype.itemsize)
     return arrays
-
-
-class PlainCheckpoint(NamedTuple):
-    """A VAE or text encoder, checked against its own configuration; nothing has been read yet."""
-
-    skeleton: Skeleton
-    tensors: dict[Entry, np.ndarray]
-
-
-@contextmanager
-def naming(path: str | os.PathLike) -> Iterator[None]:
-    """Puts the file's name in front of what is wrong with it."""
-    try:
-        yield
-    except CheckpointError as error:
-        raise CheckpointError(f"{Path(path).name}: {error}") from error
-
-
-def open_vae(path: str | os.PathLike, *, dtype: Any = jnp.bfloat16) -> PlainCheckpoint:
-    """Opens a Wan 2.1 VAE, official or diffusers names; raises CheckpointError with all that does not fit."""
-    tensors = read_tensors(path)
-    with naming(path):
-        config: VAEConfig = dataclasses.replace(detect_vae_config(tensors), dtype=dtype)
-        return check_plain(vae_skeleton(config), tensors, vae_rules(tensors), vae_layout(config))
-
-
-def open_umt5(path: str | os.PathLike, *, dtype: Any = jnp.bfloat16) -> PlainCheckpoint:
-    """Opens a umT5 encoder, official or transformers' names; raises CheckpointError with all that does not fit."""
-    tensors = read_tensors(path)
-    with naming(path):
-        config: UMT5Config = dataclasses.replace(detect_umt5_config(tensors), dtype=dtype)
-        return check_plain(umt5_skeleton(config), tensors, umt5_rules(tensors), umt5_layout(config))
-
-
-def open_clip(path: str | os.PathLike, *, dtype: Any = jnp.float16) -> PlainCheckpoint:
-    """Opens a CLIP image encoder, official or transformers' names; raises CheckpointError as the others do."""
-    tensors = read_tensors(path)
-    with naming(path):
-        config: CLIPConfig = dataclasses.replace(detect_clip_config(tensors), dtype=dtype)
-        return check_plain(
-            clip_skeleton(config), clip_tensors(tensors, config.num_layers), clip_rules(tensors), clip_layout(config)
-        )
-
-
-def check_plain(
-    skeleton: Skeleton, tensors: Mapping[str, np.ndarray], rules: Iterable[Rule], layout: Layout
-) -> PlainCheckpoint:
-    """Every parameter's tensor; raises CheckpointError with all that is missing, unknown or misshapen."""
-    expected = {entry: spec.shape for entry, spec in skeleton.entries().items()}
-    return PlainCheckpoint(skeleton, assign(tensors, rules, expected, what="the checkpoint", published=layout))
-
-
-def load_vae(path: str | os.PathLike, *, dtype: Any = jnp.bfloat16) -> WanVAE:
-    """Loads a Wan 2.1 VAE, official or diffusers names."""
-    return load_plain(open_vae(path, dtype=dtype), what=Path(path).name)
-
-
-def load_umt5(
-    path: str | os.PathLike, *, dtype: Any = jnp.bfloat16, streamed: bool = False
-) -> tuple[UMT5Encoder | Streamed, np.ndarray]:
-    """Loads a umT5 encoder; returns it and its token table `[vocab, D]`, which stays in the memory-mapped file."""
-    encoder = load_plain(open_umt5(path, dtype=dtype), what=Path(path).name, streamed=streamed)
-    return encoder, token_table(read_tensors(path))
-
-
-def load_clip(path: str | os.PathLike, *, dtype: Any = jnp.float16) -> CLIPVision:
-    """Loads a CLIP image encoder, official or transformers' names."""
-    return load_plain(open_clip(path, dtype=dtype), what=Path(path).name)
-
-
-def load_plain(checkpoint: PlainCheckpoint, *, what: str, streamed: bool = False) -> Any:
-    """A module whose parameters are the checkpoint's tensors as they are."""
-    skeleton, tensors = checkpoint
-    return skeleton.fill(place(skeleton, tensors.__getitem__, what=what, streamed=streamed), streamed=streamed)

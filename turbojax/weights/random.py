@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from turbojax.weights.load import Skeleton, describe, place
+from turbojax.weights.load import describe
+from turbojax.weights.place import place
 from turbojax.weights.rules import Entry
+from turbojax.weights.skeleton import Skeleton
 
 
 def random_module(skeleton: Skeleton, *, seed: int = 0, what: str = "random weights", streamed: bool = False) -> Any:

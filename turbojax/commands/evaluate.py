@@ -1,0 +1,81 @@
+"""Evaluates the small model of the world of shapes on prompts that it was never trained on.
+
+    python scripts/evaluate.py --folder=outputs/shapes --output=benchmarks/shapes.json
+    python scripts/evaluate.py --folder=outputs/shapes --prompts=20 --variants=quick
+
+--folder is one that scripts/train_shapes.py has filled. A program and a small classifier tell whether a video shows the
+shapes, colours, motions and background of its prompt; the output has the classifier's own accuracy. Sparse and int8
+variants are compared with the dense bfloat16 network from the same noise (PSNR, SSIM). --variants are names, separated
+by semicolons, quick (what is shipped, in 4 steps) or all; --list prints them. Further flags: --seed, --batch (videos at
+once), --num_frames, --height, --width, --dtype=bfloat16 (or float32), --sheets=FOLDER for a picture with frames of the
+first 20 videos of each variant. The same seed gives the same prompts and the same noise.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from absl import flags
+
+from turbojax import UserError, cli
+from turbojax.shapes.evaluate import QUICK, VARIANTS, contact_sheet, evaluate, held_out_tasks, table
+from turbojax.shapes.judge import train_judge
+from turbojax.video import make_parent, whole_file
+
+FLAGS = flags.FlagValues()
+FOLDER = flags.DEFINE_string("folder", "outputs/shapes", "of scripts/train_shapes.py", flag_values=FLAGS)
+OUTPUT = flags.DEFINE_string("output", "outputs/shapes/evaluation.json", "file to write", flag_values=FLAGS)
+PROMPTS = flags.DEFINE_integer("prompts", 200, "how many", flag_values=FLAGS)
+NAMES = flags.DEFINE_string("variants", "all", "names separated by semicolons, quick, or all", flag_values=FLAGS)
+LIST = flags.DEFINE_bool("list", False, "print the variants, and stop", flag_values=FLAGS)
+SEED = flags.DEFINE_integer("seed", 0, "of prompts and noise", flag_values=FLAGS)
+BATCH = flags.DEFINE_integer("batch", 20, "videos at once", flag_values=FLAGS)
+FRAMES = flags.DEFINE_integer("num_frames", 33, "4 n + 1", flag_values=FLAGS)
+HEIGHT = flags.DEFINE_integer("height", 128, "pixels", flag_values=FLAGS)
+WIDTH = flags.DEFINE_integer("width", 128, "pixels", flag_values=FLAGS)
+DTYPE = flags.DEFINE_enum("dtype", "bfloat16", ["bfloat16", "float32"], "of the networks", flag_values=FLAGS)
+SHEETS = flags.DEFINE_string("sheets", None, "folder for pictures", flag_values=FLAGS)
+SHOWN = 20  # videos of a picture
+
+
+def main() -> None:
+    if LIST.value:
+        print("\n".join(VARIANTS))
+        return
+    for name, value in (("prompts", PROMPTS.value), ("batch", BATCH.value)):
+        if value < 1:
+            raise UserError(f"{name}={value} must be at least 1")
+    named = {"all": list(VARIANTS), "quick": list(QUICK)}
+    names = named.get(NAMES.value) or [name.strip() for name in NAMES.value.split(";")]
+    output, sheets = Path(OUTPUT.value), Path(SHEETS.value) if SHEETS.value else None
+    make_parent(output)
+    if sheets:
+        make_parent(sheets / "sheet.png")
+    size = {"num_frames": FRAMES.value, "height": HEIGHT.value, "width": WIDTH.value}
+    tasks = held_out_tasks(PROMPTS.value, seed=SEED.value)
+    judge = train_judge(size=min(HEIGHT.value, WIDTH.value))
+    content: dict[str, Any] = {
+        "device": jax.devices()[0].device_kind,
+        "dtype": DTYPE.value,
+        "seed": SEED.value,
+        "prompts": len(tasks),
+        "size": size,
+        "judge": {"accuracy": judge.accuracy, "tested": judge.tested},
+        "rows": [],
+    }
+    folder, dtype = Path(FOLDER.value), jnp.dtype(DTYPE.value)
+    options: dict[str, Any] = {"size": size, "dtype": dtype, "seed": SEED.value, "batch": BATCH.value}
+    for row, videos in evaluate(names, tasks, folder, judge, **options):
+        content["rows"].append(row)
+        with whole_file(output) as temporary:  # after each, so that a stop loses little
+            temporary.write_text(json.dumps(content, indent=1) + "\n")
+        if sheets:
+            file = "".join(c if c.isalnum() or c == "." else "_" for c in row["variant"])
+            contact_sheet(videos[:SHOWN], sheets / f"{file}.png")
+    print(table(content["rows"]))
+
+
+def run() -> None:
+    cli.run(main, flag_values=FLAGS, help_text=__doc__ or "")

@@ -1,0 +1,127 @@
+"""Networks as shapes only (`nnx.eval_shape`): to check checkpoints against, to compile with, to fill with arrays."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+from flax import nnx
+
+from turbojax.models.clip import CLIPConfig, CLIPVision
+from turbojax.models.streaming import HostBlocks, Streamed, is_streamed
+from turbojax.models.umt5 import UMT5Config, UMT5Encoder
+from turbojax.models.vae import VAEConfig, WanVAE
+from turbojax.models.wan import WanConfig, WanModel
+from turbojax.weights.rules import Entry
+
+
+class Skeleton(NamedTuple):
+    """A module without arrays: its structure and the shape and dtype of each parameter by dotted path."""
+
+    graph: Any
+    variables: dict[tuple, Any]
+    specs: dict[str, jax.ShapeDtypeStruct]
+
+    @classmethod
+    def of(cls, build: Callable[[], nnx.Module]) -> "Skeleton":
+        graph, state = nnx.split(nnx.eval_shape(build))
+        variables = dict(nnx.to_flat_state(state))
+        specs = {dotted(path): variable.get_value() for path, variable in variables.items()}
+        return cls(graph, variables, specs)
+
+    def entries(self) -> dict[Entry, jax.ShapeDtypeStruct]:
+        """One entry a tensor of the checkpoint: stacked parameters are counted a layer at a time."""
+        out = {}
+        for name, spec in self.specs.items():
+            if is_stacked(name):
+                out.update({Entry(name, i): layer_of(spec) for i in range(spec.shape[0])})
+            else:
+                out[Entry(name, None)] = spec
+        return out
+
+    def abstract(self) -> Any:
+        """The module with shapes and dtypes in place of its parameters, to trace and compile with."""
+        return nnx.merge(self.graph, nnx.from_flat_state(list(self.variables.items())))
+
+    def abstract_streamed(self) -> Streamed:
+        """The streamed form of `abstract`."""
+        specs: dict[str, Any] = dict(self.specs)
+        for name, spec in self.specs.items():
+            if is_stacked(name) and is_streamed(layer_of(spec)):
+                specs[name] = [layer_of(spec)] * spec.shape[0]
+        return self.fill_streamed(specs)
+
+    def fill(self, arrays: Mapping[str, Any], *, streamed: bool = False) -> Any:
+        """The module with these arrays as its parameters.
+
+        streamed: its streamed form; what is streamed comes as a list, an array a layer.
+        """
+        if streamed:
+            return self.fill_streamed(arrays)
+        flat = [(path, variable.replace(arrays[dotted(path)])) for path, variable in self.variables.items()]
+        return nnx.merge(self.graph, nnx.from_flat_state(flat))
+
+    def fill_streamed(self, arrays: Mapping[str, Any]) -> Streamed:
+        """`fill` for a streamed module."""
+        outer: list[tuple] = []
+        resident: list[tuple] = []
+        count = next(spec.shape[0] for name, spec in self.specs.items() if is_stacked(name))
+        layers: list[list[tuple]] = [[] for _ in range(count)]
+        for path, variable in self.variables.items():
+            array = arrays[dotted(path)]
+            if path[0] != "blocks":
+                outer.append((path, variable.replace(array)))
+            elif isinstance(array, list):
+                for layer, own in zip(layers, array, strict=True):
+                    layer.append((path[1:], variable.replace(own)))
+            else:
+                resident.append((path[1:], variable.replace(array)))
+        config, outer_graph, block_graph = self.structures()
+        blocks = HostBlocks(block_graph, nnx.from_flat_state(resident), tuple(map(nnx.from_flat_state, layers)))
+        return Streamed(config, outer_graph, nnx.from_flat_state(outer), blocks)
+
+    def restructured(self, model: Streamed) -> Streamed:
+        """A streamed model with its own arrays in this skeleton's structure."""
+        config, outer, block = self.structures()
+        return Streamed(config, outer, model.state, dataclasses.replace(model.blocks, graph=block))
+
+    def structures(self) -> tuple[Any, nnx.GraphDef, nnx.GraphDef]:
+        """The configuration, and the structures of the module without its blocks and of one block."""
+        module = self.abstract()
+        blocks = module.blocks
+        del module.blocks
+        return module.config, nnx.split(module)[0], nnx.split(blocks)[0]
+
+
+def dotted(path: tuple) -> str:
+    return ".".join(str(part) for part in path)
+
+
+def is_stacked(name: str) -> bool:
+    return name.startswith("blocks.")
+
+
+def layer_of(spec: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    """One layer of a stacked parameter."""
+    return jax.ShapeDtypeStruct(spec.shape[1:], spec.dtype)
+
+
+@functools.lru_cache(maxsize=16)
+def wan_skeleton(config: WanConfig) -> Skeleton:
+    return Skeleton.of(lambda: WanModel(config, rngs=nnx.Rngs(0)))
+
+
+@functools.lru_cache(maxsize=16)
+def vae_skeleton(config: VAEConfig) -> Skeleton:
+    return Skeleton.of(lambda: WanVAE(config, rngs=nnx.Rngs(0)))
+
+
+@functools.lru_cache(maxsize=16)
+def umt5_skeleton(config: UMT5Config) -> Skeleton:
+    return Skeleton.of(lambda: UMT5Encoder(config, rngs=nnx.Rngs(0)))
+
+
+@functools.lru_cache(maxsize=16)
+def clip_skeleton(config: CLIPConfig) -> Skeleton:
+    return Skeleton.of(lambda: CLIPVision(config, rngs=nnx.Rngs(0)))
