@@ -1,5 +1,6 @@
 """What all tests share: strict JAX settings, the CPU, no network, a cache folder of their own, the demo's pipeline."""
 
+import gc
 import os
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # read when huggingface_hub is imported
@@ -30,6 +31,12 @@ def pytest_configure(config):
         jax.config.update("jax_disable_most_optimizations", quick)
         if quick:
             os.environ["XLA_FLAGS"] = f"{QUICK} {os.environ.get('XLA_FLAGS', '')}"
+
+
+def pytest_collection_finish():
+    """Garbage is looked for seldom, and not among what has been imported: JAX makes many objects while it traces."""
+    gc.freeze()
+    gc.set_threshold(20_000)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -14,7 +14,6 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from tensorboardX.proto.event_pb2 import Event
 
 from tests.test_generate import run_all
@@ -111,17 +110,6 @@ def test_killed_and_resumed(tmp_path, data):
     assert expected.keys() == got.keys()
     different = [name for name in expected if not np.array_equal(expected[name], got[name])]
     assert not different, (first, second, half, different)
-
-
-@pytest.fixture(scope="module")
-def compiled_once(data):
-    """All runs in this process share their compiled programs."""
-    before = jax.config.jax_compilation_cache_dir
-    jax.config.update("jax_compilation_cache_dir", str(data / "compiled_here"))
-    compilation_cache.reset_cache()
-    yield
-    jax.config.update("jax_compilation_cache_dir", before)
-    compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="module")
