@@ -149,7 +149,7 @@ def test_cache_keeps_its_size():
             vae = nnx.merge(graph, state)
             if coder == "decode":
                 return vae.decode_chunk(jnp.zeros((1, n, 4, 4, 16)), vae.init_decode_cache(1, 4, 4), first=first)
-            video = jnp.zeros((1, 1 if first else 4 * n, 32, 32, 3))
+            video = jnp.zeros((1, 4 * n - 3 if first else 4 * n, 32, 32, 3))
             return vae.encode_chunk(video, vae.init_encode_cache(1, 32, 32), first=first)
 
         x, cache = jax.eval_shape(run, state)
@@ -159,6 +159,7 @@ def test_cache_keeps_its_size():
         start = vae.init_decode_cache(1, 4, 4) if coder == "decode" else vae.init_encode_cache(1, 32, 32)
         start = jax.tree.map(lambda a: (a.shape, a.dtype), start)
         assert after(coder, 1, True) == (1, start)
+        assert after(coder, 3, True) == (1 + 2 * frames, start)
         assert after(coder, 1, False) == (frames, start)
         assert after(coder, 7, False) == (7 * frames, start)
 

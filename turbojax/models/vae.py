@@ -169,7 +169,7 @@ class ChannelNorm(nnx.Module):
 class Block(nnx.Module):
     """A piece of the encoder or decoder: x and its cache in, x and its cache out.
 
-    first (static): x is the first frame of the clip, one frame.
+    first (static): x begins with the first frame of the clip.
     """
 
     scale = 1.0  # height and width are multiplied by it
@@ -247,9 +247,13 @@ class Downsample(Block):
         x = self.conv(x)
         if self.time_conv is None:
             return x, cache
-        if first:
-            return x, x  # goes on as it is, and is what the next chunk looks back on
-        return self.time_conv(x, cache)
+        if not first:
+            return self.time_conv(x, cache)
+        head, rest = x[:, :1], x[:, 1:]  # the head goes on as it is, and is what the rest looks back on
+        if not rest.shape[1]:
+            return head, head
+        rest, cache = self.time_conv(rest, head)
+        return jnp.concatenate((head, rest), axis=1), cache
 
 
 class Upsample(Block):
@@ -266,10 +270,12 @@ class Upsample(Block):
         return () if self.time_conv is None else self.time_conv.init_cache(batch, height, width)
 
     def __call__(self, x: jax.Array, cache: Cache, *, first: bool) -> tuple[jax.Array, Cache]:
-        if self.time_conv is not None and not first:  # the next chunk looks back on zeros, not on the first frame
-            x, cache = self.time_conv(x, cache)
-            x = jnp.stack(jnp.split(x, 2, axis=-1), axis=2)  # the first half of the channels is the earlier frame
-            x = x.reshape(x.shape[0], -1, *x.shape[3:])
+        if self.time_conv is not None:
+            head, rest = (x[:, :1], x[:, 1:]) if first else (x[:, :0], x)  # the rest looks back on zeros, not the head
+            if rest.shape[1]:
+                rest, cache = self.time_conv(rest, cache)
+                rest = jnp.stack(jnp.split(rest, 2, axis=-1), axis=2)  # the first half of the channels is earlier
+                x = jnp.concatenate((head, rest.reshape(rest.shape[0], -1, *rest.shape[3:])), axis=1)
         batch, frames, height, width, features = x.shape
         x = jnp.broadcast_to(x[:, :, :, None, :, None], (batch, frames, height, 2, width, 2, features))
         return self.conv(x.reshape(batch, frames, 2 * height, 2 * width, features)), cache
@@ -378,7 +384,7 @@ class Decoder(Coder):
 class WanVAE(nnx.Module):
     """Encoder and decoder, one chunk at a time; `encode` and `decode` below run whole clips.
 
-    The first chunk of a clip is one frame (one latent) with `first=True` (static), each further one 4n frames
+    The first chunk of a clip is 1 + 4n frames (1 + n latents) with `first=True` (static), each further one 4n frames
     (n latents) for any n. The result does not depend on how the clip was cut.
     """
 

@@ -58,23 +58,19 @@ def as_pixels(video: Any) -> Any:
 
 
 def encode(vae: WanVAE, video: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Mean and log variance of the latents, float32, of pixels in [-1, 1]; differentiable, in two chunks."""
+    """Mean and log variance of the latents, float32, of pixels in [-1, 1]; differentiable, in one chunk."""
     cache = vae.init_encode_cache(video.shape[0], *video.shape[2:4])
-    video = video.astype(vae.config.dtype)
-    first, cache = vae.encoder(video[:, :1], cache, first=True)
-    rest, _ = vae.encoder(video[:, 1:], cache, first=False)
-    both = vae.quant(jnp.concatenate((first, rest), axis=1)).astype(jnp.float32)
+    features, _ = vae.encoder(video.astype(vae.config.dtype), cache, first=True)
+    both = vae.quant(features).astype(jnp.float32)
     mu, log_variance = jnp.split(both, 2, axis=-1)
     mean, std = vae.statistics(mu)
     return (mu - mean) / std, jnp.clip(log_variance - 2 * jnp.log(std), LEAST, MOST)
 
 
 def decode(vae: WanVAE, latents: jax.Array) -> jax.Array:
-    """Frames about [-1, 1] in the model's dtype; differentiable, in two chunks."""
+    """Frames about [-1, 1] in the model's dtype; differentiable, in one chunk."""
     cache = vae.init_decode_cache(latents.shape[0], *latents.shape[2:4])
-    first, cache = vae.decode_chunk(latents[:, :1], cache, first=True)
-    rest, _ = vae.decode_chunk(latents[:, 1:], cache, first=False)
-    return jnp.concatenate((first, rest), axis=1)
+    return vae.decode_chunk(latents, cache, first=True)[0]
 
 
 def normalized(

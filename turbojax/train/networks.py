@@ -16,6 +16,7 @@ from turbojax.models.wan import WanConfig
 from turbojax.networks import MODELS
 from turbojax.shapes.networks import AUTOENCODERS, WANS
 from turbojax.sharding import state_shardings
+from turbojax.train.initial import transparent
 from turbojax.train.state import Params, parameters
 from turbojax.train.toy import smooth_in_time, toy_config
 from turbojax.weights.files import find_components, transformer_path
@@ -27,7 +28,6 @@ from turbojax.weights.skeleton import Skeleton, vae_skeleton, wan_skeleton
 
 HostParams = Mapping[str, np.ndarray]
 TRANSFORMERS = {**MODELS, **WANS, "toy": toy_config}  # by what `model` says
-FIRST_LOG_VARIANCE = -6.0  # of a random autoencoder's mu
 
 
 class Source(NamedTuple):
@@ -75,15 +75,8 @@ def open_autoencoder(config: ConfigDict) -> tuple[Skeleton, HostParams]:
             module = load_vae(find_components(None, {"vae": config.weights})["vae"], dtype=jnp.float32)
         params: HostParams = {name: np.asarray(value) for name, value in parameters(module).items()}
     if config.weights == "random":
-        params = quiet(params, module.config.z_dim)
+        params = transparent(params, seed=config.seed)
     return vae_skeleton(dataclasses.replace(module.config, dtype=jnp.dtype(config.dtype))), params
-
-
-def quiet(params: HostParams, z_dim: int) -> HostParams:
-    """A random autoencoder's parameters with residual blocks that are identities, and little noise in its latents."""
-    out = {name: 0 * value if name.endswith(".conv2.kernel") else value for name, value in params.items()}
-    log_variance = np.concatenate((np.zeros(z_dim), np.full(z_dim, FIRST_LOG_VARIANCE))).astype(np.float32)
-    return out | {"quant.bias": out["quant.bias"] + log_variance}
 
 
 C = TypeVar("C")
