@@ -24,6 +24,7 @@ from jax import lax
 from turbojax.condition import image_shapes, takes_images
 from turbojax.kernels import int8
 from turbojax.kernels.int8 import QUANT_SCHEMES, QuantConfig
+from turbojax.memory import device_limit, memory_stats
 from turbojax.models import vae as vae_model
 from turbojax.models import wan
 from turbojax.models.layers import contract, rotary_table
@@ -52,7 +53,7 @@ def environment() -> dict[str, Any]:
     packages = ("jax", "jaxlib", "flax", "triton", "jax-triton", "numpy")
     return {
         "device": device.device_kind,
-        "device_memory_limit": (device.memory_stats() or {}).get("bytes_limit"),
+        "device_memory_limit": device_limit(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in packages},
         "command": command_line(),
@@ -69,7 +70,7 @@ def version(package: str) -> str | None:
 
 def peak_bytes() -> int | None:
     """Most bytes in use on the device since the process began; None where the device does not count them."""
-    return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+    return memory_stats().get("peak_bytes_in_use")
 
 
 def median_seconds(function: Callable[[], Any], *, repeats: int = 5) -> float:

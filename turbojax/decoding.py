@@ -3,12 +3,12 @@
 from collections.abc import Iterator
 from typing import Literal
 
-import jax
 import numpy as np
 from absl import logging
 from tqdm import tqdm
 
 from turbojax.errors import UserError
+from turbojax.memory import memory_stats
 from turbojax.models import vae as vae_model
 from turbojax.models.tiling import decode_tiled
 from turbojax.models.vae import WanVAE
@@ -28,11 +28,6 @@ def decode(vae: WanVAE, latents: np.ndarray, *, tiled: bool = False) -> Iterator
     chunks = vae_model.decode_chunks(vae, latents[None], as_uint8=True)
     for part in tqdm(chunks, desc="Decoding", unit="chunk", disable=None, leave=False):
         yield np.asarray(part)[0]  # travels while the next chunk is computed
-
-
-def memory_stats() -> dict[str, int]:
-    """Of the first device, in bytes; empty where it does not count them."""
-    return jax.devices()[0].memory_stats() or {}
 
 
 def check_tiling(vae_tiling: str) -> None:

@@ -59,13 +59,18 @@ def write_demo(folder: Path, *, image: bool = False) -> None:
     wan, vae, t5 = demo_configs(image=image)
     for seed, name in enumerate(("-high", "-low") if image else ("",)):
         write_pth(folder / f"TurboWan-demo{name}.pth", generated(wan_layout(wan), jnp.bfloat16, seed=seed))
+    write_encoders(folder, vae, t5)
+    if image:
+        Image.fromarray(demo_picture()).save(folder / "image.png")
+
+
+def write_encoders(folder: Path, vae: VAEConfig, t5: UMT5Config) -> None:
+    """Writes what stands around a transformer, with generated values, under the published names."""
     for name, layout in (
         ("Wan2.1_VAE.pth", vae_layout(vae)),
         ("models_t5_umt5-xxl-enc-bf16.pth", umt5_layout(t5)),
     ):
         write_pth(folder / name, generated(layout, jnp.bfloat16))
-    if image:
-        Image.fromarray(demo_picture()).save(folder / "image.png")
     (folder / "google" / "umt5-xxl").mkdir(parents=True)
     demo_tokenizer().save(str(folder / "google" / "umt5-xxl" / "tokenizer.json"))
 

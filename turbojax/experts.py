@@ -13,6 +13,7 @@ from flax import nnx
 
 from turbojax.diffusion import Sampler, expert_split
 from turbojax.errors import UserError
+from turbojax.memory import memory_stats
 from turbojax.models.streaming import Placed, Streamed, memory, placed, to_host
 from turbojax.models.wan import WanConfig, WanModel
 from turbojax.weights.lora import Expert
@@ -180,7 +181,7 @@ class Experts:
 
     def room_beside(self, program: jax.stages.Compiled) -> int:
         """Bytes of the device that are free now and are not needed while the program runs; 0 where nothing tells."""
-        stats, needs = jax.devices()[0].memory_stats() or {}, program.memory_analysis()
+        stats, needs = memory_stats(), program.memory_analysis()
         if "bytes_limit" not in stats or needs is None:
             return 0
         limit = min(stats["bytes_limit"], self.limit or stats["bytes_limit"])

@@ -221,9 +221,14 @@ def parse(memory: str | float, limit: int | None) -> tuple[str, int | None]:
     return "auto", int(size * GB)
 
 
+def memory_stats() -> dict[str, int]:
+    """Of the first device, in bytes; empty where it does not count them, as on a CPU."""
+    return jax.devices()[0].memory_stats() or {}
+
+
 def device_limit() -> int | None:
-    """Bytes that XLA may take of the first device; None where it does not say, as on a CPU."""
-    return (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    """Bytes that XLA may take of the first device; None where it does not say."""
+    return memory_stats().get("bytes_limit")
 
 
 # Weights.

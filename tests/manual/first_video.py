@@ -3,9 +3,9 @@
     python tests/manual/first_video.py FOLDER --files
     python tests/manual/first_video.py FOLDER --out=benchmarks/first_video.json
 
-Needs a GPU. The first form only makes the files, which takes minutes and no GPU:
-FOLDER gets 14 GB, generated values in the published layouts, the transformer converted to int8. Then two processes, one
-with an empty compilation cache and one with what it left, each with a prompt of its own. Not run by pytest.
+The first form only makes the files, which takes minutes and no GPU: FOLDER gets 13 GB of generated values, published
+layouts, the transformer converted to int8. The second needs a GPU: two processes, one with an empty compilation cache
+and one with what it left, each with a prompt of its own. Not run by pytest.
 """
 
 import os
@@ -21,23 +21,17 @@ WEIGHTS = "TurboWan2.1-T2V-1.3B-480P"
 def make_files(folder: Path) -> None:
     import jax.numpy as jnp
 
-    from turbojax.demo import demo_tokenizer
+    from turbojax.demo import write_encoders
     from turbojax.models.umt5 import UMT5Config
     from turbojax.models.vae import VAEConfig
     from turbojax.models.wan import WanConfig
     from turbojax.weights.io import write_pth
-    from turbojax.weights.published import generated, umt5_layout, vae_layout, wan_layout
+    from turbojax.weights.published import generated, wan_layout
 
     folder.mkdir()
-    for file, layout in (
-        (f"{WEIGHTS}.pth", wan_layout(WanConfig.t2v_1_3b(attention_type="sla"))),
-        ("Wan2.1_VAE.pth", vae_layout(VAEConfig.wan2_1())),
-        ("models_t5_umt5-xxl-enc-bf16.pth", umt5_layout(UMT5Config.xxl())),
-    ):
-        write_pth(folder / file, generated(layout, jnp.bfloat16))
-    (folder / "google" / "umt5-xxl").mkdir(parents=True)
-    demo_tokenizer().save(str(folder / "google" / "umt5-xxl" / "tokenizer.json"))
+    write_encoders(folder, VAEConfig.wan2_1(), UMT5Config.xxl())
     source, output = folder / f"{WEIGHTS}.pth", folder / f"{WEIGHTS}-quant.safetensors"
+    write_pth(source, generated(wan_layout(WanConfig.t2v_1_3b(attention_type="sla")), jnp.bfloat16))
     convert = (ROOT / "scripts" / "convert.py", f"--input={source}", f"--output={output}", "--quantize=block128")
     subprocess.run([sys.executable, *convert], check=True)
     source.unlink()
@@ -66,7 +60,10 @@ def main(folder: Path, out: Path) -> None:
     from turbojax import benchmark  # not before: it would take the card's memory
 
     what = "int8 (block128), SageSLA 0.1, 480p, 81 frames, 4 steps; the files just written, so in the page cache"
-    benchmark.save({"case": "first_video", "what": what, "file_bytes": sizes, "seconds": seconds}, out)
+    command = "python tests/manual/first_video.py FOLDER"
+    benchmark.save(
+        {"case": "first_video", "command": command, "what": what, "file_bytes": sizes, "seconds": seconds}, out
+    )
 
 
 if __name__ == "__main__":

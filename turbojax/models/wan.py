@@ -40,8 +40,8 @@ CLIP_TOKENS = 257  # of an image
 Activation = jax.Array | Quantized
 KeysValues = tuple[jax.Array, jax.Array]
 Tokens = KeysValues | jax.Array
-# Of text and image of all layers, the most that is kept for a video: at 1.3B it saves 0.6 % of a step's time, at 14B
-# 0.06 %, for 0.4 GB.
+# Of text and image of all layers, the most that is kept for a video. What it saves is mostly launches, which count at
+# 1.3B; at 14B it would be 0.4 GB.
 KEYS_BYTES = 2**28
 
 

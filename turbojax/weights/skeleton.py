@@ -107,21 +107,12 @@ def layer_of(spec: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(spec.shape[1:], spec.dtype)
 
 
-@functools.lru_cache(maxsize=16)
-def wan_skeleton(config: WanConfig) -> Skeleton:
-    return Skeleton.of(lambda: WanModel(config, rngs=nnx.Rngs(0)))
+def of_kind(module: Callable[..., nnx.Module]) -> Callable[[Any], Skeleton]:
+    """The skeletons of a kind of network by its configuration; the last few are kept."""
+    return functools.lru_cache(maxsize=16)(lambda config: Skeleton.of(lambda: module(config, rngs=nnx.Rngs(0))))
 
 
-@functools.lru_cache(maxsize=16)
-def vae_skeleton(config: VAEConfig) -> Skeleton:
-    return Skeleton.of(lambda: WanVAE(config, rngs=nnx.Rngs(0)))
-
-
-@functools.lru_cache(maxsize=16)
-def umt5_skeleton(config: UMT5Config) -> Skeleton:
-    return Skeleton.of(lambda: UMT5Encoder(config, rngs=nnx.Rngs(0)))
-
-
-@functools.lru_cache(maxsize=16)
-def clip_skeleton(config: CLIPConfig) -> Skeleton:
-    return Skeleton.of(lambda: CLIPVision(config, rngs=nnx.Rngs(0)))
+wan_skeleton: Callable[[WanConfig], Skeleton] = of_kind(WanModel)
+vae_skeleton: Callable[[VAEConfig], Skeleton] = of_kind(WanVAE)
+umt5_skeleton: Callable[[UMT5Config], Skeleton] = of_kind(UMT5Encoder)
+clip_skeleton: Callable[[CLIPConfig], Skeleton] = of_kind(CLIPVision)
