@@ -79,10 +79,10 @@ def estimate(parts: Parts, work: Work, where: Residency) -> Temporaries:
     L tokens, D width, F ffn width:
 
       text        6 arrays of scores `[heads, 512, 512]` in float32
-      diffusion   the table of the rotary embedding, the latents, keys of the text that are kept, and the larger of
-                    attention: `ATTENTION_ARRAYS` arrays `[L, D]`
+      diffusion   the table of the rotary embedding, the latents, and the larger of
+                    attention: `ATTENTION_ARRAYS` arrays `[L, D]` and keys of the text that are kept
                     ffn: the hidden state `[L, F]`, int8 with block scales, both int8 and bfloat16 with channel scales,
-                         beside 2 to 3.5 arrays `[L, D]`
+                         beside 2 to 3.5 arrays `[L, D]` and these keys, which share a place with channel scales
                     what XLA tries matmuls with, see `tried`
       image       the VAE encoding an image, `turbojax.condition.encoding_bytes`
       vae         `vae.decoding_bytes`, in tiles of one tile; the middle block works on whole frames before
@@ -93,15 +93,15 @@ def estimate(parts: Parts, work: Work, where: Residency) -> Temporaries:
     item, tokens = jnp.dtype(c.dtype).itemsize, work.tokens(c)
     array = tokens * c.dim * item
     hidden = tokens * c.ffn_dim
-    if c.quant is None:
-        arrays, ffn = 6.5, item * hidden + 3.5 * array
-    elif c.quant.scheme == "block128" and not c.quant.weight_only:
-        arrays, ffn = ATTENTION_ARRAYS[c.attention_type], hidden + 3 * array
-    else:
-        arrays, ffn = ATTENTION_ARRAYS[c.attention_type], (1 + item) * hidden + 2 * array
-    table = tokens * c.head_dim * jnp.dtype(jnp.float32).itemsize
     keys = 0 if where.transformer_streamed else kept_keys(c, work.batch * (1 + work.guided) * c.text_len)
-    diffusion = max(int(max(arrays * array, ffn)) + table + keys + work.latent_bytes, tried(c, work))
+    if c.quant is None:
+        arrays, ffn = 6.5, item * hidden + 3.5 * array + keys
+    elif c.quant.scheme == "block128" and not c.quant.weight_only:
+        arrays, ffn = ATTENTION_ARRAYS[c.attention_type], hidden + 3 * array + keys
+    else:
+        arrays, ffn = ATTENTION_ARRAYS[c.attention_type], (1 + item) * hidden + array + max(array, keys)
+    table = tokens * c.head_dim * jnp.dtype(jnp.float32).itemsize
+    diffusion = max(int(max(arrays * array + keys, ffn)) + table + work.latent_bytes, tried(c, work))
     text = 6 * 4 * parts.text.num_heads * TEXT_LEN**2
     return Temporaries(text, diffusion, decoding(parts.vae, work, where.vae_tiled), encoding(parts, work))
 
