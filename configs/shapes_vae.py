@@ -9,16 +9,26 @@ scripts/train_shapes.py runs this and all that follows. The second form shows on
 from turbojax.shapes.settings import shapes_config
 
 
+# Of about the same number of pixels: from many frames of little to one frame of all.
+CROPS = ((5, 48), (9, 40), (5, 48), (17, 32), (5, 48), (1, 128))
+
+
 def get_config(size: str = "full"):
     return shapes_config(
         "vae",
         size,
         weights="random",
         data="shapes",
-        num_steps=4000,
-        batch_size=8,
-        learning_rate=1.5e-3,
-        learning_rate_end=0.05,
+        num_steps=12_000,
+        batch_size=4,
+        crops=CROPS,
+        dtype="float32",
+        optimizer="muon",
+        learning_rate=2e-3,
+        learning_rate_end=0.03,
         beta2=0.99,
-        workers=12,
+        kl_scale=1e-3,
+        clip_norm=0.0,
+        log_every=100,
+        workers=1,
     )

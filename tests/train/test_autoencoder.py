@@ -77,6 +77,7 @@ def test_stopped_and_resumed_and_shipped(tmp_path, small, compiled_once):
     settings = dict(
         recipe="vae", data="shapes", weights="random", model="small", num_frames=5, height=64, width=64, batch_size=2,
         num_steps=12, learning_rate=1e-2, learning_rate_end=0.5, warmup_steps=2, dtype="float32", log_every=1,
+        optimizer="muon", crops=((5, 32),),
     )  # fmt: skip
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     file = train(train_config(workdir=str(whole), **settings))
@@ -114,6 +115,44 @@ def test_batches_go_on_and_are_shared():
     np.testing.assert_array_equal(np.concatenate(shares), whole[0])
     with pytest.raises(UserError, match="seed=3, not 4"):
         Batches(**settings | {"seed": 4}).set_state(later.get_state())
+
+
+def test_batches_of_crops():
+    """In turn of these sizes, cut from the very videos where there is something in them; the same in each share."""
+    settings = dict(batch_size=4, seed=3, num_frames=9, height=80, width=80, workers=0)
+    crops = ((5, 24), (1, 48))
+    whole, cut = Batches(**settings), Batches(**settings, crops=crops)
+    for n in range(3):
+        videos, parts = next(whole)["video"], next(cut)["video"]
+        frames, side = crops[n % 2]
+        assert parts.shape == (4, frames, side, side, 3)
+        for video, part in zip(videos, parts, strict=True):
+            windows = np.lib.stride_tricks.sliding_window_view(video, part.shape).squeeze(-5)
+            assert (windows == part).all(axis=(-4, -3, -2, -1)).any()
+            assert part.std() > 0
+    later = Batches(**settings, crops=crops, share=(1, 2))
+    later.set_state(later.get_state() | {"batch": 2})
+    np.testing.assert_array_equal(next(later)["video"], parts[2:])
+
+
+@pytest.mark.parametrize(
+    ("crops", "message"),
+    [
+        (((17, 64),), "do not fit into videos of 9 x 80 x 80"),
+        (((5, 88),), "do not fit"),
+        (((4, 64),), "4"),
+        (((5, 60),), "60"),
+        ((5, 64), "pairs"),
+    ],
+)
+def test_crops_that_cannot_be(tmp_path, crops, message):
+    with pytest.raises(UserError, match=message):
+        train(
+            train_config(
+                recipe="vae", data="shapes", weights="random", workdir=str(tmp_path), num_frames=9, height=80, width=80,
+                crops=crops,
+            )
+        )  # fmt: skip
 
 
 def test_workers_draw_the_same():

@@ -227,6 +227,7 @@ def test_another_run_in_the_same_folder(workdir, settings, changes, message):
         ({"time_std": 0.0}, "std=0.0 of a log-normal distribution must be positive"),
         ({"text_dropout": 1.0}, "text_dropout=1.0 must be in"),
         ({"dtype": "float16"}, "dtype='float16' is unknown"),
+        ({"optimizer": "lion"}, "optimizer='lion' is unknown; choose adamw or muon"),
         ({"recipe": "rcm", "tangent": "forward"}, "tangent='forward' is unknown"),
         ({"recipe": "rcm", "tangent": "difference", "dtype": "bfloat16"}, "tangent=difference is lost in bfloat16"),
         ({"recipe": "rcm", "simulation": "random"}, "simulation='random' is unknown"),

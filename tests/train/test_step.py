@@ -10,6 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from turbojax.diffusion import RCM as Sampler
@@ -18,7 +19,7 @@ from turbojax.errors import UserError
 from turbojax.train.recipes import RCM, SLA, FlowMatching, Networks, Numbers, Phase, Weights, network, sample_keys
 from turbojax.train.schedule import LearningRate, Phases
 from turbojax.train.state import Trained, initial_state, parameters
-from turbojax.train.step import Fixed, adamw, make_step, mean_gradients, updated
+from turbojax.train.step import Fixed, adamw, make_step, mean_gradients, muon, updated
 from turbojax.train.times import LogNormal, UniformShift
 from turbojax.train.toy import smooth_in_time, toy_config
 from turbojax.weights.random import random_module
@@ -200,3 +201,38 @@ def test_gradients_that_are_not_finite_count_as_zero():
     np.testing.assert_allclose(after.params["b"], [1.0, 0.0], atol=1e-4)
     assert not np.isfinite(metrics["gradient_norm"])
     assert float(metrics["learning_rate"]) == 1.0
+
+
+def test_muon():
+    """Matrices move by orthogonal ones, each layer's by its own; what is no matrix moves as AdamW moves it."""
+    shapes = {
+        "blocks.ffn.fc1.weight": (2, 24, 16),
+        "decoder.middle.0.conv1.kernel": (3, 3, 3, 4, 8),
+        "blocks.ffn.fc1.bias": (2, 24),
+        "blocks.norm3.weight": (2, 16),
+        "blocks.modulation": (2, 6, 16),
+        "decoder.conv_in.kernel": (3, 3, 3, 4, 8),
+        "head.proj.weight": (8, 16),
+    }
+    rng = np.random.default_rng(0)
+    params, grads = (
+        {name: jnp.asarray(rng.standard_normal(s), jnp.float32) for name, s in shapes.items()} for _ in "pg"
+    )
+    settings = {"betas": (0.9, 0.99), "weight_decay": 0.0}
+    moved = {}
+    for make in (muon, adamw):
+        own = make(LearningRate(0.5, warm_up=0), **settings)
+        after, metrics = updated(Trained(params, own.transform.init(params)), grads, own)
+        moved[make] = {name: np.asarray(after.params[name] - params[name]) for name in shapes}
+        assert float(metrics["learning_rate"]) == 0.5
+    inside = ("blocks.ffn.fc1.weight", "decoder.middle.0.conv1.kernel")
+    for name in inside:
+        change = moved[muon][name]
+        matrices = change if "weight" in name else change.reshape(1, -1, change.shape[-1])
+        for matrix in matrices:
+            values = np.linalg.svd(matrix, compute_uv=False) / (0.5 * 0.2 * max(matrix.shape) ** 0.5)
+            assert 0.6 < values.min() < values.max() < 1.3, name  # five steps of the iteration come as close as this
+    for name in set(shapes) - set(inside):
+        direction = optax.tree_utils.tree_vdot(moved[muon][name], moved[adamw][name])
+        assert direction > 0, name
+        np.testing.assert_allclose(np.abs(moved[muon][name]), np.abs(moved[adamw][name]), rtol=0.5, err_msg=name)

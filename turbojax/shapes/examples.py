@@ -4,7 +4,7 @@ import collections
 import functools
 import itertools
 import multiprocessing
-from collections.abc import Generator, Iterable, Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import NamedTuple
 
@@ -14,6 +14,8 @@ from turbojax.errors import UserError
 from turbojax.shapes.render import digit_images, render
 from turbojax.shapes.scene import Scene, caption, random_scene
 
+CANDIDATES = 4  # of which the crop with the most in it is taken
+FROM_THE_START = 0.3  # share of crops that have a video's first frame, which an autoencoder sees apart
 AHEAD = 4  # examples that wait or are drawn, for each worker
 
 
@@ -57,17 +59,33 @@ def examples(
         executor.shutdown(cancel_futures=True)
 
 
+def cut(video: np.ndarray, frames: int, side: int, rng: np.random.Generator) -> np.ndarray:
+    """A part of a video, `[frames, side, side, 3]`, where there is something to be seen."""
+    first = 0 if rng.random() < FROM_THE_START else rng.integers(len(video) - frames + 1)
+    places = [[rng.integers(whole - side + 1) for whole in video.shape[1:3]] for _ in range(CANDIDATES)]
+    crops = [video[first : first + frames, y : y + side, x : x + side] for y, x in places]
+    return max(crops, key=np.std)
+
+
 class Batches(Iterator[dict[str, np.ndarray]]):
     """Endless batches {"video": uint8 `[B / share count, T, H, W, 3]`}; batch n has examples n B to (n + 1) B - 1.
 
-    share: (i, n) for the i-th of n equal shares of each batch. The rest as `examples` takes it.
+    share: (i, n) for the i-th of n equal shares of each batch. crops: (frames, side) that the videos of a batch are
+    `cut` to, batches taking these in turn. The rest as `examples` takes it.
     """
 
-    def __init__(self, *, batch_size: int, share: tuple[int, int] = (0, 1), **settings: int):
+    def __init__(
+        self,
+        *,
+        batch_size: int,
+        share: tuple[int, int] = (0, 1),
+        crops: Sequence[tuple[int, int]] = (),
+        **settings: int,
+    ):
         part, parts = share
         if batch_size < 1 or batch_size % parts:
             raise UserError(f"{batch_size=} must be a multiple of the {parts} processes")
-        self._size, self._settings = batch_size, settings
+        self._size, self._settings, self._crops = batch_size, settings, crops
         self._own = range(part * batch_size // parts, (part + 1) * batch_size // parts)
         self._batch = 0
         self._examples: Generator[Example, None, None] | None = None
@@ -76,8 +94,13 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         if self._examples is None:
             numbers = (batch * self._size + i for batch in itertools.count(self._batch) for i in self._own)
             self._examples = examples(numbers, **self._settings)
+        videos = [one.video for one in itertools.islice(self._examples, len(self._own))]
+        if self._crops:
+            crop = self._crops[self._batch % len(self._crops)]
+            rngs = [np.random.default_rng((self._settings["seed"], self._batch, i)) for i in self._own]
+            videos = [cut(video, *crop, rng) for video, rng in zip(videos, rngs, strict=True)]
         self._batch += 1
-        return {"video": np.stack([one.video for one in itertools.islice(self._examples, len(self._own))])}
+        return {"video": np.stack(videos)}
 
     def get_state(self) -> dict[str, int]:
         """Where the next batch is; plain numbers, for JSON."""

@@ -23,6 +23,7 @@ TINY: dict[str, Any] = dict(
     tangent_warmup=1,
     student_every=2,
     sla_topk=0.5,
+    crops=((9, 40),),
     workers=0,
     dtype="float32",
 )

@@ -15,10 +15,11 @@ from turbojax.train.autoencoder import Autoencoding
 from turbojax.train.losses import Tangent
 from turbojax.train.recipes import RCM, SLA, FlowMatching, Recipe
 from turbojax.train.schedule import LearningRate, Phases, ema_exponent
-from turbojax.train.step import Optimizer, adamw
+from turbojax.train.step import Optimizer, adamw, muon
 from turbojax.train.times import LogNormal, UniformShift
 
 RECIPES = ("teacher", "sla", "rcm", "vae")
+OPTIMIZERS = {"adamw": adamw, "muon": muon}
 TANGENTS = typing.get_args(Tangent)
 
 TRAIN_SETTINGS: tuple[Setting, ...] = (
@@ -38,13 +39,14 @@ TRAIN_SETTINGS: tuple[Setting, ...] = (
     Setting("accumulation", int, "micro-batches of a batch; as many as leave a device one sample if not given"),
     Setting("remat", True, "compute each block again for its gradients, to save memory"),
     Setting("dtype", "bfloat16", "what the networks compute in, bfloat16 or float32; master weights are float32"),
+    Setting("optimizer", "adamw", "adamw, or muon, which takes matrices inside the network from it"),
     Setting("learning_rate", 1e-5, "peak of the schedule"),
     Setting("learning_rate_end", 1.0, "share of it that is left at num_steps; it falls in a line"),
     Setting("critic_learning_rate", 4e-7, "of rcm's fake score"),
     Setting("warmup_steps", 100, "steps in which the learning rate rises"),
     Setting("beta1", 0.9, "of AdamW"),
     Setting("beta2", 0.999, "of AdamW"),
-    Setting("weight_decay", 0.01, "of AdamW, for all parameters"),
+    Setting("weight_decay", 0.01, "of all parameters"),
     Setting("clip_norm", 0.0, "largest norm of the gradients, 0 for any"),
     Setting("ema_rate", 0.1, "width of the power-function average, as a share of the run"),
     Setting("time_mean", 1.5, "mean of log(sigma) of the noise levels that the data get"),
@@ -54,6 +56,7 @@ TRAIN_SETTINGS: tuple[Setting, ...] = (
     Setting("num_frames", 33, "vae: of the videos that it sees, 4 n + 1"),
     Setting("height", 128, "vae: likewise, pixels, a multiple of 8"),
     Setting("width", 128, "vae: likewise"),
+    Setting("crops", (), "vae: (frames, side) of what a batch is cut to, in turn; whole videos if there are none"),
     Setting("workers", 0, "vae: processes that draw videos; 0 draws in turn with the steps"),
     Setting("guidance_scale", 5.0, "rcm: of the teacher"),
     Setting("tangent", "exact", "rcm: time derivative: exact, or in float32 difference_in_time or difference"),
@@ -130,7 +133,7 @@ def make_recipe(config: ConfigDict) -> Recipe:
 
 
 def make_optimizers(config: ConfigDict, recipe: Recipe) -> dict[str, Optimizer]:
-    """AdamW for the student and, where the recipe has one, the critic."""
+    """For the student and, where the recipe has one, the critic."""
     peaks = {"student": config.learning_rate}
     if recipe.phases.fake:
         peaks["critic"] = config.critic_learning_rate
@@ -142,7 +145,8 @@ def make_optimizers(config: ConfigDict, recipe: Recipe) -> dict[str, Optimizer]:
     course: dict[str, Any] = {"warm_up": config.warmup_steps, "end": config.learning_rate_end}
     if config.learning_rate_end != 1:
         course["cycle"] = max(config.num_steps, config.warmup_steps + 1)
-    return {name: adamw(LearningRate(peak, **course), **settings) for name, peak in peaks.items()}
+    make = OPTIMIZERS[config.optimizer]
+    return {name: make(LearningRate(peak, **course), **settings) for name, peak in peaks.items()}
 
 
 POSITIVE = (
@@ -188,7 +192,7 @@ def check_settings(config: ConfigDict) -> None:
     if config.recipe == "vae":
         if config.data != "shapes":
             raise UserError(f"data={config.data}: an autoencoder learns from drawn videos; take --config.data=shapes")
-        check_video((1, config.num_frames, config.height, config.width, 3), VAEConfig.wan2_1())
+        check_crops(config)
     for name in ("beta1", "beta2"):
         if not 0 <= config[name] < 1:
             raise UserError(f"{name}={config[name]} must be in [0, 1)")
@@ -196,6 +200,8 @@ def check_settings(config: ConfigDict) -> None:
         raise UserError("loss_scale=0 and matching_scale=0 leave nothing to learn; give one of them")
     if config.dtype not in ("bfloat16", "float32"):
         raise UserError(f"dtype={config.dtype!r} is unknown; choose bfloat16 or float32")
+    if config.optimizer not in OPTIMIZERS:
+        raise UserError(f"optimizer={config.optimizer!r} is unknown; choose {' or '.join(OPTIMIZERS)}")
     if config.tangent not in TANGENTS:
         raise UserError(f"tangent={config.tangent!r} is unknown; choose {', '.join(TANGENTS)}")
     if config.recipe == "rcm" and config.tangent != "exact" and config.dtype != "float32":
@@ -206,3 +212,15 @@ def check_settings(config: ConfigDict) -> None:
         raise UserError(
             f"batch_size={config.batch_size} does not divide into accumulation={config.accumulation} micro-batches"
         )
+
+
+def check_crops(config: ConfigDict) -> None:
+    """Raises UserError for videos that an autoencoder cannot take, and for crops that cannot be cut from them."""
+    whole = config.num_frames, config.height, config.width
+    if not all(isinstance(crop, tuple) and len(crop) == 2 for crop in config.crops):
+        raise UserError(f"crops={config.crops} must be pairs of frames and side, as ((5, 48), (17, 32))")
+    crops = [(frames, side, side) for frames, side in config.crops]
+    for size in (whole, *crops):
+        check_video((1, *size, 3), VAEConfig.wan2_1())
+        if any(part > all_of_it for part, all_of_it in zip(size, whole, strict=True)):
+            raise UserError(f"crops={config.crops} do not fit into videos of {' x '.join(map(str, whole))}")

@@ -116,7 +116,9 @@ def train_autoencoder(config: ConfigDict, recipe: Autoencoding) -> Path:
         jax.set_mesh(mesh),
         stop_requests(config.max_minutes) as stop,
         open_checkpoints(workdir / "checkpoints", keep=config.keep) as checkpoints,
-        contextlib.closing(Batches(batch_size=config.batch_size, share=sharding.batch_share(), **drawn)) as data,
+        contextlib.closing(
+            Batches(batch_size=config.batch_size, share=sharding.batch_share(), crops=config.crops, **drawn)
+        ) as data,
     ):
         state = begin(checkpoints, params, optimizers, data, run=run)
         nothing = jax.device_put(np.zeros(0, np.float32), NamedSharding(mesh, PartitionSpec()))

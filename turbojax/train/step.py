@@ -1,4 +1,4 @@
-"""One optimizer step: gradients over micro-batches, AdamW, and the average of the weights.
+"""One optimizer step: gradients over micro-batches, AdamW or Muon, and the average of the weights.
 
     step = make_step(recipe, networks, {"student": adamw(...)}, accumulation=4, seed=0)
     state, metrics = step(iteration, state, fixed, batch)
@@ -8,6 +8,7 @@ Master weights, their gradients and their average are float32. A step depends on
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
+from optax.contrib import MuonDimensionNumbers
 
 from turbojax.errors import UserError
 from turbojax.sharding import as_sharded
@@ -31,21 +33,57 @@ class Fixed(NamedTuple):
 
 
 class Optimizer(NamedTuple):
-    """AdamW and the learning rate that is part of it."""
+    """A transform of gradients and the learning rate that is part of it."""
 
     rate: LearningRate
     transform: optax.GradientTransformation
 
+
+# Layers at a network's ends, whose rows stand for single inputs or outputs.
+FIRST_OR_LAST = re.compile(r"(encoder|decoder)\.conv_(in|out)|quant|post_quant|patch_embedding|head\.proj")
 
 Step = Callable[[int, TrainState, Fixed, Batch], tuple[TrainState, Metrics]]
 
 
 def adamw(rate: LearningRate, *, betas: tuple[float, float], weight_decay: float, clip_norm: float = 0.0) -> Optimizer:
     """AdamW with decay of all parameters; clip_norm: the largest norm of all gradients together, 0 for any."""
-    transform = optax.adamw(rate, *betas, weight_decay=weight_decay)
-    if clip_norm:
-        transform = optax.chain(optax.clip_by_global_norm(clip_norm), transform)
-    return Optimizer(rate, transform)
+    return Optimizer(rate, clipped(optax.adamw(rate, *betas, weight_decay=weight_decay), clip_norm))
+
+
+def muon(rate: LearningRate, *, betas: tuple[float, float], weight_decay: float, clip_norm: float = 0.0) -> Optimizer:
+    """Muon for the matrices inside a network, `adamw` for the rest: `matrices` tells them apart.
+
+    A matrix moves by the nearest orthogonal one to its gradients' average, scaled to the size of AdamW's steps, so that
+    AdamW's learning rates hold (arXiv 2502.16982).
+    """
+    transform = optax.contrib.muon(
+        rate,
+        adam_b1=betas[0],
+        adam_b2=betas[1],
+        weight_decay=weight_decay,
+        adam_weight_decay=weight_decay,
+        consistent_rms=0.2,
+        muon_weight_dimension_numbers=matrices,
+    )
+    return Optimizer(rate, clipped(transform, clip_norm))
+
+
+def clipped(transform: optax.GradientTransformation, clip_norm: float) -> optax.GradientTransformation:
+    return optax.chain(optax.clip_by_global_norm(clip_norm), transform) if clip_norm else transform
+
+
+def matrices(params: Mapping[str, Any]) -> dict[str, MuonDimensionNumbers | None]:
+    """Axes in and out of what is a matrix: weights `[layers, out, in]`, kernels `[time, height, width, in, out]`."""
+
+    def axes(name: str, value: Any) -> MuonDimensionNumbers | None:
+        layer, _, kind = name.rpartition(".")
+        if isinstance(value, optax.MaskedNode) or FIRST_OR_LAST.fullmatch(layer) or "norm" in layer:
+            return None
+        if kind == "kernel":
+            return MuonDimensionNumbers(tuple(range(value.ndim - 1)), value.ndim - 1)
+        return MuonDimensionNumbers(-1, -2) if kind == "weight" else None
+
+    return {name: axes(name, value) for name, value in params.items()}
 
 
 def make_step(
@@ -123,9 +161,9 @@ def mean_gradients(
 
 def updated(trained: Trained, grads: Params, optimizer: Optimizer) -> tuple[Trained, Metrics]:
     """The network after the optimizer's step; NaN and infinite gradients count as zero, as in the reference."""
-    count = optax.tree_utils.tree_get(trained.optimizer, "ScaleByScheduleState").count
+    (_, schedule), *_ = optax.tree_utils.tree_get_all_with_path(trained.optimizer, "ScaleByScheduleState")
     finite = jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), g, 0), grads)
     with jax.numpy_dtype_promotion("standard"):  # Optax raises floats to whole numbers
         changes, state = optimizer.transform.update(finite, trained.optimizer, trained.params)
-    metrics = {"gradient_norm": optax.tree.norm(grads), "learning_rate": optimizer.rate(count)}
+    metrics = {"gradient_norm": optax.tree.norm(grads), "learning_rate": optimizer.rate(schedule.count)}
     return Trained(optax.apply_updates(trained.params, changes), state), metrics
