@@ -8,7 +8,6 @@ scripts/train_shapes.py runs this and all that follows. The second form shows on
 
 from turbojax.shapes.settings import shapes_config
 
-
 # Of about the same number of pixels: from many frames of little to one frame of all.
 CROPS = ((5, 48), (9, 40), (5, 48), (17, 32), (5, 48), (1, 128))
 

@@ -6,7 +6,8 @@
 Stages: text, vae, data, teacher, sla, rcm, ship; their settings are in configs/shapes_*.py, and "data" encodes drawn
 videos. After --minutes it stops with a checkpoint and exit code 130; the same command goes on from there, stages that
 are done are passed over. model/ then has the files in the published layouts and the curves. --stages=sla,rcm runs these
-alone, --steps=0.5 takes half the steps of each, --size=tiny shows on a CPU in minutes that the way works.
+alone, --shipped=text,vae takes from the package what these made, --steps=0.5 takes half the steps of each. --size=tiny
+shows on a CPU in minutes that the way works.
 """
 
 import functools
@@ -20,13 +21,14 @@ from ml_collections import ConfigDict
 from turbojax import UserError, cli
 
 try:
-    from turbojax.shapes.stages import STAGES, Job
+    from turbojax.shapes.stages import STAGES, Job, take
 except ModuleNotFoundError as missing:
     cli.fail(ModuleNotFoundError(f"training needs {missing.name}; pip install 'turbojax[shapes,train]'"))
 
 FLAGS = flags.FlagValues()
 FOLDER = flags.DEFINE_string("folder", "outputs/shapes", "of all that is made", flag_values=FLAGS)
 STAGE_NAMES = flags.DEFINE_list("stages", list(STAGES), "to run, in this order", flag_values=FLAGS)
+SHIPPED = flags.DEFINE_list("shipped", [], "stages whose result is taken from the package", flag_values=FLAGS)
 MINUTES = flags.DEFINE_float(
     "minutes", 0.0, "stop, to be gone on with, after so long; 0 for no limit", flag_values=FLAGS
 )
@@ -44,7 +46,7 @@ def settings(stage: str, *, size: str, steps: float) -> ConfigDict:
 
 def main() -> None:
     start = time.monotonic()
-    if unknown := [name for name in STAGE_NAMES.value if name not in STAGES]:
+    if unknown := [name for name in STAGE_NAMES.value + SHIPPED.value if name not in STAGES]:
         raise UserError(f"there is no stage {unknown[0]}; choose among {','.join(STAGES)}")
     folder = Path(FOLDER.value).expanduser()
     for name in STAGE_NAMES.value:
@@ -57,7 +59,11 @@ def main() -> None:
             raise KeyboardInterrupt
         began = time.monotonic()
         read = functools.partial(settings, size=SIZE.value, steps=STEPS.value)
-        STAGES[name].run(Job(folder, SIZE.value, read, left))
+        job = Job(folder, SIZE.value, read, left)
+        if name in SHIPPED.value:
+            take(name, job)
+        else:
+            STAGES[name].run(job)
         logging.info("%s took %.1f s", name, time.monotonic() - began)
 
 

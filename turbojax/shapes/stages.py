@@ -1,6 +1,7 @@
 """From nothing to a small model that is shipped: the stages, each of which goes on where it was stopped.
 
-A folder has one for each stage. A stage is done when its last file is there.
+A folder has one for each stage. A stage is done when its last file is there. The package ships what they made, so that
+a stage's result can also be taken from there.
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ from turbojax.shapes.shards import write_shapes_shards
 from turbojax.shapes.text import ENCODER, train_text_encoder, vocabulary, word_tokenizer, write_text_encoder
 from turbojax.train.loop import CURVES, read_curves, stop_requests, train
 from turbojax.video import whole_file
+from turbojax.weights.convert import convert
 from turbojax.weights.files import find_components
 from turbojax.weights.merge import merge
 
@@ -29,6 +31,10 @@ VIDEOS = {"full": 24_576, "tiny": 8}  # to learn from, in shards of
 SHARD = {"full": 256, "tiny": 4}
 TRAINED = ("vae", "teacher", "sla", "rcm")
 VAE = "Wan2.1_VAE.safetensors"
+TOKENIZER = "google/umt5-xxl/tokenizer.json"
+MODEL = Path(__file__).parent / "model"  # what is shipped
+SHIPPED = {"text": (ENCODER, TOKENIZER), "vae": (VAE,)}  # files of a stage that others need
+STORY = "training.json"
 MOST_BYTES = 12_000_000  # of all that is shipped
 POINTS = 100  # of a curve that is shipped
 
@@ -80,7 +86,7 @@ def make_data(job: Job) -> None:
     }
     vae, text, index = load_encoders(
         find_components(None, given),
-        dtype=jnp.dtype(config.dtype),
+        dtype=jnp.dtype(job.config("teacher").dtype),
         num_frames=config.num_frames,
         height=config.height,
         width=config.width,
@@ -99,25 +105,41 @@ def make_data(job: Job) -> None:
 def ship(job: Job) -> None:
     """Puts SLA on the distilled network, makes it int8, and lays all files into one folder, with the curves."""
     folder, transformers = job.folder / "model", {s: job.folder / s / "transformer.safetensors" for s in TRAINED}
-    (folder / "google" / "umt5-xxl").mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
     sources = transformers["rcm"], transformers["teacher"], transformers["sla"]
     dtype = jnp.bfloat16
     merge(*sources, job.folder / "merged.safetensors", dtype=dtype, overwrite=True)
     merge(*sources, folder / "TurboWan-shapes-quant.safetensors", quantize="block128", dtype=dtype, overwrite=True)
-    for source, target in (
-        (job.folder / "vae" / VAE, VAE),
-        (job.folder / "text" / ENCODER, ENCODER),
-        (job.folder / "text" / "google" / "umt5-xxl" / "tokenizer.json", "google/umt5-xxl/tokenizer.json"),
-    ):
-        with whole_file(folder / target) as temporary:
-            shutil.copyfile(source, temporary)
+    copy(job.folder / "text" / TOKENIZER, folder / TOKENIZER)
+    copy(job.folder / "text" / ENCODER, folder / ENCODER)
+    convert(job.folder / "vae" / VAE, folder / VAE, dtype=dtype, overwrite=True)
     curves = {stage: thinned(job.folder / stage / CURVES) for stage in TRAINED}
     quality = {stage: json.loads((job.folder / stage / "quality.json").read_text()) for stage in ("vae", "text")}
-    write_json(folder / "training.json", {"quality": quality, "curves": curves}, indent=None)
+    write_json(folder / STORY, {"quality": quality, "curves": curves}, indent=None)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     logging.info("%s holds %.2f MB", folder, size / 1e6)
     if size > MOST_BYTES:
         raise UserError(f"{folder} holds {size} bytes and may hold {MOST_BYTES}; make a network smaller")
+
+
+def take(stage: str, job: Job) -> None:
+    """Takes a stage's result, its quality and its curve from what is shipped."""
+    if stage not in SHIPPED:
+        raise UserError(f"the package does not ship what {stage} made; choose among {','.join(SHIPPED)}")
+    folder = job.folder / stage
+    story = json.loads((MODEL / STORY).read_text())
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "quality.json", story["quality"][stage])
+    if curve := story["curves"].get(stage):
+        (folder / CURVES).write_text("".join(f"{json.dumps(point)}\n" for point in curve))
+    for name in reversed(SHIPPED[stage]):  # the last file of a stage is the first of these
+        copy(MODEL / name, folder / name)
+
+
+def copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with whole_file(target) as temporary:
+        shutil.copyfile(source, temporary)
 
 
 def thinned(path: Path) -> list[dict[str, float]]:
@@ -145,5 +167,5 @@ STAGES: dict[str, Stage] = {
     "teacher": Stage(lambda job: learn("teacher", job), "teacher/transformer.safetensors"),
     "sla": Stage(lambda job: learn("sla", job), "sla/transformer.safetensors"),
     "rcm": Stage(lambda job: learn("rcm", job), "rcm/transformer.safetensors"),
-    "ship": Stage(ship, "model/training.json"),
+    "ship": Stage(ship, f"model/{STORY}"),
 }
