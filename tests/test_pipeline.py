@@ -14,6 +14,7 @@ from turbojax.models.vae import decoding_bytes
 from turbojax.temporaries import Residency
 from turbojax.video import save_video
 from turbojax.weights.load import load_wan
+from turbojax.weights.lora import LoRA
 from turbojax.weights.random import random_module as generate
 
 SIZE = dict(height=32, width=48, num_frames=5)
@@ -354,3 +355,12 @@ def test_what_is_not_found(demo, tmp_path):
         given = {**others, "tokenizer": demo / "google" / "umt5-xxl", name: tmp_path / "nothing.pth"}
         with pytest.raises(CheckpointError, match=r"nothing\.pth does not exist"):
             load(weights, **given)
+
+
+def test_a_missing_lora_is_told_before_anything_is_fetched(tmp_path, monkeypatch):
+    monkeypatch.setattr(loading.files, "find_components", lambda *_: pytest.fail("asked for the other files first"))
+    save(tmp_path / "network.safetensors", turbo(small()))
+    with pytest.raises(CheckpointError, match=r"nowhere\.safetensors"):
+        TurboVideoPipeline.from_pretrained(
+            tmp_path / "network.safetensors", loras=[LoRA(tmp_path / "nowhere.safetensors")]
+        )

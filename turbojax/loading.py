@@ -22,6 +22,7 @@ from turbojax.networks import TWO_EXPERTS, known_network, published_parts
 from turbojax.temporaries import Parts
 from turbojax.text import TextEncoder
 from turbojax.weights import files
+from turbojax.weights.io import read_tensors
 from turbojax.weights.load import load_wan, open_wan, with_options
 from turbojax.weights.lora import Expert, LoRA
 from turbojax.weights.plain import load_plain, open_clip, open_vae
@@ -58,8 +59,10 @@ def load_published(
     options: as `turbojax.weights.load.load_wan` takes them.
     """
     high, low = files.find_networks(path_or_repo, quantized=options["quant_linear"])
-    # Reads names only: a bad file shows before anything is downloaded.
+    # Names only: a bad file shows before anything is downloaded.
     config = with_options(open_wan(high).config, **options)
+    for lora in loras:
+        read_tensors(lora.path)
     dtype = config.dtype
     if low is None and (single := [lora for lora in loras if lora.expert]):
         raise UserError(f"{single[0].path} is for an expert, and {high.name} is the only network; give it for all")
