@@ -18,7 +18,7 @@ def get_config(size: str = "full"):
         size,
         weights="random",
         data="shapes",
-        num_steps=12_000,
+        num_steps=6000,
         batch_size=4,
         crops=CROPS,
         dtype="float32",

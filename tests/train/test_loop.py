@@ -179,8 +179,8 @@ def test_metrics(workdir):
 
 
 def test_a_full_disk_and_going_on(workdir, settings):
-    """A longer run begins at the last checkpoint; a disk that is full in between gives one sentence."""
-    longer = train_config(**settings | {"num_steps": 9, "sample_every": 0})
+    """A longer run, with clipping, begins at the last checkpoint; a disk that is full in between gives one sentence."""
+    longer = train_config(**settings | {"num_steps": 9, "sample_every": 0, "clip_norm": 1.0})
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
@@ -198,6 +198,7 @@ def test_a_full_disk_and_going_on(workdir, settings):
     ("changes", "message"),
     [
         ({"recipe": "sla"}, "is of a run with recipe=teacher, this one has recipe=sla; name another workdir"),
+        ({"optimizer": "muon"}, "is of a run with optimizer=adamw, this one has optimizer=muon"),
         ({"attention_type": "sla"}, "is of a run with attention_type=original, this one has attention_type=sla"),
         ({"batch_size": 8}, "the data's state is of batch_size=4, not 8"),
     ],

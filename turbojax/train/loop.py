@@ -77,7 +77,7 @@ def train(config: ConfigDict) -> Path:
     optimizers = make_optimizers(config, recipe)
     samples = config.batch_size // (mesh.shape[sharding.DATA] * mesh.shape[sharding.FSDP])  # of a step on a device
     step = make_step(recipe, networks, optimizers, accumulation=config.accumulation or samples or 1, seed=config.seed)
-    run = {"recipe": config.recipe, "learners": sorted(optimizers), **network_size(student.config)}
+    run = run_kind(config, optimizers) | network_size(student.config)
     network_config = student.config
 
     with (
@@ -111,7 +111,7 @@ def train_autoencoder(config: ConfigDict, recipe: Autoencoding) -> Path:
     step = make_step(recipe, networks, optimizers, accumulation=config.accumulation or 1, seed=config.seed)
     size = {"num_frames": config.num_frames, "height": config.height, "width": config.width}
     drawn = size | {"seed": config.seed, "workers": config.workers}
-    run = {"recipe": config.recipe, "learners": sorted(optimizers), "parameters": sum(v.size for v in params.values())}
+    run = run_kind(config, optimizers) | {"parameters": sum(v.size for v in params.values())}
     with (
         jax.set_mesh(mesh),
         stop_requests(config.max_minutes) as stop,
@@ -146,6 +146,11 @@ def export_autoencoder(
             temporary.write_text(json.dumps(found._asdict(), indent=1) + "\n")
         logging.info("Wrote the average of the weights to %s; reconstructions have %.1f dB", path, found.psnr)
     return path
+
+
+def run_kind(config: ConfigDict, optimizers: Mapping[str, Optimizer]) -> dict[str, Any]:
+    """What a run must have in common with the one it goes on from, besides the network."""
+    return {"recipe": config.recipe, "learners": sorted(optimizers), "optimizer": config.optimizer}
 
 
 def begin(

@@ -69,7 +69,8 @@ def muon(rate: LearningRate, *, betas: tuple[float, float], weight_decay: float,
 
 
 def clipped(transform: optax.GradientTransformation, clip_norm: float) -> optax.GradientTransformation:
-    return optax.chain(optax.clip_by_global_norm(clip_norm), transform) if clip_norm else transform
+    """With or without clipping the state has one structure, so that a run may go on with the other."""
+    return optax.chain(optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity(), transform)
 
 
 def matrices(params: Mapping[str, Any]) -> dict[str, MuonDimensionNumbers | None]:
