@@ -99,7 +99,8 @@ def wheel(tmp_path_factory):
 
 def test_wheel_holds_the_package_and_the_configurations(wheel):
     def files(folder):
-        return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix in (".py", ".typed")}
+        kinds = (".py", ".typed", ".safetensors", ".json")
+        return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix in kinds}
 
     packed = {name.removeprefix("turbojax/") for name in files(wheel)}
     assert packed == files(ROOT / "turbojax") | {f"configs/{name}" for name in CONFIGS}
