@@ -98,9 +98,9 @@ def test_state_is_split():
         "student.params.blocks.self_attn.q.weight": P(None, "fsdp"),  # [2, 64, 64]: not the layers
         "student.params.blocks.ffn.fc1.weight": P(None, "fsdp"),  # [2, 96, 64]
         "student.params.blocks.ffn.fc2.weight": P(None, None, "fsdp"),  # [2, 64, 96]
-        "student.optimizer.0.mu.blocks.ffn.fc2.weight": P(None, None, "fsdp"),
-        "student.optimizer.0.nu.time_projection.weight": P("fsdp"),
-        "student.optimizer.0.count": P(),
+        "student.optimizer.1.0.mu.blocks.ffn.fc2.weight": P(None, None, "fsdp"),
+        "student.optimizer.1.0.nu.time_projection.weight": P("fsdp"),
+        "student.optimizer.1.0.count": P(),
         "ema.blocks.ffn.fc1.weight": P(None, "fsdp"),
         "ema.blocks.ffn.fc1.bias": P(),
         "ema.blocks.self_attn.norm_q.weight": P(),
@@ -192,7 +192,7 @@ def test_kernels_and_their_gradients(monkeypatch):
 def test_rules():
     """What belongs to a parameter is found by the end of its path; no axis that divides is no error."""
     cases = {
-        "student.optimizer.0.mu.blocks.ffn.fc1.weight": ((4, 6, 10), P(None, None, "fsdp")),
+        "student.optimizer.1.0.mu.blocks.ffn.fc1.weight": ((4, 6, 10), P(None, None, "fsdp")),
         "ema.blocks.ffn.fc1.weight": ((40, 5, 7), P()),
         "text_embedding.fc1.weight": ((7, 6), P(None, "fsdp")),
         "blocks.self_attn.q.scale": ((4, 8, 8), P()),

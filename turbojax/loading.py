@@ -61,11 +61,11 @@ def load_published(
     high, low = files.find_networks(path_or_repo, quantized=options["quant_linear"])
     # Names only: a bad file shows before anything is downloaded.
     config = with_options(open_wan(high).config, **options)
-    for lora in loras:
-        read_tensors(lora.path)
     dtype = config.dtype
     if low is None and (single := [lora for lora in loras if lora.expert]):
         raise UserError(f"{single[0].path} is for an expert, and {high.name} is the only network; give it for all")
+    for lora in loras:
+        read_tensors(lora.path)
     wanted = {name: path for name, path in given.items() if name != "image_encoder" or config.clip_dim}
     where = files.find_components(files.open_repository(path_or_repo), wanted)
     use_compilation_cache()

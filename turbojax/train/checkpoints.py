@@ -4,6 +4,7 @@ A folder a step: the state as Orbax writes arrays, and as JSON the position in t
 """
 
 import contextlib
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,13 @@ def open_checkpoints(folder: Path, *, keep: int = 2) -> Iterator[Manager]:
         "position": ocp.JsonCheckpointHandler(),
         "run": ocp.JsonCheckpointHandler(),
     }
-    options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+    # Orbax can remove them, too, but in the background, where two managers of one folder disturb each other.
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        if jax.process_index() == 0:
+            for half in folder.glob(f"*{ocp.utils.TMP_DIR_SUFFIX}*"):
+                shutil.rmtree(half, ignore_errors=True)
         manager = ocp.CheckpointManager(folder.resolve(), options=options, item_handlers=handlers)
     except OSError as error:
         raise CheckpointError(f"{folder} cannot hold checkpoints: {error.strerror or error}") from error
