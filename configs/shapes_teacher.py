@@ -13,7 +13,7 @@ def get_config(size: str = "full"):
         "teacher",
         size,
         weights="random",
-        num_steps=7000,
+        num_steps=16_000,
         optimizer="muon",
         learning_rate=4e-3,
         learning_rate_end=0.05,
