@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from turbojax import UserError, cli
 
 try:
-    from turbojax.shapes.stages import STAGES, Job, take
+    from turbojax.shapes.stages import STAGES, Job, check_shipped, take
 except ModuleNotFoundError as missing:
     cli.fail(ModuleNotFoundError(f"training needs {missing.name}; pip install 'turbojax[shapes,train]'"))
 
@@ -48,6 +48,8 @@ def main() -> None:
     start = time.monotonic()
     if unknown := [name for name in STAGE_NAMES.value + SHIPPED.value if name not in STAGES]:
         raise UserError(f"there is no stage {unknown[0]}; choose among {','.join(STAGES)}")
+    for name in SHIPPED.value:
+        check_shipped(name)
     folder = Path(FOLDER.value).expanduser()
     for name in STAGE_NAMES.value:
         if (folder / STAGES[name].last).exists():

@@ -20,8 +20,8 @@ from turbojax.make_shards import load_encoders
 from turbojax.shapes.networks import TEXT_ENCODERS
 from turbojax.shapes.settings import FOLDER
 from turbojax.shapes.shards import write_shapes_shards
-from turbojax.shapes.text import ENCODER, train_text_encoder, vocabulary, word_tokenizer, write_text_encoder
-from turbojax.train.loop import CURVES, read_curves, stop_requests, train
+from turbojax.shapes.text import ENCODER, TOKENIZER, train_text_encoder, vocabulary, word_tokenizer, write_text_encoder
+from turbojax.train.loop import CURVES, VAE, read_curves, stop_requests, train
 from turbojax.video import whole_file
 from turbojax.weights.convert import convert
 from turbojax.weights.files import find_components
@@ -30,8 +30,6 @@ from turbojax.weights.merge import merge
 VIDEOS = {"full": 24_576, "tiny": 8}  # to learn from, in shards of
 SHARD = {"full": 256, "tiny": 4}
 TRAINED = ("vae", "teacher", "sla", "rcm")
-VAE = "Wan2.1_VAE.safetensors"
-TOKENIZER = "google/umt5-xxl/tokenizer.json"
 MODEL = Path(__file__).parent / "model"  # what is shipped
 SHIPPED = {"text": (ENCODER, TOKENIZER), "vae": (VAE,)}  # files of a stage that others need
 STORY = "training.json"
@@ -122,10 +120,14 @@ def ship(job: Job) -> None:
         raise UserError(f"{folder} holds {size} bytes and may hold {MOST_BYTES}; make a network smaller")
 
 
-def take(stage: str, job: Job) -> None:
-    """Takes a stage's result, its quality and its curve from what is shipped."""
+def check_shipped(stage: str) -> None:
     if stage not in SHIPPED:
         raise UserError(f"the package does not ship what {stage} made; choose among {','.join(SHIPPED)}")
+
+
+def take(stage: str, job: Job) -> None:
+    """Takes a stage's result, its quality and its curve from what is shipped."""
+    check_shipped(stage)
     folder = job.folder / stage
     story = json.loads((MODEL / STORY).read_text())
     folder.mkdir(parents=True, exist_ok=True)

@@ -43,6 +43,7 @@ from turbojax.weights.published import umt5_layout
 from turbojax.weights.umt5 import UMT5_OFFICIAL
 
 ENCODER = "models_t5_umt5-xxl-enc-bf16.safetensors"
+TOKENIZER = "google/umt5-xxl/tokenizer.json"
 LENGTH = 32  # tokens; the longest caption has 26
 ANSWERS: dict[str, tuple[str, ...]] = {
     "shape": SHAPES,
@@ -201,7 +202,7 @@ def write_text_encoder(folder: Path, words: Words, reader: Reader) -> None:
     tensors = dict(published_tensors(reader.encoder, layout, UMT5_OFFICIAL))
     tensors["token_embedding.weight"] = np.asarray(reader.table[...])
     rounded = ((name, tensors[name].astype(jnp.bfloat16)) for name in layout)
-    tokenizer = folder / "google" / "umt5-xxl" / "tokenizer.json"
+    tokenizer = folder / TOKENIZER
     tokenizer.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(tokenizer) as temporary:
         words.save(str(temporary))

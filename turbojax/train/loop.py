@@ -43,6 +43,7 @@ from turbojax.weights.rules import Entry
 from turbojax.weights.skeleton import Skeleton
 
 CURVES = "curves.jsonl"
+VAE = "Wan2.1_VAE.safetensors"
 UNSEEN = 64  # videos that an autoencoder's latents are normalized by, and that its quality is told of
 
 
@@ -139,7 +140,7 @@ def export_autoencoder(
     trained = module(params)
     final = normalized(params, *latent_statistics(trained, videos), trained.config)
     found = quality(module(final), videos)
-    path = workdir / "Wan2.1_VAE.safetensors"
+    path = workdir / VAE
     if jax.process_index() == 0:
         write_autoencoder(path, skeleton, final)
         with whole_file(workdir / "quality.json") as temporary:
