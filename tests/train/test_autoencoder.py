@@ -143,6 +143,7 @@ def test_batches_of_crops():
         (((4, 64),), "4"),
         (((5, 60),), "60"),
         ((5, 64), "pairs"),
+        (((5, "x"),), "pairs"),
     ],
 )
 def test_crops_that_cannot_be(tmp_path, crops, message):

@@ -217,7 +217,7 @@ def check_settings(config: ConfigDict) -> None:
 def check_crops(config: ConfigDict) -> None:
     """Raises UserError for videos that an autoencoder cannot take, and for crops that cannot be cut from them."""
     whole = config.num_frames, config.height, config.width
-    if not all(isinstance(crop, tuple) and len(crop) == 2 for crop in config.crops):
+    if not all(isinstance(crop, tuple) and [type(size) for size in crop] == [int, int] for crop in config.crops):
         raise UserError(f"crops={config.crops} must be pairs of frames and side, as ((5, 48), (17, 32))")
     crops = [(frames, side, side) for frames, side in config.crops]
     for size in (whole, *crops):
