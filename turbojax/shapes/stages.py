@@ -6,6 +6,7 @@ a stage's result can also be taken from there.
 
 import dataclasses
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -93,9 +94,10 @@ def make_data(job: Job) -> None:
     )
     with stop_requests(job.max_minutes) as stop:
         count = VIDEOS[job.size]
+        workers = (os.cpu_count() or 1) if config.workers else 0  # nothing else is to be done meanwhile
         # Another seed than the autoencoder's: its latents are those of videos that it has not seen.
         write_shapes_shards(
-            job.folder / "data", vae, text, index, count=count, seed=config.seed + 1, workers=config.workers, stop=stop
+            job.folder / "data", vae, text, index, count=count, seed=config.seed + 1, workers=workers, stop=stop
         )
     write_json(job.folder / "data" / "done.json", {"videos": count})
 
