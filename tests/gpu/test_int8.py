@@ -19,13 +19,14 @@ SHAPES = [
     (127, 1536, 1536),
     (129, 256, 640),
     (136, 256, 640),
+    (136, 256, 256),
     (2 * 1560, 8960, 1536),
     (75600, 5120, 1536),
 ]
 
 
-def implementations(quant: int8.QuantConfig, m: int, n: int) -> list[str]:
-    hopper = compute_capability() == (9, 0) and int8.mosaic_takes(m, n)
+def implementations(quant: int8.QuantConfig, m: int, n: int, k: int) -> list[str]:
+    hopper = compute_capability() == (9, 0) and int8.mosaic_takes(m, n, k)
     return ["triton", "mosaic"] if hopper and quant.group == 128 else ["triton"]
 
 
@@ -57,7 +58,7 @@ def test_quantize_and_matmul(scheme, m, n, k):
     tail = int8.quantize(x[last:], quant, implementation="reference")
     for gelu in (False, True):
         expected = int8.matmul(tail, *weight, bias, quant, gelu=gelu, implementation="reference")
-        for implementation in implementations(quant, m, n):
+        for implementation in implementations(quant, m, n, k):
             got = int8.matmul(x_q, *weight, bias, quant, gelu=gelu, implementation=implementation)
             assert got.shape == (m, n)
             assert bool(jnp.isfinite(got).all())
@@ -67,13 +68,14 @@ def test_quantize_and_matmul(scheme, m, n, k):
 
 
 @pytest.mark.parametrize(
-    ("m", "n", "k"), [(127, 1536, 1536), (200, 1536, 1536), (2 * 1560, 8960, 1536), (75600, 1536, 1536)]
+    ("m", "n", "k"),
+    [(127, 1536, 1536), (200, 1536, 1536), (200, 1024, 256), (2 * 1560, 8960, 1536), (75600, 1536, 1536)],
 )
 def test_requantizing_epilogue(m, n, k):
     quant = QUANT_SCHEMES["block128"]
     x, w, bias = arrays(m, n, k)
     x_q, weight = int8.quantize(x, quant), int8.quantize_weight(w, "block128")
-    for implementation in implementations(quant, m, n):
+    for implementation in implementations(quant, m, n, k):
         y = int8.matmul(x_q, *weight, bias, quant, gelu=True, implementation=implementation)
         expected = int8.quantize(y, quant, implementation="triton")
         got = int8.matmul_requantize(x_q, *weight, bias, quant, gelu=True, implementation=implementation)
@@ -95,7 +97,7 @@ def test_residual_epilogue(m, n, k, scheme, samples, gated):
     residual = jax.random.normal(jax.random.key(1), (samples, m // samples, n), BF16)
     gate = jax.random.normal(jax.random.key(2), (samples, 1, n)) if gated else None
     add_to = Residual(residual, gate)
-    for implementation in implementations(quant, m, n):
+    for implementation in implementations(quant, m, n, k):
         expected = add_to.plus(int8.matmul(x_q, *weight, bias, quant, implementation=implementation))
         got = int8.matmul(x_q, *weight, bias, quant, add_to=add_to, implementation=implementation)
         assert_bfloat16_close(got, expected)

@@ -103,21 +103,22 @@ def test_unknown_scheme_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("capability", "dtype", "rows", "features_out", "expected"),
+    ("capability", "dtype", "sizes", "expected"),
     [
-        (None, jnp.bfloat16, 128, 256, "reference"),
-        ((7, 5), jnp.bfloat16, 128, 256, "reference"),
-        ((8, 0), jnp.bfloat16, 128, 256, "triton"),
-        ((8, 9), jnp.bfloat16, 128, 256, "triton"),
-        ((12, 0), jnp.bfloat16, 128, 256, "triton"),
-        ((9, 0), jnp.bfloat16, 75600, 5120, "mosaic"),
-        ((9, 0), jnp.bfloat16, 257, 5120, "triton"),
-        ((9, 0), jnp.bfloat16, 128, 264, "triton"),
-        ((9, 0), jnp.bfloat16, None, None, "triton"),
-        ((9, 0), jnp.float32, 128, 256, "reference"),
+        (None, jnp.bfloat16, (128, 256, 1536), "reference"),
+        ((7, 5), jnp.bfloat16, (128, 256, 1536), "reference"),
+        ((8, 0), jnp.bfloat16, (128, 256, 1536), "triton"),
+        ((8, 9), jnp.bfloat16, (128, 256, 1536), "triton"),
+        ((12, 0), jnp.bfloat16, (128, 256, 1536), "triton"),
+        ((9, 0), jnp.bfloat16, (75600, 5120, 13824), "mosaic"),
+        ((9, 0), jnp.bfloat16, (257, 5120, 5120), "triton"),
+        ((9, 0), jnp.bfloat16, (128, 264, 1536), "triton"),
+        ((9, 0), jnp.bfloat16, (128, 256, 512), "triton"),  # the small model's
+        ((9, 0), jnp.bfloat16, None, "triton"),
+        ((9, 0), jnp.float32, (128, 256, 1536), "reference"),
     ],
 )
-def test_choice_of_implementation(monkeypatch, capability, dtype, rows, features_out, expected):
+def test_choice_of_implementation(monkeypatch, capability, dtype, sizes, expected):
     monkeypatch.setattr(int8, "compute_capability", lambda: capability)
-    assert int8.choose(None, dtype=dtype, rows=rows, features_out=features_out) == expected
+    assert int8.choose(None, dtype=dtype, sizes=sizes) == expected
     assert int8.choose("triton", dtype=dtype) == "triton"

@@ -36,6 +36,7 @@ Scheme = Literal["block128", "channel"]
 Implementation = Literal["mosaic", "triton", "reference"]
 
 BLOCK = 128
+HOPPER_STAGES = 4  # blocks of features that the Hopper kernel has in flight
 SMALLEST_AMAX = 1e-8
 
 
@@ -76,25 +77,27 @@ class Quantized(NamedTuple):
 
 
 def choose(
-    implementation: Implementation | None, *, dtype, rows: int | None = None, features_out: int | None = None
+    implementation: Implementation | None, *, dtype, sizes: tuple[int, int, int] | None = None
 ) -> Implementation:
     """The implementation that runs: the named one, or the fastest one that can.
 
-    rows and features_out are a matmul's M and N; without them the choice is between Triton and the reference.
+    sizes: a matmul's M, N and K; without them the choice is between Triton and the reference.
     """
     if implementation is not None:
         return implementation
     capability = compute_capability()
     if not has_kernels(capability) or dtype != jnp.bfloat16:
         return "reference"
-    if capability != (9, 0) or rows is None or features_out is None:
-        return "triton"
-    return "mosaic" if mosaic_takes(rows, features_out) else "triton"
+    return "mosaic" if capability == (9, 0) and sizes and mosaic_takes(*sizes) else "triton"
 
 
-def mosaic_takes(rows: int, features_out: int) -> bool:
-    """Whether the Hopper kernel's tiles fit: Mosaic drops rows behind the last full group of 8."""
-    return rows % 8 == 0 and features_out % BLOCK == 0
+def mosaic_takes(m: int, n: int, k: int) -> bool:
+    """Whether the Hopper kernel's tiles fit: Mosaic drops rows behind the last full group of 8.
+
+    With no more features than it has in flight, nothing keeps a warp group from the next tile while the other still
+    reads this one's largest values.
+    """
+    return m % 8 == 0 and n % BLOCK == 0 and k > HOPPER_STAGES * BLOCK
 
 
 def check_features(k: int) -> None:
@@ -271,7 +274,7 @@ def matmul(
     n, k = w_q.shape
     check_features(k)
     x_q = x.q.reshape(-1, k)
-    chosen = choose(implementation, dtype=dtype, rows=len(x_q), features_out=n)
+    chosen = choose(implementation, dtype=dtype, sizes=(len(x_q), n, k))
     if implementation is None and chosen == "mosaic" and quant.group == 1 and quant.scheme == "block128":
         chosen = "triton"  # the Hopper kernel takes one scale a block of 128 rows
     if add_to is not None and (chosen == "reference" or not adds_in_kernel(add_to, quant)):
@@ -318,7 +321,7 @@ def matmul_requantize(
     """
     n, k = w_q.shape
     x_q = x.q.reshape(-1, k)
-    chosen = choose(implementation, dtype=dtype, rows=len(x_q), features_out=n)
+    chosen = choose(implementation, dtype=dtype, sizes=(len(x_q), n, k))
     if chosen == "reference" or quant.scheme == "channel" or quant.group == 1 or n % BLOCK:
         y = matmul(x, w_q, w_scale, bias, quant, gelu=gelu, dtype=dtype, implementation=implementation)
         return quantize(y, quant, implementation=implementation)
