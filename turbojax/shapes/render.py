@@ -15,8 +15,8 @@ BACKGROUND_LEVELS = {"black": (12, 12), "white": (242, 242), "gray": (128, 128),
 CHECKS = 8  # squares along the shorter side
 # Of one thing alone, and of one of two, which have less room: radius as a share of the shorter side, and the way of a
 # thing that moves straight ahead, likewise.
-RADIUS = ((0.11, 0.16), (0.1, 0.125))
-TRAVEL = ((0.35, 0.5), (0.27, 0.38))
+RADIUS = ((0.14, 0.19), (0.115, 0.14))
+TRAVEL = ((0.3, 0.42), (0.25, 0.34))
 GROWTH = (1.9, 2.3)  # last radius over first
 TURN = (1.2, 2.0)  # radians
 ROOM = 1.35  # of a thing's radius: the farthest point of its shape
@@ -105,7 +105,7 @@ def path(thing: Thing, rng: np.random.Generator, num_frames: int, height: int, w
         height_of_fall, beat = side * rng.uniform(0.25, 0.35), (2 * time + rng.uniform(0, 0.3)) % 1
         move[:, 1] = -height_of_fall * 4 * beat * (1 - beat)
     elif thing.motion == "growing":
-        radius = 0.8 * radius * rng.uniform(*GROWTH) ** time
+        radius = 0.7 * radius * rng.uniform(*GROWTH) ** time
     else:
         angle = angle + rng.choice((-1, 1)) * rng.uniform(*TURN) * time
     margin = ROOM * radius.max() + 1

@@ -42,6 +42,8 @@ MOTIONS = (*DIRECTIONS, "bouncing", "growing", "rotating")
 
 HELD_OUT_SHARE = 10  # one kind in so many
 Split = Literal["train", "held out"]
+# Of things, how many are digits; these are the hardest to learn.
+DIGIT_SHARE: dict[Split, float] = {"train": 0.65, "held out": 0.5}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,10 +91,10 @@ def kinds(split: Split) -> tuple[Thing, ...]:
 
 
 def random_scene(rng: np.random.Generator, *, split: Split = "train", two: float = 0.3) -> Scene:
-    """A scene of things of one split, digits as often as other shapes; two is the probability of a second thing."""
+    """A scene of things of one split; two is the probability of a second thing."""
 
     def draw(colours: set[str]) -> Thing:
-        digit = rng.random() < 0.5
+        digit = rng.random() < DIGIT_SHARE[split]
         choices = [a for a in kinds(split) if a.colour in colours and (a.shape in DIGITS) == digit]
         return choices[rng.integers(len(choices))]
 

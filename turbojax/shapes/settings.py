@@ -45,7 +45,7 @@ def shapes_config(recipe: str, size: str, **changes: Any) -> ConfigDict:
         model="shapes",
         batch_size=64,
         accumulation=1,
-        remat=False,
+        remat=True,  # what a layer keeps costs more time to write and read than to compute again
         weight_decay=0.01,
         warmup_steps=100,
         clip_norm=1.0,

@@ -80,7 +80,7 @@ def encoded(own: list[Example], shard: int, vae: WanVAE, text: TextEncoder, inde
     latents = []
     for begin in range(0, len(own), BATCH):
         videos = np.stack([one.video for one in own[begin : begin + BATCH]])
-        latents.append(encode(vae, as_pixels(videos), chunk=videos.shape[1]))
+        latents.append(encode(vae, as_pixels(jnp.asarray(videos)), chunk=videos.shape[1]))
     rows = embed(text, captions, index)
     for i, (z, row) in enumerate(zip(np.concatenate(jax.device_get(latents)), rows, strict=True)):
         number = shard * index.shard_size + i

@@ -28,7 +28,7 @@ from turbojax.weights.convert import convert
 from turbojax.weights.files import find_components
 from turbojax.weights.merge import merge
 
-VIDEOS = {"full": 24_576, "tiny": 8}  # to learn from, in shards of
+VIDEOS = {"full": 40_960, "tiny": 8}  # to learn from, in shards of
 SHARD = {"full": 256, "tiny": 4}
 TRAINED = ("vae", "teacher", "sla", "rcm")
 MODEL = Path(__file__).parent / "model"  # what is shipped

@@ -97,14 +97,23 @@ class Shards:
         return self._ends[-1]
 
     def __getitem__(self, i: int) -> Batch:
-        path, row = self._locate(i)
-        tensors = self._open(path)
-        start, end = text_rows(tensors["text_lengths"], row)
-        sample = {"latents": np.array(tensors["latents"][row]), "text": padded(tensors["text"][start:end])}
-        for name, value in sample.items():
-            if not np.isfinite(value).all():
-                raise CheckpointError(f"{path}: the {name} of sample {row} hold NaN or infinity; {AGAIN}")
-        return sample
+        return {name: value[0] for name, value in self.read([i]).items()}
+
+    def read(self, numbers: Sequence[int]) -> Batch:
+        """Samples by number, {"latents": [b, t, h, w, c], "text": [b, 512, D]}, zero rows past each prompt's end."""
+        dtype = DTYPES[self.index.dtype]
+        latents = np.empty((len(numbers), *self.index.latents), dtype)
+        text = np.zeros((len(numbers), TEXT_LEN, self.index.text_dim), dtype)
+        for i, number in enumerate(numbers):
+            path, row = self._locate(int(number))
+            tensors = self._open(path)
+            start, end = text_rows(tensors["text_lengths"], row)
+            sample = {"latents": tensors["latents"][row], "text": tensors["text"][start:end]}
+            for name, value in sample.items():
+                if not np.isfinite(value).all():
+                    raise CheckpointError(f"{path}: the {name} of sample {row} hold NaN or infinity; {AGAIN}")
+            latents[i], text[i, : end - start] = sample["latents"], sample["text"]
+        return {"latents": latents, "text": text}
 
     def describe(self, i: int) -> tuple[str, str]:
         """Source and caption of a sample."""
@@ -299,7 +308,8 @@ def batches(
         raise UserError(f"{batch_size=} must be a multiple of the {count} processes")
     if not 0 <= seed < 2**32:
         raise UserError(f"{seed=} must be in 0..{2**32 - 1}")
-    samples = grain.MapDataset.source(shards).seed(seed).shuffle().repeat()[index::count]
+    # Batches of numbers, which are read together: a small sample takes less time than its way through the pipeline.
+    numbers = grain.MapDataset.range(len(shards)).seed(seed).shuffle().repeat()[index::count].batch(batch_size // count)
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
-    iterator = iter(samples.batch(batch_size // count).to_iter_dataset(options))
+    iterator = iter(numbers.map(shards.read).to_iter_dataset(options))
     return Batches(iterator, samples=len(shards), batch_size=batch_size, seed=seed)
