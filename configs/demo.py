@@ -1,9 +1,10 @@
-"""The whole path on any machine, without a download: a tiny model with random weights.
+"""The small model that comes with the package, on any machine, without a download: see what its prompts can ask for in
+turbojax/shapes/model/README.md.
 
     python scripts/generate.py --config=configs/demo.py
+    python scripts/generate.py --config=configs/demo.py --config.prompt="a blue square growing on a white background"
 
-The weights are random, so the video is coloured noise whatever the prompt says. The first run writes the checkpoint
-files in the published layouts to the user's cache folder. About 20 seconds on 2 CPU cores, mostly compilation.
+Four steps of a network with SLA and int8 linear layers; about 20 seconds on 2 CPU cores, mostly compilation.
 """
 
 from turbojax.config import base_config
@@ -12,10 +13,11 @@ from turbojax.config import base_config
 def get_config():
     return base_config(
         weights="demo",
-        prompt="A red bird in the blue sky",
+        prompt="a red star moving up right on a checkered background",
         output="outputs/demo.mp4",
-        height=96,
-        width=160,
+        height=128,
+        width=128,
         num_frames=33,
+        sla_topk=0.25,
         dtype="float32",
     )

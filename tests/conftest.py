@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from turbojax import TurboVideoPipeline
-from turbojax.demo import demo_folder
+from turbojax.demo import write_demo
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -48,12 +48,14 @@ def own_cache(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def demo(own_cache):
-    """The folder with the demo's checkpoint files."""
-    return demo_folder()
+def demo(tmp_path_factory):
+    """A folder with checkpoint files of a tiny network with random weights."""
+    folder = tmp_path_factory.mktemp("demo")
+    write_demo(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
 def demo_pipe(demo):
-    """The demo's pipeline in float32, loaded once."""
+    """Its pipeline in float32, loaded once."""
     return TurboVideoPipeline.from_pretrained(demo, dtype=jnp.float32)

@@ -114,7 +114,7 @@ def test_every_setting_is_described():
     assert all(len(line) <= 120 for line in lines)
 
 
-# The demo's files.
+# The files of the demo of image to video.
 
 
 def test_demo_is_written_once():
@@ -123,7 +123,8 @@ def test_demo_is_written_once():
     assert demo.demo_folder() == folder
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == times
     assert {path.name for path in folder.iterdir()} == {
-        *("TurboWan-demo.pth", "Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth", "google")
+        *("TurboWan-demo-high.pth", "TurboWan-demo-low.pth", "image.png"),
+        *("Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth", "google"),
     }
 
 
@@ -140,9 +141,9 @@ def test_demo_is_whole_or_not_there(tmp_path, monkeypatch):
     assert os.listdir(tmp_path / "turbojax") == []
 
     def be_second(folder, *, image):
-        (tmp_path / "turbojax" / f"demo-{demo.VERSION}").mkdir()
-        (tmp_path / "turbojax" / f"demo-{demo.VERSION}" / "theirs").write_text("")
+        (tmp_path / "turbojax" / f"demo-i2v-{demo.VERSION}").mkdir()
+        (tmp_path / "turbojax" / f"demo-i2v-{demo.VERSION}" / "theirs").write_text("")
 
     monkeypatch.setattr(demo, "write_demo", be_second)
     assert [path.name for path in demo.demo_folder().iterdir()] == ["theirs"]
-    assert os.listdir(tmp_path / "turbojax") == [f"demo-{demo.VERSION}"]
+    assert os.listdir(tmp_path / "turbojax") == [f"demo-i2v-{demo.VERSION}"]

@@ -349,3 +349,18 @@ def test_loras(tmp_path):
     config = small_config(tmp_path / "x.mp4", lora="a.safetensors, b.safetensors", lora_low="c", lora_strength=0.5)
     expected = [("a.safetensors", None), ("b.safetensors", None), ("c", "low")]
     assert generate.loras(config) == [(path, 0.5, expert) for path, expert in expected]
+
+
+@pytest.mark.parametrize(
+    ("weights", "prompt", "line"),
+    [
+        ("demo", "a red star moving left", ""),
+        ("demo", "a red cat moving left", "this small model knows circle, square, triangle, star"),
+        ("TurboDiffusion/TurboWan2.1-T2V-1.3B-480P", "a red cat moving left", ""),
+    ],
+)
+def test_what_the_small_model_does_not_know(demo_pipe, monkeypatch, tmp_path, caplog, weights, prompt, line):
+    monkeypatch.setattr(generate, "load_pipeline", lambda config, prepare: demo_pipe)
+    generate.generate(small_config(tmp_path / "x.mp4", weights=weights, prompt=prompt))
+    warned = " ".join(record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    assert (line in warned) if line else ("small model" not in warned)

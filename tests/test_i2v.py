@@ -25,7 +25,7 @@ PROMPT = "a red bird in the sky"
 
 @pytest.fixture(scope="module")
 def folder(own_cache):
-    return demo_folder(image=True)
+    return demo_folder()
 
 
 @pytest.fixture(scope="module")

@@ -1,11 +1,13 @@
-"""Tiny models with random weights, as checkpoint files in the official layout.
+"""What runs on any machine without a download, by the names that settings give it.
 
-They make noise, not videos. They are there so that the whole way (read, check, encode, sample, decode, write)
-can be gone in a minute on any machine, without a download.
+"demo" is the small model of the world of shapes. "demo-i2v" and what tests use are tiny models with random weights, as
+checkpoint files in the official layout: they make noise, and show that the whole way (read, check, encode, sample,
+decode, write) works.
 """
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -19,6 +21,7 @@ from turbojax.errors import UserError
 from turbojax.models.umt5 import UMT5Config
 from turbojax.models.vae import VAEConfig
 from turbojax.models.wan import WanConfig
+from turbojax.shapes import MODEL
 from turbojax.weights.io import write_pth
 from turbojax.weights.published import generated, umt5_layout, vae_layout, wan_layout
 
@@ -33,18 +36,18 @@ def demo_configs(*, image: bool = False) -> tuple[WanConfig, VAEConfig, UMT5Conf
     return wan, vae, t5
 
 
-def demo_folder(*, image: bool = False) -> Path:
-    """The folder with the demo's files, in the user's cache; written on the first call, whole or not at all.
+def demo_folder() -> Path:
+    """The folder of the demo of image to video, in the user's cache: two experts, and a picture, `image.png`.
 
-    image: the demo of image to video: two experts, and a picture, `image.png`.
+    Written on the first call, whole or not at all.
     """
-    folder = user_cache() / f"demo-{'i2v-' if image else ''}{VERSION}"
+    folder = user_cache() / f"demo-i2v-{VERSION}"
     if not folder.is_dir():
         logging.info("Writing the demo's random checkpoint to %s", folder)
         temporary = folder.with_name(f".{folder.name}.{os.getpid()}.part")
         try:
             temporary.mkdir(parents=True, exist_ok=True)
-            write_demo(temporary, image=image)
+            write_demo(temporary, image=True)
             temporary.rename(folder)
         except OSError as error:
             if not folder.is_dir():  # another process may have been first
@@ -55,7 +58,10 @@ def demo_folder(*, image: bool = False) -> Path:
 
 
 def write_demo(folder: Path, *, image: bool = False) -> None:
-    """Writes transformers, VAE, text encoder and tokenizer under their published names."""
+    """Writes transformers, VAE, text encoder and tokenizer under their published names.
+
+    image: for image to video, two experts, with a picture.
+    """
     wan, vae, t5 = demo_configs(image=image)
     for seed, name in enumerate(("-high", "-low") if image else ("",)):
         write_pth(folder / f"TurboWan-demo{name}.pth", generated(wan_layout(wan), jnp.bfloat16, seed=seed))
@@ -73,6 +79,10 @@ def write_encoders(folder: Path, vae: VAEConfig, t5: UMT5Config) -> None:
         write_pth(folder / name, generated(layout, jnp.bfloat16))
     (folder / "google" / "umt5-xxl").mkdir(parents=True)
     demo_tokenizer().save(str(folder / "google" / "umt5-xxl" / "tokenizer.json"))
+
+
+# Names of weights, and where their files are.
+DEMOS: dict[str, Callable[[], Path]] = {"demo": lambda: MODEL, "demo-i2v": demo_folder}
 
 
 def demo_tokenizer() -> Tokenizer:

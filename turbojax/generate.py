@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from turbojax.condition import takes_images
 from turbojax.config import changed
 from turbojax.decoding import check_tiling
-from turbojax.demo import demo_folder
+from turbojax.demo import DEMOS, demo_folder
 from turbojax.diffusion import expert_split
 from turbojax.errors import UserError
 from turbojax.image import read_image
@@ -26,6 +26,8 @@ from turbojax.networks import known_network
 from turbojax.pipeline import TurboVideoPipeline, VideoOutput, check_number
 from turbojax.planning import find_parts, plan_unloaded
 from turbojax.sampling import check_seed, latent_shape, make_sampler
+from turbojax.shapes import WORDS
+from turbojax.shapes.prompts import remark
 from turbojax.stopwatch import Progress, untold
 from turbojax.video import check_fps, check_path, make_parent, video_size
 from turbojax.weights.load import with_options
@@ -36,7 +38,6 @@ CALL_SETTINGS = (
     *("prompt", "negative_prompt", "num_samples", "seed", "num_frames", "sampler", "num_inference_steps"),
     *("sigma_max", "ode", "guidance_scale", "shift", "vae_tiling", "background", "adaptive_size"),
 )
-DEMOS = {"demo": False, "demo-i2v": True}  # names of weights, and whether they are for image to video
 
 # Settings that loading takes by the same names.
 NETWORK_SETTINGS = ("quant_linear", "quant_scheme", "attention_type", "sla_topk", "sage_values", "memory")
@@ -72,6 +73,7 @@ def generate(config: ConfigDict) -> list[Path]:
     """Loads the pipeline, makes the videos and returns the files written."""
     make_parent(check_path(config.output))
     settings = call_settings(config)
+    tell_limits(config)
     return call(load_pipeline(config, prepare=settings), settings, output=config.output, fps=config.fps).files
 
 
@@ -107,6 +109,7 @@ class Studio:
         progress: as the pipeline's call takes it; the stage before is "load".
         """
         settings = call_settings(config) | {"sla_topk": config.sla_topk}
+        tell_limits(config)
         progress("load", 0.0)
         pipe = self.pipeline(config, settings)
         return call(pipe, settings, output=output, fps=config.fps, progress=progress)
@@ -125,6 +128,16 @@ def call_settings(config: ConfigDict) -> dict[str, Any]:
     """What the pipeline's call takes; raises UserError for what can be told before minutes of loading."""
     width, height = check_settings(config)
     return {name: config[name] for name in CALL_SETTINGS} | {"width": width, "height": height} | read_pictures(config)
+
+
+def limits(config: ConfigDict) -> str | None:
+    """Of the small model, what the prompt asks for that it does not know, in a friendly line."""
+    return remark(config.prompt) if config.weights == "demo" else None
+
+
+def tell_limits(config: ConfigDict) -> None:
+    if line := limits(config):
+        logging.warning("%s", line)
 
 
 def check_settings(config: ConfigDict) -> tuple[int, int]:
@@ -156,7 +169,7 @@ def read_pictures(config: ConfigDict) -> dict[str, np.ndarray]:
     if config.last_image and not config.image:
         raise UserError("last_image needs an image to start from; give --config.image=FILE")
     named = {name: config[name] for name in ("image", "last_image") if config[name]}
-    paths = {name: demo_folder(image=True) / "image.png" if path == "demo" else path for name, path in named.items()}
+    paths = {name: demo_folder() / "image.png" if path == "demo" else path for name, path in named.items()}
     return {name: read_image(path, background=config.background) for name, path in paths.items()}
 
 
@@ -182,14 +195,14 @@ def network_options(config: ConfigDict) -> dict[str, Any]:
 def weights_of(config: ConfigDict) -> str:
     if not config.weights:
         raise UserError("no weights; give --config.weights= a file, a folder, a Hugging Face repository, or random")
-    return str(demo_folder(image=DEMOS[config.weights])) if config.weights in DEMOS else config.weights
+    return str(DEMOS[config.weights]()) if config.weights in DEMOS else config.weights
 
 
 def load_pipeline(config: ConfigDict, *, prepare: dict[str, Any] | None = None) -> TurboVideoPipeline:
     options = network_options(config) | {"prepare": prepare}
     weights = weights_of(config)
     if weights == "random":
-        tokenizer = Tokenizer.from_path(config.tokenizer or demo_folder() / "google" / "umt5-xxl")
+        tokenizer = Tokenizer.from_path(config.tokenizer or WORDS)
         return TurboVideoPipeline.random(config.model, tokenizer, **options)
     if jax.default_backend() == "cpu" and config.weights not in DEMOS:
         logging.warning("No GPU was found; a real model takes hours on a CPU (pip install turbojax[cuda12])")

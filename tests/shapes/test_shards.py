@@ -12,7 +12,8 @@ from turbojax.make_shards import make_index
 from turbojax.models.vae import VAEConfig
 from turbojax.shapes.examples import example
 from turbojax.shapes.shards import write_shapes_shards
-from turbojax.shapes.text import ENCODER, Reader, text_config, vocabulary, word_tokenizer, write_text_encoder
+from turbojax.shapes.text import ENCODER, Reader, text_config, word_tokenizer, write_text_encoder
+from turbojax.shapes.words import vocabulary
 from turbojax.text import TextEncoder
 from turbojax.train.data import open_shards
 from turbojax.weights.random import random_module

@@ -5,8 +5,9 @@ import numpy as np
 
 from turbojax.shapes import text
 from turbojax.shapes.scene import SHAPES
+from turbojax.shapes.words import vocabulary
 
-WORDS = text.word_tokenizer(text.vocabulary())
+WORDS = text.word_tokenizer(vocabulary())
 
 
 def test_every_caption_is_made_of_known_words():

@@ -46,12 +46,13 @@ from turbojax import (
     cli,
 )
 from turbojax.benchmark_report import report
-from turbojax.demo import demo_folder, demo_picture
+from turbojax.demo import demo_picture
 from turbojax.kernels.int8 import QUANT_SCHEMES
 from turbojax.models.tokenizer import Tokenizer
 from turbojax.models.vae import VAEConfig
 from turbojax.networks import MODELS
 from turbojax.sampling import latent_shape
+from turbojax.shapes import WORDS
 from turbojax.video import video_size
 from turbojax.weights.load import with_options
 
@@ -94,7 +95,7 @@ def main() -> None:
     }
     tokens = (1 + (FRAMES.value - 1) // 4, height // 16, width // 16)
     if CASE.value in ("text_to_video", "image_to_video"):
-        tokenizer = Tokenizer.from_path(demo_folder() / "google" / "umt5-xxl")
+        tokenizer = Tokenizer.from_path(WORDS)
         with tempfile.TemporaryDirectory() as folder:
             result = benchmark.whole_video(
                 tokenizer,
@@ -108,7 +109,7 @@ def main() -> None:
             )
     elif CASE.value == "memory":
         result = benchmark_memory.memory(
-            Tokenizer.from_path(demo_folder() / "google" / "umt5-xxl"),
+            Tokenizer.from_path(WORDS),
             model=MODEL.value,
             memory=MEMORY.value,
             num_inference_steps=STEPS.value,

@@ -1,14 +1,15 @@
 """Evaluates the small model of the world of shapes on prompts that it was never trained on.
 
+    python scripts/evaluate.py --prompts=20
     python scripts/evaluate.py --folder=outputs/shapes --output=benchmarks/shapes.json
-    python scripts/evaluate.py --folder=outputs/shapes --prompts=20 --variants=quick
 
---folder is one that scripts/train_shapes.py has filled. A program and a small classifier tell whether a video shows the
-shapes, colours, motions and background of its prompt; the output has the classifier's own accuracy. Sparse and int8
-variants are compared with the dense bfloat16 network from the same noise (PSNR, SSIM). --variants are names, separated
-by semicolons, quick (what is shipped, in 4 steps) or all; --list prints them. Further flags: --seed, --batch (videos at
-once), --num_frames, --height, --width, --dtype=bfloat16 (or float32), --sheets=FOLDER for a picture with frames of the
-first 20 videos of each variant. The same seed gives the same prompts and the same noise.
+Without a folder it is the model that comes with the package, else that of a folder which scripts/train_shapes.py has
+filled, with all networks that led there. A program and a small classifier tell whether a video shows the shapes,
+colours, motions and background of its prompt; the output has the classifier's own accuracy. Sparse and int8 variants
+are compared with the dense network from the same noise (PSNR, SSIM). --variants are names, separated by semicolons,
+quick (what is shipped, in 4 steps) or all, which a folder is needed for; --list prints them. Further flags: --seed,
+--batch (videos at once), --num_frames, --height, --width, --dtype=bfloat16 (or float32), --sheets=FOLDER for a picture
+with frames of the first 20 videos of each variant. The same seed gives the same prompts and the same noise.
 """
 
 import json
@@ -20,15 +21,18 @@ import jax.numpy as jnp
 from absl import flags
 
 from turbojax import UserError, cli
+from turbojax.shapes import MODEL
 from turbojax.shapes.evaluate import QUICK, VARIANTS, contact_sheet, evaluate, held_out_tasks, table
 from turbojax.shapes.judge import train_judge
 from turbojax.video import make_parent, whole_file
 
 FLAGS = flags.FlagValues()
-FOLDER = flags.DEFINE_string("folder", "outputs/shapes", "of scripts/train_shapes.py", flag_values=FLAGS)
+FOLDER = flags.DEFINE_string("folder", None, "of scripts/train_shapes.py; the package if not given", flag_values=FLAGS)
 OUTPUT = flags.DEFINE_string("output", "outputs/shapes/evaluation.json", "file to write", flag_values=FLAGS)
 PROMPTS = flags.DEFINE_integer("prompts", 200, "how many", flag_values=FLAGS)
-NAMES = flags.DEFINE_string("variants", "all", "names separated by semicolons, quick, or all", flag_values=FLAGS)
+NAMES = flags.DEFINE_string(
+    "variants", None, "names separated by semicolons, quick, or all; all of a folder if not given", flag_values=FLAGS
+)
 LIST = flags.DEFINE_bool("list", False, "print the variants, and stop", flag_values=FLAGS)
 SEED = flags.DEFINE_integer("seed", 0, "of prompts and noise", flag_values=FLAGS)
 BATCH = flags.DEFINE_integer("batch", 20, "videos at once", flag_values=FLAGS)
@@ -48,7 +52,8 @@ def main() -> None:
         if value < 1:
             raise UserError(f"{name}={value} must be at least 1")
     named = {"all": list(VARIANTS), "quick": list(QUICK)}
-    names = named.get(NAMES.value) or [name.strip() for name in NAMES.value.split(";")]
+    chosen = NAMES.value or ("all" if FOLDER.value else "quick")
+    names = named.get(chosen) or [name.strip() for name in chosen.split(";")]
     output, sheets = Path(OUTPUT.value), Path(SHEETS.value) if SHEETS.value else None
     make_parent(output)
     if sheets:
@@ -65,7 +70,7 @@ def main() -> None:
         "judge": {"accuracy": judge.accuracy, "tested": judge.tested},
         "rows": [],
     }
-    folder, dtype = Path(FOLDER.value), jnp.dtype(DTYPE.value)
+    folder, dtype = Path(FOLDER.value or MODEL.parent), jnp.dtype(DTYPE.value)
     options: dict[str, Any] = {"size": size, "dtype": dtype, "seed": SEED.value, "batch": BATCH.value}
     for row, videos in evaluate(names, tasks, folder, judge, **options):
         content["rows"].append(row)

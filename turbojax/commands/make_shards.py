@@ -22,10 +22,10 @@ import jax.numpy as jnp
 from absl import flags, logging
 
 from turbojax import UserError, cli
-from turbojax.demo import demo_folder
 from turbojax.make_shards import find_clips, load_encoders, make_shards
 from turbojax.models.vae import VAEConfig
 from turbojax.sampling import latent_shape
+from turbojax.shapes import MODEL
 from turbojax.video import check_fps, video_size
 from turbojax.weights.files import find_components, open_repository
 
@@ -64,7 +64,7 @@ def main() -> None:
     check_fps(FPS.value)
     clips = find_clips(Path(VIDEOS.value).expanduser(), CAPTIONS.value)
     given = {"vae": VAE.value, "text_encoder": TEXT_ENCODER.value, "tokenizer": TOKENIZER.value}
-    weights = demo_folder() if WEIGHTS.value == "demo" else WEIGHTS.value
+    weights = str(MODEL) if WEIGHTS.value == "demo" else WEIGHTS.value
     where = find_components(open_repository(weights) if weights else None, given)
     if jax.default_backend() == "cpu" and WEIGHTS.value != "demo":
         logging.warning("No GPU was found; real models take minutes a clip on a CPU (pip install turbojax[cuda12])")

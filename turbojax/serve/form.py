@@ -77,5 +77,5 @@ def parse(name: str, value: Any) -> Any:
 def image_of(config: ConfigDict) -> Path | None:
     """The picture that the form shows at first."""
     if config.image == "demo":
-        return demo_folder(image=True) / "image.png"
+        return demo_folder() / "image.png"
     return Path(config.image) if config.image else None

@@ -1,5 +1,6 @@
 """The page in the browser, and the HTTP API that comes with it; see docs/web.md. Needs the extra `web`."""
 
+import functools
 import html
 import logging as standard_logging
 import random
@@ -16,7 +17,7 @@ from ml_collections import ConfigDict
 
 from turbojax.config import changed
 from turbojax.errors import UserError
-from turbojax.generate import Studio, makes_from_images, plan
+from turbojax.generate import Studio, limits, makes_from_images, plan
 from turbojax.memory import gigabytes, short_of_memory
 from turbojax.serve.album import Album, Entry
 from turbojax.serve.form import AS_STARTED, MOST_FRAMES, NAMES, first_values, image_of, read_form, resolutions
@@ -88,7 +89,10 @@ class Server:
     def generate(self, values: Mapping[str, Any], owner: str) -> Iterator[tuple[str, Entry | None]]:
         """What to tell, as HTML, while a video is made, and the video at last."""
         with messages():
-            job = self.jobs.add(owner, self.work(values))
+            config = changed(read_form(self.config, values), num_samples=1)
+            if remark := limits(config):
+                gr.Info(html.escape(remark, quote=False), duration=20)
+            job = self.jobs.add(owner, functools.partial(self.make, config, values))
             told = ""
             while not job.wait(POLL):
                 if (now := self.status(job)) != told:
@@ -100,10 +104,6 @@ class Server:
                 yield line("Cancelled."), None
                 return
             yield line(f"Done in {sum(entry.seconds.values()):.1f} s, {stages(entry)}."), entry
-
-    def work(self, values: Mapping[str, Any]) -> Any:
-        config = changed(read_form(self.config, values), num_samples=1)
-        return lambda progress: self.make(config, values, progress)
 
     def status(self, job: Job) -> str:
         if job.stage == "wait":

@@ -9,7 +9,8 @@ from typing import Any
 from turbojax.models.umt5 import UMT5Config
 from turbojax.models.vae import VAEConfig
 from turbojax.models.wan import WanConfig
-from turbojax.shapes.text import text_config, vocabulary, word_tokenizer
+from turbojax.shapes.text import text_config, word_tokenizer
+from turbojax.shapes.words import vocabulary
 
 TEXT_DIM = 64
 TINY = "-tiny"

@@ -4,7 +4,7 @@ import re
 
 from turbojax.errors import UserError
 from turbojax.shapes.scene import caption, knows, parse
-from turbojax.shapes.text import caption_words
+from turbojax.shapes.words import caption_words
 
 SMALL = {"as", "at", "by", "is", "it", "its", "of", "please", "the", "then", "there"}  # words that ask for nothing
 

@@ -18,10 +18,12 @@ from ml_collections import ConfigDict
 
 from turbojax.errors import UserError
 from turbojax.make_shards import load_encoders
+from turbojax.shapes import MODEL
 from turbojax.shapes.networks import TEXT_ENCODERS
 from turbojax.shapes.settings import FOLDER
 from turbojax.shapes.shards import write_shapes_shards
-from turbojax.shapes.text import ENCODER, TOKENIZER, train_text_encoder, vocabulary, word_tokenizer, write_text_encoder
+from turbojax.shapes.text import ENCODER, TOKENIZER, train_text_encoder, word_tokenizer, write_text_encoder
+from turbojax.shapes.words import vocabulary
 from turbojax.train.loop import CURVES, VAE, read_curves, stop_requests, train
 from turbojax.video import whole_file
 from turbojax.weights.convert import convert
@@ -31,7 +33,6 @@ from turbojax.weights.merge import merge
 VIDEOS = {"full": 40_960, "tiny": 8}  # to learn from, in shards of
 SHARD = {"full": 256, "tiny": 4}
 TRAINED = ("vae", "teacher", "sla", "rcm")
-MODEL = Path(__file__).parent / "model"  # what is shipped
 SHIPPED = {"text": (ENCODER, TOKENIZER), "vae": (VAE,)}  # files of a stage that others need
 STORY = "training.json"
 MOST_BYTES = 12_000_000  # of all that is shipped

@@ -6,8 +6,6 @@ background. So a noun's features tell whose colour and motion belong to it, whic
 
 import dataclasses
 import functools
-import re
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -23,19 +21,7 @@ from tqdm import tqdm
 from turbojax.models.layers import Dense
 from turbojax.models.tokenizer import Tokenizer, build
 from turbojax.models.umt5 import UMT5Config, UMT5Encoder
-from turbojax.shapes.scene import (
-    BACKGROUNDS,
-    BEFORE,
-    COLOURS,
-    MOTIONS,
-    SHAPES,
-    SYNONYMS,
-    VERBS,
-    Scene,
-    caption,
-    noun,
-    random_scene,
-)
+from turbojax.shapes.scene import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, Scene, caption, random_scene
 from turbojax.video import whole_file
 from turbojax.weights.export import published_tensors
 from turbojax.weights.io import write_safetensors
@@ -51,23 +37,6 @@ ANSWERS: dict[str, tuple[str, ...]] = {
     "motion": MOTIONS,
     "background": BACKGROUNDS,
 }
-
-
-def caption_words() -> set[str]:
-    """Every word of captions, which are all that the networks learn from."""
-    sentences = [*BEFORE, *(form for forms in VERBS.values() for form in forms), *COLOURS, *BACKGROUNDS, "a an"]
-    return words_of([*sentences, *(noun(shape, form) for shape in SHAPES for form in range(3))])
-
-
-def vocabulary() -> list[str]:
-    """Every word of captions, and of prompts that `scene.parse` understands in full."""
-    others = [pattern for pattern, _ in SYNONYMS if re.fullmatch(r"\w+", pattern)]
-    others += ["spins spinning rotates bounces jumps jumping grows expanding left right up down upwards downwards"]
-    return sorted(caption_words() | words_of(others))
-
-
-def words_of(sentences: Iterable[str]) -> set[str]:
-    return set(re.findall(r"[a-z0-9]+", " ".join(sentences).replace("{things}", "").replace("{background}", "")))
 
 
 def word_tokenizer(words: list[str]) -> Words:

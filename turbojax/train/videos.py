@@ -12,8 +12,8 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from turbojax.decoding import decode
-from turbojax.demo import demo_folder
 from turbojax.sampling import make_sampler, sample
+from turbojax.shapes import MODEL
 from turbojax.text import TextEncoder
 from turbojax.train.data import Shards
 from turbojax.train.state import Params, in_compute_dtype
@@ -70,5 +70,5 @@ def prepare_videos(config: ConfigDict, shards: Shards, skeleton: Skeleton, folde
 
 def component(config: ConfigDict, name: str) -> Path:
     """The path of the VAE, text encoder or tokenizer: the one given, the demo's, or the downloaded one."""
-    given = demo_folder() if config[name] == "demo" else config[name]
+    given = MODEL if config[name] == "demo" else config[name]
     return find_components(None, {name: given})[name]
