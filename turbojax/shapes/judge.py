@@ -8,6 +8,7 @@ import dataclasses
 from typing import Any
 
 import numpy as np
+from scipy.ndimage import label
 
 from turbojax.errors import UserError
 from turbojax.shapes.render import BACKGROUND_LEVELS, digit_images, render, squares
@@ -19,6 +20,7 @@ OFF = 30.0  # levels that a background may be off
 SMALLEST = 0.004  # share of the picture that a thing covers at least
 STILL = 0.1  # a centre that strays less, in units of the shorter side, stays where it is
 CROP = 16  # side of the picture that the classifier sees
+SPECK = 0.1  # parts of a thing that are smaller, as a share of the largest, are not of it: edges mix colours
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,9 +103,17 @@ def crop(frame: np.ndarray, centre: np.ndarray) -> np.ndarray:
     return padded[y : y + 2 * reach, x : x + 2 * reach]
 
 
-def features(mask: np.ndarray) -> np.ndarray:
-    """The first frame that shows a thing, cut out and scaled to `[CROP * CROP]`, with its share of its box."""
-    frame = mask[np.flatnonzero(mask.any(axis=(1, 2)))[0]].astype(np.float32)
+def clearest(mask: np.ndarray, motion: str | None) -> np.ndarray:
+    """The frame `[H, W]` to read a shape from: the first that shows it, for it may turn, or the last of what grows."""
+    return mask[np.flatnonzero(mask.any(axis=(1, 2)))[-1 if motion == "growing" else 0]]
+
+
+def features(frame: np.ndarray) -> np.ndarray:
+    """The pixels `[H, W]` of one thing, cut out and scaled to `[CROP * CROP]`, without specks beside it."""
+    parts, _ = label(frame, np.ones((3, 3)))
+    sizes = np.bincount(parts.ravel())
+    sizes[0] = 0
+    frame = (sizes >= SPECK * sizes.max())[parts].astype(np.float32)
     rows, columns = (np.flatnonzero(frame.any(axis=axis)) for axis in (1, 0))
     frame = frame[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     side = max(frame.shape)
@@ -131,8 +141,9 @@ class Judge:
         seen = []
         for colour, mask in colour_masks(video).items():
             if present(mask):
-                shape = str(self.classifier.predict(features(mask)[None])[0])
-                seen.append(Seen(shape, colour, motion(mask)))
+                moving = motion(mask)
+                shape = str(self.classifier.predict(features(clearest(mask, moving))[None])[0])
+                seen.append(Seen(shape, colour, moving))
         return tuple(seen)
 
     def compare(self, scene: Scene, video: np.ndarray) -> dict[str, bool]:
@@ -162,7 +173,7 @@ def train_judge(*, seed: int = 0, examples: int = 3000, tests: int = 500, size: 
             thing = random_scene(rng, two=0).things[0]
             shape = SHAPES[rng.integers(len(SHAPES))]
             video = render_still(Thing(shape, thing.colour, "left"), rng, size, writers)
-            x.append(features(colour_masks(video)[thing.colour]))
+            x.append(features(colour_masks(video)[thing.colour][0]))
             y.append(shape)
         return np.stack(x), y
 
