@@ -27,7 +27,7 @@ def test_choice_by_compute_capability(monkeypatch, capability):
     x, table = jax.ShapeDtypeStruct((1, 1024, 256), jnp.bfloat16), (jax.ShapeDtypeStruct((1024, 64), jnp.float32),) * 2
     blocks = {"block_q": 128, "block_k": 64}
     chosen = (
-        int8.choose(None, dtype=q.dtype, rows=1024, features_out=512),
+        int8.choose(None, dtype=q.dtype, sizes=(1024, 512, 1536)),
         sla.choose(None, q, **blocks),
         sage.choose(None, q, **blocks, values="exact"),
         norms.choose(None, x, table),
