@@ -16,9 +16,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from turbojax.errors import UserError
 from turbojax.kernels import mosaic
+from turbojax.kernels.int8 import BLOCK, HOPPER_STAGES
 from turbojax.kernels.norms import Residual
 
-BLOCK = 128
 CONSUMERS = 2  # warp groups that compute
 
 
@@ -34,7 +34,7 @@ class Tiles:
 
 
 # The fastest of those tried at the shapes of the 1.3B and the 14B model, see docs/performance.md.
-BLOCK_TILES = Tiles(rows=64, columns=128, stages=4, cluster=2)
+BLOCK_TILES = Tiles(rows=64, columns=128, stages=HOPPER_STAGES, cluster=2)
 CHANNEL_TILES = Tiles(rows=128, columns=128, stages=3, cluster=1)
 
 

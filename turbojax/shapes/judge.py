@@ -103,9 +103,9 @@ def crop(frame: np.ndarray, centre: np.ndarray) -> np.ndarray:
     return padded[y : y + 2 * reach, x : x + 2 * reach]
 
 
-def clearest(mask: np.ndarray, motion: str | None) -> np.ndarray:
+def clearest(mask: np.ndarray, moving: str | None) -> np.ndarray:
     """The frame `[H, W]` to read a shape from: the first that shows it, for it may turn, or the last of what grows."""
-    return mask[np.flatnonzero(mask.any(axis=(1, 2)))[-1 if motion == "growing" else 0]]
+    return mask[np.flatnonzero(mask.any(axis=(1, 2)))[-1 if moving == "growing" else 0]]
 
 
 def features(frame: np.ndarray) -> np.ndarray:
