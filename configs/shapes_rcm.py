@@ -1,4 +1,4 @@
-"""Step 6 of the small model: distillation of its teacher to 1 to 4 steps.
+"""Step 7 of the small model: distillation of its teacher to 1 to 4 steps.
 
     python scripts/train.py --config=configs/shapes_rcm.py
 

@@ -1,4 +1,4 @@
-"""Step 5 of the small model: its teacher learns to do with a quarter of its attention.
+"""Step 6 of the small model: its teacher learns to do with a quarter of its attention.
 
     python scripts/train.py --config=configs/shapes_sla.py
 

@@ -28,7 +28,10 @@ def build(config: dict, t: dict[str, np.ndarray], *, prefix: str = "w.", **optio
     if checkpoint.config.attention_type == "sla":
         sparse = config.get("SparseLinearAttention") or config["attention"]["SparseLinearAttention"]
         options |= {"sla_topk": sparse["topk"], "sla_blocks": (sparse["BLKQ"], sparse["BLKK"])}
-    return build_wan(checkpoint, **({"dtype": jnp.float32} | options))
+    # Recorded with fewer rows of text than 512, and none left out.
+    text_len = t["in.text"].shape[1] if "in.text" in t else config["args"]["text_len"]
+    settings = {"dtype": jnp.float32, "text_len": text_len}
+    return build_wan(checkpoint, **(settings | options))
 
 
 def channels_last(x: np.ndarray) -> jnp.ndarray:

@@ -207,6 +207,17 @@ def test_blocks_of_queries_do_not_matter(monkeypatch, scores):
     np.testing.assert_allclose(out, jnp.einsum("bnls,bsnh->blnh", weights, v), atol=2e-6)
 
 
+@pytest.mark.parametrize("scores", [1, 2**26])
+def test_the_last_key_can_stand_for_many(monkeypatch, scores):
+    q, k, v = (jax.random.normal(key, (2, 10, 3, 8)) for key in jax.random.split(jax.random.key(0), 3))
+    monkeypatch.setattr(attention, "SCORES_IN_MEMORY", scores)
+    repeated = [jnp.concatenate((x, jnp.repeat(x[:, -1:], 499, axis=1)), axis=1) for x in (k, v)]
+    few = attention.dot_product_attention(q, k, v, last=500)
+    np.testing.assert_allclose(few, attention.dot_product_attention(q, *repeated), atol=1e-5)
+    with pytest.raises(UserError, match="takes keys one by one, not last=500"):
+        attention.dot_product_attention(q, k, v, last=500, implementation="cudnn")
+
+
 @pytest.mark.parametrize("length", [50, 64, 300])
 def test_sla_with_all_blocks_is_dense_attention(length):
     """Of one block or several, the last one partial: with topk = 1, the projected linear branch comes on top."""
@@ -283,6 +294,24 @@ def test_every_argument_matters(image_to_video, name):
     run, values = image_to_video
     changed = values | {name: 0.5 * jnp.roll(values[name], 1, axis=-1)}
     assert relative(run(**changed), run(**values)) > 1e-4
+
+
+def test_rows_of_text_that_are_left_out_change_nothing():
+    module, config = built(small()), small()
+    values = drawn(config, frames=2, height=4, width=6)
+    graph, state = nnx.split(module)
+
+    def total(state, text):
+        return jnp.sum(nnx.merge(graph, state)(**values | {"text": text}) ** 2)
+
+    text = values["text"].at[:, 5:].set(0)
+    whole, expected = jax.value_and_grad(total)(state, text)
+    for rows in (5, 31, 511):
+        some, gradients = jax.value_and_grad(total)(state, text[:, :rows])
+        assert relative(some, whole) < 1e-5
+        worst = jax.tree.map(lambda a, b: relative(a, b) if jnp.any(b) else float(jnp.any(a)), gradients, expected)
+        assert max(jax.tree.leaves(worst)) < 1e-3
+    assert relative(total(state, text[:, :4]), whole) > 1e-4
 
 
 @pytest.mark.parametrize(

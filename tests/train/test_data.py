@@ -83,11 +83,11 @@ def test_what_is_written_is_read(tmp_path, dtype):
         assert read["latents"].dtype == read["text"].dtype == np.dtype(dtype)
         np.testing.assert_array_equal(read["latents"], expected.latents)
         np.testing.assert_array_equal(read["text"][: i + 1], expected.text)
-        assert read["text"].shape == (512, 8)
+        assert read["text"].shape == (15, 8)
         assert not read["text"][i + 1 :].any()
         assert shards.describe(i) == (f"{i}.mp4", f"clip {i}, \u732b")
     negative = shards.negative()
-    assert negative.shape == (512, 8)
+    assert negative.shape == (15, 8)
     assert (negative.sum(), negative.dtype) == (24, np.dtype(dtype))
     with pytest.raises(IndexError):
         shards[len(shards)]
@@ -105,7 +105,7 @@ def test_batches(shards):
         batch = next(data)
         assert {name: (a.shape, a.dtype) for name, a in batch.items()} == {
             "latents": ((4, *INDEX.latents), ml_dtypes.bfloat16),
-            "text": ((4, 512, 8), ml_dtypes.bfloat16),
+            "text": ((4, 15, 8), ml_dtypes.bfloat16),
         }
         for row, i in enumerate(numbers(batch)):
             for name, value in shards[i].items():

@@ -3,6 +3,7 @@
 B batch, L queries, S keys, N heads, H head dim. Neither form holds all scores `[N, L, S]` at once.
 """
 
+import math
 from typing import Literal
 
 import jax
@@ -20,18 +21,22 @@ CUDNN_HEAD_DIM = 128  # the largest that cuDNN takes on every generation with bf
 
 
 def dot_product_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, *, implementation: Implementation | None = None
+    q: jax.Array, k: jax.Array, v: jax.Array, *, last: int = 1, implementation: Implementation | None = None
 ) -> jax.Array:
     """q `[B, L, N, H]`, k and v `[B, S, N, H]` to `[B, L, N, H]` in q's dtype; softmax in float32.
 
-    implementation: "cudnn" or "reference"; None takes cuDNN where it can run. A named one runs or raises.
+    last: how many keys the last one stands for, which are all equal to it.
+    implementation: "cudnn" (last = 1 alone) or "reference"; None takes cuDNN where it can run. A named one runs or
+      raises.
     """
     if implementation is None:
-        implementation = "cudnn" if cudnn_takes(q) else "reference"
+        implementation = "cudnn" if last == 1 and cudnn_takes(q) else "reference"
     if implementation == "cudnn":
+        if last != 1:
+            raise UserError(f"cuDNN's attention takes keys one by one, not {last=}; choose 'reference'")
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
     if implementation == "reference":
-        return attention_reference(q, k, v)
+        return attention_reference(q, k, v, last=last)
     raise UserError(f"{implementation=} is unknown; choose 'cudnn' or 'reference'")
 
 
@@ -42,19 +47,22 @@ def cudnn_takes(q: jax.Array) -> bool:
     return half and small and has_kernels(compute_capability())
 
 
-def attention_reference(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """The definition, one block of queries at a time."""
+def attention_reference(q: jax.Array, k: jax.Array, v: jax.Array, *, last: int = 1) -> jax.Array:
+    """The definition, one block of queries at a time; last as `dot_product_attention` takes it."""
     batch, length, heads, dim = q.shape
     block = max(1, min(length, SCORES_IN_MEMORY // (batch * heads * k.shape[1])))
     if TILE < block < length:
         count = -(-length // (block // TILE * TILE))
         block = -(-length // (count * TILE)) * TILE
 
+    # n equal keys add n times the exponential of one.
+    more = jnp.zeros((1, 1, 1, k.shape[1]), jnp.float32).at[..., -1].set(math.log(last))
+
     def attend(q: jax.Array) -> jax.Array:
         scores = jnp.einsum("blnh,bsnh->bnls", q, k, preferred_element_type=jnp.float32) * dim**-0.5
+        scores = scores if last == 1 else scores + more
         weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-        out = jnp.einsum("bnls,bsnh->blnh", weights, v, preferred_element_type=jnp.float32)
-        return out.astype(q.dtype)
+        return jnp.einsum("bnls,bsnh->blnh", weights, v).astype(q.dtype)  # summed in float32, see `layers.contract`
 
     if block == length:
         return attend(q)

@@ -192,7 +192,7 @@ class CrossAttention(nnx.Module):
             self.norm_k_img = RMSNorm(config.dim, eps=config.eps)
 
     def keys(self, text: jax.Array, image: jax.Array | None) -> tuple[KeysValues, KeysValues | None]:
-        """Keys and values `[B, tokens, N, H]` of text `[B, 512, D]` and of image `[B, 257 or 514, D]` or None."""
+        """Keys and values `[B, tokens, N, H]` of text `[B, S, D]` and of image `[B, 257 or 514, D]` or None."""
         heads = self.config.num_heads
         text = self.k.prepare(text)
         of_text = split_heads(self.norm_k(self.k(text)), heads), split_heads(self.v(text), heads)
@@ -213,7 +213,8 @@ class CrossAttention(nnx.Module):
             text, image = self.keys(text, image)
         attend = functools.partial(dot_product_attention, implementation=self.config.attention_implementation)
         q = split_heads(self.norm_q(self.q(x)), self.config.num_heads)
-        out = attend(q, *text)
+        missing = self.config.text_len - text[0].shape[1]  # rows that equal the last, see `WanModel.embed_text`
+        out = attend(q, *text, last=1 + missing)
         if image is not None:
             out = out + attend(q, *image)
         return self.o(out.reshape(*out.shape[:2], self.config.dim), add_to=add_to)
@@ -321,7 +322,8 @@ class WanModel(nnx.Module):
 
         x: noisy latents `[B, T, H, W, C]`; H and W even.
         timesteps: float32 `[B]` in 0..1000.
-        text: text embedding `[B, 512, text_dim]`, zero rows past the prompt's end.
+        text: text embedding `[B, 512, text_dim]`, zero rows past the prompt's end; of these any number may be left out,
+          with the same result.
         y: mask and condition latents `[B, T, H, W, 20]` (image to video).
         clip: CLIP tokens `[B, 257, clip_dim]`, of two images 514 (Wan 2.1 image to video).
         """
@@ -388,8 +390,13 @@ class WanModel(nnx.Module):
         return TimeEmbedding(e, e0.reshape(e.shape[0], 6, self.config.dim))
 
     def embed_text(self, text: jax.Array, clip: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
-        """Text `[B, 512, D]` and image tokens `[B, 257 or 514, D]` as cross-attention takes them."""
+        """Text `[B, S, D]` and image tokens `[B, 257 or 514, D]` as cross-attention takes them.
+
+        Of text with less than 512 rows, the last of S stands for itself and all that are left out.
+        """
         c = self.config
+        if text.shape[1] < c.text_len:
+            text = jnp.pad(text, ((0, 0), (0, 1), (0, 0)))
         if (clip is None) != (c.clip_dim is None):
             raise UserError(f"clip tokens were {'not ' if clip is None else ''}given to a model with {c.clip_dim=}")
         if clip is not None and clip.shape[1] != c.clip_images * CLIP_TOKENS:

@@ -4,7 +4,7 @@ import collections
 import functools
 import itertools
 import multiprocessing
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import NamedTuple
 
@@ -16,7 +16,8 @@ from turbojax.shapes.scene import Scene, caption, random_scene
 
 CANDIDATES = 4  # of which the crop with the most in it is taken
 FROM_THE_START = 0.3  # share of crops that have a video's first frame, which an autoencoder sees apart
-AHEAD = 4  # examples that wait or are drawn, for each worker
+AHEAD = 4  # groups that wait or are drawn, for each worker
+GROUP = 32  # frames of the examples that a worker draws at a time
 
 
 class Example(NamedTuple):
@@ -35,6 +36,10 @@ def example(number: int, *, seed: int, num_frames: int, height: int, width: int)
     return Example(scene, sentence, render(scene, rng, num_frames=num_frames, height=height, width=width))
 
 
+def draw_all(draw: Callable[[int], Example], numbers: Sequence[int]) -> list[Example]:
+    return list(map(draw, numbers))
+
+
 def examples(
     numbers: Iterable[int], *, seed: int, num_frames: int, height: int, width: int, workers: int
 ) -> Generator[Example, None, None]:
@@ -46,15 +51,17 @@ def examples(
     if not workers:
         yield from map(draw, numbers)
         return
-    numbers = iter(numbers)
+    numbers, size = iter(numbers), max(1, GROUP // num_frames)
+    groups = iter(lambda: list(itertools.islice(numbers, size)), [])
     # Spawned: a fork of a process in which JAX has threads may never return.
     executor = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
     try:
-        drawn = collections.deque(executor.submit(draw, i) for i in itertools.islice(numbers, AHEAD * workers))
+        first = itertools.islice(groups, AHEAD * workers)
+        drawn = collections.deque(executor.submit(draw_all, draw, group) for group in first)
         while drawn:
             result = drawn.popleft().result()
-            drawn.extend(executor.submit(draw, i) for i in itertools.islice(numbers, 1))
-            yield result
+            drawn.extend(executor.submit(draw_all, draw, group) for group in itertools.islice(groups, 1))
+            yield from result
     finally:
         executor.shutdown(cancel_futures=True)
 

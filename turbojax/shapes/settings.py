@@ -9,7 +9,7 @@ from turbojax.errors import UserError
 from turbojax.train.config import train_config
 
 FOLDER = Path("outputs/shapes")
-TEACHER = str(FOLDER / "teacher" / "transformer.safetensors")
+IMAGE, TEACHER = (str(FOLDER / stage / "transformer.safetensors") for stage in ("image", "teacher"))
 # What is smaller where only the way is to be shown.
 TINY: dict[str, Any] = dict(
     model="shapes-tiny",
@@ -56,3 +56,17 @@ def shapes_config(recipe: str, size: str, **changes: Any) -> ConfigDict:
     if size == "tiny":
         config.update(TINY)
     return config
+
+
+def flow_matching(size: str, **changes: Any) -> ConfigDict:
+    """Settings of the two runs that learn from data."""
+    common: dict[str, Any] = dict(
+        optimizer="muon",
+        learning_rate=5e-3,
+        learning_rate_end=0.05,
+        warmup_steps=300,
+        beta2=0.99,
+        time_mean=0.4,
+        time_std=1.3,
+    )
+    return shapes_config("teacher", size, **(common | changes))

@@ -25,7 +25,7 @@ from turbojax.text import TextEncoder
 from turbojax.train.autoencoder import as_pixels
 from turbojax.train.data import DTYPES, Index, Sample, write_index, write_negative, write_shard
 
-BATCH = 32  # videos that are encoded at once
+FRAMES = 1024  # that are encoded at once
 
 
 def write_shapes_shards(
@@ -78,8 +78,9 @@ def plan(index: Index, seed: int, shard: int) -> str:
 def encoded(own: list[Example], shard: int, vae: WanVAE, text: TextEncoder, index: Index) -> Iterator[Sample]:
     captions = [one.caption for one in own]
     latents = []
-    for begin in range(0, len(own), BATCH):
-        videos = np.stack([one.video for one in own[begin : begin + BATCH]])
+    batch = max(1, FRAMES // index.num_frames)
+    for begin in range(0, len(own), batch):
+        videos = np.stack([one.video for one in own[begin : begin + batch]])
         latents.append(encode(vae, as_pixels(jnp.asarray(videos)), chunk=videos.shape[1]))
     rows = embed(text, captions, index)
     for i, (z, row) in enumerate(zip(np.concatenate(jax.device_get(latents)), rows, strict=True)):

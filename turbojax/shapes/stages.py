@@ -30,9 +30,10 @@ from turbojax.weights.convert import convert
 from turbojax.weights.files import find_components
 from turbojax.weights.merge import merge
 
-VIDEOS = {"full": 40_960, "tiny": 8}  # to learn from, in shards of
-SHARD = {"full": 256, "tiny": 4}
-TRAINED = ("vae", "teacher", "sla", "rcm")
+# What there is to learn from by size: how many samples, how many of them in a shard.
+IMAGES = {"full": (262_144, 8192), "tiny": (8, 4)}
+VIDEOS = {"full": (65_536, 1024), "tiny": (8, 4)}
+TRAINED = ("vae", "image", "teacher", "sla", "rcm")
 SHIPPED = {"text": (ENCODER, TOKENIZER), "vae": (VAE,)}  # files of a stage that others need
 STORY = "training.json"
 MOST_BYTES = 12_000_000  # of all that is shipped
@@ -77,8 +78,10 @@ def learn(stage: str, job: Job) -> None:
     train(config)
 
 
-def make_data(job: Job) -> None:
-    config = job.config("vae")
+def make_data(stage: str, job: Job) -> None:
+    """Writes shards: "image_data" of single frames, or "data" of videos."""
+    config, images = job.config("vae"), stage == "image_data"
+    count, shard_size = (IMAGES if images else VIDEOS)[job.size]
     given: dict[str, str | Path | None] = {
         "vae": job.folder / "vae",
         "text_encoder": job.folder / "text",
@@ -87,20 +90,18 @@ def make_data(job: Job) -> None:
     vae, text, index = load_encoders(
         find_components(None, given),
         dtype=jnp.dtype(job.config("teacher").dtype),
-        num_frames=config.num_frames,
+        num_frames=1 if images else config.num_frames,
         height=config.height,
         width=config.width,
         fps=16,
-        shard_size=SHARD[job.size],
+        shard_size=shard_size,
     )
     with stop_requests(job.max_minutes) as stop:
-        count = VIDEOS[job.size]
         workers = (os.cpu_count() or 1) if config.workers else 0  # nothing else is to be done meanwhile
-        # Another seed than the autoencoder's: its latents are those of videos that it has not seen.
-        write_shapes_shards(
-            job.folder / "data", vae, text, index, count=count, seed=config.seed + 1, workers=workers, stop=stop
-        )
-    write_json(job.folder / "data" / "done.json", {"videos": count})
+        # Other seeds than the autoencoder's: its latents are those of videos that it has not seen.
+        seed = config.seed + (2 if images else 1)
+        write_shapes_shards(job.folder / stage, vae, text, index, count=count, seed=seed, workers=workers, stop=stop)
+    write_json(job.folder / stage / "done.json", {"samples": count})
 
 
 def ship(job: Job) -> None:
@@ -168,7 +169,9 @@ class Stage:
 STAGES: dict[str, Stage] = {
     "text": Stage(learn_text, f"text/{ENCODER}"),
     "vae": Stage(lambda job: learn("vae", job), f"vae/{VAE}"),
-    "data": Stage(make_data, "data/done.json"),
+    "image_data": Stage(lambda job: make_data("image_data", job), "image_data/done.json"),
+    "data": Stage(lambda job: make_data("data", job), "data/done.json"),
+    "image": Stage(lambda job: learn("image", job), "image/transformer.safetensors"),
     "teacher": Stage(lambda job: learn("teacher", job), "teacher/transformer.safetensors"),
     "sla": Stage(lambda job: learn("sla", job), "sla/transformer.safetensors"),
     "rcm": Stage(lambda job: learn("rcm", job), "rcm/transformer.safetensors"),

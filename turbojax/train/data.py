@@ -2,11 +2,11 @@
 
     shards = open_shards("data")
     data = batches(shards, batch_size=64, seed=0)
-    batch = next(data)        # {"latents": [64, t, h, w, c], "text": [64, 512, D]}, NumPy arrays
+    batch = next(data)        # {"latents": [64, t, h, w, c], "text": [64, S, D]}, NumPy arrays
     state = data.get_state()  # a few numbers; data.set_state(state) goes on from there, to the bit
 
 A folder of shards, as `scripts/make_shards.py` writes it. N samples of a shard, `t h w c` latents of a video (the same
-in all shards), R rows of text, D width of the text encoder:
+in all shards), R rows of text, D width of the text encoder, S rows that hold the longest prompt of a folder:
 
     index.json                see `Index`; with the shards as [{"file": NAME, "samples": N}, ...]
     negative.safetensors      text [R, D]: the negative prompt's embedding
@@ -42,6 +42,8 @@ from turbojax.weights.io import file_metadata, read_tensors, write_safetensors
 FORMAT, VERSION = "turbojax-latents", 1
 INDEX, NEGATIVE = "index.json", "negative.safetensors"
 OPEN = 128  # shards
+ENDLESS = 2**40  # batches
+TILE = 16  # keys, of a tensor core
 DTYPES: dict[str, np.dtype] = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
 AGAIN = "make it again with scripts/make_shards.py"
 
@@ -83,13 +85,15 @@ class Sample(NamedTuple):
 
 
 class Shards:
-    """A folder's samples by number; `shards[i]` is {"latents": [t, h, w, c], "text": [512, D]}.
+    """A folder's samples by number; `shards[i]` is {"latents": [t, h, w, c], "text": [S, D]}.
 
     A sample is read from disk when it is asked for; the OPEN files that were used last stay mapped.
+    longest: rows of the longest prompt, the negative one among them.
     """
 
-    def __init__(self, folder: Path, index: Index, files: Mapping[str, int]):
+    def __init__(self, folder: Path, index: Index, files: Mapping[str, int], longest: int):
         self.folder, self.index, self.files = folder, index, dict(files)
+        self.text_rows = rows_for(longest)
         self._names, self._ends = list(files), list(itertools.accumulate(files.values()))
         self._open = functools.lru_cache(OPEN)(functools.partial(open_shard, index=index))
 
@@ -100,20 +104,28 @@ class Shards:
         return {name: value[0] for name, value in self.read([i]).items()}
 
     def read(self, numbers: Sequence[int]) -> Batch:
-        """Samples by number, {"latents": [b, t, h, w, c], "text": [b, 512, D]}, zero rows past each prompt's end."""
+        """Samples by number, {"latents": [b, t, h, w, c], "text": [b, S, D]}, zero rows past each prompt's end."""
         dtype = DTYPES[self.index.dtype]
         latents = np.empty((len(numbers), *self.index.latents), dtype)
-        text = np.zeros((len(numbers), TEXT_LEN, self.index.text_dim), dtype)
+        text = np.zeros((len(numbers), self.text_rows, self.index.text_dim), dtype)
+        places: dict[Path, list[tuple[int, int]]] = {}  # of each shard, rows of the batch and of the shard
         for i, number in enumerate(numbers):
             path, row = self._locate(int(number))
+            places.setdefault(path, []).append((i, row))
+        for path, pairs in places.items():
             tensors = self._open(path)
-            start, end = text_rows(tensors["text_lengths"], row)
-            sample = {"latents": tensors["latents"][row], "text": tensors["text"][start:end]}
-            for name, value in sample.items():
-                if not np.isfinite(value).all():
-                    raise CheckpointError(f"{path}: the {name} of sample {row} hold NaN or infinity; {AGAIN}")
-            latents[i], text[i, : end - start] = sample["latents"], sample["text"]
-        return {"latents": latents, "text": text}
+            at, rows = np.array(pairs).T
+            latents[at] = tensors["latents"][rows]
+            ends = tensors["text_lengths"].cumsum()[rows]
+            for i, end, length in zip(at, ends, tensors["text_lengths"][rows], strict=True):
+                text[i, :length] = tensors["text"][end - length : end]
+        batch = {"latents": latents, "text": text}
+        for name, values in batch.items():
+            if not finite(values):
+                first = next(i for i, value in enumerate(values) if not finite(value))
+                path, row = self._locate(int(numbers[first]))
+                raise CheckpointError(f"{path}: the {name} of sample {row} hold NaN or infinity; {AGAIN}")
+        return batch
 
     def describe(self, i: int) -> tuple[str, str]:
         """Source and caption of a sample."""
@@ -125,12 +137,9 @@ class Shards:
             raise CheckpointError(f"{path} does not tell where its samples come from; {AGAIN}") from error
 
     def negative(self) -> np.ndarray:
-        """The negative prompt's embedding, [512, D]."""
-        path = self.folder / NEGATIVE
-        text = read(path).get("text", np.empty(0))
-        if text.ndim != 2 or len(text) > TEXT_LEN or text.shape[1] != self.index.text_dim:
-            raise CheckpointError(f"{path} holds no text of width {self.index.text_dim}; {AGAIN}")
-        return padded(text)
+        """The negative prompt's embedding, [S, D]."""
+        text = read_negative(self.folder, self.index)
+        return np.concatenate((text, np.zeros((self.text_rows - len(text), text.shape[1]), text.dtype)))
 
     def _locate(self, i: int) -> tuple[Path, int]:
         """The shard that holds sample i, and its row there."""
@@ -151,12 +160,14 @@ def open_shards(folder: str | os.PathLike) -> Shards:
     index, files = read_index(folder)
     if not files:
         raise UserError(f"{folder / INDEX} lists no shards; write some with scripts/make_shards.py")
+    longest = len(read_negative(folder, index))
     for name, samples in files.items():
         tensors = open_shard(folder / name, index)
+        longest = max(longest, *tensors["text_lengths"].tolist())
         if samples < 1 or len(tensors["latents"]) != samples:
             found = len(tensors["latents"])
             raise CheckpointError(f"{folder / name} holds {found} samples and {INDEX} says {samples}; {AGAIN}")
-    return Shards(folder, index, files)
+    return Shards(folder, index, files, longest)
 
 
 def open_shard(path: Path, index: Index) -> dict[str, np.ndarray]:
@@ -193,14 +204,25 @@ def shard_specs(index: Index, samples: int, rows: int) -> dict[str, jax.ShapeDty
     }
 
 
-def text_rows(lengths: np.ndarray, row: int) -> tuple[int, int]:
-    end = int(lengths[: row + 1].sum())
-    return end - int(lengths[row]), end
+def finite(values: np.ndarray) -> bool:
+    """Whether bfloat16 or float32 values are; from their bits, NumPy's isfinite takes ten times as long for bfloat16."""
+    bits = values.view(np.dtype(f"u{values.itemsize}"))
+    exponent = 0x7F80 << 8 * (values.itemsize - 2)
+    return not bits.size or int((bits & bits.dtype.type(exponent)).max()) < exponent
 
 
-def padded(text: np.ndarray) -> np.ndarray:
-    """[R, D] with zero rows up to [512, D]."""
-    return np.concatenate((text, np.zeros((TEXT_LEN - len(text), text.shape[1]), text.dtype)))
+def rows_for(longest: int) -> int:
+    """Rows S of text in a batch: with the one that a network adds for those left out, a multiple of TILE."""
+    return min(TEXT_LEN, -(-(longest + 1) // TILE) * TILE - 1)
+
+
+def read_negative(folder: Path, index: Index) -> np.ndarray:
+    """The negative prompt's rows [R, D]."""
+    path = folder / NEGATIVE
+    text = read(path).get("text", np.empty(0))
+    if text.ndim != 2 or len(text) > TEXT_LEN or text.shape[1] != index.text_dim:
+        raise CheckpointError(f"{path} holds no text of width {index.text_dim}; {AGAIN}")
+    return text
 
 
 def write_shard(path: Path, index: Index, samples: Sequence[Sample], **metadata: str) -> None:
@@ -250,7 +272,7 @@ def read_index(folder: Path) -> tuple[Index, dict[str, int]]:
 
 
 class Batches(Iterator[Batch]):
-    """Endless batches {"latents": [b, t, h, w, c], "text": [b, 512, D]} with a state; made by `batches`."""
+    """Endless batches {"latents": [b, t, h, w, c], "text": [b, S, D]} with a state; made by `batches`."""
 
     def __init__(self, iterator: Any, **settings: int):
         self._iterator, self._settings = iterator, settings
@@ -308,8 +330,16 @@ def batches(
         raise UserError(f"{batch_size=} must be a multiple of the {count} processes")
     if not 0 <= seed < 2**32:
         raise UserError(f"{seed=} must be in 0..{2**32 - 1}")
-    # Batches of numbers, which are read together: a small sample takes less time than its way through the pipeline.
-    numbers = grain.MapDataset.range(len(shards)).seed(seed).shuffle().repeat()[index::count].batch(batch_size // count)
+
+    @functools.lru_cache(2)
+    def order(epoch: int) -> np.ndarray:
+        return np.random.default_rng((seed, epoch)).permutation(len(shards))
+
+    # Whole batches go through the pipeline: a small sample alone takes less time to read than to get there.
+    def read(batch: int) -> Batch:
+        place = range(batch * batch_size + index, (batch + 1) * batch_size, count)
+        return shards.read([order(i // len(shards))[i % len(shards)] for i in place])
+
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
-    iterator = iter(numbers.map(shards.read).to_iter_dataset(options))
+    iterator = iter(grain.MapDataset.range(ENDLESS).map(read).to_iter_dataset(options))
     return Batches(iterator, samples=len(shards), batch_size=batch_size, seed=seed)

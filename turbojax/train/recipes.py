@@ -23,7 +23,7 @@ from turbojax.train.times import Times, UniformShift, drawn_simulation_times, fi
 from turbojax.train.trigflow import Velocity, guided
 from turbojax.weights.skeleton import Skeleton, wan_skeleton
 
-Batch = dict[str, jax.Array]  # latents [B, t, h, w, c], text [B, 512, D], or of an autoencoder video; and key [B]
+Batch = dict[str, jax.Array]  # latents [B, t, h, w, c], text [B, S, D], or of an autoencoder video; and key [B]
 Metrics = dict[str, jax.Array]  # float32 []
 Loss = tuple[jax.Array, Metrics]
 
@@ -47,7 +47,7 @@ class Networks(NamedTuple):
 class Weights(NamedTuple):
     """All that a loss may need, empty where a recipe has no such network.
 
-    critic: rCM's fake score. negative: the negative prompt's embedding, [512, D].
+    critic: rCM's fake score. negative: the negative prompt's embedding, [S, D].
     """
 
     student: Params

@@ -26,7 +26,7 @@ from turbojax.train.state import Params, Trained, TrainState
 
 
 class Fixed(NamedTuple):
-    """What no step changes: the teacher's parameters (none for flow matching), the negative prompt [512, D]."""
+    """What no step changes: the teacher's parameters (none for flow matching), the negative prompt [S, D]."""
 
     teacher: Params
     negative: jax.Array
