@@ -2,8 +2,8 @@
 
     python scripts/train.py --config=configs/shapes_image.py
 
-A frame takes a ninth of a video's work, and says as much of how a digit looks. Needs the data, outputs/shapes/image_data,
-that scripts/train_shapes.py --stages=text,vae,image_data makes.
+A frame takes a ninth of a video's work, and says as much of how a digit looks. Needs the data,
+outputs/shapes/image_data, that scripts/train_shapes.py --stages=text,vae,image_data makes.
 """
 
 from turbojax.shapes.settings import FOLDER, flow_matching

@@ -205,7 +205,7 @@ def shard_specs(index: Index, samples: int, rows: int) -> dict[str, jax.ShapeDty
 
 
 def finite(values: np.ndarray) -> bool:
-    """Whether bfloat16 or float32 values are; from their bits, NumPy's isfinite takes ten times as long for bfloat16."""
+    """Whether bfloat16 or float32 values are, from their bits: NumPy's isfinite is slow for bfloat16."""
     bits = values.view(np.dtype(f"u{values.itemsize}"))
     exponent = 0x7F80 << 8 * (values.itemsize - 2)
     return not bits.size or int((bits & bits.dtype.type(exponent)).max()) < exponent
