@@ -18,6 +18,7 @@ from turbojax.models import vae as vae_model
 from turbojax.models.tiling import compile_tiles
 from turbojax.models.umt5 import TEXT_LEN
 from turbojax.models.vae import WanVAE
+from turbojax.models.waiting import embeddings_away
 from turbojax.models.wan import WanModel
 from turbojax.sampling import (
     first_noise_level,
@@ -85,7 +86,7 @@ def compile_ahead(
 ) -> None:
     """Starts to compile what a call will run, but for a streamed transformer. transformer and vae may be abstract."""
     if not residency.transformer_streamed:
-        network = with_topk(transformer, call.sla_topk)
+        network = with_topk(experts.arranged(transformer), call.sla_topk)
         for _, steps in experts.parts(call.sampler):
             programs.start(*sampler_program(call.sampler, steps, network, call.arguments))
     programs.start("noise", lambda: first_state(call.sampler, call.arguments[0].shape, 0))
@@ -110,8 +111,10 @@ def plan_call(
     half a minute; None where the estimate is near the limit; without a GPU, it is an estimate either way.
     """
 
-    def compile_sampler() -> Any:
+    def compile_sampler(embeddings_wait: bool) -> Any:
         transformer = wan_skeleton(parts.transformer).abstract()
+        if embeddings_wait:
+            transformer = embeddings_away(transformer)
         steps = 0, call.sampler.num_steps
         return sampler_program(call.sampler, steps, with_topk(transformer, call.sla_topk), call.arguments)[1]()
 
@@ -137,6 +140,10 @@ def settle(parts: Parts, call: Call, memory: str | float) -> Residency:
 
 def arrange(parts: Parts, residency: Residency, memory: str | float, *, boundary: float = BOUNDARY) -> Experts:
     """Where the plan wants one or two transformers, which are still to be added."""
-    in_turn = residency.in_turn and not residency.transformer_streamed
-    names = NAMES if parts.transformers > 1 else NAMES[:1]
-    return Experts(names=names, boundary=boundary, in_turn=in_turn, limit=parse(memory, device_limit())[1])
+    return Experts(
+        names=NAMES if parts.transformers > 1 else NAMES[:1],
+        boundary=boundary,
+        in_turn=residency.in_turn and not residency.transformer_streamed,
+        embeddings_wait=residency.embeddings_wait,
+        limit=parse(memory, device_limit())[1],
+    )

@@ -4,6 +4,7 @@ Where both fit, or are streamed, they stay. Otherwise they take turns on the dev
 memory: as much of it as there is room for travels while the first one computes, the rest at the change.
 """
 
+import itertools
 import time
 from typing import Any
 
@@ -14,7 +15,8 @@ from flax import nnx
 from turbojax.diffusion import Sampler, expert_split
 from turbojax.errors import UserError
 from turbojax.memory import memory_stats
-from turbojax.models.streaming import Placed, Streamed, memory, placed, to_host
+from turbojax.models.streaming import Placed, Streamed, in_host_memory, memory, placed, to_host
+from turbojax.models.waiting import embeddings_away
 from turbojax.models.wan import WanConfig, WanModel
 from turbojax.weights.lora import Expert
 
@@ -25,7 +27,10 @@ BOUNDARY = 0.9  # rectified-flow time at which Wan 2.2 image to video changes ex
 
 
 class Network:
-    """A network whose parameters are on the device, in pinned host memory, or in both."""
+    """A network whose parameters are on the device, in pinned host memory, or in both.
+
+    Those that are in host memory from the start, see `turbojax.models.waiting`, stay there.
+    """
 
     def __init__(self, model: WanModel):
         self.config = model.config
@@ -33,6 +38,7 @@ class Network:
         leaves, self.structure = jax.tree.flatten(state)
         self.device: list[Any] = leaves
         self.host: list[Any] = [None] * len(leaves)
+        self.moving = [i for i, leaf in enumerate(leaves) if not in_host_memory(leaf)]
 
     @property
     def model(self) -> WanModel:
@@ -42,12 +48,12 @@ class Network:
 
     def copy_to_host(self) -> None:
         """So that leaving costs nothing."""
-        for i in range(len(self.device)):
+        for i in self.moving:
             self._to_host(i)
 
     def leave(self) -> None:
         """Frees the device's memory."""
-        for i in range(len(self.device)):
+        for i in self.moving:
             self._leave(i)
 
     def fetch(self, room: int) -> None:
@@ -62,7 +68,7 @@ class Network:
 
         keep: leave the parameters in host memory, too, so that this network's leaving will cost nothing.
         """
-        for i in range(len(self.device)):
+        for i in self.moving:
             if other:
                 other._leave(i)
             if self.device[i] is None:
@@ -88,7 +94,8 @@ class Experts:
     """The network of all steps, or Wan 2.2's two: "high" for the noise levels from `boundary` on, "low" below it.
 
     in_turn: one is on the device at a time. Host memory then keeps both if they are int8, so that a change is one copy,
-    else only the one that is away. limit: bytes of the device that may be taken, None for all.
+    else only the one that is away. embeddings_wait: embeddings of text and time are in host memory, see
+    `turbojax.models.waiting`. limit: bytes of the device that may be taken, None for all.
     """
 
     def __init__(
@@ -97,9 +104,11 @@ class Experts:
         names: tuple[Expert, ...] = NAMES,
         boundary: float = BOUNDARY,
         in_turn: bool = False,
+        embeddings_wait: bool = False,
         limit: int | None = None,
     ):
         self.names, self.boundary, self.in_turn, self.limit = names, boundary, in_turn, limit
+        self.embeddings_wait = embeddings_wait
         self._models: dict[Expert, Model] = {}  # where all stay
         self._networks: dict[Expert, Network] = {}  # where they take turns
         self._here: Network | None = None
@@ -115,6 +124,8 @@ class Experts:
         """Adds a network that was loaded, those needed later first: where they take turns these leave at once."""
         if (self._models or self._networks) and self.config != model.config:
             raise UserError("the two experts are of different kinds; give both plain or both quantized files")
+        if isinstance(model, WanModel):
+            model = self.arranged(model)
         if not self.in_turn:
             self._models[name] = model
             return
@@ -126,6 +137,10 @@ class Experts:
             self._here = network
         else:
             network.leave()
+
+    def arranged(self, network: WanModel) -> WanModel:
+        """A network, which may be abstract, with its embeddings where these networks have theirs."""
+        return embeddings_away(network) if self.embeddings_wait else network
 
     @property
     def config(self) -> WanConfig:
@@ -176,8 +191,8 @@ class Experts:
     def placed(self) -> Placed:
         """All arrays of the networks on the device and in host memory."""
         parts = [placed(model) for model in self._models.values()]
-        parts += [Placed(network.device, network.host) for network in self._networks.values()]
-        return Placed([part.device for part in parts], [part.host for part in parts])
+        parts += [Placed.of((network.device, network.host)) for network in self._networks.values()]
+        return Placed(*(list(itertools.chain(*arrays)) for arrays in zip(*parts, strict=True)))
 
     def room_beside(self, program: jax.stages.Compiled) -> int:
         """Bytes of the device that are free now and are not needed while the program runs; 0 where nothing tells."""

@@ -18,6 +18,7 @@ from turbojax.models.clip import CLIPVision, clip_dtype
 from turbojax.models.streaming import placed
 from turbojax.models.tokenizer import Tokenizer
 from turbojax.models.vae import WanVAE
+from turbojax.models.waiting import away, here
 from turbojax.networks import TWO_EXPERTS, known_network, published_parts
 from turbojax.temporaries import Parts
 from turbojax.text import TextEncoder
@@ -83,6 +84,7 @@ def load_published(
     call = first_call(parts)
     residency = settle(parts, call, memory)
     text.streamed, streamed = residency.text_streamed, residency.transformer_streamed
+    leave = away if residency.idle_in_host else here
     experts = arrange(parts, residency, memory, boundary=boundary)
     if ahead:
         compile_ahead(programs, experts, wan_skeleton(config).abstract(), abstract_vae, text, call, residency)
@@ -91,8 +93,8 @@ def load_published(
             experts.add("low", load_wan(low, loras=loras, expert="low", streamed=streamed, **options))
         expert: Expert | None = "high" if low else None
         experts.add("high", load_wan(high, loras=loras, expert=expert, streamed=streamed, **options))
-        clip = load_plain(clip_file, what=where["image_encoder"].name) if clip_file else None
-        network = load_plain(vae_file, what=where["vae"].name)
+        clip = leave(load_plain(clip_file, what=where["image_encoder"].name)) if clip_file else None
+        network = leave(load_plain(vae_file, what=where["vae"].name))
     name = high.name if low is None else f"{high.name} and {low.name}"
     return Loaded(name, experts, network, text, clip, programs)
 
@@ -116,6 +118,7 @@ def load_random(
     call, programs = first_call(parts), Programs()
     residency = settle(parts, call, memory)
     streamed, experts = residency.transformer_streamed, arrange(parts, residency, memory)
+    leave = away if residency.idle_in_host else here
     table = random_token_table(tokenizer.vocab_size, parts.text.dim, config.dtype, seed=seed)
     generate = functools.partial(random_module, seed=seed)
     load = functools.partial(generate, encoder, what="random umT5")
@@ -125,7 +128,7 @@ def load_random(
     with programs.needed(), out_of_memory(lambda: loading_advice(parts)):
         for i, name in enumerate(reversed(experts.names)):
             experts.add(name, random_module(transformer, seed=seed + i, what=f"random {model}", streamed=streamed))
-        clip = generate(clip_skeleton(parts.clip), what="random CLIP") if parts.clip else None
-        network = generate(vae, what="random VAE")
+        clip = leave(generate(clip_skeleton(parts.clip), what="random CLIP")) if parts.clip else None
+        network = leave(generate(vae, what="random VAE"))
         jax.block_until_ready(placed(text.encoder))
     return Loaded(f"random {model}", experts, network, text, clip, programs)

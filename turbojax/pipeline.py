@@ -39,6 +39,7 @@ from turbojax.models.clip import CLIPVision
 from turbojax.models.streaming import Placed, Streamed, placed
 from turbojax.models.tokenizer import Tokenizer
 from turbojax.models.vae import WanVAE
+from turbojax.models.waiting import here
 from turbojax.models.wan import WanConfig, WanModel
 from turbojax.sampling import (
     SamplerName,
@@ -355,7 +356,9 @@ class TurboVideoPipeline:
                 self._programs.wait("image")
             with self._clock.stage("image"):
                 sizes = dict(num_frames=num_frames, width=width, height=height)
-                images = jax.block_until_ready(image_inputs(self.vae, self.clip, pictures, **sizes))
+                networks = here(self.vae), here(self.clip) if self.clip else None
+                images = jax.block_until_ready(image_inputs(*networks, pictures, **sizes))
+                del networks  # copies of what was away
         with self._clock.stage("compile"):
             self._programs.wait("noise")
             arguments = sampler_arguments(
@@ -376,8 +379,10 @@ class TurboVideoPipeline:
         with self._clock.stage("compile"):
             self._programs.wait("vae")
         self.experts.make_room()
-        tiled = needs_tiling(self.vae, *shape[2:4], vae_tiling, limit=parse(self.memory, None)[1])
-        videos = self._decode(host, outputs, fps, tiled=tiled)
+        with self._clock.stage("vae"):
+            vae = here(self.vae)
+        tiled = needs_tiling(vae, *shape[2:4], vae_tiling, limit=parse(self.memory, None)[1])
+        videos = self._decode(vae, host, outputs, fps, tiled=tiled)
         for line in guard.warnings(videos):
             logging.warning("%s", line)
         written = [file for path in outputs for file in files_of(path, num_frames)]
@@ -388,7 +393,7 @@ class TurboVideoPipeline:
         parts = self.experts.parts(sampler)
         programs: list[Any] = [None] * len(parts)
         if not self.experts.streamed:
-            network = with_topk(wan_skeleton(self.config).abstract(), sla_topk)
+            network = with_topk(self.experts.arranged(wan_skeleton(self.config).abstract()), sla_topk)
             with self._clock.stage("compile"):
                 programs = [self._programs.get(*sampler_program(sampler, p, network, arguments)) for _, p in parts]
         latents, *rest = arguments
@@ -411,9 +416,11 @@ class TurboVideoPipeline:
         """Tells the progress before a step."""
         self._clock.progress("diffusion", float(next(shares)))
 
-    def _decode(self, latents: np.ndarray, outputs: Sequence[Path], fps: int, *, tiled: bool) -> np.ndarray:
+    def _decode(
+        self, vae: WanVAE, latents: np.ndarray, outputs: Sequence[Path], fps: int, *, tiled: bool
+    ) -> np.ndarray:
         """Latents `[B, t, h, w, c]` to uint8 videos `[B, T, H, W, 3]`, written to the outputs as their frames come."""
-        c = self.vae.config
+        c = vae.config
         _, t, h, w, _ = latents.shape
         shape = (1 + (t - 1) * c.temporal_factor, h * c.spatial_factor, w * c.spatial_factor, 3)
         videos = np.empty((len(latents), *shape), np.uint8)
@@ -422,7 +429,7 @@ class TurboVideoPipeline:
             writing = open_video(output, shape, fps) if output else nullcontext(None)
             with self._clock.stage("file"), writing as append, self._clock.stage("vae"):
                 start = 0
-                for frames in decode(self.vae, latent, tiled=tiled):
+                for frames in decode(vae, latent, tiled=tiled):
                     video[start : start + len(frames)] = frames
                     start += len(frames)
                     done += len(frames)
@@ -448,6 +455,7 @@ class TurboVideoPipeline:
         if memory is None:
             memory = self.memory
             residency = Residency(
+                idle_in_host=bool(placed(self.vae).host),
                 text_streamed=self.text.streamed,
                 in_turn=self.experts.in_turn,
                 transformer_streamed=self.experts.streamed,
@@ -459,7 +467,7 @@ class TurboVideoPipeline:
         encoder = self.text.encoder if self.text.loaded else None
         modules = {"vae": self.vae, "text_encoder": encoder, "image_encoder": self.clip}
         where = {"transformer": self.experts.placed()}
-        where |= {name: placed(module) if module else Placed((), ()) for name, module in modules.items()}
+        where |= {name: placed(module) if module else Placed([], []) for name, module in modules.items()}
         report = {name: bytes_by_dtype(arrays.device) for name, arrays in where.items()}
         return report | {"host": bytes_by_dtype((self.text.table, *(arrays.host for arrays in where.values())))}
 

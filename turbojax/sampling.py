@@ -19,6 +19,7 @@ from turbojax.diffusion import RCM, Euler, Sampler, Schedule, UniPC, guide, norm
 from turbojax.errors import UserError
 from turbojax.models.streaming import Streamed
 from turbojax.models.vae import VAEConfig
+from turbojax.models.waiting import embeddings_here
 from turbojax.models.wan import TimeEmbedding, WanConfig, WanModel, patch_grid
 from turbojax.weights.skeleton import wan_skeleton
 
@@ -65,6 +66,7 @@ Steps = tuple[Callable[[jax.Array, Any], jax.Array], Callable[[jax.Array], Any]]
 
 def resident(graph: Any, state: Any, latents: jax.Array, text: jax.Array, images: dict[str, jax.Array]) -> Steps:
     """The steps of a split transformer, under a trace; what they share is computed before."""
+    state = embeddings_here(state)
     network: WanModel = nnx.merge(graph, state)
     context = network.prepare(text, patch_grid(latents, network.config.patch), clip=images.get("clip"))
 

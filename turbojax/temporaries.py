@@ -60,10 +60,16 @@ class Work(NamedTuple):
 class Residency:
     """Where weights are, and whether the VAE decodes whole frames; all of it on the device if nothing is set."""
 
+    idle_in_host: bool = False  # VAE, image encoder and embeddings, while others run
     text_streamed: bool = False
     vae_tiled: bool = False
     in_turn: bool = False  # of two transformers one is on the device at a time
     transformer_streamed: bool = False
+
+    @property
+    def embeddings_wait(self) -> bool:
+        """Whether the transformer's embeddings are in host memory; a streamed one computes them in each step."""
+        return self.idle_in_host and not self.transformer_streamed
 
 
 class Temporaries(NamedTuple):
@@ -143,8 +149,11 @@ def decoding(config: VAEConfig, work: Work, tiled: bool) -> int:
     return max(vae_model.decoding_bytes(vae, *tile_sides((h, w))), 2 * features + scores)
 
 
-def compiled(parts: Parts, work: Work, compile_sampler: Callable[[], Any]) -> Callable[[Residency], Temporaries]:
-    """Temporaries by XLA's analysis of the programs, each compiled for the first device when first asked for."""
+def compiled(parts: Parts, work: Work, compile_sampler: Callable[[bool], Any]) -> Callable[[Residency], Temporaries]:
+    """Temporaries by XLA's analysis of the programs, each compiled for the first device when first asked for.
+
+    compile_sampler: as `turbojax.memory.plan` takes it.
+    """
     c, t5 = parts.transformer, parts.text
 
     @functools.cache
@@ -157,7 +166,7 @@ def compiled(parts: Parts, work: Work, compile_sampler: Callable[[], Any]) -> Ca
         return of_program(umt5.run_encoder.lower(*nnx.split(skeleton.abstract()), embedded, mask).compile())
 
     @functools.cache
-    def diffusion(streamed: bool) -> int:
+    def diffusion(streamed: bool, embeddings_wait: bool) -> int:
         n = work.batch * (1 + work.guided)
         latents = jax.ShapeDtypeStruct((n, *work.latents), jnp.float32)
         embedding = jax.ShapeDtypeStruct((n, TEXT_LEN, c.text_dim), c.dtype)
@@ -166,7 +175,7 @@ def compiled(parts: Parts, work: Work, compile_sampler: Callable[[], Any]) -> Ca
             images = image_shapes(c, parts.vae, latents.shape)
             network = of_streamed(wan_skeleton(c).abstract_streamed(), latents, times, embedding, **images)
         else:
-            network = of_program(compile_sampler())
+            network = of_program(compile_sampler(embeddings_wait))
         return max(network + tree_bytes((latents, embedding)), tried(c, work))
 
     @functools.cache
@@ -176,7 +185,10 @@ def compiled(parts: Parts, work: Work, compile_sampler: Callable[[], Any]) -> Ca
         return max(of_program(program) + argument_bytes(program) for program in programs)
 
     return lambda where: Temporaries(
-        text(where.text_streamed), diffusion(where.transformer_streamed), vae(where.vae_tiled), encoding(parts, work)
+        text(where.text_streamed),
+        diffusion(where.transformer_streamed, where.embeddings_wait),
+        vae(where.vae_tiled),
+        encoding(parts, work),
     )
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 
@@ -23,9 +24,16 @@ def is_streamed(spec: Any) -> bool:
     return spec.size * spec.dtype.itemsize >= STREAMED_BYTES
 
 
-def to_host(array: jax.Array) -> jax.Array:
-    """The array in pinned host memory, which the device's copy engine reads by itself."""
-    return jax.device_put(array, memory("pinned_host"))
+def to_host(array: Any) -> Any:
+    """The array, or its shape and dtype, in pinned host memory, which the device's copy engine reads by itself."""
+    pinned = memory("pinned_host")
+    if isinstance(array, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=pinned)
+    return jax.device_put(array, pinned)
+
+
+def in_host_memory(array: jax.Array | np.ndarray) -> bool:
+    return isinstance(array, np.ndarray) or array.sharding.memory_kind == "pinned_host"
 
 
 def memory(kind: str | None) -> jax.sharding.Sharding:
@@ -82,16 +90,23 @@ class Streamed:
 
 
 class Placed(NamedTuple):
-    """A model's arrays on the device and in host memory."""
+    """Arrays on the device and in host memory."""
 
-    device: Any
-    host: Any
+    device: list[jax.Array]
+    host: list[jax.Array | np.ndarray]
+
+    @classmethod
+    def of(cls, arrays: Any) -> "Placed":
+        """Of a pytree."""
+        leaves = jax.tree.leaves(arrays)
+        return cls([a for a in leaves if not in_host_memory(a)], [a for a in leaves if in_host_memory(a)])
 
 
 def placed(model: nnx.Module | Streamed) -> Placed:
+    """A model's arrays."""
     if isinstance(model, Streamed):
-        return Placed((model.state, model.blocks.resident), model.blocks.layers)
-    return Placed(nnx.state(model), ())
+        return Placed.of((model.state, model.blocks.resident, model.blocks.layers))
+    return Placed.of(nnx.state(model))
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -44,6 +44,9 @@ Tokens = KeysValues | jax.Array
 # 1.3B; at 14B it would be 0.4 GB.
 KEYS_BYTES = 2**28
 
+# What runs before the steps and not in them.
+EMBEDDINGS = ("text_embedding", "time_embedding", "time_projection", "image_embedding")
+
 
 class Context(NamedTuple):
     """What the blocks need and no step changes; `WanModel.prepare` makes it once for a video.
