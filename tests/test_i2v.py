@@ -1,5 +1,7 @@
 """Image to video with the demo's files: two experts, their change, images of all kinds, CLIP, LoRA, and mistakes."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,8 +15,9 @@ from turbojax.condition import condition, video_shape
 from turbojax.demo import demo_configs, demo_folder, demo_picture
 from turbojax.diffusion import RCM
 from turbojax.image import resize, to_unit
-from turbojax.memory import GB, ROOM
+from turbojax.memory import GB, ROOM, Sizes
 from turbojax.models.clip import CLIPConfig
+from turbojax.temporaries import Residency
 from turbojax.weights.load import load_wan
 from turbojax.weights.lora import LoRA
 from turbojax.weights.published import clip_layout, generated, wan_layout
@@ -80,22 +83,30 @@ def test_output(pipe, picture, tmp_path):
     assert output.is_file()
 
 
-def test_experts_in_turn(pipe, folder, picture, undecoded):
+@pytest.mark.parametrize("idle_in_host", [False, True], ids=["in_turn", "in_turn, idle in host"])
+def test_experts_in_turn(pipe, folder, picture, undecoded, idle_in_host):
     """A limit that both do not fit in: the plan says so, results are the same, and the device holds one of them."""
     options = dict(image=picture, **SIZE)
-    peaks = {stage.name: stage.total for stage in pipe.plan(**options).stages}
-    one = sum(pipe.memory_report()["transformer"].values()) // 2
-    limit = (max(peaks.values()) - one // 2) / ROOM / GB
-    moving = TurboVideoPipeline.from_pretrained(folder, dtype=jnp.float32, memory=limit, prepare=options)
+    one, sizes = total(pipe, "transformer") // 2, Sizes(pipe.parts)
+    waiting = sizes.embeddings if idle_in_host else 0
+    limit = pipe.plan(**options).peak - one - (sizes.vae if idle_in_host else 0)
+    load = functools.partial(TurboVideoPipeline.from_pretrained, folder, dtype=jnp.float32, prepare=options)
+    moving = load(memory=(limit + 1) / ROOM / GB)
     assert moving.experts.in_turn
+    assert moving.plan(**options).residency == Residency(idle_in_host=idle_in_host, in_turn=True)
     assert "One of the two experts" in str(moving.plan(**options))
-    assert sum(moving.memory_report()["transformer"].values()) == one
+    assert total(moving, "transformer") == one - waiting
     for seed in (1, 2):
         ours, theirs = (p(PROMPT, seed=seed, **options) for p in (moving, pipe))
         np.testing.assert_array_equal(ours.latents, theirs.latents)
         assert "experts" in ours.timings
-        assert sum(moving.memory_report()["transformer"].values()) == one
-    assert sum(moving.memory_report()["host"].values()) == one + moving.text.table.nbytes
+        assert total(moving, "transformer") == one - waiting
+    vae = sizes.vae if idle_in_host else 0
+    assert total(moving, "host") == one + waiting + vae + moving.text.table.nbytes
+
+
+def total(pipe: TurboVideoPipeline, name: str) -> int:
+    return sum(pipe.memory_report()[name].values())
 
 
 def test_experts_streamed(pipe, folder, picture, undecoded):
@@ -184,11 +195,16 @@ def clip_file(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def clip_pipe(clip_file, folder, tmp_path_factory):
+def load_clip_pipe(clip_file, folder, tmp_path_factory):
     config = small(in_channels=36, clip_dim=80)
     transformer = save(tmp_path_factory.mktemp("wan21") / "wan21.safetensors", turbo(config))
     others = dict(vae=folder, text_encoder=folder, tokenizer=folder, image_encoder=clip_file)
-    return TurboVideoPipeline.from_pretrained(transformer, dtype=jnp.float32, **others)
+    return functools.partial(TurboVideoPipeline.from_pretrained, transformer, dtype=jnp.float32, **others)
+
+
+@pytest.fixture(scope="module")
+def clip_pipe(load_clip_pipe):
+    return load_clip_pipe()
 
 
 def test_clip(clip_pipe, picture, undecoded):
@@ -202,6 +218,14 @@ def test_clip(clip_pipe, picture, undecoded):
     finally:
         scale[...] = before
     assert "a first image only" in refused(clip_pipe, PROMPT, image=picture, last_image=picture, **SIZE)
+
+
+def test_clip_waits_in_host_memory(clip_pipe, load_clip_pipe, picture, undecoded):
+    options = dict(image=picture, **SIZE)
+    waiting = load_clip_pipe(memory=(clip_pipe.plan(**options).peak - 1) / ROOM / GB, prepare=options)
+    assert waiting.plan(**options).residency == Residency(idle_in_host=True)
+    np.testing.assert_array_equal(*(p(PROMPT, seed=3, **options).latents for p in (waiting, clip_pipe)))
+    assert [total(waiting, name) for name in ("vae", "image_encoder")] == [0, 0]
 
 
 def test_images_that_do_not_belong(pipe, demo_pipe, picture, tmp_path):

@@ -1,6 +1,7 @@
 """The memory planner: what fits on which card and why, from shapes alone, and what is said where nothing fits."""
 
 import dataclasses
+import functools
 
 import jax
 import pytest
@@ -142,6 +143,31 @@ def test_what_goes_where(model, size):
         assert found.limit == card * 10**9
 
 
+def test_18_gb(monkeypatch):
+    """14B at 720p with all blocks on the card, by XLA's analysis for an H100: of a limit that was named 2 % stay free.
+
+    As the card's own memory, of which 5 % stay free, 18 GB are too little for that.
+    """
+    vae = {True: 1_096_411_896, False: 8_619_483_184}
+    analysis = {tiled: Temporaries(110_119_202, 3_455_843_760, size) for tiled, size in vae.items()}
+    monkeypatch.setattr(memory, "compiled", lambda *arguments: lambda where: analysis[where.vae_tiled])
+    large = parts(dataclasses.replace(INT8, attention_type="sagesla"))
+    find = functools.partial(plan, large, WORK["720p"], compile_sampler=lambda embeddings_wait: None)
+    for named in (18, "18"):
+        found = find(memory=named)
+        assert names(found.residency) == "idle text vae"
+        assert found.fits
+        assert found.peak == found.largest.total < 17.6e9
+        assert found.usable == 17_640_000_000
+    idle = {stage.name: stage for stage in found.stages}
+    sizes = Sizes(large)
+    blocks = sizes.transformer.kept(False) - sizes.embeddings
+    assert near(sizes.embeddings, 464_097_280, 1e-9)
+    assert idle["diffusion"].weights == blocks + sizes.text.kept(True)
+    assert idle["vae"].weights == blocks + sizes.text.kept(True) + sizes.vae
+    assert names(find(limit=18 * 10**9).residency) == "text transformer"
+
+
 def test_streaming_takes_three_layers():
     streamable = Streamable.of(wan_skeleton(INT8))
     total = sum(spec.size * spec.dtype.itemsize for spec in wan_skeleton(INT8).specs.values())
@@ -185,7 +211,7 @@ def test_table():
 def test_where_nothing_fits():
     found = plan(parts(LARGE), WORK["720p"]._replace(batch=4), memory=12)
     assert not found.fits
-    assert names(found.residency) == "text vae transformer"
+    assert names(found.residency) == "idle text vae transformer"
     assert found.reasons[-1].startswith("diffusion needs ")
     assert (
         "of the card's 12.0; set quant_linear=True, or a smaller resolution, or fewer num_frames" in found.reasons[-1]
@@ -220,18 +246,25 @@ def test_temporaries_of_compiled_programs():
     sampler = jax.jit(lambda x: x + 1).lower(jax.ShapeDtypeStruct((1000, 1000), "float32")).compile()
     asked = []
 
-    def compile_sampler():
-        asked.append(True)
+    def compile_sampler(embeddings_wait: bool):
+        asked.append(embeddings_wait)
         return sampler
 
     measure = compiled(small, Work((2, 4, 6, 16)), compile_sampler)
-    resident, streamed = measure(Residency()), measure(Residency(True, vae_tiled=True, transformer_streamed=True))
+    resident, streamed = (
+        measure(Residency()),
+        measure(Residency(text_streamed=True, vae_tiled=True, transformer_streamed=True)),
+    )
     assert isinstance(resident, Temporaries)
     assert resident.diffusion > 4e6
     assert all(sizes > 0 for sizes in (*resident[:3], *streamed[:3]))
     assert resident.image == 0  # it makes videos from text
     assert memory.plan(small, Work((2, 4, 6, 16)), limit=10**9, compile_sampler=compile_sampler).exact
-    assert len(asked) == 2
+    assert asked == [False, False]
+    waiting = measure(Residency(idle_in_host=True)), measure(Residency(idle_in_host=True, transformer_streamed=True))
+    assert waiting[0] == resident
+    assert waiting[1].diffusion == streamed.diffusion  # a streamed transformer computes its embeddings in each step
+    assert asked == [False, False, True]
 
 
 def test_two_experts():
