@@ -23,7 +23,13 @@ BENCHMARKS = DOCS.parent / "benchmarks"
 
 CARDS = (8, 12, 16, 24, 32, 40, 48, 80)  # GiB
 NETWORKS = {"1.3B": "wan2.1-t2v-1.3b", "14B": "wan2.1-t2v-14b", "A14B": "wan2.2-i2v-a14b"}
-LETTERS = {"text_streamed": "T", "vae_tiled": "V", "in_turn": "E", "transformer_streamed": "S"}
+LETTERS = {
+    "idle_in_host": "I",
+    "text_streamed": "T",
+    "vae_tiled": "V",
+    "in_turn": "E",
+    "transformer_streamed": "S",
+}
 
 Measurement = dict[str, Any]
 
