@@ -356,9 +356,7 @@ class TurboVideoPipeline:
                 self._programs.wait("image")
             with self._clock.stage("image"):
                 sizes = dict(num_frames=num_frames, width=width, height=height)
-                networks = here(self.vae), here(self.clip) if self.clip else None
-                images = jax.block_until_ready(image_inputs(*networks, pictures, **sizes))
-                del networks  # copies of what was away
+                images = self._image_inputs(pictures, **sizes)
         with self._clock.stage("compile"):
             self._programs.wait("noise")
             arguments = sampler_arguments(
@@ -387,6 +385,11 @@ class TurboVideoPipeline:
             logging.warning("%s", line)
         written = [file for path in outputs for file in files_of(path, num_frames)]
         return VideoOutput(videos, clean, self._clock.take(), written)
+
+    def _image_inputs(self, pictures: Sequence[np.ndarray], **sizes: int) -> dict[str, jax.Array]:
+        """`image_inputs` by networks that are on the device while it runs."""
+        clip = here(self.clip) if self.clip else None
+        return jax.block_until_ready(image_inputs(here(self.vae), clip, pictures, **sizes))
 
     def _sample(self, sampler: Sampler, sla_topk: float | None, arguments: tuple) -> jax.Array:
         """The steps by the networks that make them; compiled once for each part, configuration and shape."""
