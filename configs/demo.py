@@ -9,6 +9,7 @@ compilation (benchmarks/demo_cpu.json).
 """
 
 from turbojax.config import base_config
+from turbojax.shapes import SHIPPED_TOPK
 
 
 def get_config():
@@ -19,6 +20,6 @@ def get_config():
         height=128,
         width=128,
         num_frames=33,
-        sla_topk=0.25,
+        sla_topk=SHIPPED_TOPK,
         dtype="float32",
     )

@@ -20,6 +20,7 @@ from turbojax.errors import UserError
 from turbojax.guard import flaws
 from turbojax.pipeline import TurboVideoPipeline
 from turbojax.sampling import latent_shape
+from turbojax.shapes import SHIPPED_TOPK
 from turbojax.shapes.judge import Judge
 from turbojax.shapes.scene import Scene, caption, random_scene
 
@@ -47,7 +48,7 @@ class Variant:
 
 DENSE = "rcm, 4 steps"  # what sparse and int8 variants are compared with
 TOPK = 0.25  # as trained
-SHARES = (0.05, 0.1, TOPK, 0.5, 1.0)
+SHARES = (0.05, 0.1, TOPK, SHIPPED_TOPK, 1.0)
 GUIDED = dict(sampler="unipc", guidance_scale=3.0, shift=3.0)
 
 
@@ -68,7 +69,9 @@ VARIANTS: dict[str, Variant] = {
         for scheme in ("block128", "channel", "channel_weights")
     },
     **{
-        f"shipped: sla and int8, {n} step{'s' * (n > 1)}": Variant("shipped", sla(TOPK), dict(num_inference_steps=n))
+        f"shipped: sla and int8, {n} step{'s' * (n > 1)}": Variant(
+            "shipped", sla(SHIPPED_TOPK), dict(num_inference_steps=n)
+        )
         for n in (4, 2, 1)
     },
 }

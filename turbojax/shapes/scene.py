@@ -42,8 +42,9 @@ MOTIONS = (*DIRECTIONS, "bouncing", "growing", "rotating")
 
 HELD_OUT_SHARE = 10  # one kind in so many
 Split = Literal["train", "held out"]
-# Of things, how many are digits; these are the hardest to learn.
+# Of things, how many are digits, and of scenes, how many have two things: what is hardest is learnt most.
 DIGIT_SHARE: dict[Split, float] = {"train": 0.65, "held out": 0.5}
+TWO_SHARE: dict[Split, float] = {"train": 0.6, "held out": 0.3}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,8 +91,8 @@ def kinds(split: Split) -> tuple[Thing, ...]:
     return tuple(thing for thing in things if held_out(thing) == (split == "held out"))
 
 
-def random_scene(rng: np.random.Generator, *, split: Split = "train", two: float = 0.3) -> Scene:
-    """A scene of things of one split; two is the probability of a second thing."""
+def random_scene(rng: np.random.Generator, *, split: Split = "train", two: float | None = None) -> Scene:
+    """A scene of things of one split; two is the probability of a second thing, that of TWO_SHARE if not given."""
 
     def draw(colours: set[str]) -> Thing:
         digit = rng.random() < DIGIT_SHARE[split]
@@ -100,7 +101,7 @@ def random_scene(rng: np.random.Generator, *, split: Split = "train", two: float
 
     first = draw(set(COLOURS))
     things = [first]
-    if rng.random() < two:
+    if rng.random() < (TWO_SHARE[split] if two is None else two):
         things.append(draw(set(COLOURS) - {first.colour}))
     return Scene(tuple(things), BACKGROUNDS[rng.integers(len(BACKGROUNDS))])
 
