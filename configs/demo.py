@@ -9,7 +9,7 @@ compilation (benchmarks/demo_cpu.json).
 """
 
 from turbojax.config import base_config
-from turbojax.shapes import SHIPPED_TOPK
+from turbojax.shapes import SHIPPED_SIGMA_MAX, SHIPPED_TOPK
 
 
 def get_config():
@@ -21,5 +21,6 @@ def get_config():
         width=128,
         num_frames=33,
         sla_topk=SHIPPED_TOPK,
+        sigma_max=SHIPPED_SIGMA_MAX,
         dtype="float32",
     )

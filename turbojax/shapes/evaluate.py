@@ -20,7 +20,7 @@ from turbojax.errors import UserError
 from turbojax.guard import flaws
 from turbojax.pipeline import TurboVideoPipeline
 from turbojax.sampling import latent_shape
-from turbojax.shapes import SHIPPED_TOPK
+from turbojax.shapes import SHIPPED_SIGMA_MAX, SHIPPED_TOPK
 from turbojax.shapes.judge import Judge
 from turbojax.shapes.scene import Scene, caption, random_scene
 
@@ -70,7 +70,7 @@ VARIANTS: dict[str, Variant] = {
     },
     **{
         f"shipped: sla and int8, {n} step{'s' * (n > 1)}": Variant(
-            "shipped", sla(SHIPPED_TOPK), dict(num_inference_steps=n)
+            "shipped", sla(SHIPPED_TOPK), dict(num_inference_steps=n, sigma_max=SHIPPED_SIGMA_MAX)
         )
         for n in (4, 2, 1)
     },
