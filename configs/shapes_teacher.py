@@ -2,7 +2,8 @@
 
     python scripts/train.py --config=configs/shapes_teacher.py
 
-Needs the data, outputs/shapes/data, that scripts/train_shapes.py --stages=text,vae,data makes.
+Needs the data, outputs/shapes/data, and the network, outputs/shapes/image, that scripts/train_shapes.py
+--stages=text,vae,image_data,data,image makes.
 """
 
 from turbojax.shapes.settings import IMAGE, flow_matching

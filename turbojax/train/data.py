@@ -163,10 +163,10 @@ def open_shards(folder: str | os.PathLike) -> Shards:
     longest = len(read_negative(folder, index))
     for name, samples in files.items():
         tensors = open_shard(folder / name, index)
-        longest = max(longest, *tensors["text_lengths"].tolist())
         if samples < 1 or len(tensors["latents"]) != samples:
             found = len(tensors["latents"])
             raise CheckpointError(f"{folder / name} holds {found} samples and {INDEX} says {samples}; {AGAIN}")
+        longest = max(longest, int(tensors["text_lengths"].max()))
     return Shards(folder, index, files, longest)
 
 
