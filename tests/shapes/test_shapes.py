@@ -1,13 +1,16 @@
 """The world of shapes: captions say what scenes show, pictures show it, and the judge sees it."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from turbojax.errors import UserError
 from turbojax.shapes import judge as judging
 from turbojax.shapes import scene as world
+from turbojax.shapes.examples import example, sketch
 from turbojax.shapes.render import paths, render
-from turbojax.shapes.scene import Scene, Thing, caption, held_out, kinds, parse, random_scene
+from turbojax.shapes.render_jax import draw_many, stack
+from turbojax.shapes.scene import BACKGROUNDS, Scene, Thing, caption, held_out, kinds, parse, random_scene
 
 pytest.importorskip("sklearn")
 
@@ -122,3 +125,15 @@ def test_judge_sees_what_is_wrong(judge):
     assert not still["motion"]
     assert judge.look(np.zeros_like(video)) == ()
     assert judging.background(np.full_like(video, 60)) is None
+
+
+def test_many_at_once_are_drawn_as_one_by_one():
+    size = dict(num_frames=5, height=96, width=128)
+    every = [sketch(number, seed=1, **size) for number in range(40)]
+    assert {len(one.things) for one in every} == {1, 2}
+    assert len({int(thing.outline) for one in every for thing in one.things}) == 5  # all outlines and handwriting
+    behind = jnp.array([BACKGROUNDS.index(one.scene.background) for one in every])
+    videos = np.asarray(draw_many(stack([one.things for one in every]), behind, height=96, width=128))
+    alone = np.stack([example(number, seed=1, **size).video for number in range(40)])
+    assert np.abs(videos.astype(int) - alone).max() <= 1
+    assert (videos != alone).mean() < 1e-4

@@ -6,18 +6,20 @@ import itertools
 import multiprocessing
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from turbojax.errors import UserError
-from turbojax.shapes.render import digit_images, render
+from turbojax.shapes.render import Placed, digit_images, draw, place
 from turbojax.shapes.scene import Scene, caption, random_scene
 
 CANDIDATES = 4  # of which the crop with the most in it is taken
 FROM_THE_START = 0.3  # share of crops that have a video's first frame, which an autoencoder sees apart
 AHEAD = 4  # groups that wait or are drawn, for each worker
-GROUP = 32  # frames of the examples that a worker draws at a time
+GROUP = 32  # frames that a worker draws at a time, or sketches that it makes
+
+T = TypeVar("T")
 
 
 class Example(NamedTuple):
@@ -28,42 +30,67 @@ class Example(NamedTuple):
     video: np.ndarray
 
 
-def example(number: int, *, seed: int, num_frames: int, height: int, width: int) -> Example:
-    """The example of that number: the same whoever draws it, and independent of all others."""
+class Sketch(NamedTuple):
+    """An example before it is drawn."""
+
+    scene: Scene
+    caption: str
+    things: list[Placed]
+
+
+def sketch(number: int, *, seed: int, num_frames: int, height: int, width: int) -> Sketch:
+    """The example of that number: the same whoever asks for it, and independent of all others."""
     rng = np.random.default_rng((seed, number))
     scene = random_scene(rng)
     sentence = caption(scene, rng)
-    return Example(scene, sentence, render(scene, rng, num_frames=num_frames, height=height, width=width))
+    return Sketch(scene, sentence, place(scene, rng, num_frames=num_frames, height=height, width=width))
 
 
-def draw_all(draw: Callable[[int], Example], numbers: Sequence[int]) -> list[Example]:
-    return list(map(draw, numbers))
+def example(number: int, *, seed: int, num_frames: int, height: int, width: int) -> Example:
+    """The drawn example of that number."""
+    scene, sentence, things = sketch(number, seed=seed, num_frames=num_frames, height=height, width=width)
+    return Example(scene, sentence, draw(things, scene.background, height, width))
 
 
-def examples(
-    numbers: Iterable[int], *, seed: int, num_frames: int, height: int, width: int, workers: int
-) -> Generator[Example, None, None]:
-    """The examples of these numbers, which may be without end, in their order; without workers drawn here."""
+def sketches(numbers: Iterable[int], *, workers: int, **settings: int) -> Generator[Sketch, None, None]:
+    """As `examples`, not drawn."""
+    return made(functools.partial(sketch, **settings), numbers, workers=workers, group=GROUP)
+
+
+def examples(numbers: Iterable[int], *, workers: int, **settings: int) -> Generator[Example, None, None]:
+    """The examples of these numbers, which may be without end, in their order; without workers drawn here.
+
+    settings: as `example` takes them.
+    """
+    group = max(1, GROUP // settings["num_frames"])
+    return made(functools.partial(example, **settings), numbers, workers=workers, group=group)
+
+
+def made(make: Callable[[int], T], numbers: Iterable[int], *, workers: int, group: int) -> Generator[T, None, None]:
+    """What `make` makes of each number, in groups by worker processes that work ahead."""
     digit_images()  # a missing package shows here and not in a worker
-    draw = functools.partial(example, seed=seed, num_frames=num_frames, height=height, width=width)
     if workers < 0:
         raise UserError(f"{workers=} must not be negative")
     if not workers:
-        yield from map(draw, numbers)
+        yield from map(make, numbers)
         return
-    numbers, size = iter(numbers), max(1, GROUP // num_frames)
-    groups = iter(lambda: list(itertools.islice(numbers, size)), [])
+    numbers = iter(numbers)
+    groups = iter(lambda: list(itertools.islice(numbers, group)), [])
     # Spawned: a fork of a process in which JAX has threads may never return.
     executor = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
     try:
         first = itertools.islice(groups, AHEAD * workers)
-        drawn = collections.deque(executor.submit(draw_all, draw, group) for group in first)
-        while drawn:
-            result = drawn.popleft().result()
-            drawn.extend(executor.submit(draw_all, draw, group) for group in itertools.islice(groups, 1))
+        waiting = collections.deque(executor.submit(make_all, make, group) for group in first)
+        while waiting:
+            result = waiting.popleft().result()
+            waiting.extend(executor.submit(make_all, make, group) for group in itertools.islice(groups, 1))
             yield from result
     finally:
         executor.shutdown(cancel_futures=True)
+
+
+def make_all(make: Callable[[int], T], numbers: Sequence[int]) -> list[T]:
+    return list(map(make, numbers))
 
 
 def cut(video: np.ndarray, frames: int, side: int, rng: np.random.Generator) -> np.ndarray:

@@ -1,15 +1,20 @@
-"""Draws scenes as videos, uint8 `[T, H, W, 3]`, with smooth edges."""
+"""Draws scenes as videos, uint8 `[T, H, W, 3]`, with smooth edges.
+
+`place` takes all decisions that a scene leaves open; `turbojax.shapes.render_jax` draws from there on a GPU.
+"""
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from turbojax.errors import UserError
-from turbojax.shapes.scene import COLOURS, DIGITS, DIRECTIONS, Scene, Thing
+from turbojax.shapes.scene import COLOURS, DIGITS, DIRECTIONS, SHAPES, Scene, Thing
 
-Outline = Callable[[np.ndarray, np.ndarray], np.ndarray]  # signed distance of points (x, y) in units of the radius
+Array = Any  # NumPy's or JAX's
+Outline = Callable[[Array, Array], Array]  # signed distance of points (x, y) in units of the radius
 
 BACKGROUND_LEVELS = {"black": (12, 12), "white": (242, 242), "gray": (128, 128), "checkered": (190, 225)}
 CHECKS = 8  # squares along the shorter side
@@ -19,7 +24,9 @@ RADIUS = ((0.14, 0.19), (0.115, 0.14))
 TRAVEL = ((0.3, 0.42), (0.25, 0.34))
 GROWTH = (1.9, 2.3)  # last radius over first
 TURN = (1.2, 2.0)  # radians
-ROOM = 1.35  # of a thing's radius: the farthest point of its shape
+ROOM = 1.35  # of a thing's radius: the farthest point of its shape, but for digits with ink in their corners
+CORNER = 1.8  # likewise, of all that may have ink
+INK = (12, 12)  # pixels of a handwritten digit with its margin
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +36,41 @@ class Path:
     centre: np.ndarray
     radius: np.ndarray
     angle: np.ndarray
+
+
+class Placed(NamedTuple):
+    """One thing as it is drawn, or with leading axes many.
+
+    outline: index into `outlines`; ink: the handwriting of a digit, `[12, 12]`, 0 to 1; colour: levels `[3]`; centre
+    `[T, 2]`, radius `[T]` and angle `[T]` are those of its Path.
+    """
+
+    outline: Array
+    ink: Array
+    colour: Array
+    centre: Array
+    radius: Array
+    angle: Array
+
+
+def place(
+    scene: Scene,
+    rng: np.random.Generator,
+    *,
+    num_frames: int,
+    height: int,
+    width: int,
+    writers: np.ndarray | None = None,
+) -> list[Placed]:
+    """The scene's things with the sizes, places, speeds and handwriting that rng chooses; else as `render`."""
+    placed = []
+    for thing, path in zip(scene.things, paths(scene, rng, num_frames, height, width), strict=True):
+        digit = thing.shape in DIGITS
+        outline = DIGIT if digit else SHAPES.index(thing.shape)
+        ink = handwriting(thing, rng, writers) if digit else np.zeros(INK, np.float32)
+        colour = np.array(COLOURS[thing.colour], np.float32)
+        placed.append(Placed(outline, ink, colour, path.centre, path.radius, path.angle))
+    return placed
 
 
 def render(
@@ -44,25 +86,33 @@ def render(
 
     writers: indices of the handwritten digits that may be drawn, all if not given.
     """
-    video = np.broadcast_to(
-        background(scene.background, height, width)[None, ..., None], (num_frames, height, width, 3)
-    )
-    video = video.astype(np.float32)
-    for thing, path in zip(scene.things, paths(scene, rng, num_frames, height, width), strict=True):
-        colour = np.array(COLOURS[thing.colour], np.float32)
-        shape = digit_coverage(thing, rng, writers) if thing.shape in DIGITS else OUTLINES[thing.shape]
-        for t in range(num_frames):
-            (cx, cy), radius = path.centre[t], path.radius[t]
-            sine, cosine = np.sin(path.angle[t]), np.cos(path.angle[t])
-            reach = ROOM * radius + 1
-            rows, columns = (slice(max(0, int(c - reach)), int(c + reach) + 2) for c in (cy, cx))
+    things = place(scene, rng, num_frames=num_frames, height=height, width=width, writers=writers)
+    return draw(things, scene.background, height, width)
+
+
+def draw(things: Sequence[Placed], behind: str, height: int, width: int) -> np.ndarray:
+    """The video of placed things before a background, uint8 `[T, H, W, 3]`."""
+    shape = (len(things[0].radius), height, width, 3)
+    video = np.broadcast_to(background(behind, height, width)[None, ..., None], shape).astype(np.float32)
+    for thing in things:
+        distance = outlines(thing.ink)[thing.outline]
+        for t in range(len(video)):
+            # The part of the frame that the thing reaches.
+            reach = CORNER * thing.radius[t] + 1
+            rows, columns = (slice(max(0, int(c - reach)), int(c + reach) + 2) for c in thing.centre[t, ::-1])
             window = video[t, rows, columns]
             y, x = np.mgrid[rows.start : rows.start + window.shape[0], columns.start : columns.start + window.shape[1]]
-            dx, dy = (x - cx) / radius, (y - cy) / radius
-            # The shape gives signed distances in units of its radius; an edge is a pixel wide.
-            distance = shape(cosine * dx + sine * dy, cosine * dy - sine * dx) * radius
-            window += np.clip(0.5 - distance, 0, 1)[..., None].astype(np.float32) * (colour - window)
+            covered = coverage(thing, t, x, y, distance)[..., None].astype(np.float32)
+            window += covered * (thing.colour - window)
     return np.round(video).astype(np.uint8)
+
+
+def coverage(thing: Placed, t: Array, x: Array, y: Array, distance: Outline) -> Array:
+    """The share of each pixel (x, y) that a thing covers in frame t; an edge is a pixel wide."""
+    xp = thing.ink.__array_namespace__()
+    radius, sine, cosine = thing.radius[t], xp.sin(thing.angle[t]), xp.cos(thing.angle[t])
+    dx, dy = (x - thing.centre[t, 0]) / radius, (y - thing.centre[t, 1]) / radius
+    return xp.clip(0.5 - radius * distance(cosine * dx + sine * dy, cosine * dy - sine * dx), 0, 1)
 
 
 def background(name: str, height: int, width: int) -> np.ndarray:
@@ -116,28 +166,29 @@ def path(thing: Thing, rng: np.random.Generator, num_frames: int, height: int, w
     return Path(rng.uniform(low, high) + move, radius, angle)
 
 
-def circle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return np.hypot(x, y) - 1
+def circle(x: Array, y: Array) -> Array:
+    return (x * x + y * y) ** 0.5 - 1
 
 
-def square(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    return np.maximum(np.abs(x), np.abs(y)) - 0.88
+def square(x: Array, y: Array) -> Array:
+    xp = x.__array_namespace__()
+    return xp.maximum(xp.abs(x), xp.abs(y)) - 0.88
 
 
-def triangle(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def triangle(x: Array, y: Array) -> Array:
     return polygon(x, y, corners=3, inner=None, radius=1.3)
 
 
-def star(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def star(x: Array, y: Array) -> Array:
     return polygon(x, y, corners=5, inner=0.45, radius=1.3)
 
 
-def polygon(x: np.ndarray, y: np.ndarray, *, corners: int, inner: float | None, radius: float) -> np.ndarray:
+def polygon(x: Array, y: Array, *, corners: int, inner: float | None, radius: float) -> Array:
     """Signed distance to the edge lines of a regular polygon, or of a star with its inner corners at `inner`."""
-    half = np.pi / corners
-    angle = np.abs((np.arctan2(x, -y) + half) % (2 * half) - half)  # folded to one half edge; a corner is up
-    r = np.hypot(x, y)
-    px, py = r * np.cos(angle), r * np.sin(angle)
+    xp, half = x.__array_namespace__(), np.pi / corners
+    angle = xp.abs((xp.atan2(x, -y) + half) % (2 * half) - half)  # folded to one half edge; a corner is up
+    r = (x * x + y * y) ** 0.5
+    px, py = r * xp.cos(angle), r * xp.sin(angle)
     tip = np.array((radius, 0.0))
     depth = radius * np.cos(half) if inner is None else radius * inner
     other = depth * np.array((np.cos(half), np.sin(half)))
@@ -146,7 +197,27 @@ def polygon(x: np.ndarray, y: np.ndarray, *, corners: int, inner: float | None, 
     return (px - tip[0]) * normal[0] + (py - tip[1]) * normal[1]
 
 
-OUTLINES: dict[str, Outline] = {"circle": circle, "square": square, "triangle": triangle, "star": star}
+def inked(ink: Array, x: Array, y: Array) -> Array:
+    """A handwritten digit as a function like the outlines: negative where there is ink."""
+    xp = ink.__array_namespace__()
+    column, row = (xp.clip((a / 1.25 + 1) * 4 + 1.5, 0, ink.shape[-1] - 1.001) for a in (x, y))
+    i, j = row.astype(int), column.astype(int)
+    u, v = row % 1, column % 1
+    level = (
+        ink[i, j] * (1 - u) * (1 - v)
+        + ink[i, j + 1] * (1 - u) * v
+        + ink[i + 1, j] * u * (1 - v)
+        + ink[i + 1, j + 1] * u * v
+    )
+    return (0.45 - level) * 0.5  # ink falls from 1 to 0 over about two of the image's pixels, a quarter radius each
+
+
+def outlines(ink: Array) -> tuple[Outline, ...]:
+    """Those of the first of SHAPES, and the digit that the ink shows."""
+    return circle, square, triangle, star, functools.partial(inked, ink)
+
+
+DIGIT = SHAPES.index(DIGITS[0])  # its place among the outlines
 
 
 @functools.cache
@@ -160,22 +231,8 @@ def digit_images() -> tuple[np.ndarray, np.ndarray]:
     return data.images.astype(np.float32) / 16, data.target
 
 
-def digit_coverage(thing: Thing, rng: np.random.Generator, writers: np.ndarray | None) -> Outline:
-    """A handwritten digit as a function like the outlines: negative where there is ink."""
+def handwriting(thing: Thing, rng: np.random.Generator, writers: np.ndarray | None) -> np.ndarray:
+    """One way to write a digit, float32 `[12, 12]` with a margin of two pixels."""
     images, values = digit_images() if writers is None else tuple(a[writers] for a in digit_images())
     chosen = images[values == DIGITS.index(thing.shape)]
-    image = np.pad(chosen[rng.integers(len(chosen))], 2)
-
-    def distance(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-        column, row = (np.clip((a / 1.25 + 1) * 4 + 1.5, 0, image.shape[0] - 1.001) for a in (x, y))
-        i, j = row.astype(int), column.astype(int)
-        u, v = row - i, column - j
-        ink = (
-            image[i, j] * (1 - u) * (1 - v)
-            + image[i, j + 1] * (1 - u) * v
-            + image[i + 1, j] * u * (1 - v)
-            + image[i + 1, j + 1] * u * v
-        )
-        return (0.45 - ink) * 0.5  # ink falls from 1 to 0 over about two of the image's pixels, a quarter radius each
-
-    return distance
+    return np.pad(chosen[rng.integers(len(chosen))], 2)

@@ -19,7 +19,9 @@ from turbojax.errors import UserError
 from turbojax.make_shards import finished, start_folder
 from turbojax.models.umt5 import encode_text
 from turbojax.models.vae import WanVAE, encode
-from turbojax.shapes.examples import Example, examples
+from turbojax.shapes.examples import Sketch, sketches
+from turbojax.shapes.render_jax import draw_many, stack
+from turbojax.shapes.scene import BACKGROUNDS
 from turbojax.shapes.text import LENGTH
 from turbojax.text import TextEncoder
 from turbojax.train.autoencoder import as_pixels
@@ -41,7 +43,7 @@ def write_shapes_shards(
 ) -> Path:
     """Writes the first `count` examples of a seed as shards, those that are not there yet; returns the folder.
 
-    workers: as `turbojax.shapes.examples.examples` takes it. Raises UserError for a folder of other data, and
+    workers: as `turbojax.shapes.examples.sketches` takes it. Raises UserError for a folder of other data, and
     KeyboardInterrupt after a shard where `stop` is set.
     """
     if count < 1 or count % index.shard_size:
@@ -54,15 +56,15 @@ def write_shapes_shards(
     missing = [name for name in names if name not in there]
     numbers = (names[name] * index.shard_size + i for name in missing for i in range(index.shard_size))
     size = {"num_frames": index.num_frames, "height": index.height, "width": index.width}
-    drawn = examples(numbers, seed=seed, workers=workers, **size)
+    made = sketches(numbers, seed=seed, workers=workers, **size)
     write_index(folder, index, dict.fromkeys(there, index.shard_size))
     with tqdm(total=count, initial=len(there) * index.shard_size, unit="video", desc="Encoding", disable=None) as bar:
         for name in missing:
             if stop and stop.is_set():
-                drawn.close()
+                made.close()
                 logging.info("Stopped after %d of %d videos; the same command goes on from there", bar.n, count)
                 raise KeyboardInterrupt
-            own = [next(drawn) for _ in range(index.shard_size)]
+            own = [next(made) for _ in range(index.shard_size)]
             write_shard(folder / name, index, list(encoded(own, names[name], vae, text, index)), plan=plans[name])
             there.append(name)
             write_index(folder, index, {name: index.shard_size for name in sorted(there)})
@@ -75,13 +77,15 @@ def plan(index: Index, seed: int, shard: int) -> str:
     return hashlib.sha256(json.dumps([str(index), seed, shard]).encode()).hexdigest()
 
 
-def encoded(own: list[Example], shard: int, vae: WanVAE, text: TextEncoder, index: Index) -> Iterator[Sample]:
+def encoded(own: list[Sketch], shard: int, vae: WanVAE, text: TextEncoder, index: Index) -> Iterator[Sample]:
     captions = [one.caption for one in own]
     latents = []
     batch = max(1, FRAMES // index.num_frames)
     for begin in range(0, len(own), batch):
-        videos = np.stack([one.video for one in own[begin : begin + batch]])
-        latents.append(encode(vae, as_pixels(jnp.asarray(videos)), chunk=videos.shape[1]))
+        part = own[begin : begin + batch]
+        behind = jnp.array([BACKGROUNDS.index(one.scene.background) for one in part])
+        videos = draw_many(stack([one.things for one in part]), behind, height=index.height, width=index.width)
+        latents.append(encode(vae, as_pixels(videos), chunk=videos.shape[1]))
     rows = embed(text, captions, index)
     for i, (z, row) in enumerate(zip(np.concatenate(jax.device_get(latents)), rows, strict=True)):
         number = shard * index.shard_size + i
