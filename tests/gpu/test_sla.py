@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+from tests.kernels.test_sla_mosaic import operands
 from turbojax.kernels import sla
 from turbojax.kernels.dispatch import compute_capability
 
@@ -58,6 +59,30 @@ def test_attention(length, batch, heads, dim, topk, blocks):
         assert bool(jnp.isfinite(got).all())
         assert bool((got == run(*inputs, implementation=implementation)).all())
         assert relative_rms(got, expected) < 1e-2
+
+
+@pytest.mark.skipif(compute_capability() != (9, 0), reason="needs a Hopper GPU")
+@pytest.mark.parametrize(
+    ("length", "dim", "block_k", "count"),
+    [
+        *((1000, 128, 64, count) for count in range(1, 8)),
+        *((1000, 64, 64, count) for count in (1, 3, 5)),
+        (1024, 128, 64, 6),
+        (1024, 128, 128, 3),
+        (1000, 128, 128, 3),
+        *((1064, dim, 128, count) for dim in (64, 128) for count in (1, 9)),  # the last block's second half has no keys
+    ],
+)
+def test_hopper_kernel(length, dim, block_k, count):
+    """Two or three tiles a program; last steps whole and shorter, ended by the last key and not."""
+    from turbojax.kernels import sla_mosaic
+
+    with jax.default_matmul_precision("highest"):
+        inputs, expected = operands(length, 40, dim, block_k, count)
+    run = jax.jit(functools.partial(sla_mosaic.sparse_forward, block_k=block_k))
+    got = run(*inputs)
+    assert bool((got == run(*inputs)).all())
+    assert relative_rms(got, expected) < 1e-2
 
 
 @pytest.mark.parametrize(("rows", "blocks", "count"), [(100, 5, 5), (1000, 1182, 118), (64, 4096, 600)])

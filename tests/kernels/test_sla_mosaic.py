@@ -30,17 +30,29 @@ def operands(length: int, heads: int, dim: int, block_k: int, count: int):
 
 
 @pytest.mark.skipif(not emulator.SUPPORTED, reason="the emulator is made for jax 0.10")
-@pytest.mark.parametrize(("length", "block_k", "count"), [(384, 64, 6), (256, 128, 1)])
-def test_emulated(monkeypatch, length, block_k, count):
-    """Several tiles in one program, an odd number of steps and one step alone: barriers, slots, results."""
-    arrays, expected = operands(length, 1, 64, block_k, count)
+@pytest.mark.parametrize(
+    ("dim", "block_k", "count"),
+    [(64, 64, 1), (64, 64, 2), (128, 64, 3), (64, 64, 4), (64, 64, 5), (128, 64, 6), (64, 128, 1), (128, 128, 3)],
+)
+def test_emulated(monkeypatch, dim, block_k, count):
+    """Three tiles in one program, steps whole and shorter, rings at every phase: barriers, slots, results."""
+    arrays, expected = operands(384, 1, dim, block_k, count)
     emulator.emulate(monkeypatch, mosaic)
     got = sla_mosaic.sparse_forward(*arrays, block_k=block_k, num_sms=1)
     np.testing.assert_allclose(np.asarray(got, np.float32), expected, atol=2e-2)
 
 
 @pytest.mark.parametrize(
-    ("length", "dim", "block_k", "count"), [(75600, 128, 64, 118), (1560, 64, 64, 3), (384, 128, 128, 2)]
+    ("length", "dim", "block_k", "count"),
+    [
+        (75600, 128, 64, 118),
+        (32760, 128, 64, 51),
+        (1560, 128, 64, 2),
+        (1560, 64, 64, 1),
+        (1560, 64, 64, 3),
+        (384, 128, 128, 2),
+        (1560, 64, 128, 3),
+    ],
 )
 def test_lowers_for_a_gpu(length, dim, block_k, count):
     spec = jax.ShapeDtypeStruct

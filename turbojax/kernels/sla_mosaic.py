@@ -1,8 +1,10 @@
 """Hopper kernel of sparse-linear attention in Pallas Mosaic GPU; the equations are in `turbojax.kernels.sla`.
 
 A tile is 128 rows of queries of one head. Two warp groups compute 64 rows each, a third feeds them keys and values by
-TMA, following the block table; two chosen blocks of 64 keys make one step, so that a product has 128 columns. Programs
-are persistent: the next tile's queries and keys arrive during the epilogue of this one.
+TMA, following the block table. Three chosen blocks of 64 keys make one step: power limits this kernel, and the wider a
+product is, the less is read and rescaled for it. This takes all shared memory, so the state of the linear branch comes
+through the ring of keys, behind a tile's last. Programs are persistent: the next tile's keys arrive during the epilogue
+of this one.
 
 The groups take turns: while one takes its softmax the other has the tensor core to itself.
 """
@@ -20,7 +22,8 @@ from turbojax.kernels import mosaic
 CONSUMERS = 2  # warp groups that compute
 ROWS = 64  # queries of one of them
 BLOCK_Q = CONSUMERS * ROWS
-KEYS = 128  # of one step
+BLOCK = 64  # keys of one copy
+PARTS = {64: 3, 128: 2}  # such blocks a step by block_k; one of 128 keys is never parted
 STAGES = 2  # steps in flight
 LOG2_E = math.log2(math.e)
 
@@ -48,20 +51,22 @@ def sparse_forward(
     or 128 and block_k, too; L is a multiple of 8.
     """
     batch, length, heads, dim = q.shape
-    parts = KEYS // block_k  # blocks of one step
+    if block_k == 2 * BLOCK:
+        table = jnp.stack([2 * table, 2 * table + 1], axis=-1).reshape(*table.shape[:-1], -1)
+    parts = PARTS[block_k]
+    keys = parts * BLOCK
     chosen = table.shape[-1]
+    whole, left = divmod(chosen, parts)  # steps of `parts` blocks; the blocks of one more, shorter
     steps = pl.cdiv(chosen, parts)
-    # A block behind the last fills up the last step; its rows are past the end, as some of the last block's may be.
-    table = jnp.pad(table, ((0, 0),) * 3 + ((0, steps * parts - chosen),), constant_values=pl.cdiv(length, block_k))
-    masked = bool(length % block_k or chosen % parts)
+    masked = bool(length % block_k)
 
     # The two vectors of the epilogue travel as one.
     vectors = jnp.stack([normalizer, jnp.broadcast_to(bias, normalizer.shape)], axis=2)
     tiles = pl.cdiv(length, BLOCK_Q)
 
     def kernel(q, k, v, table, projected, vectors, out, buffers, barriers):
-        q_smem, k_smem, v_smem, projected_smem, vectors_smem = buffers
-        q_ready, k_ready, v_ready, state_ready, q_used, k_used, v_used, state_used, turns = barriers
+        q_smem, k_smem, v_smem, vectors_smem = buffers
+        q_ready, k_ready, v_ready, q_used, k_used, v_used, turns = barriers
         wg = lax.axis_index("wg")
 
         def for_each_tile(body):
@@ -74,6 +79,16 @@ def sparse_forward(
                 head, tile = lax.rem(lax.div(i, tiles), heads), lax.rem(i, tiles)
                 body(info.local_index, lax.div(i, tiles * heads), head, tile)
 
+        def key_entry(number, step):
+            """Of the ring of keys, counted from the first tile on; a tile's last entry, `steps`, is the state."""
+            return number * (steps + 1) + step
+
+        def value_entry(number, step):
+            return number * steps + step
+
+        def slot_of(entry):
+            return lax.rem(entry, STAGES)
+
         def give_and_take_turns():
             plgpu.barrier_arrive(turns)
             plgpu.barrier_wait(turns)
@@ -83,42 +98,48 @@ def sparse_forward(
             plgpu.set_max_registers(40, action="decrease")
 
             def fetch_tile(number, b, head, tile):
-                slot_q = lax.rem(number, 2)
                 for i in range(CONSUMERS):
                     rows = pl.ds(tile * BLOCK_Q + i * ROWS, ROWS)
 
-                    @pl.when(number >= 2)
+                    @pl.when(number >= 1)
                     def wait_until_free(i=i):
-                        plgpu.barrier_wait(q_used.at[CONSUMERS * slot_q + i])
+                        plgpu.barrier_wait(q_used.at[i])
 
-                    plgpu.copy_gmem_to_smem(
-                        q.at[b, rows, head], q_smem.at[slot_q, i], q_ready.at[CONSUMERS * slot_q + i]
-                    )
+                    plgpu.copy_gmem_to_smem(q.at[b, rows, head], q_smem.at[i], q_ready.at[i])
 
-                def fetch(x, smem, ready, slot, blocks):
-                    for i, block in enumerate(blocks):
-                        plgpu.copy_gmem_to_smem(
-                            x.at[b, pl.ds(block * block_k, block_k), head],
-                            smem.at[slot, pl.ds(i * block_k, block_k)],
-                            ready.at[slot],
-                        )
+                def free_slot(entry, used):
+                    pl.when(entry >= STAGES)(lambda: plgpu.barrier_wait(used.at[slot_of(entry)]))
+                    return slot_of(entry)
+
+                def fetch(x, smem, ready, used, entry, step):
+                    slot = free_slot(entry, used)
+                    for i in range(parts):
+                        part = step * parts + i
+
+                        def copy(i=i, part=part):
+                            plgpu.copy_gmem_to_smem(
+                                x.at[b, pl.ds(table[b, head, tile, part] * BLOCK, BLOCK), head],
+                                smem.at[slot, pl.ds(i * BLOCK, BLOCK)],
+                                ready.at[slot],
+                            )
+
+                        if i < (left or parts):
+                            copy()
+                        else:
+                            pl.when(part < chosen)(copy)
+                            pl.when(part >= chosen)(lambda: plgpu.barrier_arrive(ready.at[slot]))
 
                 @pl.loop(0, steps)
                 def fetch_step(step):
-                    in_all = number * steps + step
-                    slot = lax.rem(in_all, STAGES)
-                    blocks = [table[b, head, tile, step * parts + i] for i in range(parts)]
-                    pl.when(in_all >= STAGES)(lambda: plgpu.barrier_wait(k_used.at[slot]))
-                    fetch(k, k_smem, k_ready, slot, blocks)
-                    pl.when(in_all >= STAGES)(lambda: plgpu.barrier_wait(v_used.at[slot]))
-                    fetch(v, v_smem, v_ready, slot, blocks)
+                    fetch(k, k_smem, k_ready, k_used, key_entry(number, step), step)
+                    fetch(v, v_smem, v_ready, v_used, value_entry(number, step), step)
 
-                    # For the epilogue; by this step the tile before is done with its own.
-                    @pl.when(step == min(STAGES, steps - 1))
-                    def fetch_state():
-                        pl.when(number >= 1)(lambda: plgpu.barrier_wait(state_used.at[0]))
-                        plgpu.copy_gmem_to_smem(projected.at[b, head], projected_smem, state_ready.at[0])
-                        plgpu.copy_gmem_to_smem(vectors.at[b, head], vectors_smem, state_ready.at[0])
+                # As many copies as a step has blocks: the vectors are the last.
+                slot = free_slot(key_entry(number, steps), k_used)
+                for i in range(parts - 1):
+                    rows = pl.ds(i * dim // (parts - 1), dim // (parts - 1))
+                    plgpu.copy_gmem_to_smem(projected.at[b, head, rows], k_smem.at[slot, rows], k_ready.at[slot])
+                plgpu.copy_gmem_to_smem(vectors.at[b, head], vectors_smem, k_ready.at[slot])
 
             for_each_tile(fetch_tile)
 
@@ -127,87 +148,83 @@ def sparse_forward(
             plgpu.set_max_registers(232, action="increase")
 
             def compute_tile(number, b, head, tile):
-                slot_q = lax.rem(number, 2)
-                own_q = q_smem.at[slot_q, wg]
+                own_q = q_smem.at[wg]
 
-                def slot_of(step):
-                    return lax.rem(number * steps + step, STAGES)
+                def key_slot(step):
+                    return slot_of(key_entry(number, step))
 
-                def of_rows(x, columns=None):
+                def of_rows(x, columns=dim):
                     """One value a row, `[64]`, as `[64, columns]`."""
-                    return lax.broadcast_in_dim(x, (ROWS, columns or dim), [0])
+                    return lax.broadcast_in_dim(x, (ROWS, columns), [0])
 
-                def past_the_end():
-                    """Which columns of the last step are behind the last key, `[64, 128]`."""
-                    column = plgpu.broadcasted_iota(jnp.int32, (ROWS, KEYS), 1, layout=WGMMA)
-                    key = column + block_k * table[b, head, tile, (steps - 1) * parts]
-                    if parts == 2:
-                        second = column + block_k * (table[b, head, tile, (steps - 1) * parts + 1] - 1)
-                        key = jnp.where(column < block_k, key, second)
-                    return key >= length
+                def without_the_end(s):
+                    """The last step's scores, masked behind the last key; only its last blocks can reach there."""
+                    column = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=WGMMA)
+                    first = BLOCK * (table[b, head, tile, chosen - 1] + 1) - s.shape[1]
+                    return jnp.where(column >= length - first, -jnp.inf, s)
 
-                def scores(step, s):
-                    plgpu.wgmma(s, own_q, k_smem.at[slot_of(step)].transpose((1, 0)))
-
-                def soften(s, top, total, *, last: bool):
-                    """Weights of scores; the new maximum and denominator; the decay of what came before."""
-                    if last and masked:
-                        s = jnp.where(past_the_end(), -jnp.inf, s)
+                def soften(s, acc, top, total, ends):
+                    """Weights of scores; the sum of values, decayed; the new maximum and denominator."""
+                    if ends is not None:
+                        s = lax.cond(ends, without_the_end, lambda s: s, s)
                     scale = LOG2_E * dim**-0.5
                     new_top = jnp.maximum(top, s.max(axis=1) * scale)
                     decay = jnp.exp2(top - new_top)
-                    p = jnp.exp2(s * scale - of_rows(new_top, KEYS))
-                    return p, new_top, total * decay + p.sum(axis=1), decay
+                    p = jnp.exp2(s * scale - of_rows(new_top, s.shape[1]))
+                    return p, acc * of_rows(decay), new_top, total * decay + p.sum(axis=1)
 
-                def attend(step, carry, *, last: bool = False):
+                def attend(step, carry, *, blocks: int = parts):
                     acc, top, total = carry
-                    slot = slot_of(step)
+                    slot_k, next_entry = key_slot(step), key_entry(number, step + 1)
+                    slot_v = slot_of(value_entry(number, step))
+                    rows = pl.ds(0, blocks * BLOCK)
 
                     def own_scores(s):
-                        scores(step, s)
+                        plgpu.wgmma(s, own_q, k_smem.at[slot_k, rows].transpose((1, 0)))
                         give_and_take_turns()
                         return s[...]
 
-                    s = pl.run_scoped(own_scores, plgpu.ACC((ROWS, KEYS), jnp.float32))
-                    plgpu.barrier_arrive(k_used.at[slot])
-                    p, top, total, decay = soften(s, top, total, last=last)
-                    acc = acc * of_rows(decay)
+                    s = pl.run_scoped(own_scores, plgpu.ACC((ROWS, blocks * BLOCK), jnp.float32))
+                    plgpu.barrier_arrive(k_used.at[slot_k])
+                    # In the code that computes the last step, which is the loop's if that step is whole.
+                    last_too = masked and blocks == (left or parts)
+                    ends = step == ending_step if last_too else None
+                    p, acc, top, total = soften(s, acc, top, total, ends)
                     acc, total, top, p = lax.optimization_barrier((acc, total, top, p.astype(q.dtype)))
                     plgpu.barrier_arrive(turns)
-                    plgpu.barrier_wait(v_ready.at[slot])
+                    plgpu.barrier_wait(v_ready.at[slot_v])
                     plgpu.barrier_wait(turns)
 
                     def add_values(acc):
-                        plgpu.wgmma(acc, p, v_smem.at[slot])
-                        if not last:
-                            plgpu.barrier_wait(k_ready.at[slot_of(step + 1)])
+                        plgpu.wgmma(acc, p, v_smem.at[slot_v, rows])
+                        plgpu.barrier_wait(k_ready.at[slot_of(next_entry)])  # further keys, or the state
 
                     acc = pl.run_state(add_values)(plgpu.ACC.init(acc))
-                    plgpu.barrier_arrive(v_used.at[slot])
+                    plgpu.barrier_arrive(v_used.at[slot_v])
                     return acc, top, total
 
-                def free_queries_of_the_tile_before():
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # its result lay there
-                    plgpu.barrier_arrive(q_used.at[CONSUMERS * (1 - slot_q) + wg])
-
-                plgpu.barrier_wait(q_ready.at[CONSUMERS * slot_q + wg])
-                plgpu.barrier_wait(k_ready.at[slot_of(0)])
+                # The step that reaches behind the last key, if any. Its masks are behind a branch.
+                last_end = BLOCK * (table[b, head, tile, chosen - 1] + 1)
+                ending_step = jnp.where(last_end > length, jnp.int32(steps - 1), jnp.int32(-1))
+                plgpu.barrier_wait(q_ready.at[wg])
+                plgpu.barrier_wait(k_ready.at[key_slot(0)])
                 acc = plgpu.layout_cast(jnp.zeros((ROWS, dim), jnp.float32), WGMMA)
                 top = plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), ROW)
                 total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW)
                 pl.when(wg == 1)(give_and_take_turns)
-                carry = lax.fori_loop(0, steps - 1, attend, (acc, top, total))
-                pl.when(number >= 1)(free_queries_of_the_tile_before)
-                acc, _, total = attend(jnp.int32(steps - 1), carry, last=True)
+                carry = lax.fori_loop(0, whole, attend, (acc, top, total))
+                if left:
+                    carry = attend(jnp.int32(whole), carry, blocks=left)
+                acc, _, total = carry
                 # Neither group waits for the other's epilogue.
                 pl.when(wg == 0)(lambda: plgpu.barrier_arrive(turns))
                 # A reciprocal a row, for divisions take many instructions.
                 own = mosaic.load(own_q, layout=WGMMA).astype(jnp.float32)
                 e = jnp.exp2((own - of_rows(own.max(axis=1))) * LOG2_E)
-                plgpu.barrier_wait(state_ready.at[0])
+                state_slot = key_slot(steps)
 
                 def project(linear):
-                    plgpu.wgmma(linear, e.astype(q.dtype), projected_smem)
+                    plgpu.wgmma(linear, e.astype(q.dtype), k_smem.at[state_slot, pl.ds(0, dim)])
                     return linear[...]
 
                 z = lax.broadcast_in_dim(mosaic.load(vectors_smem.at[0], layout=COLUMN), e.shape, [1])
@@ -216,9 +233,11 @@ def sparse_forward(
                 both = acc * of_rows(1 / total) + linear * of_rows(1 / divisor)
                 b_l = lax.broadcast_in_dim(mosaic.load(vectors_smem.at[1], layout=COLUMN), both.shape, [1])
                 own_q[...] = (both + b_l).astype(q.dtype)
-                plgpu.barrier_arrive(state_used.at[0])
+                plgpu.barrier_arrive(k_used.at[state_slot])
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(own_q, out.at[b, pl.ds(tile * BLOCK_Q + wg * ROWS, ROWS), head])
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                plgpu.barrier_arrive(q_used.at[wg])
                 pl.when(wg == 0)(lambda: plgpu.barrier_wait(turns))
 
             for_each_tile(compute_tile)
@@ -232,21 +251,18 @@ def sparse_forward(
         pl.run_scoped(
             lambda *scoped: kernel(*refs, *scoped),
             (
-                in_shared_memory(2, CONSUMERS, ROWS, dim),
-                in_shared_memory(STAGES, KEYS, dim),
-                in_shared_memory(STAGES, KEYS, dim),
-                in_shared_memory(dim, dim),
+                in_shared_memory(CONSUMERS, ROWS, dim),
+                in_shared_memory(STAGES, keys, dim),
+                in_shared_memory(STAGES, keys, dim),
                 plgpu.SMEM((2, dim), jnp.float32),
             ),
             (
-                plgpu.Barrier(num_barriers=2 * CONSUMERS),
+                plgpu.Barrier(num_barriers=CONSUMERS),
                 plgpu.Barrier(num_arrivals=parts, num_barriers=STAGES),
                 plgpu.Barrier(num_arrivals=parts, num_barriers=STAGES),
-                plgpu.Barrier(num_arrivals=2, num_barriers=1),
-                plgpu.Barrier(num_barriers=2 * CONSUMERS),
+                plgpu.Barrier(num_barriers=CONSUMERS),
                 plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=STAGES),
                 plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=STAGES),
-                plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=1),
                 plgpu.Barrier(num_arrivals=CONSUMERS),
             ),
             collective_axes="wg",
