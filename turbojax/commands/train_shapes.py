@@ -3,11 +3,12 @@
     python scripts/train_shapes.py --folder=outputs/shapes --minutes=8
     python scripts/train_shapes.py --folder=outputs/shapes-tiny --size=tiny
 
-Stages: text, vae, image_data, data, image, teacher, sla, rcm, ship; their settings are in configs/shapes_*.py, and
-"image_data" and "data" encode drawn frames and videos. After --minutes it stops with a checkpoint and exit code 130;
-the same command goes on from there, stages that are done are passed over. model/ then has the files in the published
-layouts and the curves. --stages=sla,rcm runs these alone, --shipped=text,vae takes from the package what these made,
---steps=0.5 takes half the steps of each. --size=tiny shows on a CPU in minutes that the way works.
+Stages: text, vae, image_data, data, image, teacher, sla, rcm, merged, ship; their settings are in
+configs/shapes_*.py, and "image_data" and "data" encode drawn frames and videos. After --minutes it stops with a
+checkpoint and exit code 130; the same command goes on from there, stages that are done are passed over. model/ then has
+the files in the published layouts and the curves. --stages=sla,rcm runs these alone, --shipped=text,vae takes from the
+package what these made, --steps=0.5 takes half the steps of each. --size=tiny shows on a CPU in minutes that the way
+works.
 """
 
 import functools

@@ -29,7 +29,7 @@ Network = Literal["teacher", "rcm", "merged", "shipped"]
 NETWORKS: dict[Network, str] = {
     "teacher": "teacher/transformer.safetensors",
     "rcm": "rcm/transformer.safetensors",
-    "merged": "merged.safetensors",
+    "merged": "merged/transformer.safetensors",
     "shipped": "model/TurboWan-shapes-quant.safetensors",
 }
 
@@ -47,31 +47,33 @@ class Variant:
 
 
 DENSE = "rcm, 4 steps"  # what sparse and int8 variants are compared with
-TOPK = 0.25  # as trained
-SHARES = (0.05, 0.1, TOPK, SHIPPED_TOPK, 1.0)
-GUIDED = dict(sampler="unipc", guidance_scale=3.0, shift=3.0)
+SHARES = (0.05, 0.1, 0.25, SHIPPED_TOPK, 1.0)
+SIGMAS = (20, 80, 200, 400)  # besides the shipped one
+GUIDED = dict(sampler="unipc", guidance_scale=5.0, shift=3.0)
 
 
-def sla(topk: float) -> dict[str, Any]:
-    return dict(attention_type="sla", sla_topk=topk)
+def sla(topk: float, attention_type: str = "sla") -> dict[str, Any]:
+    return dict(attention_type=attention_type, sla_topk=topk)
+
+
+def few(steps: int = 4, sigma_max: float = SHIPPED_SIGMA_MAX, **call: Any) -> dict[str, Any]:
+    return dict(num_inference_steps=steps, sigma_max=float(sigma_max), **call)
 
 
 VARIANTS: dict[str, Variant] = {
-    DENSE: Variant("rcm"),
+    DENSE: Variant("rcm", call=few()),
     "teacher, 50 steps": Variant("teacher", call=GUIDED | dict(num_inference_steps=50)),
-    **{f"rcm, {n} step{'s' * (n > 1)}": Variant("rcm", call=dict(num_inference_steps=n)) for n in (2, 1)},
-    "rcm, ode": Variant("rcm", call=dict(ode=True)),
-    **{f"rcm, sigma_max {s}": Variant("rcm", call=dict(sigma_max=float(s))) for s in (20, 200, 400, 1600)},
-    **{f"sla, topk {share}": Variant("merged", sla(share)) for share in SHARES},
-    "sagesla": Variant("merged", dict(attention_type="sagesla", sla_topk=TOPK)),
+    **{f"rcm, {n} step{'s' * (n > 1)}": Variant("rcm", call=few(n)) for n in (2, 1)},
+    "rcm, ode": Variant("rcm", call=few(ode=True)),
+    **{f"rcm, sigma_max {sigma}": Variant("rcm", call=few(sigma_max=sigma)) for sigma in SIGMAS},
+    **{f"sla, topk {share}": Variant("merged", sla(share), few()) for share in SHARES},
+    "sagesla": Variant("merged", sla(SHIPPED_TOPK, "sagesla"), few()),
     **{
-        f"int8, {scheme}": Variant("rcm", dict(quant_linear=True, quant_scheme=scheme))
+        f"int8, {scheme}": Variant("rcm", dict(quant_linear=True, quant_scheme=scheme), few())
         for scheme in ("block128", "channel", "channel_weights")
     },
     **{
-        f"shipped: sla and int8, {n} step{'s' * (n > 1)}": Variant(
-            "shipped", sla(SHIPPED_TOPK), dict(num_inference_steps=n, sigma_max=SHIPPED_SIGMA_MAX)
-        )
+        f"shipped: sla and int8, {n} step{'s' * (n > 1)}": Variant("shipped", sla(SHIPPED_TOPK), few(n))
         for n in (4, 2, 1)
     },
 }

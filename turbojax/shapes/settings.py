@@ -9,7 +9,8 @@ from turbojax.errors import UserError
 from turbojax.train.config import train_config
 
 FOLDER = Path("outputs/shapes")
-IMAGE, TEACHER = (str(FOLDER / stage / "transformer.safetensors") for stage in ("image", "teacher"))
+IMAGE, TEACHER, RCM = (str(FOLDER / stage / "transformer.safetensors") for stage in ("image", "teacher", "rcm"))
+MERGED = str(FOLDER / "merged" / "start.safetensors")  # what merging alone gives
 # What is smaller where only the way is to be shown.
 TINY: dict[str, Any] = dict(
     model="shapes-tiny",

@@ -33,8 +33,9 @@ from turbojax.weights.merge import merge
 # What there is to learn from by size: how many samples, how many of them in a shard.
 IMAGES = {"full": (262_144, 8192), "tiny": (8, 4)}
 VIDEOS = {"full": (65_536, 1024), "tiny": (8, 4)}
-TRAINED = ("vae", "image", "teacher", "sla", "rcm")
+TRAINED = ("vae", "image", "teacher", "sla", "rcm", "merged")
 SHIPPED = {"text": (ENCODER, TOKENIZER), "vae": (VAE,)}  # files of a stage that others need
+TRANSFORMER = "transformer.safetensors"
 STORY = "training.json"
 MOST_BYTES = 12_000_000  # of all that is shipped
 POINTS = 100  # of a curve that is shipped
@@ -104,14 +105,21 @@ def make_data(stage: str, job: Job) -> None:
     write_json(job.folder / stage / "done.json", {"samples": count})
 
 
+def learn_merged(job: Job) -> None:
+    """Puts SLA's difference on the distilled network, and trains what comes of it."""
+    start = Path(job.config("merged").weights)
+    start.parent.mkdir(parents=True, exist_ok=True)
+    sources = (job.folder / stage / TRANSFORMER for stage in ("rcm", "teacher", "sla"))
+    merge(*sources, start, dtype=jnp.bfloat16, overwrite=True)
+    learn("merged", job)
+
+
 def ship(job: Job) -> None:
-    """Puts SLA on the distilled network, makes it int8, and lays all files into one folder, with the curves."""
-    folder, transformers = job.folder / "model", {s: job.folder / s / "transformer.safetensors" for s in TRAINED}
+    """Makes the merged network int8 and lays all files into one folder, with the curves."""
+    folder, dtype = job.folder / "model", jnp.bfloat16
     folder.mkdir(parents=True, exist_ok=True)
-    sources = transformers["rcm"], transformers["teacher"], transformers["sla"]
-    dtype = jnp.bfloat16
-    merge(*sources, job.folder / "merged.safetensors", dtype=dtype, overwrite=True)
-    merge(*sources, folder / "TurboWan-shapes-quant.safetensors", quantize="block128", dtype=dtype, overwrite=True)
+    transformer = folder / "TurboWan-shapes-quant.safetensors"
+    convert(job.folder / "merged" / TRANSFORMER, transformer, quantize="block128", dtype=dtype, overwrite=True)
     copy(job.folder / "text" / TOKENIZER, folder / TOKENIZER)
     copy(job.folder / "text" / ENCODER, folder / ENCODER)
     convert(job.folder / "vae" / VAE, folder / VAE, dtype=dtype, overwrite=True)
@@ -171,9 +179,10 @@ STAGES: dict[str, Stage] = {
     "vae": Stage(lambda job: learn("vae", job), f"vae/{VAE}"),
     "image_data": Stage(lambda job: make_data("image_data", job), "image_data/done.json"),
     "data": Stage(lambda job: make_data("data", job), "data/done.json"),
-    "image": Stage(lambda job: learn("image", job), "image/transformer.safetensors"),
-    "teacher": Stage(lambda job: learn("teacher", job), "teacher/transformer.safetensors"),
-    "sla": Stage(lambda job: learn("sla", job), "sla/transformer.safetensors"),
-    "rcm": Stage(lambda job: learn("rcm", job), "rcm/transformer.safetensors"),
+    "image": Stage(lambda job: learn("image", job), f"image/{TRANSFORMER}"),
+    "teacher": Stage(lambda job: learn("teacher", job), f"teacher/{TRANSFORMER}"),
+    "sla": Stage(lambda job: learn("sla", job), f"sla/{TRANSFORMER}"),
+    "rcm": Stage(lambda job: learn("rcm", job), f"rcm/{TRANSFORMER}"),
+    "merged": Stage(learn_merged, f"merged/{TRANSFORMER}"),
     "ship": Stage(ship, f"model/{STORY}"),
 }
