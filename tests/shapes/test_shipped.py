@@ -1,19 +1,21 @@
 """What is shipped of the small model does what it was trained for, read as published checkpoints are."""
 
+import functools
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from turbojax.commands.train_shapes import settings
 from turbojax.shapes import MODEL
 from turbojax.shapes.evaluate import NETWORKS, QUICK, evaluate, held_out_tasks
 from turbojax.shapes.scene import caption, random_scene
-from turbojax.shapes.stages import MOST_BYTES
+from turbojax.shapes.stages import MOST_BYTES, TRANSFORMER, Job, learn_merged
 from turbojax.shapes.text import LENGTH
 from turbojax.text import TextEncoder
 from turbojax.train.config import train_config
-from turbojax.train.loop import train
+from turbojax.train.loop import export, train
 from turbojax.train.state import parameters
 from turbojax.train.toy import write_toy_shards
 from turbojax.weights.files import find_components
@@ -85,3 +87,22 @@ def test_training_goes_on_from_it(tmp_path):
     shipped = parameters(load_wan(config.weights, dtype=np.float32, quant_linear=False))
     assert trained.keys() == shipped.keys()
     assert all(np.abs(trained[name] - value).max() < 1e-2 for name, value in shipped.items())
+
+
+def test_what_merging_gives_is_trained(tmp_path):
+    """On a teacher that is its own student merging gives SLA's network, and training moves it a little."""
+    path = MODEL / Path(NETWORKS["shipped"]).name
+    for stage, attention in (("rcm", "original"), ("teacher", "original"), ("sla", "sla")):
+        network = load_wan(path, quant_linear=False, attention_type=attention, dtype=jnp.float32)
+        (tmp_path / stage).mkdir()
+        export(tmp_path / stage / TRANSFORMER, network.config, parameters(network))
+    write_toy_shards(tmp_path / "data", samples=4)
+    learn_merged(Job(tmp_path, "tiny", functools.partial(settings, size="tiny", steps=0.25)))
+    shipped, start, trained = (
+        parameters(load_wan(file, dtype=np.float32, quant_linear=False))
+        for file in (path, tmp_path / "merged" / "start.safetensors", tmp_path / "merged" / TRANSFORMER)
+    )
+    assert shipped.keys() == start.keys() == trained.keys()
+    for name, value in shipped.items():
+        np.testing.assert_allclose(start[name], value, rtol=2**-8, err_msg=name)
+    assert 0 < max(np.abs(trained[name] - value).max() for name, value in start.items()) < 1e-2

@@ -109,8 +109,8 @@ def learn_merged(job: Job) -> None:
     """Puts SLA's difference on the distilled network, and trains what comes of it."""
     start = Path(job.config("merged").weights)
     start.parent.mkdir(parents=True, exist_ok=True)
-    sources = (job.folder / stage / TRANSFORMER for stage in ("rcm", "teacher", "sla"))
-    merge(*sources, start, dtype=jnp.bfloat16, overwrite=True)
+    rcm, teacher, sla = (job.folder / stage / TRANSFORMER for stage in ("rcm", "teacher", "sla"))
+    merge(rcm, teacher, sla, start, dtype=jnp.bfloat16, overwrite=True)
     learn("merged", job)
 
 
