@@ -9,7 +9,6 @@ compilation (benchmarks/demo_cpu.json).
 """
 
 from turbojax.config import base_config
-from turbojax.shapes import SHIPPED_SIGMA_MAX, SHIPPED_TOPK
 
 
 def get_config():
@@ -20,7 +19,5 @@ def get_config():
         height=128,
         width=128,
         num_frames=33,
-        sla_topk=SHIPPED_TOPK,
-        sigma_max=SHIPPED_SIGMA_MAX,
         dtype="float32",
     )

@@ -59,7 +59,8 @@ def test_settings_can_be(file):
     assert set(config) == {setting.name for setting in SETTINGS}
     width, height = video_size(config.resolution, config.aspect_ratio)
     latent_shape(VAEConfig.wan2_1(), config.num_frames, config.height or height, config.width or width)
-    make_sampler(config.sampler, num_steps=config.num_inference_steps, sigma_max=config.sigma_max, ode=config.ode)
+    sigma_max = 80.0 if config.sigma_max is None else config.sigma_max
+    make_sampler(config.sampler, num_steps=config.num_inference_steps, sigma_max=sigma_max, ode=config.ode)
     check_path(config.output)
     assert config.model in MODELS
     assert config.dtype in ("bfloat16", "float32")

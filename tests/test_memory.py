@@ -9,7 +9,7 @@ import pytest
 from turbojax import UserError, memory
 from turbojax.demo import demo_configs
 from turbojax.kernels.int8 import QuantConfig
-from turbojax.memory import Sizes, Streamable, loading_advice, out_of_memory, plan, way_out
+from turbojax.memory import Sizes, Streamable, gigabytes, loading_advice, out_of_memory, plan, way_out
 from turbojax.models.umt5 import UMT5Config
 from turbojax.models.vae import VAEConfig
 from turbojax.models.wan import WanConfig
@@ -281,3 +281,12 @@ def test_two_experts():
     one = published_parts(WanConfig.i2v_14b(quant=QuantConfig()), two=False)
     assert Sizes(one).clip == 2 * 611_086_080 + 2 * 2 * 1280 * (2 * 31 + 1)  # norms are in float32
     assert "image" in {stage.name for stage in plan(one, WORK["720p"]).stages}
+
+
+def test_a_small_model_needs_some_memory():
+    assert [gigabytes(size) for size in (40_000_000, 999_000_000, 10**9, 18_580_000_000)] == [
+        "0.04",
+        "1.00",
+        "1.0",
+        "18.6",
+    ]

@@ -55,6 +55,12 @@ def test_prompts_one_after_another(config, loads, tmp_path):
     assert len(shown) == 5
 
 
+def test_what_a_prompt_has_that_the_model_does_not_know_is_told_once(config, loads, caplog):
+    typed(config, "a red cat", "/seed 5", "a red cat", "a blue dog")
+    told = [record.getMessage() for record in caplog.records if "this small model knows" in record.getMessage()]
+    assert [line.split(" names")[0] for line in told] == ["'a red cat'", "'a blue dog'"]
+
+
 def test_another_network_is_loaded_for_what_needs_one(config, loads):
     typed(config, "a", "/seed 5", "/steps 2", "b", "/attention_type sla", "c", "/attention_type none", "d")
     assert [own.attention_type for own in loads] == [None, "sla", None]

@@ -49,7 +49,9 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("fps", 16, "frames a second"),
     Setting("sampler", "rcm", "rcm for distilled models; euler or unipc for others"),
     Setting("num_inference_steps", 4, "1 to 4 with rcm, about 50 with euler and unipc"),
-    Setting("sigma_max", 80.0, "first noise level of rcm; up to 1600: less diversity, sometimes better"),
+    Setting(
+        "sigma_max", float, "first noise level of rcm, up to 1600; what the checkpoint says or 80, with an image 200"
+    ),
     Setting("ode", False, "deterministic rcm steps: sharper, less robust"),
     Setting("guidance_scale", 1.0, "classifier-free guidance; 5 is usual with euler and unipc"),
     Setting("shift", 5.0, "shift of the times of euler and unipc; 3 is usual at 480p"),
@@ -67,7 +69,7 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("quant_linear", bool, "int8 linear layers; as the checkpoint is if not given"),
     Setting("quant_scheme", str, "block128, block128_rows, block128_weights, channel or channel_weights"),
     Setting("attention_type", str, "original, sla or sagesla; as the checkpoint is if not given"),
-    Setting("sla_topk", float, "share of key blocks that sla and sagesla attend to; 0.1 if not given"),
+    Setting("sla_topk", float, "share of key blocks that sla and sagesla attend to; what the checkpoint says or 0.1"),
     Setting("sage_values", str, "how sagesla multiplies with v: float8 (the default), float8_values or exact"),
     Setting("dtype", "bfloat16", "bfloat16 or float32"),
     Setting("memory", "auto", "auto, resident, stream (weights stay in host memory), or the card's GB to plan for"),

@@ -14,7 +14,7 @@ from turbojax.condition import takes_images
 from turbojax.config import changed
 from turbojax.decoding import check_tiling
 from turbojax.demo import DEMOS, demo_folder
-from turbojax.diffusion import expert_split
+from turbojax.diffusion import RCM, expert_split
 from turbojax.errors import UserError
 from turbojax.image import read_image
 from turbojax.kernels.int8 import QuantConfig
@@ -101,6 +101,7 @@ class Studio:
 
     def __init__(self) -> None:
         self._pipe: TurboVideoPipeline | None = None
+        self._prompt: str | None = None
         self._loaded: dict[str, Any] = {}
 
     def make(self, config: ConfigDict, output: str | Path, progress: Progress = untold) -> VideoOutput:
@@ -109,7 +110,9 @@ class Studio:
         progress: as the pipeline's call takes it; the stage before is "load".
         """
         settings = call_settings(config) | {"sla_topk": config.sla_topk}
-        tell_limits(config)
+        if config.prompt != self._prompt:  # of a grid's many videos of one prompt once
+            tell_limits(config)
+            self._prompt = config.prompt
         progress("load", 0.0)
         pipe = self.pipeline(config, settings)
         return call(pipe, settings, output=output, fps=config.fps, progress=progress)
@@ -146,7 +149,8 @@ def check_settings(config: ConfigDict) -> tuple[int, int]:
     width = width if config.width is None else config.width
     height = height if config.height is None else config.height
     latent_shape(VAEConfig.wan2_1(), config.num_frames, height, width)
-    steps = {"num_steps": config.num_inference_steps, "sigma_max": config.sigma_max, "shift": config.shift}
+    sigma_max = RCM.sigma_max if config.sigma_max is None else config.sigma_max
+    steps = {"num_steps": config.num_inference_steps, "sigma_max": sigma_max, "shift": config.shift}
     expert_split(make_sampler(config.sampler, **steps).times, config.boundary)
     check_network(config)
     check_number([config.prompt], config.num_samples)

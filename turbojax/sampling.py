@@ -204,5 +204,6 @@ def sampler_program(
 
 
 def first_noise_level(config: WanConfig, sigma_max: float | None) -> float:
-    """rCM's first noise level; None takes the one that the published networks are run with."""
-    return (200.0 if takes_images(config) else 80.0) if sigma_max is None else sigma_max
+    """rCM's first noise level; None takes what the checkpoint says, or what the published networks are run with."""
+    published = 200.0 if takes_images(config) else 80.0
+    return next(level for level in (sigma_max, config.sigma_max, published) if level is not None)

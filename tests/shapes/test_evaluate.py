@@ -44,7 +44,10 @@ def test_distances():
 def test_a_variant_without_its_network_is_told(tmp_path):
     tasks = evaluating.held_out_tasks(1, seed=0)
     settings = dict(size=dict(num_frames=9, height=80, width=80), dtype=np.float32)
-    for names, message in ((["no such"], "there is no variant 'no such'"), (["rcm, ode"], "is missing")):
+    for names, message in (
+        (["no such"], "there is no variant 'no such'"),
+        (["rcm, ode"], f"{tmp_path} lacks rcm/transformer.safetensors; "),
+    ):
         with pytest.raises(UserError, match=message):
             next(evaluating.evaluate(names, tasks, tmp_path, None, **settings))
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from turbojax.commands.train_shapes import settings
-from turbojax.shapes import MODEL
+from turbojax.shapes import MODEL, SHIPPED_SIGMA_MAX, SHIPPED_TOPK
 from turbojax.shapes.evaluate import NETWORKS, QUICK, evaluate, held_out_tasks
 from turbojax.shapes.scene import caption, random_scene
 from turbojax.shapes.stages import MOST_BYTES, TRANSFORMER, Job, learn_merged
@@ -27,6 +27,11 @@ GIVEN = dict.fromkeys(("vae", "text_encoder", "tokenizer"), MODEL)
 
 def test_size():
     assert sum(path.stat().st_size for path in MODEL.rglob("*") if path.is_file()) <= MOST_BYTES
+
+
+def test_it_says_what_it_is_run_with():
+    config = load_wan(MODEL / Path(NETWORKS["shipped"]).name).config
+    assert (config.sla_topk, config.sigma_max) == (SHIPPED_TOPK, SHIPPED_SIGMA_MAX)
 
 
 def test_autoencoder():

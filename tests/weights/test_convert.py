@@ -13,9 +13,10 @@ from tests.weights.checkpoints import diffusers, official, save, save_shards, sm
 from turbojax.errors import CheckpointError, UserError
 from turbojax.kernels.int8 import quantize_blocks
 from turbojax.models.wan import WanConfig
+from turbojax.sampling import first_noise_level
 from turbojax.weights import convert as module
 from turbojax.weights.convert import convert
-from turbojax.weights.io import read_tensors
+from turbojax.weights.io import file_metadata, read_tensors
 from turbojax.weights.load import load_wan
 from turbojax.weights.plain import load_umt5, load_vae
 from turbojax.weights.published import generated, wan_layout
@@ -243,3 +244,41 @@ def test_an_output_that_cannot_be(source, tmp_path):
     (tmp_path / "file").write_text("")
     for name, kind in (("x.safetensors", "safetensors"), ("x", "orbax")):
         assert "cannot be written" in refused(source, tmp_path / "file" / name, format=kind)
+
+
+def test_what_it_is_to_be_run_with(tmp_path, output):
+    """The header says it, loading follows it where nothing else is asked for, and another conversion keeps it."""
+    source = save(tmp_path / "model.safetensors", turbo(small(attention_type="sla")))
+    convert(source, output, sla_topk=0.25, sigma_max=1600.0)
+    assert file_metadata(output) == {"format": "turbojax", "num_heads": "2", "sla_topk": "0.25", "sigma_max": "1600.0"}
+    again, folder = tmp_path / "again.safetensors", tmp_path / "folder"
+    convert(output, again, quantize="block128", sla_topk=0.5)
+    convert(again, folder, format="orbax")
+    for path, topk in ((output, 0.25), (again, 0.5), (folder, 0.5)):
+        config = load_wan(path).config
+        assert (config.sla_topk, config.sigma_max) == (topk, 1600.0)
+    assert load_wan(again, sla_topk=0.9).config.sla_topk == 0.9
+    assert "sla_topk=1.5 must be in (0, 1]" in refused(source, tmp_path / "high.safetensors", sla_topk=1.5)
+    assert first_noise_level(config, None) == 1600
+    assert first_noise_level(config, 20.0) == 20
+    assert first_noise_level(load_wan(source).config, None) == 80
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(sigma_max=1.0, format="pth"), "a .pth file has no place for sigma_max"),
+        (dict(sigma_max=-1.0), "sigma_max=-1.0 must be finite and above 0"),
+        (dict(sla_topk=0.5), "sla_topk has no effect on model.pth, which was not trained with SLA"),
+    ],
+)
+def test_settings_that_cannot_be(tmp_path, source, options, message):
+    output = tmp_path / f"model.{options.get('format', 'safetensors')}"
+    with pytest.raises(UserError, match=message):
+        convert(source, output, **options)
+    assert not output.exists()
+
+
+def test_damaged_settings(tmp_path, output, tensors):
+    damaged = save(tmp_path / "model.safetensors", tensors, sigma_max="high")
+    assert "damaged metadata" in refused(damaged, output)

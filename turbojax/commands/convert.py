@@ -7,7 +7,8 @@
 --input is a file, an index of shards or a folder: transformer (official, TurboDiffusion or diffusers names, or Orbax),
 VAE or text encoder. --output is a .safetensors file, or a .pth file with --format=pth, or a folder with --format=orbax.
 Further flags: --dtype=bfloat16 (or float16, float32), --quantize=block128 (or channel: int8 linear layers),
---names=turbodiffusion (or official, diffusers: without SLA and int8), --overwrite. Files named transformer.safetensors,
+--names=turbodiffusion (or official, diffusers: without SLA and int8), --overwrite; --sla_topk and --sigma_max of a
+transformer, which it runs with from then on where nothing else is asked for. Files named transformer.safetensors,
 vae.safetensors and text_encoder.safetensors in one folder, with the tokenizer's folder, load as
 --config.weights=FOLDER.
 """
@@ -31,6 +32,8 @@ FORMAT = flags.DEFINE_enum("format", "safetensors", ["safetensors", "pth", "orba
 NAMES = flags.DEFINE_enum(
     "names", "turbodiffusion", ["turbodiffusion", "official", "diffusers"], "whose names", flag_values=FLAGS
 )
+TOPK = flags.DEFINE_float("sla_topk", None, "share of key blocks to run it with", flag_values=FLAGS)
+SIGMA_MAX = flags.DEFINE_float("sigma_max", None, "first noise level of rcm to run it with", flag_values=FLAGS)
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "replace an output that exists", flag_values=FLAGS)
 
 
@@ -45,6 +48,8 @@ def main() -> None:
         format=FORMAT.value,
         names=NAMES.value,
         overwrite=OVERWRITE.value,
+        sla_topk=TOPK.value,
+        sigma_max=SIGMA_MAX.value,
     )
     logging.info(
         "Wrote %s: %s, %d tensors, %.2f GB", OUTPUT.value, summary.component, summary.tensors, summary.bytes / 1e9

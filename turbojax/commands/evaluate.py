@@ -8,8 +8,9 @@ filled, with all networks that led there. A program and a small classifier tell 
 colours, motions and background of its prompt; the output has the classifier's own accuracy. Sparse and int8 variants
 are compared with the dense network from the same noise (PSNR, SSIM). --variants are names, separated by semicolons,
 quick (what is shipped, in 4 steps) or all, which a folder is needed for; --list prints them. Further flags: --seed,
---batch (videos at once), --num_frames, --height, --width, --dtype=bfloat16 (or float32), --sheets=FOLDER for a picture
-with frames of the first 20 videos of each variant. The same seed gives the same prompts and the same noise.
+--batch (videos at once), --guidance and --shift (of the teacher), --num_frames, --height, --width, --dtype=bfloat16 (or
+float32), --sheets=FOLDER for a picture with frames of the first 20 videos of each variant. The same seed gives the same
+prompts and the same noise.
 """
 
 import json
@@ -22,7 +23,7 @@ from absl import flags
 
 from turbojax import UserError, cli
 from turbojax.shapes import MODEL
-from turbojax.shapes.evaluate import QUICK, VARIANTS, contact_sheet, evaluate, held_out_tasks, table
+from turbojax.shapes.evaluate import GUIDED, QUICK, VARIANTS, contact_sheet, evaluate, held_out_tasks, table
 from turbojax.shapes.judge import train_judge
 from turbojax.video import make_parent, whole_file
 
@@ -36,6 +37,8 @@ NAMES = flags.DEFINE_string(
 LIST = flags.DEFINE_bool("list", False, "print the variants, and stop", flag_values=FLAGS)
 SEED = flags.DEFINE_integer("seed", 0, "of prompts and noise", flag_values=FLAGS)
 BATCH = flags.DEFINE_integer("batch", 20, "videos at once", flag_values=FLAGS)
+GUIDANCE = flags.DEFINE_float("guidance", GUIDED["guidance_scale"], "the teacher's", flag_values=FLAGS)
+SHIFT = flags.DEFINE_float("shift", GUIDED["shift"], "of the teacher's times", flag_values=FLAGS)
 FRAMES = flags.DEFINE_integer("num_frames", 33, "4 n + 1", flag_values=FLAGS)
 HEIGHT = flags.DEFINE_integer("height", 128, "pixels", flag_values=FLAGS)
 WIDTH = flags.DEFINE_integer("width", 128, "pixels", flag_values=FLAGS)
@@ -67,11 +70,13 @@ def main() -> None:
         "seed": SEED.value,
         "prompts": len(tasks),
         "size": size,
+        "teacher": {"guidance_scale": GUIDANCE.value, "shift": SHIFT.value},
         "judge": {"accuracy": judge.accuracy, "tested": judge.tested},
         "rows": [],
     }
     folder, dtype = Path(FOLDER.value or MODEL.parent), jnp.dtype(DTYPE.value)
     options: dict[str, Any] = {"size": size, "dtype": dtype, "seed": SEED.value, "batch": BATCH.value}
+    options["guided"] = content["teacher"]
     for row, videos in evaluate(names, tasks, folder, judge, **options):
         content["rows"].append(row)
         with whole_file(output) as temporary:  # after each, so that a stop loses little

@@ -78,6 +78,7 @@ class WanConfig:
     attention_type: self-attention: "original" (dense), "sla", or "sagesla" (int8 and float8, forward only).
     sla_topk, sla_blocks: share of key blocks, and rows of query and key blocks (None: as published).
     sage_values: how SageSLA multiplies with v, see `turbojax.kernels.sage`.
+    sigma_max: first noise level that rCM's steps begin with; None: as published.
     attention_implementation: "reference" for attention that `jax.jvp` can differentiate; None for the fastest.
     quant: how the linear layers inside the blocks hold int8 weights; None for `dtype`.
     remat: whether gradients compute each block a second time instead of keeping what is inside it.
@@ -100,6 +101,7 @@ class WanConfig:
     sla_topk: float = 0.1
     sla_blocks: tuple[int, int] | None = None
     sage_values: Values = "float8"
+    sigma_max: float | None = None
     attention_implementation: Literal["reference"] | None = None
     quant: QuantConfig | None = None
     dtype: Any = jnp.bfloat16

@@ -66,7 +66,7 @@ def parse(name: str, value: Any) -> Any:
     if name in ("prompt", "negative_prompt"):
         return str(value or "")
     if value in (None, ""):
-        if name == "sla_topk":
+        if name in ("sla_topk", "sigma_max"):
             return None
         raise UserError(f"{name} is empty; give a value")
     if value == AS_STARTED:

@@ -49,7 +49,7 @@ class Variant:
 DENSE = "rcm, 4 steps"  # what sparse and int8 variants are compared with
 SHARES = (0.05, 0.1, 0.25, SHIPPED_TOPK, 1.0)
 SIGMAS = (20, 80, 200, 400)  # besides the shipped one
-GUIDED = dict(sampler="unipc", guidance_scale=5.0, shift=3.0)
+GUIDED = dict(guidance_scale=5.0, shift=3.0)
 
 
 def sla(topk: float, attention_type: str = "sla") -> dict[str, Any]:
@@ -62,7 +62,7 @@ def few(steps: int = 4, sigma_max: float = SHIPPED_SIGMA_MAX, **call: Any) -> di
 
 VARIANTS: dict[str, Variant] = {
     DENSE: Variant("rcm", call=few()),
-    "teacher, 50 steps": Variant("teacher", call=GUIDED | dict(num_inference_steps=50)),
+    "teacher, 50 steps": Variant("teacher", call=dict(sampler="unipc", num_inference_steps=50)),
     **{f"rcm, {n} step{'s' * (n > 1)}": Variant("rcm", call=few(n)) for n in (2, 1)},
     "rcm, ode": Variant("rcm", call=few(ode=True)),
     **{f"rcm, sigma_max {sigma}": Variant("rcm", call=few(sigma_max=sigma)) for sigma in SIGMAS},
@@ -122,8 +122,6 @@ def make_videos(
 def load(variant: Variant, folder: Path, networks: Mapping[Network, str], *, dtype: Any) -> TurboVideoPipeline:
     """The variant's pipeline; what is not the transformer is that of the shipped model."""
     path, model = folder / networks[variant.network], (folder / networks["shipped"]).parent
-    if not path.is_file():
-        raise UserError(f"{path} is missing; scripts/train_shapes.py makes it, and --variants= leaves variants out")
     components: dict[str, Any] = dict.fromkeys(("vae", "text_encoder", "tokenizer"), model)
     return TurboVideoPipeline.from_pretrained(path, **components, dtype=dtype, cache_prompts=False, **variant.load)
 
@@ -139,21 +137,29 @@ def evaluate(
     seed: int = 0,
     batch: int = 20,
     networks: Mapping[Network, str] = NETWORKS,
+    guided: Mapping[str, float] = GUIDED,
 ) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
     """Of each variant in turn its row of the table, and its videos, uint8 `[B, T, H, W, 3]`.
 
+    guided: the teacher's guidance_scale and shift.
     A row has shares of videos that are right in each respect and in all ("all"), the share that the guard flags, and,
     where DENSE is among the variants, PSNR (dB) and SSIM between its videos and these.
     """
     if unknown := [name for name in names if name not in VARIANTS]:
         raise UserError(f"there is no variant {unknown[0]!r}; choose among {'; '.join(VARIANTS)}")
+    files = sorted({networks[VARIANTS[name].network] for name in names})
+    if missing := [file for file in files if not (folder / file).is_file()]:
+        raise UserError(
+            f"{folder} lacks {', '.join(missing)}; scripts/train_shapes.py makes that, and --variants= leaves some out"
+        )
     reference = None
     for name in sorted(names, key=lambda name: name != DENSE):  # the others are compared with it
         variant = VARIANTS[name]
+        call = {**variant.call, **(guided if variant.network == "teacher" else {})}
         pipe = load(variant, folder, networks, dtype=dtype)
         parts, start = [], time.perf_counter()
         for begin in range(0, len(tasks), batch):
-            parts.append(make_videos(pipe, tasks[begin : begin + batch], variant.call, size, seed=seed))
+            parts.append(make_videos(pipe, tasks[begin : begin + batch], call, size, seed=seed))
         videos, seconds = np.concatenate(parts), time.perf_counter() - start
         row: dict[str, Any] = {"variant": name, **judged(judge, tasks, videos)}
         if name == DENSE:

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from turbojax.errors import UserError
 from turbojax.make_shards import load_encoders
-from turbojax.shapes import MODEL
+from turbojax.shapes import MODEL, SHIPPED_SIGMA_MAX, SHIPPED_TOPK
 from turbojax.shapes.networks import TEXT_ENCODERS
 from turbojax.shapes.settings import FOLDER
 from turbojax.shapes.shards import write_shapes_shards
@@ -119,7 +119,9 @@ def ship(job: Job) -> None:
     folder, dtype = job.folder / "model", jnp.bfloat16
     folder.mkdir(parents=True, exist_ok=True)
     transformer = folder / "TurboWan-shapes-quant.safetensors"
-    convert(job.folder / "merged" / TRANSFORMER, transformer, quantize="block128", dtype=dtype, overwrite=True)
+    run_with: dict[str, Any] = dict(sla_topk=SHIPPED_TOPK, sigma_max=SHIPPED_SIGMA_MAX)
+    merged = job.folder / "merged" / TRANSFORMER
+    convert(merged, transformer, quantize="block128", dtype=dtype, overwrite=True, **run_with)
     copy(job.folder / "text" / TOKENIZER, folder / TOKENIZER)
     copy(job.folder / "text" / ENCODER, folder / ENCODER)
     convert(job.folder / "vae" / VAE, folder / VAE, dtype=dtype, overwrite=True)

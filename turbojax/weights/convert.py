@@ -16,11 +16,12 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from turbojax.diffusion.schedules import rcm_times
 from turbojax.errors import UserError
 from turbojax.models.wan import WanConfig
 from turbojax.weights.files import CONVERTED
 from turbojax.weights.io import read_tensors, release, save_orbax, write_pth, write_safetensors
-from turbojax.weights.load import Pieces, WanCheckpoint, is_converted, open_wan, specs_of, with_options
+from turbojax.weights.load import RUN_WITH, Pieces, WanCheckpoint, is_converted, open_wan, specs_of, with_options
 from turbojax.weights.plain import open_umt5, open_vae
 from turbojax.weights.published import Layout, diffusers_layout, official_layout, wan_layout
 from turbojax.weights.rules import Entry, Rule, rename
@@ -61,6 +62,8 @@ def convert(
     format: str = "safetensors",
     names: str = "turbodiffusion",
     overwrite: bool = False,
+    sla_topk: float | None = None,
+    sigma_max: float | None = None,
 ) -> Summary:
     """Converts a transformer, VAE or text encoder, told apart by the names of its tensors.
 
@@ -69,6 +72,8 @@ def convert(
     format: "safetensors", "pth" (files) or "orbax" (a folder; transformers only).
     names: of a transformer in a file: "turbodiffusion", "official" or "diffusers"; the latter two have neither SLA nor
       int8 weights.
+    sla_topk, sigma_max: what a transformer is run with where a call names nothing else, for the header; None keeps what
+      the source says. A .pth file has no place for them.
 
     Raises CheckpointError for files that do not fit, UserError for settings that cannot be. What was there before is
     only replaced with overwrite=True, and only once the new one is whole.
@@ -76,13 +81,27 @@ def convert(
     output = Path(output)
     check_output(output, format=format, names=names, overwrite=overwrite)
     component = "transformer" if is_converted(source) else component_of(read_tensors(source))
-    if component != "transformer" and (quantize or format == "orbax" or names != "turbodiffusion"):
-        raise UserError(
-            f"{Path(source).name} is a {component}: only a transformer can be quantized, renamed or written by Orbax"
-        )
+    run_with = {name: value for name, value in zip(RUN_WITH, (sla_topk, sigma_max), strict=True) if value is not None}
     if component == "transformer":
-        return write_transformer(open_wan(source), output, quantize=quantize, dtype=dtype, format=format, names=names)
+        checkpoint = to_run_with(open_wan(source), run_with, format=format)
+        return write_transformer(checkpoint, output, quantize=quantize, dtype=dtype, format=format, names=names)
+    if quantize or format == "orbax" or names != "turbodiffusion" or run_with:
+        raise UserError(
+            f"{Path(source).name} is a {component}: only a transformer can be quantized, renamed, written by Orbax or "
+            "given settings to run with"
+        )
     return convert_plain(source, output, component, dtype=dtype)
+
+
+def to_run_with(checkpoint: WanCheckpoint, settings: Mapping[str, Any], *, format: str) -> WanCheckpoint:
+    """The checkpoint with other settings of RUN_WITH; raises UserError where they cannot be or say nothing."""
+    if settings and format == "pth":
+        raise UserError(f"a .pth file has no place for {' and '.join(settings)}; take format='safetensors'")
+    if "sigma_max" in settings:
+        rcm_times(1, settings["sigma_max"])
+    if "sla_topk" in settings and checkpoint.config.attention_type == "original":
+        raise UserError(f"sla_topk has no effect on {checkpoint.what}, which was not trained with SLA; leave it out")
+    return checkpoint._replace(config=dataclasses.replace(checkpoint.config, **settings))
 
 
 def check_output(output: Path, *, format: str, names: str, overwrite: bool) -> None:
@@ -164,8 +183,16 @@ def write_wan(
             yield name, value.reshape(spec.shape).astype(spec.dtype)
             release(value)
 
-    write_file(output, tensors(), specs, {"format": "turbojax", "num_heads": str(config.num_heads)})
+    write_file(output, tensors(), specs, metadata_of(config))
     return Summary("transformer", len(specs), total_bytes(specs))
+
+
+def metadata_of(config: WanConfig) -> dict[str, str]:
+    """What the header of a transformer's file says, beside what its tensors do."""
+    told = {name: getattr(config, name) for name in ("num_heads", *RUN_WITH)}
+    if config.attention_type == "original":
+        del told["sla_topk"]
+    return {"format": "turbojax"} | {name: str(value) for name, value in told.items() if value is not None}
 
 
 def write_file(

@@ -32,6 +32,7 @@ from turbojax.weights.skeleton import Skeleton, wan_skeleton
 from turbojax.weights.wan import clean_name, detect_wan_config, wan_rules
 
 K = TypeVar("K")
+RUN_WITH = ("sla_topk", "sigma_max")  # settings of a configuration that a converted file may have in its header
 
 
 class LazyTensors(Mapping[K, np.ndarray]):
@@ -87,7 +88,8 @@ def open_wan(path: str | os.PathLike) -> WanCheckpoint:
     """
     if is_converted(path):
         return open_converted(Path(path))
-    return check_wan(read_tensors(path), num_heads=published_num_heads(path), what=Path(path).name)
+    checkpoint = check_wan(read_tensors(path), num_heads=published_num_heads(path), what=Path(path).name)
+    return checkpoint._replace(config=dataclasses.replace(checkpoint.config, **run_with(Path(path))))
 
 
 def check_wan(tensors: Mapping[str, np.ndarray], *, num_heads: int | None, what: str) -> WanCheckpoint:
@@ -126,6 +128,15 @@ def published_num_heads(path: str | os.PathLike) -> int | None:
     except (ValueError, AttributeError) as error:
         raise CheckpointError(f"{file} is not a model configuration: {error}; download it again") from error
     return heads if isinstance(heads, int) else None
+
+
+def run_with(path: Path) -> dict[str, Any]:
+    """What a converted file says that its network is to be run with, of RUN_WITH."""
+    metadata = file_metadata(path) if path.is_file() else {}
+    try:
+        return {name: float(metadata[name]) for name in RUN_WITH if name in metadata}
+    except ValueError as error:
+        raise CheckpointError(f"{path} has damaged metadata: {error}; convert the checkpoint again") from error
 
 
 def with_options(

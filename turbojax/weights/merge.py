@@ -109,6 +109,7 @@ def merge_checkpoints(
         base.config,
         attention_type=sla.config.attention_type,
         num_heads=sla.config.num_heads,
+        sla_topk=sla.config.sla_topk,
         dtype=tensors.specs[Entry("blocks.ffn.fc1.weight", 0)].dtype,
     )
     if unknown := [entry for entry in added if entry not in wan_skeleton(config).entries()]:
