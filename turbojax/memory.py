@@ -217,7 +217,7 @@ def loading_advice(parts: Parts) -> str:
 
 
 def gigabytes(size: int) -> str:
-    return f"{size / GB:.{1 if size >= GB else 2}f}"
+    return f"{size / GB:.{2 if size < GB / 10 else 1}f}"
 
 
 def parse(memory: str | float, limit: int | None) -> tuple[str, int | None]:
