@@ -239,6 +239,11 @@ def test_the_api_says_what_is_wrong(url, changes, message):
     assert "Traceback" not in json.dumps(data)
 
 
+def test_fields_of_what_is_not_said_are_empty(url):
+    shown = {c["props"].get("label"): c["props"].get("value") for c in httpx.get(f"{url}/config").json()["components"]}
+    assert shown["SLA top-k"] == shown["Sigma max"] == ""
+
+
 def test_uploads_are_limited_and_checked(url, large):
     def upload(content):
         return httpx.post(f"{url}/gradio_api/upload", files={"files": ("cat.png", content)}, timeout=60)

@@ -205,9 +205,10 @@ def build(server: Server) -> gr.Blocks:
                         str(first["sla_topk"] or ""), label="SLA top-k", placeholder=AS_STARTED,
                         info="share of key blocks that sla and sagesla attend to",
                     )  # fmt: skip
-                    form["sigma_max"] = gr.Number(
-                        first["sigma_max"], label="Sigma max", info="first noise level", placeholder=AS_STARTED
-                    )
+                    form["sigma_max"] = gr.Textbox(
+                        str(first["sigma_max"] or ""), label="Sigma max", placeholder=AS_STARTED,
+                        info="first noise level",
+                    )  # fmt: skip
                     form["ode"] = gr.Checkbox(first["ode"], label="ODE", info="no noise between steps: sharper")
                     form["guidance_scale"] = gr.Number(
                         first["guidance_scale"], label="Guidance scale", info="1 for distilled models"
