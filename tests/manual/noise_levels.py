@@ -11,6 +11,7 @@ A property is decided where the probability of its right value rises from that o
 probability of the one scene: where it is near one, the N are too few to say more. Twelve minutes on two cores.
 """
 
+import datetime
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -84,6 +85,7 @@ def main(_: list[str]) -> None:
     content = {
         "device": jax.devices()[0].device_kind,
         "versions": {"jax": jax.__version__},
+        "date": datetime.date.today().isoformat(),
         "command": "python -m tests.manual.noise_levels",
         "scenes": SCENES.value,
         "seed": SEED.value,
