@@ -1,4 +1,4 @@
-"""The notebooks, from top to bottom, on a CPU: `pytest tests/notebooks`, four minutes on two cores."""
+"""The notebooks, from top to bottom, on a CPU: `pytest tests/notebooks`, three minutes on two cores."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from nbclient import NotebookClient
 
 NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
 LARGEST = 500_000  # bytes, with outputs
-SLOWEST = 900  # seconds a cell, where other tests keep the cores busy; alone the slowest takes 140
+SLOWEST = 900  # seconds a cell, where other tests keep the cores busy; alone the slowest takes 80
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
