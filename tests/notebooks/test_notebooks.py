@@ -12,8 +12,10 @@ SLOWEST = 900  # seconds a cell, where other tests keep the cores busy; alone th
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook(path, tmp_path):
+def test_notebook(path, tmp_path, monkeypatch):
     """Every cell runs, and shows something where the committed one does; its assertions check what the text says."""
+    for name in ("JAX_DISABLE_MOST_OPTIMIZATIONS", "XLA_FLAGS"):  # here programs run for long, see conftest.py
+        monkeypatch.delenv(name, raising=False)
     notebook = nbformat.read(path, as_version=4)
     shown = [bool(cell.get("outputs")) for cell in notebook.cells]
     NotebookClient(

@@ -3,6 +3,7 @@
 import functools
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -59,6 +60,16 @@ def test_text_encoder():
     assert len(np.unique(embeddings.round(3), axis=0)) == len(set(captions))
 
 
+@pytest.fixture
+def optimized():
+    """Programs compiled with care, for what runs longer than it compiles; see tests/conftest.py."""
+    quick = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", quick)
+
+
+@pytest.mark.usefixtures("optimized")
 def test_the_whole_of_it_from_the_same_noise():
     """Four steps with SLA and int8 show what prompts ask for, whatever else is in the batch."""
     pytest.importorskip("sklearn")
