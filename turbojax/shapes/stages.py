@@ -119,9 +119,15 @@ def ship(job: Job) -> None:
     folder, dtype = job.folder / "model", jnp.bfloat16
     folder.mkdir(parents=True, exist_ok=True)
     transformer = folder / "TurboWan-shapes-quant.safetensors"
-    run_with: dict[str, Any] = dict(sla_topk=SHIPPED_TOPK, sigma_max=SHIPPED_SIGMA_MAX)
-    merged = job.folder / "merged" / TRANSFORMER
-    convert(merged, transformer, quantize="block128", dtype=dtype, overwrite=True, **run_with)
+    convert(
+        job.folder / "merged" / TRANSFORMER,
+        transformer,
+        quantize="block128",
+        dtype=dtype,
+        overwrite=True,
+        sla_topk=SHIPPED_TOPK,
+        sigma_max=SHIPPED_SIGMA_MAX,
+    )
     copy(job.folder / "text" / TOKENIZER, folder / TOKENIZER)
     copy(job.folder / "text" / ENCODER, folder / ENCODER)
     convert(job.folder / "vae" / VAE, folder / VAE, dtype=dtype, overwrite=True)
