@@ -2,12 +2,22 @@
 
     python scripts/train.py --config=configs/shapes_teacher.py
 
-Needs the data, outputs/shapes/data, and the network, outputs/shapes/image, that scripts/train_shapes.py
---stages=text,vae,image_data,data,image makes.
+Noise levels are those at which shape, colour and motion of a video are decided
+(benchmarks/shapes_noise_levels_cpu.json). Needs the data, outputs/shapes/data, and the network, outputs/shapes/image,
+that scripts/train_shapes.py --stages=text,vae,image_data,data,image makes.
 """
 
 from turbojax.shapes.settings import IMAGE, flow_matching
 
 
 def get_config(size: str = "full"):
-    return flow_matching(size, weights=IMAGE, num_steps=40_000, batch_size=128)
+    return flow_matching(
+        size,
+        weights=IMAGE,
+        num_steps=40_000,
+        batch_size=128,
+        learning_rate=3e-3,
+        learning_rate_end=0.02,
+        time_mean=2.2,
+        time_std=1.6,
+    )

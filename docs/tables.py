@@ -151,10 +151,10 @@ def attention() -> list[str]:
         "sagesla_ms": "sagesla",
     }
     rows = []
-    for shape, measured in read("attention")["result"].items():
+    for shape, measured in read("attention_h200")["result"].items():
         if "dense_ms" in measured:
             rows.append([shape, *(f"{measured[name]:.2f}" for name in names)])
-    return [*table(["heads x tokens", *names.values()], rows), *sources(["attention"])]
+    return [*table(["heads x tokens", *names.values()], rows), *sources(["attention_h200"])]
 
 
 def training() -> list[str]:

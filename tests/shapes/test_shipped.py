@@ -23,6 +23,7 @@ from turbojax.weights.files import find_components
 from turbojax.weights.load import load_wan
 from turbojax.weights.plain import load_vae
 
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 GIVEN = dict.fromkeys(("vae", "text_encoder", "tokenizer"), MODEL)
 
 
@@ -85,6 +86,17 @@ def test_the_whole_of_it_from_the_same_noise():
     assert row["flagged"] == 0
     ((_, again),) = evaluate(QUICK, tasks[:3], MODEL.parent, judge, batch=3, **settings)
     assert np.abs(again.astype(int) - videos[:3]).mean() < 1
+
+
+def test_the_teacher_is_the_dense_network_of_the_same_size():
+    """What the next distillation begins with, beside its record."""
+    teacher = load_wan(BENCHMARKS / "shapes_teacher.safetensors")
+    dense = {"quant_linear": False, "attention_type": "original", "sla_topk": teacher.config.sla_topk}
+    shipped = load_wan(MODEL / Path(NETWORKS["shipped"]).name, **dense)
+    assert teacher.config == shipped.config
+    assert {name: value.shape for name, value in parameters(teacher).items()} == {
+        name: value.shape for name, value in parameters(shipped).items()
+    }
 
 
 def test_training_goes_on_from_it(tmp_path):

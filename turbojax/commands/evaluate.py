@@ -2,6 +2,7 @@
 
     python scripts/evaluate.py --prompts=20
     python scripts/evaluate.py --folder=outputs/shapes --output=benchmarks/shapes.json
+    python scripts/evaluate.py --teacher=benchmarks/shapes_teacher.safetensors --variants="teacher, 50 steps"
 
 Without a folder it is the model that comes with the package, else that of a folder which scripts/train_shapes.py has
 filled, with all networks that led there. A program and a small classifier tell whether a video shows the shapes,
@@ -23,12 +24,13 @@ from absl import flags
 
 from turbojax import UserError, cli
 from turbojax.shapes import MODEL
-from turbojax.shapes.evaluate import GUIDED, QUICK, VARIANTS, contact_sheet, evaluate, held_out_tasks, table
+from turbojax.shapes.evaluate import GUIDED, NETWORKS, QUICK, VARIANTS, contact_sheet, evaluate, held_out_tasks, table
 from turbojax.shapes.judge import train_judge
 from turbojax.video import make_parent, whole_file
 
 FLAGS = flags.FlagValues()
 FOLDER = flags.DEFINE_string("folder", None, "of scripts/train_shapes.py; the package if not given", flag_values=FLAGS)
+TEACHER = flags.DEFINE_string("teacher", None, "file of the teacher; the folder's if not given", flag_values=FLAGS)
 OUTPUT = flags.DEFINE_string("output", "outputs/shapes/evaluation.json", "file to write", flag_values=FLAGS)
 PROMPTS = flags.DEFINE_integer("prompts", 200, "how many", flag_values=FLAGS)
 NAMES = flags.DEFINE_string(
@@ -54,6 +56,8 @@ def main() -> None:
     for name, value in (("prompts", PROMPTS.value), ("batch", BATCH.value)):
         if value < 1:
             raise UserError(f"{name}={value} must be at least 1")
+    if TEACHER.value and not Path(TEACHER.value).is_file():
+        raise UserError(f"--teacher={TEACHER.value} is no file; scripts/train_shapes.py makes one")
     named = {"all": list(VARIANTS), "quick": list(QUICK)}
     chosen = NAMES.value or ("all" if FOLDER.value else "quick")
     names = named.get(chosen) or [name.strip() for name in chosen.split(";")]
@@ -77,6 +81,8 @@ def main() -> None:
     folder, dtype = Path(FOLDER.value or MODEL.parent), jnp.dtype(DTYPE.value)
     options: dict[str, Any] = {"size": size, "dtype": dtype, "seed": SEED.value, "batch": BATCH.value}
     options["guided"] = content["teacher"]
+    if TEACHER.value:
+        options["networks"] = NETWORKS | {"teacher": str(Path(TEACHER.value).absolute())}
     for row, videos in evaluate(names, tasks, folder, judge, **options):
         content["rows"].append(row)
         with whole_file(output) as temporary:  # after each, so that a stop loses little

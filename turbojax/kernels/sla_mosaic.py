@@ -56,9 +56,10 @@ def sparse_forward(
     parts = PARTS[block_k]
     keys = parts * BLOCK
     chosen = table.shape[-1]
-    whole, left = divmod(chosen, parts)  # steps of `parts` blocks; the blocks of one more, shorter
+    # The first step takes the table's last blocks, as many as leave whole steps: it alone is short, or has keys masked,
+    # and before it there is nothing to keep in registers.
+    first = (chosen - 1) % parts + 1
     steps = pl.cdiv(chosen, parts)
-    masked = bool(length % block_k)
 
     # The two vectors of the epilogue travel as one.
     vectors = jnp.stack([normalizer, jnp.broadcast_to(bias, normalizer.shape)], axis=2)
@@ -111,28 +112,23 @@ def sparse_forward(
                     pl.when(entry >= STAGES)(lambda: plgpu.barrier_wait(used.at[slot_of(entry)]))
                     return slot_of(entry)
 
-                def fetch(x, smem, ready, used, entry, step):
+                def fetch(x, smem, ready, used, entry, start, blocks):
                     slot = free_slot(entry, used)
-                    for i in range(parts):
-                        part = step * parts + i
+                    for i in range(blocks):
+                        plgpu.copy_gmem_to_smem(
+                            x.at[b, pl.ds(table[b, head, tile, start + i] * BLOCK, BLOCK), head],
+                            smem.at[slot, pl.ds(i * BLOCK, BLOCK)],
+                            ready.at[slot],
+                        )
+                    for _ in range(blocks, parts):
+                        plgpu.barrier_arrive(ready.at[slot])
 
-                        def copy(i=i, part=part):
-                            plgpu.copy_gmem_to_smem(
-                                x.at[b, pl.ds(table[b, head, tile, part] * BLOCK, BLOCK), head],
-                                smem.at[slot, pl.ds(i * BLOCK, BLOCK)],
-                                ready.at[slot],
-                            )
+                def fetch_step(step, start, blocks):
+                    fetch(k, k_smem, k_ready, k_used, key_entry(number, step), start, blocks)
+                    fetch(v, v_smem, v_ready, v_used, value_entry(number, step), start, blocks)
 
-                        if i < (left or parts):
-                            copy()
-                        else:
-                            pl.when(part < chosen)(copy)
-                            pl.when(part >= chosen)(lambda: plgpu.barrier_arrive(ready.at[slot]))
-
-                @pl.loop(0, steps)
-                def fetch_step(step):
-                    fetch(k, k_smem, k_ready, k_used, key_entry(number, step), step)
-                    fetch(v, v_smem, v_ready, v_used, value_entry(number, step), step)
+                fetch_step(0, chosen - first, first)
+                pl.loop(1, steps)(lambda step: fetch_step(step, (step - 1) * parts, parts))
 
                 # As many copies as a step has blocks: the vectors are the last.
                 slot = free_slot(key_entry(number, steps), k_used)
@@ -157,65 +153,71 @@ def sparse_forward(
                     """One value a row, `[64]`, as `[64, columns]`."""
                     return lax.broadcast_in_dim(x, (ROWS, columns), [0])
 
-                def without_the_end(s):
-                    """The last step's scores, masked behind the last key; only its last blocks can reach there."""
-                    column = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=WGMMA)
-                    first = BLOCK * (table[b, head, tile, chosen - 1] + 1) - s.shape[1]
-                    return jnp.where(column >= length - first, -jnp.inf, s)
+                def own_scores(step, blocks, mask=None):
+                    slot = key_slot(step)
 
-                def soften(s, acc, top, total, ends):
-                    """Weights of scores; the sum of values, decayed; the new maximum and denominator."""
-                    if ends is not None:
-                        s = lax.cond(ends, without_the_end, lambda s: s, s)
-                    scale = LOG2_E * dim**-0.5
-                    new_top = jnp.maximum(top, s.max(axis=1) * scale)
-                    decay = jnp.exp2(top - new_top)
-                    p = jnp.exp2(s * scale - of_rows(new_top, s.shape[1]))
-                    return p, acc * of_rows(decay), new_top, total * decay + p.sum(axis=1)
-
-                def attend(step, carry, *, blocks: int = parts):
-                    acc, top, total = carry
-                    slot_k, next_entry = key_slot(step), key_entry(number, step + 1)
-                    slot_v = slot_of(value_entry(number, step))
-                    rows = pl.ds(0, blocks * BLOCK)
-
-                    def own_scores(s):
-                        plgpu.wgmma(s, own_q, k_smem.at[slot_k, rows].transpose((1, 0)))
+                    def multiply(s):
+                        keys = k_smem.at[slot, pl.ds(0, blocks * BLOCK)]
+                        plgpu.wgmma(s, own_q, keys.transpose((1, 0)))
                         give_and_take_turns()
-                        return s[...]
 
-                    s = pl.run_scoped(own_scores, plgpu.ACC((ROWS, blocks * BLOCK), jnp.float32))
-                    plgpu.barrier_arrive(k_used.at[slot_k])
-                    # In the code that computes the last step, which is the loop's if that step is whole.
-                    last_too = masked and blocks == (left or parts)
-                    ends = step == ending_step if last_too else None
-                    p, acc, top, total = soften(s, acc, top, total, ends)
+                    if mask is None:
+                        zeros = plgpu.ACC((ROWS, blocks * BLOCK), jnp.float32)
+                        s = pl.run_scoped(lambda s: (multiply(s), s[...])[1], zeros)
+                    else:
+                        s = pl.run_state(multiply)(plgpu.ACC.init(mask))
+                    plgpu.barrier_arrive(k_used.at[slot])
+                    return s
+
+                def weights(s, top):
+                    """Of scores, relative to the largest so far, and this maximum."""
+                    scale = LOG2_E * dim**-0.5
+                    top = jnp.maximum(top, s.max(axis=1) * scale)
+                    return jnp.exp2(s * scale - of_rows(top, s.shape[1])), top
+
+                def add_values(step, blocks, p, acc, top, total):
+                    slot, next_entry = slot_of(value_entry(number, step)), key_entry(number, step + 1)
                     acc, total, top, p = lax.optimization_barrier((acc, total, top, p.astype(q.dtype)))
                     plgpu.barrier_arrive(turns)
-                    plgpu.barrier_wait(v_ready.at[slot_v])
+                    plgpu.barrier_wait(v_ready.at[slot])
                     plgpu.barrier_wait(turns)
 
-                    def add_values(acc):
-                        plgpu.wgmma(acc, p, v_smem.at[slot_v, rows])
+                    def multiply(acc):
+                        plgpu.wgmma(acc, p, v_smem.at[slot, pl.ds(0, blocks * BLOCK)])
                         plgpu.barrier_wait(k_ready.at[slot_of(next_entry)])  # further keys, or the state
 
-                    acc = pl.run_state(add_values)(plgpu.ACC.init(acc))
-                    plgpu.barrier_arrive(v_used.at[slot_v])
+                    acc = pl.run_state(multiply)(plgpu.ACC.init(acc))
+                    plgpu.barrier_arrive(v_used.at[slot])
                     return acc, top, total
 
-                # The step that reaches behind the last key, if any. Its masks are behind a branch.
-                last_end = BLOCK * (table[b, head, tile, chosen - 1] + 1)
-                ending_step = jnp.where(last_end > length, jnp.int32(steps - 1), jnp.int32(-1))
+                def end_mask():
+                    """What scores of the table's last blocks begin with: -inf behind the last key."""
+                    shape = (ROWS, first * BLOCK)
+                    behind = BLOCK * (table[b, head, tile, chosen - 1] + 1) - length
+
+                    def masked():
+                        column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=WGMMA)
+                        return jnp.where(column >= shape[1] - behind, -jnp.inf, 0.0)
+
+                    return lax.cond(behind > 0, masked, lambda: plgpu.layout_cast(jnp.zeros(shape, jnp.float32), WGMMA))
+
+                def attend_first(mask):
+                    lowest = plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), ROW)
+                    p, top = weights(own_scores(0, first, mask), lowest)
+                    acc = plgpu.layout_cast(jnp.zeros((ROWS, dim), jnp.float32), WGMMA)
+                    return add_values(0, first, p, acc, top, p.sum(axis=1))
+
+                def attend(step, carry):
+                    acc, top, total = carry
+                    p, new_top = weights(own_scores(step, parts), top)
+                    decay = jnp.exp2(top - new_top)
+                    return add_values(step, parts, p, acc * of_rows(decay), new_top, total * decay + p.sum(axis=1))
+
+                mask = end_mask() if length % block_k else None
                 plgpu.barrier_wait(q_ready.at[wg])
                 plgpu.barrier_wait(k_ready.at[key_slot(0)])
-                acc = plgpu.layout_cast(jnp.zeros((ROWS, dim), jnp.float32), WGMMA)
-                top = plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), ROW)
-                total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW)
                 pl.when(wg == 1)(give_and_take_turns)
-                carry = lax.fori_loop(0, whole, attend, (acc, top, total))
-                if left:
-                    carry = attend(jnp.int32(whole), carry, blocks=left)
-                acc, _, total = carry
+                acc, _, total = lax.fori_loop(1, steps, attend, attend_first(mask))
                 # Neither group waits for the other's epilogue.
                 pl.when(wg == 0)(lambda: plgpu.barrier_arrive(turns))
                 # A reciprocal a row, for divisions take many instructions.
