@@ -78,6 +78,8 @@ def sla_parts(inputs: list[jax.Array], topk: float) -> dict[str, Any]:
         "query_means_ms": milliseconds(lambda q: sla_triton.block_means(q, 128), (q,)),
         "sparse_mosaic_ms": milliseconds(mosaic, operands),
         "sparse_triton_ms": milliseconds(lambda *a: triton(*a)[0], operands),
+        "sparse_mosaic_bounded_ms": milliseconds(functools.partial(mosaic, bounded=True), operands),
+        "sparse_triton_bounded_ms": milliseconds(lambda *a: triton(*a, bounded=True)[0], operands),
     }
     return parts | {
         "sparse_mosaic_tflops": 4e-9 * pairs * DIM / parts["sparse_mosaic_ms"],

@@ -79,9 +79,22 @@ def test_hopper_kernel(length, dim, block_k, count):
 
     with jax.default_matmul_precision("highest"):
         inputs, expected = operands(length, 40, dim, block_k, count)
-    run = jax.jit(functools.partial(sla_mosaic.sparse_forward, block_k=block_k))
-    got = run(*inputs)
-    assert bool((got == run(*inputs)).all())
+    for bounded in (False, True):
+        run = jax.jit(functools.partial(sla_mosaic.sparse_forward, block_k=block_k, bounded=bounded))
+        got = run(*inputs)
+        assert bool((got == run(*inputs)).all())
+        assert relative_rms(got, expected) < 1e-2
+
+
+@pytest.mark.parametrize(("length", "dim", "block_k", "count"), [(1000, 128, 64, 5), (1000, 64, 128, 8)])
+def test_bounded_scores_need_no_maximum(length, dim, block_k, count):
+    from turbojax.kernels import sla_triton
+
+    with jax.default_matmul_precision("highest"):
+        inputs, expected = operands(length, 40, dim, block_k, count)
+    tiles = sla_triton.tiles(compute_capability(), block_q=128, block_k=block_k, dim=dim)
+    sizes = {"block_q": 128, "block_k": block_k, "tiles": tiles, "bounded": True}
+    got, _, _ = jax.jit(functools.partial(sla_triton.sparse_forward, **sizes))(*inputs)
     assert relative_rms(got, expected) < 1e-2
 
 

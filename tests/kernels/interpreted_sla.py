@@ -116,6 +116,24 @@ def test_scores_a_step_ahead_change_nothing(length, count, block_k):
     np.testing.assert_array_equal(sla_fused.attention(*inputs, ahead), sla_fused.attention(*inputs, settings))
 
 
+@pytest.mark.parametrize(("length", "count", "block_k"), [(300, 3, 64), (256, 4, 64), (330, 2, 128), (40, 1, 64)])
+def test_bounded_scores_need_no_maximum(length, count, block_k):
+    q, k, v, weight, bias = arrays(length, dim=64)
+    settings = sla_fused.settings("triton", count, block_q=64, block_k=block_k, dim=64)
+    k_means, state, normalizer = sla_triton.key_summary(k, v, block_k)
+    operands = q, k, v, sla_fused.block_table(q, k_means, settings), sla_fused.project_state(state, weight)
+    run = functools.partial(
+        sla_triton.sparse_forward, *operands, normalizer, bias, block_q=64, block_k=block_k, residuals=True
+    )
+    out, sparse, lse = run(tiles=settings.tiles)
+    for ahead in (False, True):
+        tiles = settings.tiles._replace(ahead=ahead)
+        bounded_out, bounded_sparse, bounded_lse = run(tiles=tiles, bounded=True)
+        assert errors(bounded_out, out)[1] < 3e-2
+        assert errors(bounded_sparse, sparse)[1] < 3e-2
+        np.testing.assert_allclose(bounded_lse, lse, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", "abcd")
 def test_golden_files(name):
     """Numbers of the public PyTorch code in float32; inputs are rounded to bfloat16 here."""

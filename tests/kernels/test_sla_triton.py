@@ -43,7 +43,9 @@ def test_sparse_forward_compiles_within_limits(block_q, block_k, dim, residuals,
     blocks = {"BLOCK_Q": block_q, "BLOCK_K": block_k, "KEYS": tiles.step, "COUNT": 59}
     constants = SHAPE | blocks | {"H": dim, "SCALE": 0.1275, "RESIDUALS": residuals, "AHEAD": tiles.ahead}
     settings = {"warps": tiles.warps, "stages": tiles.stages, "capability": capability}
-    assert_within_limits(sla_triton.sparse_forward_kernel, FORWARD, constants, **settings)
+    for bounded in (False, True) if capability == 90 else (False,):
+        forms = constants | {"BOUNDED": bounded}
+        assert_within_limits(sla_triton.sparse_forward_kernel, FORWARD, forms, **settings)
 
 
 @pytest.mark.parametrize("capability", SHARED_MEMORY)

@@ -42,13 +42,15 @@ def sparse_forward(
     bias: jax.Array,
     *,
     block_k: int,
+    bounded: bool = False,
     num_sms: int | None = None,
 ) -> jax.Array:
     """The sparse branch over the blocks of `table`, plus the linear branch from its state: bfloat16 `[B, L, N, H]`.
 
     q, k, v bfloat16 `[B, L, N, H]`; table int32 `[B, N, ceil(L / 128), chosen]`, ascending; projected bfloat16
     `[B, N, H, H]`, (phi(k)^T v) W_l^T; normalizer float32 `[B, N, H]`, the sum of phi(k); bias float32 `[H]`. H is 64
-    or 128 and block_k, too; L is a multiple of 8.
+    or 128 and block_k, too; L is a multiple of 8. bounded: no score is further from zero than `sla_triton.BOUND`; then
+    no maximum is looked for, and the sums need not be rescaled for it.
     """
     batch, length, heads, dim = q.shape
     if block_k == 2 * BLOCK:
@@ -169,11 +171,16 @@ def sparse_forward(
                     plgpu.barrier_arrive(k_used.at[slot])
                     return s
 
-                def weights(s, top):
-                    """Of scores, relative to the largest so far, and this maximum."""
+                def soften(s, acc, top, total):
+                    """Weights of scores, and what came before: the sum of values, the maximum, the denominator."""
                     scale = LOG2_E * dim**-0.5
-                    top = jnp.maximum(top, s.max(axis=1) * scale)
-                    return jnp.exp2(s * scale - of_rows(top, s.shape[1])), top
+                    if bounded:
+                        p = jnp.exp2(s * scale)
+                        return p, acc, top, total + p.sum(axis=1)
+                    new_top = jnp.maximum(top, s.max(axis=1) * scale)
+                    decay = jnp.exp2(top - new_top)
+                    p = jnp.exp2(s * scale - of_rows(new_top, s.shape[1]))
+                    return p, acc * of_rows(decay), new_top, total * decay + p.sum(axis=1)
 
                 def add_values(step, blocks, p, acc, top, total):
                     slot, next_entry = slot_of(value_entry(number, step)), key_entry(number, step + 1)
@@ -201,23 +208,20 @@ def sparse_forward(
 
                     return lax.cond(behind > 0, masked, lambda: plgpu.layout_cast(jnp.zeros(shape, jnp.float32), WGMMA))
 
-                def attend_first(mask):
-                    lowest = plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), ROW)
-                    p, top = weights(own_scores(0, first, mask), lowest)
-                    acc = plgpu.layout_cast(jnp.zeros((ROWS, dim), jnp.float32), WGMMA)
-                    return add_values(0, first, p, acc, top, p.sum(axis=1))
-
-                def attend(step, carry):
+                def attend(step, carry, *, blocks: int = parts, mask=None):
                     acc, top, total = carry
-                    p, new_top = weights(own_scores(step, parts), top)
-                    decay = jnp.exp2(top - new_top)
-                    return add_values(step, parts, p, acc * of_rows(decay), new_top, total * decay + p.sum(axis=1))
+                    p, acc, top, total = soften(own_scores(step, blocks, mask), acc, top, total)
+                    return add_values(step, blocks, p, acc, top, total)
 
                 mask = end_mask() if length % block_k else None
                 plgpu.barrier_wait(q_ready.at[wg])
                 plgpu.barrier_wait(k_ready.at[key_slot(0)])
+                acc = plgpu.layout_cast(jnp.zeros((ROWS, dim), jnp.float32), WGMMA)
+                top = plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), ROW)
+                total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW)
                 pl.when(wg == 1)(give_and_take_turns)
-                acc, _, total = lax.fori_loop(1, steps, attend, attend_first(mask))
+                carry = attend(0, (acc, top, total), blocks=first, mask=mask)
+                acc, _, total = lax.fori_loop(1, steps, attend, carry)
                 # Neither group waits for the other's epilogue.
                 pl.when(wg == 0)(lambda: plgpu.barrier_arrive(turns))
                 # A reciprocal a row, for divisions take many instructions.

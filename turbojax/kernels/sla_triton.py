@@ -16,6 +16,8 @@ from turbojax.kernels import triton_call
 
 LOG2_E = tl.constexpr(math.log2(math.e))
 SUMMARY_PROGRAMS = 528  # about: four for each multiprocessor of an H100
+# Scores no further from zero than this need no maximum: 2^x of them, summed, stays within float32 and bfloat16.
+BOUND = 60.0
 KEY_ROWS = 32  # keys of a step of `key_summary`: the most that leave a multiprocessor two programs of eight warps
 
 
@@ -130,17 +132,24 @@ def choose_blocks_kernel(scores, table, BLOCKS: tl.constexpr, COUNT: tl.constexp
 
 
 @triton.jit
-def soften(s, top, total, SCALE: tl.constexpr):
-    """Weights of scores in base 2, and the decay of what came before; the new maximum and denominator."""
-    higher = tl.maximum(top, tl.max(s, axis=1) * SCALE)
-    p = tl.exp2(s * SCALE - higher[:, None])
-    decay = tl.exp2(top - higher)
-    return p, decay, higher, total * decay + tl.sum(p, axis=1)
+def soften(s, top, total, acc, SCALE: tl.constexpr, BOUNDED: tl.constexpr):
+    """Weights of scores in base 2; what came before, decayed: the maximum, the denominator and the sum of values."""
+    if BOUNDED:
+        p = tl.exp2(s * SCALE)
+        total += tl.sum(p, axis=1)
+    else:
+        higher = tl.maximum(top, tl.max(s, axis=1) * SCALE)
+        p = tl.exp2(s * SCALE - higher[:, None])
+        decay = tl.exp2(top - higher)
+        total = total * decay + tl.sum(p, axis=1)
+        acc = acc * decay[:, None]
+        top = higher
+    return p, top, total, acc
 
 
 @triton.jit
 def attend_masked(queries, k, v, left, top, total, acc, KEYS: tl.constexpr, ROW: tl.constexpr, H: tl.constexpr,
-                  SCALE: tl.constexpr):  # fmt: skip
+                  SCALE: tl.constexpr, BOUNDED: tl.constexpr):  # fmt: skip
     """One step of softmax attention over KEYS rows at k and v, ROW elements apart, of which `left` exist.
 
     top, total and acc are the running maximum, denominator and sum. Rows past the end repeat the last one.
@@ -149,8 +158,8 @@ def attend_masked(queries, k, v, left, top, total, acc, KEYS: tl.constexpr, ROW:
     rows = tl.minimum(keys, tl.maximum(left - 1, 0))
     offsets = rows[:, None] * ROW + tl.arange(0, H)[None, :]
     s = tl.where((keys < left)[None, :], tl.dot(queries, tl.load(k + offsets).T), -float("inf"))
-    p, decay, top, total = soften(s, top, total, SCALE)
-    acc = tl.dot(p.to(tl.bfloat16), tl.load(v + offsets), acc * decay[:, None])
+    p, top, total, acc = soften(s, top, total, acc, SCALE, BOUNDED)
+    acc = tl.dot(p.to(tl.bfloat16), tl.load(v + offsets), acc)
     return top, total, acc
 
 
@@ -176,10 +185,11 @@ def sparse_forward_kernel(
     SCALE: tl.constexpr,
     RESIDUALS: tl.constexpr,
     AHEAD: tl.constexpr,
+    BOUNDED: tl.constexpr,
 ):
     """One program a query block of a head: softmax over its COUNT key blocks, KEYS at a time, plus the linear branch.
 
-    RESIDUALS: also stores the softmax's own result and log2 of its denominators.
+    RESIDUALS: also stores the softmax's own result and log2 of its denominators. BOUNDED: scores are within BOUND.
     """
     i, head = tl.program_id(0), tl.program_id(1)
     sample = (head // N).to(tl.int64) * L * N * H + (head % N) * H
@@ -196,36 +206,49 @@ def sparse_forward_kernel(
     k += sample
     v += sample
     table += (head * tl.cdiv(L, BLOCK_Q) + i).to(tl.int64) * COUNT
-    top = tl.full((BLOCK_Q,), -float("inf"), tl.float32)
+    top = tl.full((BLOCK_Q,), 0.0 if BOUNDED else -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_Q,), tl.float32)
     acc = tl.zeros((BLOCK_Q, H), tl.float32)
     whole: tl.constexpr = COUNT - (L % BLOCK_K > 0)
+    late: tl.constexpr = AHEAD and BOUNDED
     if partial:  # ascending order puts the partial block last: it goes first, so that the loop needs no mask
         last = tl.load(table + COUNT - 1) * BLOCK_K
         for step in tl.range(steps, num_stages=1):
             first = tl.minimum(last + step * KEYS, L - 1)
             block = first.to(tl.int64) * (N * H)
             left = L - last - step * KEYS
-            top, total, acc = attend_masked(queries, k + block, v + block, left, top, total, acc, KEYS, N * H, H, SCALE)
+            top, total, acc = attend_masked(queries, k + block, v + block, left, top, total, acc, KEYS, N * H, H, SCALE,
+                                            BOUNDED)  # fmt: skip
     if whole:
         # Table entries are read ahead: loads whose address comes from a load of the same step are fetched less early.
         kv_offsets = tl.arange(0, KEYS)[:, None] * (N * H) + columns[None, :]
         block = (tl.load(table) * BLOCK_K).to(tl.int64) * (N * H)
         chosen = tl.load(table + min(1 // steps, whole - 1))
-        if AHEAD:  # tensor cores compute the next scores during a softmax; the last ones are for nothing
+        if late:  # nothing rescales the sum, so that tensor cores add a step's values during the next one's softmax
+            p = tl.exp2(tl.dot(queries, tl.load(k + block + kv_offsets).T) * SCALE)
+        elif AHEAD:  # tensor cores compute the next scores during a softmax; the last ones are for nothing
             s = tl.dot(queries, tl.load(k + block + kv_offsets).T)
-        for step in range(whole * steps):
+        for step in range(whole * steps - late):
             here = block
             block = (chosen * BLOCK_K + ((step + 1) % steps) * KEYS).to(tl.int64) * (N * H)
             chosen = tl.load(table + tl.minimum((step + 2) // steps, whole - 1))
-            if AHEAD:
-                next_s = tl.dot(queries, tl.load(k + block + kv_offsets).T)
+            if late:
+                s = tl.dot(queries, tl.load(k + block + kv_offsets).T)
+                total += tl.sum(p, axis=1)
+                acc = tl.dot(p.to(tl.bfloat16), tl.load(v + here + kv_offsets), acc)
+                p = tl.exp2(s * SCALE)
             else:
-                s = tl.dot(queries, tl.load(k + here + kv_offsets).T)
-            p, decay, top, total = soften(s, top, total, SCALE)
-            acc = tl.dot(p.to(tl.bfloat16), tl.load(v + here + kv_offsets), acc * decay[:, None])
-            if AHEAD:
-                s = next_s
+                if AHEAD:
+                    next_s = tl.dot(queries, tl.load(k + block + kv_offsets).T)
+                else:
+                    s = tl.dot(queries, tl.load(k + here + kv_offsets).T)
+                p, top, total, acc = soften(s, top, total, acc, SCALE, BOUNDED)
+                acc = tl.dot(p.to(tl.bfloat16), tl.load(v + here + kv_offsets), acc)
+                if AHEAD:
+                    s = next_s
+        if late:
+            total += tl.sum(p, axis=1)
+            acc = tl.dot(p.to(tl.bfloat16), tl.load(v + block + kv_offsets), acc)
     acc = acc / total[:, None]
     inside = (rows < L)[:, None]
     if RESIDUALS:
@@ -362,13 +385,14 @@ def sparse_forward(
     block_k: int,
     tiles: Tiles,
     residuals: bool = False,
+    bounded: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Softmax over the chosen key blocks plus the linear branch, bfloat16 `[B, L, N, H]`.
 
     q, k, v bfloat16 `[B, L, N, H]`; table int32 `[B, N, query blocks, chosen]`, ascending; projected = phi(k)^T v W^T
     bfloat16 `[B, N, H, H]`; normalizer = sum phi(k) float32 `[B, N, H]`; bias float32 `[H]`. With residuals also the
     softmax branch alone, bfloat16 `[B, L, N, H]`, and its log2-sum-exp2, float32 `[B, N, L]`; without, both `[1]`
-    and undefined.
+    and undefined. bounded: no score is further from zero than BOUND; then no maximum is looked for.
     """
     batch, length, heads, dim = q.shape
     out, sparse, lse = triton_call.triton_call(
@@ -398,5 +422,6 @@ def sparse_forward(
         SCALE=dim**-0.5 * LOG2_E.value,
         RESIDUALS=residuals,
         AHEAD=tiles.ahead,
+        BOUNDED=bounded,
     )
     return out, sparse, lse
