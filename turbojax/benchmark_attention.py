@@ -1,5 +1,6 @@
 """Measurements of self-attention: dense, SLA and SageSLA at the shapes of the published models."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -39,12 +40,32 @@ def whole_op(heads: int, tokens: int, topk: float, *, parts: bool) -> dict[str, 
     for implementation in ("mosaic", "triton"):
         whole = functools.partial(sla.sparse_linear_attention, topk=topk, implementation=implementation)
         rows[f"sla_{implementation}_ms"] = milliseconds(whole, inputs)
+    for name, form in forms(chosen_blocks(inputs[0], topk, 64)).items():
+        rows[f"sla_{name}_ms"] = milliseconds(form, inputs)
     rows["sagesla_ms"] = milliseconds(functools.partial(sage.sage_sparse_linear_attention, topk=topk), inputs)
     if parts:
         rows["sla_parts"] = sla_parts(inputs, topk)
         rows["sagesla_parts"] = sage_parts(inputs, topk)
     logging.info("%d heads, %d tokens, topk %s: %s", heads, tokens, topk, rows)
     return rows
+
+
+def forms(count: int) -> dict[str, Callable]:
+    """The whole op in forms that nothing runs with yet, for `count` key blocks."""
+    from turbojax.kernels import sla_fused
+
+    mosaic = sla_fused.settings("mosaic", count, block_q=128, block_k=64, dim=DIM)
+    triton = dataclasses.replace(mosaic, sparse_kernel="triton")
+    made = {
+        "mosaic_bounded": dataclasses.replace(mosaic, bounded=True),
+        "triton_bounded": dataclasses.replace(triton, bounded=True),
+        "triton_late": dataclasses.replace(triton, tiles=triton.tiles._replace(late=True)),
+    }
+
+    def run(settings: sla_fused.Settings) -> Callable:
+        return lambda *inputs: sla_fused.attention(*inputs, settings)
+
+    return {name: run(settings) for name, settings in made.items()}
 
 
 def random_inputs(heads: int, tokens: int, seed: int = 0) -> list[jax.Array]:
@@ -65,8 +86,8 @@ def sla_parts(inputs: list[jax.Array], topk: float) -> dict[str, Any]:
 
     q, k, v, weight, bias = inputs
     settings = sla_fused.settings("mosaic", chosen_blocks(q, topk, 64), block_q=128, block_k=64, dim=DIM)
-    k_means, state, normalizer = jax.jit(lambda k, v: sla_triton.key_summary(k, v, 64))(k, v)
-    table = jax.jit(lambda q, k_means: sla_fused.block_table(q, k_means, settings))(q, k_means)
+    k_means, state, normalizer, _ = jax.jit(lambda k, v: sla_triton.key_summary(k, v, 64))(k, v)
+    table, _ = jax.jit(lambda q, k_means: sla_fused.block_table(q, k_means, settings))(q, k_means)
     projected = sla_fused.project_state(state, weight)
     operands = (q, k, v, table, projected, normalizer, bias.astype(jnp.float32))
     triton = functools.partial(sla_triton.sparse_forward, block_q=128, block_k=64, tiles=settings.tiles)
@@ -78,8 +99,6 @@ def sla_parts(inputs: list[jax.Array], topk: float) -> dict[str, Any]:
         "query_means_ms": milliseconds(lambda q: sla_triton.block_means(q, 128), (q,)),
         "sparse_mosaic_ms": milliseconds(mosaic, operands),
         "sparse_triton_ms": milliseconds(lambda *a: triton(*a)[0], operands),
-        "sparse_mosaic_bounded_ms": milliseconds(functools.partial(mosaic, bounded=True), operands),
-        "sparse_triton_bounded_ms": milliseconds(lambda *a: triton(*a, bounded=True)[0], operands),
     }
     return parts | {
         "sparse_mosaic_tflops": 4e-9 * pairs * DIM / parts["sparse_mosaic_ms"],
@@ -96,7 +115,7 @@ def sage_parts(inputs: list[jax.Array], topk: float) -> dict[str, Any]:
 
     q, k, v, weight, bias = inputs
     settings = sage_fused.settings(chosen_blocks(q, topk, 128), block_q=64, block_k=128, values="float8")
-    k_means, state, normalizer = jax.jit(lambda k, v: sla_triton.key_summary(k, v, 128))(k, v)
+    k_means, state, normalizer, _ = jax.jit(lambda k, v: sla_triton.key_summary(k, v, 128))(k, v)
     k_mean = sla_triton.mean_of_means(k_means, k.shape[1], 128)
     quantize_q = functools.partial(sage_triton.quantize_rows, block=64, means=True)
     quantize_k = functools.partial(sage_triton.quantize_rows, block=128)

@@ -10,12 +10,12 @@ from turbojax.kernels import sla, sla_backward_triton, sla_linear_triton, sla_tr
 
 SHAPE = {"L": 75600, "N": 40}  # with a partial block at the end
 FORWARD = dict.fromkeys(("q", "k", "v", "projected", "out", "sparse"), BF16) | {"table": INT32}
-FORWARD |= dict.fromkeys(("normalizer", "bias", "lse"), F32)
+FORWARD |= dict.fromkeys(("normalizer", "bias", "bounds", "lse"), F32)
 BACKWARD = dict.fromkeys(("q", "k", "v", "sparse", "d_out", "linear", "linear_k", "linear_v"), BF16)
 BACKWARD |= dict.fromkeys(("dq", "dk", "dv", "projected", "d_state"), BF16)
 BACKWARD |= dict.fromkeys(("normalizer", "d_projected", "d_normalizer", "d_bias"), F32)
 BACKWARD |= dict.fromkeys(("table", "queries", "begins"), INT32) | dict.fromkeys(("lse", "delta"), F32)
-SUMMARY = {"k": BF16, "v": BF16, "means": F32, "states": F32, "normalizers": F32}
+SUMMARY = {"k": BF16, "v": BF16, "means": F32, "states": F32, "normalizers": F32, "norms": F32}
 
 
 def test_kernels_in_the_interpreter():
@@ -43,8 +43,8 @@ def test_sparse_forward_compiles_within_limits(block_q, block_k, dim, residuals,
     blocks = {"BLOCK_Q": block_q, "BLOCK_K": block_k, "KEYS": tiles.step, "COUNT": 59}
     constants = SHAPE | blocks | {"H": dim, "SCALE": 0.1275, "RESIDUALS": residuals, "AHEAD": tiles.ahead}
     settings = {"warps": tiles.warps, "stages": tiles.stages, "capability": capability}
-    for bounded in (False, True) if capability == 90 else (False,):
-        forms = constants | {"BOUNDED": bounded}
+    for late, bounded in ((False, False), (False, True), (True, False)) if capability == 90 else ((False, False),):
+        forms = constants | {"LATE": late, "BOUNDED": bounded}
         assert_within_limits(sla_triton.sparse_forward_kernel, FORWARD, forms, **settings)
 
 
@@ -64,13 +64,14 @@ def test_sparse_backward_compiles_within_limits(block_q, block_k, dim, capabilit
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("dim", [64, 128])
 def test_small_kernels_compile_within_limits(dim, capability):
-    shape = SHAPE | {"H": dim}
-    summary = shape | {"ROWS": sla_triton.KEY_ROWS, "SHARE": 182, "SHARES": 13}
-    assert_within_limits(sla_triton.key_summary_kernel, SUMMARY, summary, warps=8, stages=3, capability=capability)
-    means = {"x": BF16, "means": F32}
-    assert_within_limits(
-        sla_triton.block_means_kernel, means, shape | {"BLOCK": 128}, warps=4, stages=1, capability=capability
-    )
+    for norms in (False, True):
+        shape = SHAPE | {"H": dim, "NORMS": norms}
+        summary = shape | {"ROWS": sla_triton.KEY_ROWS, "SHARE": 182, "SHARES": 13}
+        assert_within_limits(sla_triton.key_summary_kernel, SUMMARY, summary, warps=8, stages=3, capability=capability)
+        means = {"x": BF16, "means": F32, "norms": F32}
+        assert_within_limits(
+            sla_triton.block_means_kernel, means, shape | {"BLOCK": 128}, warps=4, stages=1, capability=capability
+        )
     choose = {"BLOCKS": 4000, "COUNT": 400, "WIDTH": 4096}
     scores = {"scores": F32, "table": INT32}
     assert_within_limits(sla_triton.choose_blocks_kernel, scores, choose, warps=2, stages=1, capability=capability)

@@ -50,7 +50,7 @@ def attention(
 ) -> jax.Array:
     """`sage.sage_sparse_linear_attention` of bfloat16 q, k, v `[B, L, N, H]`."""
     s = settings
-    k_means, state, normalizer = sla_triton.key_summary(k, v, s.block_k)
+    k_means, state, normalizer, _ = sla_triton.key_summary(k, v, s.block_k)
     k_mean = sla_triton.mean_of_means(k_means, k.shape[1], s.block_k)
     k_code, k_scale, _ = sage_triton.quantize_rows(k, s.block_k, mean=k_mean)
     q, k_code = lax.optimization_barrier((q, k_code))  # k's memory is free before q's codes take some

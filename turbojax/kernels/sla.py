@@ -27,6 +27,8 @@ Implementation = Literal["mosaic", "triton", "reference"]
 
 BLOCKS = ((128, 64), (64, 64), (64, 128))  # rows of query and key blocks that the kernels take
 MOST_KEY_BLOCKS = 4096
+# Scores no further from zero than this need no maximum: 2^x of them, summed, stays within float32 and bfloat16.
+BOUND = 60.0
 
 
 def choose(implementation: Implementation | None, q: jax.Array, *, block_q: int, block_k: int) -> Implementation:

@@ -9,6 +9,7 @@ of this one.
 The groups take turns: while one takes its softmax the other has the tensor core to itself.
 """
 
+import functools
 import math
 
 import jax
@@ -17,7 +18,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from turbojax.kernels import mosaic
+from turbojax.kernels import mosaic, sla
 
 CONSUMERS = 2  # warp groups that compute
 ROWS = 64  # queries of one of them
@@ -41,16 +42,16 @@ def sparse_forward(
     normalizer: jax.Array,
     bias: jax.Array,
     *,
+    bounds: jax.Array | None = None,
     block_k: int,
-    bounded: bool = False,
     num_sms: int | None = None,
 ) -> jax.Array:
     """The sparse branch over the blocks of `table`, plus the linear branch from its state: bfloat16 `[B, L, N, H]`.
 
     q, k, v bfloat16 `[B, L, N, H]`; table int32 `[B, N, ceil(L / 128), chosen]`, ascending; projected bfloat16
     `[B, N, H, H]`, (phi(k)^T v) W_l^T; normalizer float32 `[B, N, H]`, the sum of phi(k); bias float32 `[H]`. H is 64
-    or 128 and block_k, too; L is a multiple of 8. bounded: no score is further from zero than `sla_triton.BOUND`; then
-    no maximum is looked for, and the sums need not be rescaled for it.
+    or 128 and block_k, too; L is a multiple of 8. bounds float32 `[B, N, ceil(L / 128)]`, if given: how far from zero a
+    tile's scores can be; within `sla.BOUND` no maximum is looked for, and nothing is rescaled for it.
     """
     batch, length, heads, dim = q.shape
     if block_k == 2 * BLOCK:
@@ -67,7 +68,9 @@ def sparse_forward(
     vectors = jnp.stack([normalizer, jnp.broadcast_to(bias, normalizer.shape)], axis=2)
     tiles = pl.cdiv(length, BLOCK_Q)
 
-    def kernel(q, k, v, table, projected, vectors, out, buffers, barriers):
+    def kernel(q, k, v, table, projected, vectors, *rest):
+        *given, out, buffers, barriers = rest
+        (bounds,) = given or (None,)
         q_smem, k_smem, v_smem, vectors_smem = buffers
         q_ready, k_ready, v_ready, q_used, k_used, v_used, turns = barriers
         wg = lax.axis_index("wg")
@@ -171,10 +174,10 @@ def sparse_forward(
                     plgpu.barrier_arrive(k_used.at[slot])
                     return s
 
-                def soften(s, acc, top, total):
+                def soften(s, acc, top, total, *, bounded=False):
                     """Weights of scores, and what came before: the sum of values, the maximum, the denominator."""
                     scale = LOG2_E * dim**-0.5
-                    if bounded:
+                    if bounded:  # top is zero
                         p = jnp.exp2(s * scale)
                         return p, acc, top, total + p.sum(axis=1)
                     new_top = jnp.maximum(top, s.max(axis=1) * scale)
@@ -208,10 +211,18 @@ def sparse_forward(
 
                     return lax.cond(behind > 0, masked, lambda: plgpu.layout_cast(jnp.zeros(shape, jnp.float32), WGMMA))
 
-                def attend(step, carry, *, blocks: int = parts, mask=None):
+                def attend(step, carry, *, blocks: int = parts, mask=None, bounded=False):
+                    p, *carry = soften(own_scores(step, blocks, mask), *carry, bounded=bounded)
+                    return add_values(step, blocks, p, *carry)
+
+                def attend_further(carry):
+                    return lax.fori_loop(1, steps, attend, carry)
+
+                def attend_bounded(carry):
                     acc, top, total = carry
-                    p, acc, top, total = soften(own_scores(step, blocks, mask), acc, top, total)
-                    return add_values(step, blocks, p, acc, top, total)
+                    unit = jnp.exp2(top)
+                    carry = acc * of_rows(unit), jnp.zeros_like(top), total * unit
+                    return lax.fori_loop(1, steps, functools.partial(attend, bounded=True), carry)
 
                 mask = end_mask() if length % block_k else None
                 plgpu.barrier_wait(q_ready.at[wg])
@@ -221,7 +232,11 @@ def sparse_forward(
                 total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW)
                 pl.when(wg == 1)(give_and_take_turns)
                 carry = attend(0, (acc, top, total), blocks=first, mask=mask)
-                acc, _, total = lax.fori_loop(1, steps, attend, carry)
+                if bounds is None:
+                    carry = attend_further(carry)
+                else:
+                    carry = lax.cond(bounds[b, head, tile] <= sla.BOUND, attend_bounded, attend_further, carry)
+                acc, _, total = carry
                 # Neither group waits for the other's epilogue.
                 pl.when(wg == 0)(lambda: plgpu.barrier_arrive(turns))
                 # A reciprocal a row, for divisions take many instructions.
@@ -288,4 +303,4 @@ def sparse_forward(
         ),
     )
     with jax.named_scope("sla_sparse_forward"):
-        return call(q, k, v, table, projected, vectors)
+        return call(q, k, v, table, projected, vectors, *(() if bounds is None else (bounds,)))

@@ -12,22 +12,25 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from turbojax.kernels import triton_call
+from turbojax.kernels import sla, triton_call
 
 LOG2_E = tl.constexpr(math.log2(math.e))
+BOUND = tl.constexpr(sla.BOUND)
 SUMMARY_PROGRAMS = 528  # about: four for each multiprocessor of an H100
-# Scores no further from zero than this need no maximum: 2^x of them, summed, stays within float32 and bfloat16.
-BOUND = 60.0
 KEY_ROWS = 32  # keys of a step of `key_summary`: the most that leave a multiprocessor two programs of eight warps
 
 
 class Tiles(NamedTuple):
-    """Rows that a step of the loop takes, warps, stages of loads in flight, and whether scores are a step ahead."""
+    """Rows that a step of the loop takes, warps, stages of loads in flight.
+
+    ahead: scores are a step ahead. late: values are a step late, which takes Hopper's registers and is not timed yet.
+    """
 
     step: int
     warps: int
     stages: int
     ahead: bool = False
+    late: bool = False
 
 
 def tiles(capability: tuple[int, int] | None, *, block_q: int, block_k: int, dim: int) -> Tiles:
@@ -51,14 +54,29 @@ def sum_rows(x, ROWS: tl.constexpr):
 
 
 @triton.jit
-def block_means_kernel(x, means, L: tl.constexpr, N: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr):
-    """One program the mean of BLOCK rows of a head; heads run fastest, as they lie in memory."""
+def largest_norm(x):
+    """The largest norm of a row of a tile [ROWS, H], float32."""
+    x = x.to(tl.float32)
+    return tl.sqrt(tl.max(tl.sum(x * x, axis=1), axis=0))
+
+
+@triton.jit
+def block_means_kernel(
+    x, means, norms, L: tl.constexpr, N: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr, NORMS: tl.constexpr
+):
+    """One program the mean of BLOCK rows of a head; heads run fastest, as they lie in memory.
+
+    NORMS: also the largest norm of a row.
+    """
     n, i, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     rows, columns = i * BLOCK + tl.arange(0, BLOCK), tl.arange(0, H)
     offsets = ((b.to(tl.int64) * L + rows) * N + n)[:, None] * H + columns[None, :]
     values = tl.load(x + offsets, mask=(rows < L)[:, None], other=0.0)
     mean = sum_rows(values, BLOCK) / tl.minimum(BLOCK, L - i * BLOCK).to(tl.float32)
-    tl.store(means + ((b * N + n) * tl.cdiv(L, BLOCK) + i) * H + columns, mean)
+    place = (b * N + n) * tl.cdiv(L, BLOCK) + i
+    tl.store(means + place * H + columns, mean)
+    if NORMS:
+        tl.store(norms + place, largest_norm(values))
 
 
 @triton.jit
@@ -68,14 +86,19 @@ def key_summary_kernel(
     means,
     states,
     normalizers,
+    norms,
     L: tl.constexpr,
     N: tl.constexpr,
     H: tl.constexpr,
     ROWS: tl.constexpr,
     SHARE: tl.constexpr,
     SHARES: tl.constexpr,
+    NORMS: tl.constexpr,
 ):
-    """One program SHARE groups of ROWS keys of a head: their means, and phi(k)^T v and the sum of phi(k) over all."""
+    """One program SHARE groups of ROWS keys of a head: their means, and phi(k)^T v and the sum of phi(k) over all.
+
+    NORMS: also the largest norm of a key of each group.
+    """
     n, share, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     groups: tl.constexpr = (L + ROWS - 1) // ROWS
     columns, in_group = tl.arange(0, H), tl.arange(0, ROWS)
@@ -97,6 +120,8 @@ def key_summary_kernel(
         phi = (e * tl.where(inside, 1.0 / tl.sum(e, axis=1), 0.0)[:, None]).to(tl.bfloat16)
         mean = sum_rows(keys, ROWS) / tl.minimum(ROWS, left).to(tl.float32)
         tl.store(means + (head * groups + j) * H + columns, mean)
+        if NORMS:
+            tl.store(norms + head * groups + j, largest_norm(keys))
         state = tl.dot(phi.T, values, state)
         normalizer = tl.dot(phi.T, ones, normalizer)
     part = head * SHARES + share
@@ -132,24 +157,17 @@ def choose_blocks_kernel(scores, table, BLOCKS: tl.constexpr, COUNT: tl.constexp
 
 
 @triton.jit
-def soften(s, top, total, acc, SCALE: tl.constexpr, BOUNDED: tl.constexpr):
-    """Weights of scores in base 2; what came before, decayed: the maximum, the denominator and the sum of values."""
-    if BOUNDED:
-        p = tl.exp2(s * SCALE)
-        total += tl.sum(p, axis=1)
-    else:
-        higher = tl.maximum(top, tl.max(s, axis=1) * SCALE)
-        p = tl.exp2(s * SCALE - higher[:, None])
-        decay = tl.exp2(top - higher)
-        total = total * decay + tl.sum(p, axis=1)
-        acc = acc * decay[:, None]
-        top = higher
-    return p, top, total, acc
+def soften(s, top, total, SCALE: tl.constexpr):
+    """Weights of scores in base 2, and the decay of what came before; the new maximum and denominator."""
+    higher = tl.maximum(top, tl.max(s, axis=1) * SCALE)
+    p = tl.exp2(s * SCALE - higher[:, None])
+    decay = tl.exp2(top - higher)
+    return p, decay, higher, total * decay + tl.sum(p, axis=1)
 
 
 @triton.jit
 def attend_masked(queries, k, v, left, top, total, acc, KEYS: tl.constexpr, ROW: tl.constexpr, H: tl.constexpr,
-                  SCALE: tl.constexpr, BOUNDED: tl.constexpr):  # fmt: skip
+                  SCALE: tl.constexpr):  # fmt: skip
     """One step of softmax attention over KEYS rows at k and v, ROW elements apart, of which `left` exist.
 
     top, total and acc are the running maximum, denominator and sum. Rows past the end repeat the last one.
@@ -158,8 +176,72 @@ def attend_masked(queries, k, v, left, top, total, acc, KEYS: tl.constexpr, ROW:
     rows = tl.minimum(keys, tl.maximum(left - 1, 0))
     offsets = rows[:, None] * ROW + tl.arange(0, H)[None, :]
     s = tl.where((keys < left)[None, :], tl.dot(queries, tl.load(k + offsets).T), -float("inf"))
-    p, top, total, acc = soften(s, top, total, acc, SCALE, BOUNDED)
-    acc = tl.dot(p.to(tl.bfloat16), tl.load(v + offsets), acc)
+    p, decay, top, total = soften(s, top, total, SCALE)
+    acc = tl.dot(p.to(tl.bfloat16), tl.load(v + offsets), acc * decay[:, None])
+    return top, total, acc
+
+
+@triton.jit
+def attend_late(queries, k, v, table, top, total, acc, COUNT: tl.constexpr, BLOCK_K: tl.constexpr, KEYS: tl.constexpr,
+                ROW: tl.constexpr, H: tl.constexpr, SCALE: tl.constexpr, BOUNDED: tl.constexpr):  # fmt: skip
+    """As `attend`, the values a step behind the scores: tensor cores add them during the next softmax.
+
+    BOUNDED: scores are within BOUND and top is zero; then no maximum is looked for, and nothing is rescaled.
+    """
+    steps: tl.constexpr = BLOCK_K // KEYS
+    offsets = tl.arange(0, KEYS)[:, None] * ROW + tl.arange(0, H)[None, :]
+    block = (tl.load(table) * BLOCK_K).to(tl.int64) * ROW
+    chosen = tl.load(table + min(1 // steps, COUNT - 1))
+    s = tl.dot(queries, tl.load(k + block + offsets).T)
+    if BOUNDED:
+        p = tl.exp2(s * SCALE)
+    else:
+        p, decay, top, total = soften(s, top, total, SCALE)
+    for step in range(COUNT * steps - 1):
+        here = block
+        block = (chosen * BLOCK_K + ((step + 1) % steps) * KEYS).to(tl.int64) * ROW
+        chosen = tl.load(table + tl.minimum((step + 2) // steps, COUNT - 1))
+        s = tl.dot(queries, tl.load(k + block + offsets).T)
+        if BOUNDED:
+            total += tl.sum(p, axis=1)
+            acc = tl.dot(p.to(tl.bfloat16), tl.load(v + here + offsets), acc)
+            p = tl.exp2(s * SCALE)
+        else:
+            acc = tl.dot(p.to(tl.bfloat16), tl.load(v + here + offsets), acc * decay[:, None])
+            p, decay, top, total = soften(s, top, total, SCALE)
+    if BOUNDED:
+        total += tl.sum(p, axis=1)
+    else:
+        acc = acc * decay[:, None]
+    return top, total, tl.dot(p.to(tl.bfloat16), tl.load(v + block + offsets), acc)
+
+
+@triton.jit
+def attend(queries, k, v, table, top, total, acc, COUNT: tl.constexpr, BLOCK_K: tl.constexpr, KEYS: tl.constexpr,
+           ROW: tl.constexpr, H: tl.constexpr, SCALE: tl.constexpr, AHEAD: tl.constexpr):  # fmt: skip
+    """Attention over COUNT whole blocks.
+
+    AHEAD: tensor cores compute the next scores during a softmax; the last ones are for nothing.
+    """
+    steps: tl.constexpr = BLOCK_K // KEYS
+    # Table entries are read ahead: loads whose address comes from a load of the same step are fetched less early.
+    offsets = tl.arange(0, KEYS)[:, None] * ROW + tl.arange(0, H)[None, :]
+    block = (tl.load(table) * BLOCK_K).to(tl.int64) * ROW
+    chosen = tl.load(table + min(1 // steps, COUNT - 1))
+    if AHEAD:
+        s = tl.dot(queries, tl.load(k + block + offsets).T)
+    for step in range(COUNT * steps):
+        here = block
+        block = (chosen * BLOCK_K + ((step + 1) % steps) * KEYS).to(tl.int64) * ROW
+        chosen = tl.load(table + tl.minimum((step + 2) // steps, COUNT - 1))
+        if AHEAD:
+            next_s = tl.dot(queries, tl.load(k + block + offsets).T)
+        else:
+            s = tl.dot(queries, tl.load(k + here + offsets).T)
+        p, decay, top, total = soften(s, top, total, SCALE)
+        acc = tl.dot(p.to(tl.bfloat16), tl.load(v + here + offsets), acc * decay[:, None])
+        if AHEAD:
+            s = next_s
     return top, total, acc
 
 
@@ -172,6 +254,7 @@ def sparse_forward_kernel(
     projected,
     normalizer,
     bias,
+    bounds,
     out,
     sparse,
     lse,
@@ -185,11 +268,12 @@ def sparse_forward_kernel(
     SCALE: tl.constexpr,
     RESIDUALS: tl.constexpr,
     AHEAD: tl.constexpr,
+    LATE: tl.constexpr,
     BOUNDED: tl.constexpr,
 ):
     """One program a query block of a head: softmax over its COUNT key blocks, KEYS at a time, plus the linear branch.
 
-    RESIDUALS: also stores the softmax's own result and log2 of its denominators. BOUNDED: scores are within BOUND.
+    RESIDUALS: also stores the softmax's own result and log2 of its denominators. BOUNDED: bounds are given.
     """
     i, head = tl.program_id(0), tl.program_id(1)
     sample = (head // N).to(tl.int64) * L * N * H + (head % N) * H
@@ -206,49 +290,35 @@ def sparse_forward_kernel(
     k += sample
     v += sample
     table += (head * tl.cdiv(L, BLOCK_Q) + i).to(tl.int64) * COUNT
-    top = tl.full((BLOCK_Q,), 0.0 if BOUNDED else -float("inf"), tl.float32)
+    top = tl.full((BLOCK_Q,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_Q,), tl.float32)
     acc = tl.zeros((BLOCK_Q, H), tl.float32)
     whole: tl.constexpr = COUNT - (L % BLOCK_K > 0)
-    late: tl.constexpr = AHEAD and BOUNDED
     if partial:  # ascending order puts the partial block last: it goes first, so that the loop needs no mask
         last = tl.load(table + COUNT - 1) * BLOCK_K
         for step in tl.range(steps, num_stages=1):
             first = tl.minimum(last + step * KEYS, L - 1)
             block = first.to(tl.int64) * (N * H)
             left = L - last - step * KEYS
-            top, total, acc = attend_masked(queries, k + block, v + block, left, top, total, acc, KEYS, N * H, H, SCALE,
-                                            BOUNDED)  # fmt: skip
+            top, total, acc = attend_masked(queries, k + block, v + block, left, top, total, acc, KEYS, N * H, H, SCALE)
     if whole:
-        # Table entries are read ahead: loads whose address comes from a load of the same step are fetched less early.
-        kv_offsets = tl.arange(0, KEYS)[:, None] * (N * H) + columns[None, :]
-        block = (tl.load(table) * BLOCK_K).to(tl.int64) * (N * H)
-        chosen = tl.load(table + min(1 // steps, whole - 1))
-        if late:  # nothing rescales the sum, so that tensor cores add a step's values during the next one's softmax
-            p = tl.exp2(tl.dot(queries, tl.load(k + block + kv_offsets).T) * SCALE)
-        elif AHEAD:  # tensor cores compute the next scores during a softmax; the last ones are for nothing
-            s = tl.dot(queries, tl.load(k + block + kv_offsets).T)
-        for step in range(whole * steps - late):
-            here = block
-            block = (chosen * BLOCK_K + ((step + 1) % steps) * KEYS).to(tl.int64) * (N * H)
-            chosen = tl.load(table + tl.minimum((step + 2) // steps, whole - 1))
-            if late:
-                s = tl.dot(queries, tl.load(k + block + kv_offsets).T)
-                total += tl.sum(p, axis=1)
-                acc = tl.dot(p.to(tl.bfloat16), tl.load(v + here + kv_offsets), acc)
-                p = tl.exp2(s * SCALE)
-            else:
-                if AHEAD:
-                    next_s = tl.dot(queries, tl.load(k + block + kv_offsets).T)
-                else:
-                    s = tl.dot(queries, tl.load(k + here + kv_offsets).T)
-                p, top, total, acc = soften(s, top, total, acc, SCALE, BOUNDED)
-                acc = tl.dot(p.to(tl.bfloat16), tl.load(v + here + kv_offsets), acc)
-                if AHEAD:
-                    s = next_s
-        if late:
-            total += tl.sum(p, axis=1)
-            acc = tl.dot(p.to(tl.bfloat16), tl.load(v + block + kv_offsets), acc)
+        within = False
+        if BOUNDED:
+            within = tl.load(bounds + head * tl.cdiv(L, BLOCK_Q) + i) <= BOUND
+        if within:
+            unit = tl.exp2(top)
+            total, acc, top = total * unit, acc * unit[:, None], tl.zeros((BLOCK_Q,), tl.float32)
+            top, total, acc = attend_late(
+                queries, k, v, table, top, total, acc, whole, BLOCK_K, KEYS, N * H, H, SCALE, True
+            )
+        elif LATE:
+            top, total, acc = attend_late(
+                queries, k, v, table, top, total, acc, whole, BLOCK_K, KEYS, N * H, H, SCALE, False
+            )
+        else:
+            top, total, acc = attend(
+                queries, k, v, table, top, total, acc, whole, BLOCK_K, KEYS, N * H, H, SCALE, AHEAD
+            )
     acc = acc / total[:, None]
     inside = (rows < L)[:, None]
     if RESIDUALS:
@@ -276,14 +346,20 @@ def sparse_forward_kernel(
     tl.store(out + first_row + q_offsets, acc.to(tl.bfloat16), mask=inside)
 
 
-def block_means(x: jax.Array, block: int) -> jax.Array:
-    """As `sla.block_means`: x `[B, L, N, H]` to float32 `[B, N, ceil(L / block), H]`."""
+def block_means(x: jax.Array, block: int, *, norms: bool = False) -> tuple[jax.Array, jax.Array]:
+    """As `sla.block_means`: x `[B, L, N, H]` to float32 `[B, N, ceil(L / block), H]`.
+
+    norms: also the largest norm of a row of each block, float32 `[B, N, ceil(L / block)]`; else `[1]` and undefined.
+    """
     batch, length, heads, dim = x.shape
     blocks = -(-length // block)
-    (means,) = triton_call.triton_call(
+    means, largest = triton_call.triton_call(
         block_means_kernel,
         x,
-        out_shape=(jax.ShapeDtypeStruct((batch, heads, blocks, dim), jnp.float32),),
+        out_shape=(
+            jax.ShapeDtypeStruct((batch, heads, blocks, dim), jnp.float32),
+            jax.ShapeDtypeStruct((batch, heads, blocks) if norms else (1,), jnp.float32),
+        ),
         grid=(heads, blocks, batch),
         num_warps=4,
         num_stages=1,
@@ -291,8 +367,9 @@ def block_means(x: jax.Array, block: int) -> jax.Array:
         N=heads,
         H=dim,
         BLOCK=block,
+        NORMS=norms,
     )
-    return means
+    return means, largest
 
 
 def shares_of(length: int, heads: int, rows: int) -> tuple[int, int]:
@@ -302,15 +379,25 @@ def shares_of(length: int, heads: int, rows: int) -> tuple[int, int]:
     return share, -(-groups // share)
 
 
-def key_summary(k: jax.Array, v: jax.Array, block: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """What the block map and the linear branch need of k and v, each read once; all float32.
+class KeySummary(NamedTuple):
+    """What the block map and the linear branch need of k and v, float32.
 
-    Block means of k `[B, N, ceil(L / block), H]`, state phi(k)^T v `[B, N, H, H]`, and sum phi(k) `[B, N, H]`.
+    means: of blocks of k `[B, N, ceil(L / block), H]`. state: phi(k)^T v `[B, N, H, H]`. normalizer: the sum of phi(k)
+    `[B, N, H]`. norm: the largest of a key `[B, N]`, where it was asked for.
     """
+
+    means: jax.Array
+    state: jax.Array
+    normalizer: jax.Array
+    norm: jax.Array | None
+
+
+def key_summary(k: jax.Array, v: jax.Array, block: int, *, norms: bool = False) -> KeySummary:
+    """Reads k and v `[B, L, N, H]` once."""
     batch, length, heads, dim = k.shape
     groups = -(-length // KEY_ROWS)
     share, shares = shares_of(length, batch * heads, KEY_ROWS)
-    means, states, normalizers = triton_call.triton_call(
+    means, states, normalizers, largest = triton_call.triton_call(
         key_summary_kernel,
         k,
         v,
@@ -318,6 +405,7 @@ def key_summary(k: jax.Array, v: jax.Array, block: int) -> tuple[jax.Array, jax.
             jax.ShapeDtypeStruct((batch, heads, groups, dim), jnp.float32),
             jax.ShapeDtypeStruct((batch, heads, shares, dim, dim), jnp.float32),
             jax.ShapeDtypeStruct((batch, heads, shares, dim), jnp.float32),
+            jax.ShapeDtypeStruct((batch, heads, groups) if norms else (1,), jnp.float32),
         ),
         grid=(heads, shares, batch),
         num_warps=8,
@@ -328,8 +416,10 @@ def key_summary(k: jax.Array, v: jax.Array, block: int) -> tuple[jax.Array, jax.
         ROWS=KEY_ROWS,
         SHARE=share,
         SHARES=shares,
+        NORMS=norms,
     )
-    return merge_means(means, length, block), states.sum(axis=2), normalizers.sum(axis=2)
+    means = merge_means(means, length, block)
+    return KeySummary(means, states.sum(axis=2), normalizers.sum(axis=2), largest.max(axis=2) if norms else None)
 
 
 def block_rows(length: int, block: int) -> jax.Array:
@@ -381,18 +471,19 @@ def sparse_forward(
     normalizer: jax.Array,
     bias: jax.Array,
     *,
+    bounds: jax.Array | None = None,
     block_q: int,
     block_k: int,
     tiles: Tiles,
     residuals: bool = False,
-    bounded: bool = False,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Softmax over the chosen key blocks plus the linear branch, bfloat16 `[B, L, N, H]`.
 
     q, k, v bfloat16 `[B, L, N, H]`; table int32 `[B, N, query blocks, chosen]`, ascending; projected = phi(k)^T v W^T
     bfloat16 `[B, N, H, H]`; normalizer = sum phi(k) float32 `[B, N, H]`; bias float32 `[H]`. With residuals also the
     softmax branch alone, bfloat16 `[B, L, N, H]`, and its log2-sum-exp2, float32 `[B, N, L]`; without, both `[1]`
-    and undefined. bounded: no score is further from zero than BOUND; then no maximum is looked for.
+    and undefined. bounds float32 `[B, N, query blocks]`, if given: how far from zero a block's scores can be; within
+    BOUND no maximum is looked for, and nothing is rescaled for it.
     """
     batch, length, heads, dim = q.shape
     out, sparse, lse = triton_call.triton_call(
@@ -404,6 +495,7 @@ def sparse_forward(
         projected,
         normalizer,
         bias,
+        bias if bounds is None else bounds,
         out_shape=(
             jax.ShapeDtypeStruct(q.shape, jnp.bfloat16),
             jax.ShapeDtypeStruct(q.shape if residuals else (1,), jnp.bfloat16),
@@ -422,6 +514,7 @@ def sparse_forward(
         SCALE=dim**-0.5 * LOG2_E.value,
         RESIDUALS=residuals,
         AHEAD=tiles.ahead,
-        BOUNDED=bounded,
+        LATE=tiles.late,
+        BOUNDED=bounds is not None,
     )
     return out, sparse, lse
