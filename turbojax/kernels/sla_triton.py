@@ -221,7 +221,7 @@ def attend(queries, k, v, table, top, total, acc, COUNT: tl.constexpr, BLOCK_K: 
            ROW: tl.constexpr, H: tl.constexpr, SCALE: tl.constexpr, AHEAD: tl.constexpr):  # fmt: skip
     """Attention over COUNT whole blocks.
 
-    AHEAD: tensor cores compute the next scores during a softmax; the last ones are for nothing.
+    AHEAD: a step's softmax comes behind the next scores; the last ones are for nothing.
     """
     steps: tl.constexpr = BLOCK_K // KEYS
     # Table entries are read ahead: loads whose address comes from a load of the same step are fetched less early.
