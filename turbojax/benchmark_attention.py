@@ -1,6 +1,5 @@
 """Measurements of self-attention: dense, SLA and SageSLA at the shapes of the published models."""
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -36,36 +35,19 @@ def attention(keep: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
 def whole_op(heads: int, tokens: int, topk: float, *, parts: bool) -> dict[str, Any]:
     """Milliseconds of the whole op, from rotated q, k, v to the sum with the linear branch, and of its parts."""
     inputs = random_inputs(heads, tokens)
+    q, k, *others = inputs
+    long_key = [q, k.at[:, 0].multiply(16), *others]  # one of a head, so that norms do not bound its scores
     rows: dict[str, Any] = {"dense_ms": milliseconds(dot_product_attention, inputs[:3], calls=1)}
     for implementation in ("mosaic", "triton"):
         whole = functools.partial(sla.sparse_linear_attention, topk=topk, implementation=implementation)
         rows[f"sla_{implementation}_ms"] = milliseconds(whole, inputs)
-    for name, form in forms(chosen_blocks(inputs[0], topk, 64)).items():
-        rows[f"sla_{name}_ms"] = milliseconds(form, inputs)
+        rows[f"sla_{implementation}_long_key_ms"] = milliseconds(whole, long_key)
     rows["sagesla_ms"] = milliseconds(functools.partial(sage.sage_sparse_linear_attention, topk=topk), inputs)
     if parts:
         rows["sla_parts"] = sla_parts(inputs, topk)
         rows["sagesla_parts"] = sage_parts(inputs, topk)
     logging.info("%d heads, %d tokens, topk %s: %s", heads, tokens, topk, rows)
     return rows
-
-
-def forms(count: int) -> dict[str, Callable]:
-    """The whole op in forms that nothing runs with yet, for `count` key blocks."""
-    from turbojax.kernels import sla_fused
-
-    mosaic = sla_fused.settings("mosaic", count, block_q=128, block_k=64, dim=DIM)
-    triton = dataclasses.replace(mosaic, sparse_kernel="triton")
-    made = {
-        "mosaic_bounded": dataclasses.replace(mosaic, bounded=True),
-        "triton_bounded": dataclasses.replace(triton, bounded=True),
-        "triton_late": dataclasses.replace(triton, tiles=triton.tiles._replace(late=True)),
-    }
-
-    def run(settings: sla_fused.Settings) -> Callable:
-        return lambda *inputs: sla_fused.attention(*inputs, settings)
-
-    return {name: run(settings) for name, settings in made.items()}
 
 
 def random_inputs(heads: int, tokens: int, seed: int = 0) -> list[jax.Array]:
@@ -86,15 +68,16 @@ def sla_parts(inputs: list[jax.Array], topk: float) -> dict[str, Any]:
 
     q, k, v, weight, bias = inputs
     settings = sla_fused.settings("mosaic", chosen_blocks(q, topk, 64), block_q=128, block_k=64, dim=DIM)
-    k_means, state, normalizer, _ = jax.jit(lambda k, v: sla_triton.key_summary(k, v, 64))(k, v)
-    table, _ = jax.jit(lambda q, k_means: sla_fused.block_table(q, k_means, settings))(q, k_means)
-    projected = sla_fused.project_state(state, weight)
-    operands = (q, k, v, table, projected, normalizer, bias.astype(jnp.float32))
+    key_summary = functools.partial(sla_triton.key_summary, block=64, norms=True)
+    k_means, state, normalizer, k_norm = jax.jit(key_summary)(k, v)
+    table, q_norms = jax.jit(lambda q, k_means: sla_fused.block_table(q, k_means, settings))(q, k_means)
+    bounds = sla_fused.score_bounds(q_norms, k_norm, DIM)
+    operands = (q, k, v, table, sla_fused.project_state(state, weight), normalizer, bias.astype(jnp.float32), bounds)
     triton = functools.partial(sla_triton.sparse_forward, block_q=128, block_k=64, tiles=settings.tiles)
     mosaic = functools.partial(sla_mosaic.sparse_forward, block_k=64)
     pairs = table.size * 128 * 64
     parts = {
-        "key_summary_ms": milliseconds(lambda k, v: sla_triton.key_summary(k, v, 64), (k, v)),
+        "key_summary_ms": milliseconds(key_summary, (k, v)),
         "block_map_ms": milliseconds(lambda q, k_means: sla_fused.block_table(q, k_means, settings), (q, k_means)),
         "query_means_ms": milliseconds(lambda q: sla_triton.block_means(q, 128), (q,)),
         "sparse_mosaic_ms": milliseconds(mosaic, operands),

@@ -80,7 +80,7 @@ def test_requantizing_epilogue(m, n, k):
         expected = int8.quantize(y, quant, implementation="triton")
         got = int8.matmul_requantize(x_q, *weight, bias, quant, gelu=True, implementation=implementation)
         np.testing.assert_allclose(got.scale, expected.scale, rtol=1e-2)
-        assert float((got.q == expected.q).mean()) > 0.999
+        assert float((got.q == expected.q).mean()) > 0.998
         assert int(jnp.abs(got.q.astype(jnp.int32) - expected.q.astype(jnp.int32)).max()) <= 2
 
 
@@ -121,7 +121,7 @@ def test_fixture():
 def test_nan_in_gives_nan_out(scheme):
     quant = QUANT_SCHEMES[scheme]
     x, w, bias = arrays(304, 256, 1536)
-    for implementation in implementations(quant, 304, 256):
+    for implementation in implementations(quant, 304, 256, 1536):
         x_q = int8.quantize(x.at[3, 5].set(jnp.nan), quant)
         y = int8.matmul(x_q, *int8.quantize_weight(w, quant.scheme), bias, quant, implementation=implementation)
         assert bool(jnp.isnan(y[3]).all())

@@ -25,8 +25,7 @@ class Settings:
     """What the kernels are compiled for.
 
     count: key blocks a query block attends to. sparse_kernel, tiles: who runs the sparse forward pass, and how;
-    backward_tiles: those of dq, and of dk and dv. bounded: the forward pass looks for no maximum where norms bound the
-    scores; for Hopper, and not timed yet.
+    backward_tiles: those of dq, and of dk and dv.
     """
 
     count: int
@@ -35,7 +34,6 @@ class Settings:
     sparse_kernel: SparseKernel
     tiles: sla_triton.Tiles
     backward_tiles: tuple[sla_triton.Tiles, sla_triton.Tiles]
-    bounded: bool = False
 
 
 def settings(sparse_kernel: SparseKernel, count: int, *, block_q: int, block_k: int, dim: int) -> Settings:
@@ -46,15 +44,13 @@ def settings(sparse_kernel: SparseKernel, count: int, *, block_q: int, block_k: 
 
 
 def sparse_forward(
-    *arrays: jax.Array, bounds: jax.Array | None, settings: Settings, residuals: bool
+    *arrays: jax.Array, settings: Settings, residuals: bool
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
     """`sla_triton.sparse_forward`, or the Hopper kernel in its place, which has no residuals."""
     s = settings
     if s.sparse_kernel == "mosaic" and not residuals:
-        return sla_mosaic.sparse_forward(*arrays, bounds=bounds, block_k=s.block_k), None, None
-    return sla_triton.sparse_forward(
-        *arrays, bounds=bounds, block_q=s.block_q, block_k=s.block_k, tiles=s.tiles, residuals=residuals
-    )
+        return sla_mosaic.sparse_forward(*arrays, block_k=s.block_k), None, None
+    return sla_triton.sparse_forward(*arrays, block_q=s.block_q, block_k=s.block_k, tiles=s.tiles, residuals=residuals)
 
 
 def exact_einsum(equation: str, *arrays: jax.Array) -> jax.Array:
@@ -63,9 +59,12 @@ def exact_einsum(equation: str, *arrays: jax.Array) -> jax.Array:
 
 
 def block_table(q: jax.Array, k_means: jax.Array, settings: Settings) -> tuple[jax.Array, jax.Array]:
-    """As `sla.block_table`, from the means of k's blocks, float32 `[B, N, key blocks, H]`; and q's norms by block."""
+    """As `sla.block_table`, from the means of k's blocks, float32 `[B, N, key blocks, H]`.
+
+    Also the largest norm of a query of each block, float32 `[B, N, query blocks]`.
+    """
     k_mean = sla_triton.mean_of_means(k_means, q.shape[1], settings.block_k)
-    q_means, q_norms = sla_triton.block_means(q, settings.block_q, norms=settings.bounded)
+    q_means, q_norms = sla_triton.block_means(q, settings.block_q)
     return table_of_means(q_means, k_means, k_mean, settings.count), q_norms
 
 
@@ -73,6 +72,11 @@ def table_of_means(q_means: jax.Array, k_means: jax.Array, k_mean: jax.Array, co
     """The block map from block means `[B, N, blocks, H]` and the mean of k `[B, N, H]`, all float32."""
     scores = exact_einsum("bnih,bnjh->bnij", q_means, k_means - k_mean[:, :, None])
     return sla_triton.choose_blocks(scores, count)
+
+
+def score_bounds(q_norms: jax.Array, k_norm: jax.Array, dim: int) -> jax.Array:
+    """How far from zero scores can be, `[B, N, query blocks]`, by the norms of a block's queries and of all keys."""
+    return q_norms * k_norm[:, :, None] * dim**-0.5
 
 
 def project_state(state: jax.Array, proj_weight: jax.Array) -> jax.Array:
@@ -91,12 +95,12 @@ def attention(
 
 def forward(q, k, v, proj_weight, proj_bias, settings: Settings, *, residuals: bool = True):
     """The result, and what the gradients need."""
-    k_means, state, normalizer, k_norm = sla_triton.key_summary(k, v, settings.block_k, norms=settings.bounded)
+    k_means, state, normalizer, k_norm = sla_triton.key_summary(k, v, settings.block_k, norms=True)
     table, q_norms = block_table(q, k_means, settings)
     projected = project_state(state, proj_weight)
-    bounds = None if k_norm is None else q_norms * k_norm[:, :, None] * q.shape[-1] ** -0.5
-    arrays = (q, k, v, table, projected, normalizer, proj_bias.astype(jnp.float32))
-    out, sparse, lse = sparse_forward(*arrays, bounds=bounds, settings=settings, residuals=residuals)
+    bounds = score_bounds(q_norms, k_norm, q.shape[-1])
+    arrays = (q, k, v, table, projected, normalizer, proj_bias.astype(jnp.float32), bounds)
+    out, sparse, lse = sparse_forward(*arrays, settings=settings, residuals=residuals)
     return out, (q, k, v, proj_weight, proj_bias, table, state, normalizer, sparse, lse)
 
 

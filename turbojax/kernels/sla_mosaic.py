@@ -41,8 +41,8 @@ def sparse_forward(
     projected: jax.Array,
     normalizer: jax.Array,
     bias: jax.Array,
+    bounds: jax.Array,
     *,
-    bounds: jax.Array | None = None,
     block_k: int,
     num_sms: int | None = None,
 ) -> jax.Array:
@@ -50,8 +50,8 @@ def sparse_forward(
 
     q, k, v bfloat16 `[B, L, N, H]`; table int32 `[B, N, ceil(L / 128), chosen]`, ascending; projected bfloat16
     `[B, N, H, H]`, (phi(k)^T v) W_l^T; normalizer float32 `[B, N, H]`, the sum of phi(k); bias float32 `[H]`. H is 64
-    or 128 and block_k, too; L is a multiple of 8. bounds float32 `[B, N, ceil(L / 128)]`, if given: how far from zero a
-    tile's scores can be; within `sla.BOUND` no maximum is looked for, and nothing is rescaled for it.
+    or 128 and block_k, too; L is a multiple of 8. bounds float32 `[B, N, ceil(L / 128)]`: how far from zero a tile's
+    scores can be; within `sla.BOUND` no maximum is looked for, and nothing is rescaled for it.
     """
     batch, length, heads, dim = q.shape
     if block_k == 2 * BLOCK:
@@ -68,9 +68,7 @@ def sparse_forward(
     vectors = jnp.stack([normalizer, jnp.broadcast_to(bias, normalizer.shape)], axis=2)
     tiles = pl.cdiv(length, BLOCK_Q)
 
-    def kernel(q, k, v, table, projected, vectors, *rest):
-        *given, out, buffers, barriers = rest
-        (bounds,) = given or (None,)
+    def kernel(q, k, v, table, projected, vectors, bounds, out, buffers, barriers):
         q_smem, k_smem, v_smem, vectors_smem = buffers
         q_ready, k_ready, v_ready, q_used, k_used, v_used, turns = barriers
         wg = lax.axis_index("wg")
@@ -232,11 +230,8 @@ def sparse_forward(
                 total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW)
                 pl.when(wg == 1)(give_and_take_turns)
                 carry = attend(0, (acc, top, total), blocks=first, mask=mask)
-                if bounds is None:
-                    carry = attend_further(carry)
-                else:
-                    carry = lax.cond(bounds[b, head, tile] <= sla.BOUND, attend_bounded, attend_further, carry)
-                acc, _, total = carry
+                within = bounds[b, head, tile] <= sla.BOUND
+                acc, _, total = lax.cond(within, attend_bounded, attend_further, carry)
                 # Neither group waits for the other's epilogue.
                 pl.when(wg == 0)(lambda: plgpu.barrier_arrive(turns))
                 # A reciprocal a row, for divisions take many instructions.
@@ -303,4 +298,4 @@ def sparse_forward(
         ),
     )
     with jax.named_scope("sla_sparse_forward"):
-        return call(q, k, v, table, projected, vectors, *(() if bounds is None else (bounds,)))
+        return call(q, k, v, table, projected, vectors, bounds)

@@ -17,26 +17,23 @@ from turbojax.kernels import sla, triton_call
 LOG2_E = tl.constexpr(math.log2(math.e))
 BOUND = tl.constexpr(sla.BOUND)
 SUMMARY_PROGRAMS = 528  # about: four for each multiprocessor of an H100
-KEY_ROWS = 32  # keys of a step of `key_summary`: the most that leave a multiprocessor two programs of eight warps
+KEY_ROWS = 16  # keys of a step of `key_summary`: the most that leave a multiprocessor two programs of eight warps
 
 
 class Tiles(NamedTuple):
-    """Rows that a step of the loop takes, warps, stages of loads in flight.
-
-    ahead: scores are a step ahead. late: values are a step late, which takes Hopper's registers and is not timed yet.
-    """
+    """Rows that a step of the loop takes, warps, stages of loads in flight; late: values are added a step late."""
 
     step: int
     warps: int
     stages: int
-    ahead: bool = False
     late: bool = False
 
 
 def tiles(capability: tuple[int, int] | None, *, block_q: int, block_k: int, dim: int) -> Tiles:
     """The sparse loop's tiles: the most stages that fit a compute capability and spill no registers (tests/kernels)."""
     few = (capability == (8, 0) and dim == 128) or (capability == (8, 9) and (block_q, dim) == (64, 64))
-    return Tiles(64, warps=block_q // 16, stages=2 if few else 3, ahead=capability == (9, 0))
+    hopper = capability == (9, 0)  # its products run beside other instructions
+    return Tiles(64, warps=block_q // 16, stages=4 if hopper else 2 if few else 3, late=hopper)
 
 
 @triton.jit
@@ -54,20 +51,14 @@ def sum_rows(x, ROWS: tl.constexpr):
 
 
 @triton.jit
-def largest_norm(x):
-    """The largest norm of a row of a tile [ROWS, H], float32."""
-    x = x.to(tl.float32)
-    return tl.sqrt(tl.max(tl.sum(x * x, axis=1), axis=0))
+def square_norms(x):
+    """Squared norms of the rows of a float32 tile."""
+    return tl.sum(x * x, axis=1)
 
 
 @triton.jit
-def block_means_kernel(
-    x, means, norms, L: tl.constexpr, N: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr, NORMS: tl.constexpr
-):
-    """One program the mean of BLOCK rows of a head; heads run fastest, as they lie in memory.
-
-    NORMS: also the largest norm of a row.
-    """
+def block_means_kernel(x, means, norms, L: tl.constexpr, N: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr):
+    """One program BLOCK rows of a head: their mean and their largest norm; heads run fastest, as they lie in memory."""
     n, i, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     rows, columns = i * BLOCK + tl.arange(0, BLOCK), tl.arange(0, H)
     offsets = ((b.to(tl.int64) * L + rows) * N + n)[:, None] * H + columns[None, :]
@@ -75,8 +66,7 @@ def block_means_kernel(
     mean = sum_rows(values, BLOCK) / tl.minimum(BLOCK, L - i * BLOCK).to(tl.float32)
     place = (b * N + n) * tl.cdiv(L, BLOCK) + i
     tl.store(means + place * H + columns, mean)
-    if NORMS:
-        tl.store(norms + place, largest_norm(values))
+    tl.store(norms + place, tl.sqrt(tl.max(square_norms(values.to(tl.float32)), axis=0)))
 
 
 @triton.jit
@@ -97,7 +87,7 @@ def key_summary_kernel(
 ):
     """One program SHARE groups of ROWS keys of a head: their means, and phi(k)^T v and the sum of phi(k) over all.
 
-    NORMS: also the largest norm of a key of each group.
+    NORMS: also the largest norm of a key.
     """
     n, share, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     groups: tl.constexpr = (L + ROWS - 1) // ROWS
@@ -108,6 +98,7 @@ def key_summary_kernel(
     v += (b.to(tl.int64) * L * N + n) * H
     state = tl.zeros((H, H), tl.float32)
     normalizer = tl.zeros((H, 16), tl.float32)  # of equal columns, as in `sum_rows`
+    squares = tl.zeros((ROWS,), tl.float32)
     ones = tl.full((ROWS, 16), 1.0, tl.float32).to(tl.bfloat16)
     for j in range(share * SHARE, tl.minimum((share + 1) * SHARE, groups)):
         first = j * (ROWS * N * H)
@@ -121,12 +112,14 @@ def key_summary_kernel(
         mean = sum_rows(keys, ROWS) / tl.minimum(ROWS, left).to(tl.float32)
         tl.store(means + (head * groups + j) * H + columns, mean)
         if NORMS:
-            tl.store(norms + head * groups + j, largest_norm(keys))
+            squares = tl.maximum(squares, square_norms(x))
         state = tl.dot(phi.T, values, state)
         normalizer = tl.dot(phi.T, ones, normalizer)
     part = head * SHARES + share
     tl.store(states + part.to(tl.int64) * H * H + columns[:, None] * H + columns[None, :], state)
     tl.store(normalizers + part * H + columns, tl.max(normalizer, axis=1))
+    if NORMS:
+        tl.store(norms + part, tl.sqrt(tl.max(squares, axis=0)))
 
 
 @triton.jit
@@ -157,12 +150,29 @@ def choose_blocks_kernel(scores, table, BLOCKS: tl.constexpr, COUNT: tl.constexp
 
 
 @triton.jit
-def soften(s, top, total, SCALE: tl.constexpr):
-    """Weights of scores in base 2, and the decay of what came before; the new maximum and denominator."""
-    higher = tl.maximum(top, tl.max(s, axis=1) * SCALE)
-    p = tl.exp2(s * SCALE - higher[:, None])
-    decay = tl.exp2(top - higher)
-    return p, decay, higher, total * decay + tl.sum(p, axis=1)
+def soften(s, top, total, SCALE: tl.constexpr, BOUNDED: tl.constexpr):
+    """Weights of scores in base 2, and the decay of what came before; the new maximum and denominator.
+
+    BOUNDED: top is zero, and stays; there is no decay.
+    """
+    if BOUNDED:
+        higher, decay = top, top
+        p = tl.exp2(s * SCALE)
+        total += tl.sum(p, axis=1)
+    else:
+        higher = tl.maximum(top, tl.max(s, axis=1) * SCALE)
+        p = tl.exp2(s * SCALE - higher[:, None])
+        decay = tl.exp2(top - higher)
+        total = total * decay + tl.sum(p, axis=1)
+    return p, decay, higher, total
+
+
+@triton.jit
+def add_values(p, v, acc, decay, BOUNDED: tl.constexpr):
+    """The decayed sum and the product of weights with values; as `soften`, BOUNDED."""
+    if not BOUNDED:
+        acc *= decay[:, None]
+    return tl.dot(p.to(tl.bfloat16), v, acc)
 
 
 @triton.jit
@@ -176,72 +186,40 @@ def attend_masked(queries, k, v, left, top, total, acc, KEYS: tl.constexpr, ROW:
     rows = tl.minimum(keys, tl.maximum(left - 1, 0))
     offsets = rows[:, None] * ROW + tl.arange(0, H)[None, :]
     s = tl.where((keys < left)[None, :], tl.dot(queries, tl.load(k + offsets).T), -float("inf"))
-    p, decay, top, total = soften(s, top, total, SCALE)
-    acc = tl.dot(p.to(tl.bfloat16), tl.load(v + offsets), acc * decay[:, None])
-    return top, total, acc
-
-
-@triton.jit
-def attend_late(queries, k, v, table, top, total, acc, COUNT: tl.constexpr, BLOCK_K: tl.constexpr, KEYS: tl.constexpr,
-                ROW: tl.constexpr, H: tl.constexpr, SCALE: tl.constexpr, BOUNDED: tl.constexpr):  # fmt: skip
-    """As `attend`, the values a step behind the scores: tensor cores add them during the next softmax.
-
-    BOUNDED: scores are within BOUND and top is zero; then no maximum is looked for, and nothing is rescaled.
-    """
-    steps: tl.constexpr = BLOCK_K // KEYS
-    offsets = tl.arange(0, KEYS)[:, None] * ROW + tl.arange(0, H)[None, :]
-    block = (tl.load(table) * BLOCK_K).to(tl.int64) * ROW
-    chosen = tl.load(table + min(1 // steps, COUNT - 1))
-    s = tl.dot(queries, tl.load(k + block + offsets).T)
-    if BOUNDED:
-        p = tl.exp2(s * SCALE)
-    else:
-        p, decay, top, total = soften(s, top, total, SCALE)
-    for step in range(COUNT * steps - 1):
-        here = block
-        block = (chosen * BLOCK_K + ((step + 1) % steps) * KEYS).to(tl.int64) * ROW
-        chosen = tl.load(table + tl.minimum((step + 2) // steps, COUNT - 1))
-        s = tl.dot(queries, tl.load(k + block + offsets).T)
-        if BOUNDED:
-            total += tl.sum(p, axis=1)
-            acc = tl.dot(p.to(tl.bfloat16), tl.load(v + here + offsets), acc)
-            p = tl.exp2(s * SCALE)
-        else:
-            acc = tl.dot(p.to(tl.bfloat16), tl.load(v + here + offsets), acc * decay[:, None])
-            p, decay, top, total = soften(s, top, total, SCALE)
-    if BOUNDED:
-        total += tl.sum(p, axis=1)
-    else:
-        acc = acc * decay[:, None]
-    return top, total, tl.dot(p.to(tl.bfloat16), tl.load(v + block + offsets), acc)
+    p, decay, top, total = soften(s, top, total, SCALE, False)
+    return top, total, add_values(p, tl.load(v + offsets), acc, decay, False)
 
 
 @triton.jit
 def attend(queries, k, v, table, top, total, acc, COUNT: tl.constexpr, BLOCK_K: tl.constexpr, KEYS: tl.constexpr,
-           ROW: tl.constexpr, H: tl.constexpr, SCALE: tl.constexpr, AHEAD: tl.constexpr):  # fmt: skip
-    """Attention over COUNT whole blocks.
+           ROW: tl.constexpr, H: tl.constexpr, SCALE: tl.constexpr, LATE: tl.constexpr,
+           BOUNDED: tl.constexpr):  # fmt: skip
+    """Attention over COUNT whole blocks; BOUNDED as `soften`.
 
-    AHEAD: a step's softmax comes behind the next scores; the last ones are for nothing.
+    LATE: values are added a step late, by tensor cores that have nothing else to do during the next softmax.
     """
     steps: tl.constexpr = BLOCK_K // KEYS
-    # Table entries are read ahead: loads whose address comes from a load of the same step are fetched less early.
     offsets = tl.arange(0, KEYS)[:, None] * ROW + tl.arange(0, H)[None, :]
+    # Table entries are read ahead: loads whose address comes from a load of the same step are fetched less early.
     block = (tl.load(table) * BLOCK_K).to(tl.int64) * ROW
     chosen = tl.load(table + min(1 // steps, COUNT - 1))
-    if AHEAD:
+    if LATE:
         s = tl.dot(queries, tl.load(k + block + offsets).T)
-    for step in range(COUNT * steps):
+        p, decay, top, total = soften(s, top, total, SCALE, BOUNDED)
+    for step in range(COUNT * steps - LATE):
         here = block
         block = (chosen * BLOCK_K + ((step + 1) % steps) * KEYS).to(tl.int64) * ROW
         chosen = tl.load(table + tl.minimum((step + 2) // steps, COUNT - 1))
-        if AHEAD:
-            next_s = tl.dot(queries, tl.load(k + block + offsets).T)
+        if LATE:
+            s = tl.dot(queries, tl.load(k + block + offsets).T)
+            acc = add_values(p, tl.load(v + here + offsets), acc, decay, BOUNDED)
+            p, decay, top, total = soften(s, top, total, SCALE, BOUNDED)
         else:
             s = tl.dot(queries, tl.load(k + here + offsets).T)
-        p, decay, top, total = soften(s, top, total, SCALE)
-        acc = tl.dot(p.to(tl.bfloat16), tl.load(v + here + offsets), acc * decay[:, None])
-        if AHEAD:
-            s = next_s
+            p, decay, top, total = soften(s, top, total, SCALE, BOUNDED)
+            acc = add_values(p, tl.load(v + here + offsets), acc, decay, BOUNDED)
+    if LATE:
+        acc = add_values(p, tl.load(v + block + offsets), acc, decay, BOUNDED)
     return top, total, acc
 
 
@@ -267,13 +245,11 @@ def sparse_forward_kernel(
     COUNT: tl.constexpr,
     SCALE: tl.constexpr,
     RESIDUALS: tl.constexpr,
-    AHEAD: tl.constexpr,
     LATE: tl.constexpr,
-    BOUNDED: tl.constexpr,
 ):
     """One program a query block of a head: softmax over its COUNT key blocks, KEYS at a time, plus the linear branch.
 
-    RESIDUALS: also stores the softmax's own result and log2 of its denominators. BOUNDED: bounds are given.
+    RESIDUALS: also stores the softmax's own result and log2 of its denominators.
     """
     i, head = tl.program_id(0), tl.program_id(1)
     sample = (head // N).to(tl.int64) * L * N * H + (head % N) * H
@@ -302,22 +278,16 @@ def sparse_forward_kernel(
             left = L - last - step * KEYS
             top, total, acc = attend_masked(queries, k + block, v + block, left, top, total, acc, KEYS, N * H, H, SCALE)
     if whole:
-        within = False
-        if BOUNDED:
-            within = tl.load(bounds + head * tl.cdiv(L, BLOCK_Q) + i) <= BOUND
+        within = tl.load(bounds + head * tl.cdiv(L, BLOCK_Q) + i) <= BOUND
         if within:
             unit = tl.exp2(top)
             total, acc, top = total * unit, acc * unit[:, None], tl.zeros((BLOCK_Q,), tl.float32)
-            top, total, acc = attend_late(
-                queries, k, v, table, top, total, acc, whole, BLOCK_K, KEYS, N * H, H, SCALE, True
-            )
-        elif LATE:
-            top, total, acc = attend_late(
-                queries, k, v, table, top, total, acc, whole, BLOCK_K, KEYS, N * H, H, SCALE, False
-            )
-        else:
             top, total, acc = attend(
-                queries, k, v, table, top, total, acc, whole, BLOCK_K, KEYS, N * H, H, SCALE, AHEAD
+                queries, k, v, table, top, total, acc, whole, BLOCK_K, KEYS, N * H, H, SCALE, LATE, True
+            )
+        if within == 0:
+            top, total, acc = attend(
+                queries, k, v, table, top, total, acc, whole, BLOCK_K, KEYS, N * H, H, SCALE, LATE, False
             )
     acc = acc / total[:, None]
     inside = (rows < L)[:, None]
@@ -346,10 +316,10 @@ def sparse_forward_kernel(
     tl.store(out + first_row + q_offsets, acc.to(tl.bfloat16), mask=inside)
 
 
-def block_means(x: jax.Array, block: int, *, norms: bool = False) -> tuple[jax.Array, jax.Array]:
+def block_means(x: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
     """As `sla.block_means`: x `[B, L, N, H]` to float32 `[B, N, ceil(L / block), H]`.
 
-    norms: also the largest norm of a row of each block, float32 `[B, N, ceil(L / block)]`; else `[1]` and undefined.
+    Also the largest norm of a row of each block, float32 `[B, N, ceil(L / block)]`.
     """
     batch, length, heads, dim = x.shape
     blocks = -(-length // block)
@@ -358,7 +328,7 @@ def block_means(x: jax.Array, block: int, *, norms: bool = False) -> tuple[jax.A
         x,
         out_shape=(
             jax.ShapeDtypeStruct((batch, heads, blocks, dim), jnp.float32),
-            jax.ShapeDtypeStruct((batch, heads, blocks) if norms else (1,), jnp.float32),
+            jax.ShapeDtypeStruct((batch, heads, blocks), jnp.float32),
         ),
         grid=(heads, blocks, batch),
         num_warps=4,
@@ -367,7 +337,6 @@ def block_means(x: jax.Array, block: int, *, norms: bool = False) -> tuple[jax.A
         N=heads,
         H=dim,
         BLOCK=block,
-        NORMS=norms,
     )
     return means, largest
 
@@ -383,13 +352,13 @@ class KeySummary(NamedTuple):
     """What the block map and the linear branch need of k and v, float32.
 
     means: of blocks of k `[B, N, ceil(L / block), H]`. state: phi(k)^T v `[B, N, H, H]`. normalizer: the sum of phi(k)
-    `[B, N, H]`. norm: the largest of a key `[B, N]`, where it was asked for.
+    `[B, N, H]`. norm: the largest of a key `[B, N]`; where it was not asked for `[1, 1]` and undefined.
     """
 
     means: jax.Array
     state: jax.Array
     normalizer: jax.Array
-    norm: jax.Array | None
+    norm: jax.Array
 
 
 def key_summary(k: jax.Array, v: jax.Array, block: int, *, norms: bool = False) -> KeySummary:
@@ -405,7 +374,7 @@ def key_summary(k: jax.Array, v: jax.Array, block: int, *, norms: bool = False) 
             jax.ShapeDtypeStruct((batch, heads, groups, dim), jnp.float32),
             jax.ShapeDtypeStruct((batch, heads, shares, dim, dim), jnp.float32),
             jax.ShapeDtypeStruct((batch, heads, shares, dim), jnp.float32),
-            jax.ShapeDtypeStruct((batch, heads, groups) if norms else (1,), jnp.float32),
+            jax.ShapeDtypeStruct((batch, heads, shares) if norms else (1, 1, 1), jnp.float32),
         ),
         grid=(heads, shares, batch),
         num_warps=8,
@@ -419,7 +388,7 @@ def key_summary(k: jax.Array, v: jax.Array, block: int, *, norms: bool = False) 
         NORMS=norms,
     )
     means = merge_means(means, length, block)
-    return KeySummary(means, states.sum(axis=2), normalizers.sum(axis=2), largest.max(axis=2) if norms else None)
+    return KeySummary(means, states.sum(axis=2), normalizers.sum(axis=2), largest.max(axis=2))
 
 
 def block_rows(length: int, block: int) -> jax.Array:
@@ -470,8 +439,8 @@ def sparse_forward(
     projected: jax.Array,
     normalizer: jax.Array,
     bias: jax.Array,
+    bounds: jax.Array,
     *,
-    bounds: jax.Array | None = None,
     block_q: int,
     block_k: int,
     tiles: Tiles,
@@ -480,10 +449,10 @@ def sparse_forward(
     """Softmax over the chosen key blocks plus the linear branch, bfloat16 `[B, L, N, H]`.
 
     q, k, v bfloat16 `[B, L, N, H]`; table int32 `[B, N, query blocks, chosen]`, ascending; projected = phi(k)^T v W^T
-    bfloat16 `[B, N, H, H]`; normalizer = sum phi(k) float32 `[B, N, H]`; bias float32 `[H]`. With residuals also the
-    softmax branch alone, bfloat16 `[B, L, N, H]`, and its log2-sum-exp2, float32 `[B, N, L]`; without, both `[1]`
-    and undefined. bounds float32 `[B, N, query blocks]`, if given: how far from zero a block's scores can be; within
-    BOUND no maximum is looked for, and nothing is rescaled for it.
+    bfloat16 `[B, N, H, H]`; normalizer = sum phi(k) float32 `[B, N, H]`; bias float32 `[H]`; bounds float32
+    `[B, N, query blocks]`: how far from zero a block's scores can be; within BOUND no maximum is looked for, and
+    nothing is rescaled for it. With residuals also the softmax branch alone, bfloat16 `[B, L, N, H]`, and its
+    log2-sum-exp2, float32 `[B, N, L]`; without, both `[1]` and undefined.
     """
     batch, length, heads, dim = q.shape
     out, sparse, lse = triton_call.triton_call(
@@ -495,7 +464,7 @@ def sparse_forward(
         projected,
         normalizer,
         bias,
-        bias if bounds is None else bounds,
+        bounds,
         out_shape=(
             jax.ShapeDtypeStruct(q.shape, jnp.bfloat16),
             jax.ShapeDtypeStruct(q.shape if residuals else (1,), jnp.bfloat16),
@@ -513,8 +482,6 @@ def sparse_forward(
         COUNT=table.shape[3],
         SCALE=dim**-0.5 * LOG2_E.value,
         RESIDUALS=residuals,
-        AHEAD=tiles.ahead,
         LATE=tiles.late,
-        BOUNDED=bounds is not None,
     )
     return out, sparse, lse
