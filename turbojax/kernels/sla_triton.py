@@ -17,7 +17,7 @@ from turbojax.kernels import sla, triton_call
 LOG2_E = tl.constexpr(math.log2(math.e))
 BOUND = tl.constexpr(sla.BOUND)
 SUMMARY_PROGRAMS = 528  # about: four for each multiprocessor of an H100
-KEY_ROWS = 16  # keys of a step of `key_summary`: the most that leave a multiprocessor two programs of eight warps
+KEY_ROWS = 32  # keys of a step of `key_summary`: the most that leave a multiprocessor two programs of eight warps
 
 
 class Tiles(NamedTuple):
