@@ -195,24 +195,27 @@ def scan_layers(
 
     run_layer(layer, x, per_layer, per_sample, per_token): the next x. layers: parameters of blocks, `[layers, ...]`;
     per_layer, per_sample, per_token: pytrees of arrays `[layers, B, ...]`, `[B, ...]` and `[L, ...]`.
-    remat: whether gradients compute each layer a second time.
+    remat: whether gradients compute each layer a second time; over a mesh they always do.
 
     Over a mesh, `run_layer` sees what one device has: its samples (all, where B does not divide) and its tokens. A
     layer's parameters are gathered over fsdp when it is their turn, here and again for the gradients, which go back in
     parts. Raises UserError for an L that does not divide.
     """
     specs = parameter_specs({"blocks": layers})["blocks"]
+    over_mesh = any(axis_size(name) > 1 for name in AXES)
 
     def run(layers: Any, x: jax.Array, per_layer: Any, per_sample: Any, per_token: Any) -> jax.Array:
         def step(x: jax.Array, layer: tuple[Any, Any]) -> tuple[jax.Array, None]:
             parameters, own = layer
             return run_layer(jax.tree.map(gather, parameters, specs), x, own, per_sample, per_token), None
 
-        if remat or axis_size(FSDP) > 1:
-            step = jax.checkpoint(step, prevent_cse=False)  # or all layers' gathered parameters are kept
+        # Or all layers' gathered parameters are kept; and jax 0.11's compiler crashes where what gradients need of
+        # cuDNN's attention is kept by a scan over a mesh.
+        if remat or over_mesh:
+            step = jax.checkpoint(step, prevent_cse=False)
         return lax.scan(step, x, (layers, per_layer))[0]
 
-    if all(axis_size(name) == 1 for name in AXES):
+    if not over_mesh:
         return run(layers, x, per_layer, per_sample, per_token)
     if x.shape[1] % (size := axis_size(SEQUENCE)):
         fewer = max(n for n in range(1, size) if x.shape[1] % n == 0)

@@ -27,7 +27,7 @@ Implementation = Literal["mosaic", "triton", "reference"]
 
 BLOCKS = ((128, 64), (64, 64), (64, 128))  # rows of query and key blocks that the kernels take
 MOST_KEY_BLOCKS = 4096
-# Scores no further from zero than this need no maximum: 2^x of them, summed, stays within float32 and bfloat16.
+# Scores no further from zero than this need no maximum: their exponentials, and sums of them, stay within float32.
 BOUND = 60.0
 
 

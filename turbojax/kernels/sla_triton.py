@@ -278,6 +278,7 @@ def sparse_forward_kernel(
             left = L - last - step * KEYS
             top, total, acc = attend_masked(queries, k + block, v + block, left, top, total, acc, KEYS, N * H, H, SCALE)
     if whole:
+        # Buffers of the loops share memory behind two ifs; behind if and else they do not.
         within = tl.load(bounds + head * tl.cdiv(L, BLOCK_Q) + i) <= BOUND
         if within:
             unit = tl.exp2(top)

@@ -37,7 +37,7 @@ TRAIN_SETTINGS: tuple[Setting, ...] = (
     Setting("max_minutes", 0.0, "stop after so long, with a checkpoint, to be gone on with; 0 for no limit"),
     Setting("batch_size", 64, "samples of a step, on all devices together"),
     Setting("accumulation", int, "micro-batches of a batch; as many as leave a device one sample if not given"),
-    Setting("remat", True, "compute each block again for its gradients, to save memory"),
+    Setting("remat", True, "compute each block again for its gradients, to save memory; over several devices always"),
     Setting("dtype", "bfloat16", "what the networks compute in, bfloat16 or float32; master weights are float32"),
     Setting("optimizer", "adamw", "adamw, or muon, which takes matrices inside the network from it"),
     Setting("learning_rate", 1e-5, "peak of the schedule"),
