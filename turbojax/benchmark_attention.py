@@ -64,11 +64,11 @@ def milliseconds(function: Callable, inputs, *, calls: int = 5) -> float:
 
 def sla_parts(inputs: list[jax.Array], topk: float) -> dict[str, Any]:
     """Milliseconds of each kernel, and the bytes that the parts around the sparse kernel cannot do without."""
-    from turbojax.kernels import sla_fused, sla_mosaic, sla_triton
+    from turbojax.kernels import sla_fused, sla_mosaic, sla_summary_triton, sla_triton
 
     q, k, v, weight, bias = inputs
     settings = sla_fused.settings("mosaic", chosen_blocks(q, topk, 64), block_q=128, block_k=64, dim=DIM)
-    key_summary = functools.partial(sla_triton.key_summary, block=64, norms=True)
+    key_summary = functools.partial(sla_summary_triton.key_summary, block=64, norms=True)
     k_means, state, normalizer, k_norm = jax.jit(key_summary)(k, v)
     table, q_norms = jax.jit(lambda q, k_means: sla_fused.block_table(q, k_means, settings))(q, k_means)
     bounds = sla_fused.score_bounds(q_norms, k_norm, DIM)
@@ -79,7 +79,7 @@ def sla_parts(inputs: list[jax.Array], topk: float) -> dict[str, Any]:
     parts = {
         "key_summary_ms": milliseconds(key_summary, (k, v)),
         "block_map_ms": milliseconds(lambda q, k_means: sla_fused.block_table(q, k_means, settings), (q, k_means)),
-        "query_means_ms": milliseconds(lambda q: sla_triton.block_means(q, 128), (q,)),
+        "query_means_ms": milliseconds(lambda q: sla_summary_triton.block_means(q, 128), (q,)),
         "sparse_mosaic_ms": milliseconds(mosaic, operands),
         "sparse_triton_ms": milliseconds(lambda *a: triton(*a)[0], operands),
     }
@@ -94,12 +94,12 @@ def sla_parts(inputs: list[jax.Array], topk: float) -> dict[str, Any]:
 
 def sage_parts(inputs: list[jax.Array], topk: float) -> dict[str, Any]:
     """As `sla_parts`, with the blocks and the float8 values that the published checkpoints run with on Hopper."""
-    from turbojax.kernels import sage_fused, sage_triton, sla_fused, sla_triton
+    from turbojax.kernels import sage_fused, sage_triton, sla_fused, sla_summary_triton
 
     q, k, v, weight, bias = inputs
     settings = sage_fused.settings(chosen_blocks(q, topk, 128), block_q=64, block_k=128, values="float8")
-    k_means, state, normalizer, _ = jax.jit(lambda k, v: sla_triton.key_summary(k, v, 128))(k, v)
-    k_mean = sla_triton.mean_of_means(k_means, k.shape[1], 128)
+    k_means, state, normalizer, _ = jax.jit(lambda k, v: sla_summary_triton.key_summary(k, v, 128))(k, v)
+    k_mean = sla_summary_triton.mean_of_means(k_means, k.shape[1], 128)
     quantize_q = functools.partial(sage_triton.quantize_rows, block=64, means=True)
     quantize_k = functools.partial(sage_triton.quantize_rows, block=128)
     q_code, q_scale, q_means = jax.jit(quantize_q)(q)

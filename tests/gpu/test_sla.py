@@ -100,12 +100,12 @@ def test_large_scores(size):
 
 @pytest.mark.parametrize(("rows", "blocks", "count"), [(100, 5, 5), (1000, 1182, 118), (64, 4096, 600)])
 def test_choose_blocks_is_top_k(rows, blocks, count):
-    from turbojax.kernels import sla_triton
+    from turbojax.kernels import sla_summary_triton
 
     scores = jax.random.normal(jax.random.key(rows), (1, 1, rows, blocks))
     for s in (scores, jnp.round(scores * 4) / 4, jnp.zeros_like(scores)):
         expected = jnp.sort(lax.top_k(s, count)[1], axis=-1)
-        np.testing.assert_array_equal(sla_triton.choose_blocks(s, count), expected)
+        np.testing.assert_array_equal(sla_summary_triton.choose_blocks(s, count), expected)
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ from jax import lax
 
 from tests.golden_io import GOLDEN, load
 from tests.kernels import interpreter
-from turbojax.kernels import sla, sla_backward_triton, sla_fused, sla_triton, triton_call
+from turbojax.kernels import sla, sla_backward_triton, sla_fused, sla_summary_triton, sla_triton, triton_call
 
 BF16 = jnp.bfloat16
 
@@ -54,10 +54,10 @@ def as_float32(values):
 @pytest.mark.parametrize(("length", "block", "dim"), [(64, 64, 64), (150, 64, 128), (130, 128, 64)])
 def test_block_means_and_key_summary(length, block, dim):
     _, k, v, _, _ = arrays(length, batch=2, heads=3, dim=dim)
-    means, state, normalizer, norm = sla_triton.key_summary(k, v, block, norms=True)
+    means, state, normalizer, norm = sla_summary_triton.key_summary(k, v, block, norms=True)
     expected = sla.block_means(k, block)
     np.testing.assert_allclose(means, expected, atol=1e-6)
-    again, norms = sla_triton.block_means(k, block)
+    again, norms = sla_summary_triton.block_means(k, block)
     np.testing.assert_allclose(again, expected, atol=1e-6)
     of_rows = jnp.linalg.norm(k.astype(jnp.float32), axis=-1).transpose(0, 2, 1)
     np.testing.assert_allclose(norm, of_rows.max(axis=2), rtol=1e-6)
@@ -72,9 +72,9 @@ def test_block_means_and_key_summary(length, block, dim):
 def test_key_summary_in_shares(monkeypatch):
     """The sequence in several parts, the last one short, is the sequence in one."""
     _, k, v, _, _ = arrays(300, dim=64)
-    whole = sla_triton.key_summary(k, v, 64)
-    monkeypatch.setattr(sla_triton, "SUMMARY_PROGRAMS", 4)
-    for got, expected in zip(sla_triton.key_summary(k, v, 64)[:3], whole[:3], strict=True):
+    whole = sla_summary_triton.key_summary(k, v, 64)
+    monkeypatch.setattr(sla_summary_triton, "SUMMARY_PROGRAMS", 4)
+    for got, expected in zip(sla_summary_triton.key_summary(k, v, 64)[:3], whole[:3], strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -84,7 +84,7 @@ def test_choose_blocks_is_top_k(blocks, count):
     coarse = jnp.round(scores * 2) / 2 * jnp.where(scores > 1, 0.0, 1.0)  # many ties, and zeros of either sign
     for s in (scores, coarse, -jnp.abs(scores), jnp.zeros_like(scores), jnp.full_like(scores, -jnp.inf)):
         expected = jnp.sort(lax.top_k(s, count)[1], axis=-1)
-        np.testing.assert_array_equal(sla_triton.choose_blocks(s, count), expected)
+        np.testing.assert_array_equal(sla_summary_triton.choose_blocks(s, count), expected)
 
 
 def fused(inputs, topk: float, block_q: int, block_k: int) -> jax.Array:
@@ -155,7 +155,7 @@ def test_golden_files(name):
     settings = sla_fused.settings(
         "triton", table.shape[-1], block_q=case["BLKQ"], block_k=case["BLKK"], dim=q.shape[-1]
     )
-    k_means = sla_triton.key_summary(k, v, case["BLKK"]).means
+    k_means = sla_summary_triton.key_summary(k, v, case["BLKK"]).means
     np.testing.assert_array_equal(sla_fused.block_table(q, k_means, settings)[0], table)
     out, gradient = jax.vjp(lambda *inputs: sla_fused.attention(*inputs, settings), *inputs)
     rms, largest = errors(out, t[f"out.{name}.o"])

@@ -6,7 +6,7 @@ pytest.importorskip("triton")
 
 from tests.kernels.ahead_of_time import BF16, F32, INT32, SHARED_MEMORY, usage
 from tests.kernels.interpreter_process import run_in_the_interpreter
-from turbojax.kernels import sla, sla_backward_triton, sla_linear_triton, sla_triton
+from turbojax.kernels import sla, sla_backward_triton, sla_linear_triton, sla_summary_triton, sla_triton
 
 SHAPE = {"L": 75600, "N": 40}  # with a partial block at the end
 FORWARD = dict.fromkeys(("q", "k", "v", "projected", "out", "sparse"), BF16) | {"table": INT32}
@@ -64,13 +64,17 @@ def test_sparse_backward_compiles_within_limits(block_q, block_k, dim, capabilit
 def test_small_kernels_compile_within_limits(dim, capability):
     shape = SHAPE | {"H": dim}
     for norms in (False, True):
-        summary = shape | {"ROWS": sla_triton.KEY_ROWS, "SHARE": 182, "SHARES": 13, "NORMS": norms}
-        assert_within_limits(sla_triton.key_summary_kernel, SUMMARY, summary, warps=8, stages=3, capability=capability)
+        summary = shape | {"ROWS": sla_summary_triton.KEY_ROWS, "SHARE": 182, "SHARES": 13, "NORMS": norms}
+        assert_within_limits(
+            sla_summary_triton.key_summary_kernel, SUMMARY, summary, warps=8, stages=3, capability=capability
+        )
     means, block = {"x": BF16, "means": F32, "norms": F32}, shape | {"BLOCK": 128}
-    assert_within_limits(sla_triton.block_means_kernel, means, block, warps=4, stages=1, capability=capability)
+    assert_within_limits(sla_summary_triton.block_means_kernel, means, block, warps=4, stages=1, capability=capability)
     choose = {"BLOCKS": 4000, "COUNT": 400, "WIDTH": 4096}
     scores = {"scores": F32, "table": INT32}
-    assert_within_limits(sla_triton.choose_blocks_kernel, scores, choose, warps=2, stages=1, capability=capability)
+    assert_within_limits(
+        sla_summary_triton.choose_blocks_kernel, scores, choose, warps=2, stages=1, capability=capability
+    )
 
 
 @pytest.mark.parametrize("capability", [80, 90])

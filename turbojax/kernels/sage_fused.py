@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from turbojax.errors import UserError
-from turbojax.kernels import sage_triton, sla_triton
+from turbojax.kernels import sage_triton, sla_summary_triton
 from turbojax.kernels.dispatch import compute_capability
 from turbojax.kernels.sage import Values, quantize_values
 from turbojax.kernels.sla_fused import project_state, table_of_means
@@ -50,8 +50,8 @@ def attention(
 ) -> jax.Array:
     """`sage.sage_sparse_linear_attention` of bfloat16 q, k, v `[B, L, N, H]`."""
     s = settings
-    k_means, state, normalizer, _ = sla_triton.key_summary(k, v, s.block_k)
-    k_mean = sla_triton.mean_of_means(k_means, k.shape[1], s.block_k)
+    k_means, state, normalizer, _ = sla_summary_triton.key_summary(k, v, s.block_k)
+    k_mean = sla_summary_triton.mean_of_means(k_means, k.shape[1], s.block_k)
     k_code, k_scale, _ = sage_triton.quantize_rows(k, s.block_k, mean=k_mean)
     q, k_code = lax.optimization_barrier((q, k_code))  # k's memory is free before q's codes take some
     q_code, q_scale, q_means = sage_triton.quantize_rows(q, s.block_q, means=True)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from turbojax.kernels.sage import E4M3_OF_V, LOG2_E, P_OFFSET, Values
-from turbojax.kernels.sla_triton import sum_rows
+from turbojax.kernels.sla_summary_triton import sum_rows
 from turbojax.kernels.triton_call import triton_call
 
 LOG2 = tl.constexpr(LOG2_E)

@@ -16,7 +16,8 @@ import triton
 import triton.language as tl
 
 from turbojax.kernels import triton_call
-from turbojax.kernels.sla_triton import LOG2_E, Tiles
+from turbojax.kernels.sla_summary_triton import LOG2_E
+from turbojax.kernels.sla_triton import Tiles
 
 
 def tiles(capability: tuple[int, int] | None, *, block_q: int, block_k: int, dim: int) -> tuple[Tiles, Tiles]:

@@ -1,7 +1,7 @@
 """Sparse-linear attention out of fused kernels, with its gradients; the equations are in `turbojax.kernels.sla`.
 
-block means of q                                     reads q
-block means of k, phi(k)^T v, sum phi(k)             reads k and v
+block means of q, the longest query of each block    reads q
+block means of k, phi(k)^T v, sum phi(k), longest k  reads k and v
 scores, and the block map from them                  small
 sparse softmax + linear branch + projection + bias   reads q and the chosen blocks of k and v, writes the result
 """
@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from turbojax.kernels import sla_backward_triton, sla_linear_triton, sla_mosaic, sla_triton
+from turbojax.kernels import sla_backward_triton, sla_linear_triton, sla_mosaic, sla_summary_triton, sla_triton
 from turbojax.kernels.dispatch import compute_capability
 
 SparseKernel = Literal["mosaic", "triton"]
@@ -63,15 +63,15 @@ def block_table(q: jax.Array, k_means: jax.Array, settings: Settings) -> tuple[j
 
     Also the largest norm of a query of each block, float32 `[B, N, query blocks]`.
     """
-    k_mean = sla_triton.mean_of_means(k_means, q.shape[1], settings.block_k)
-    q_means, q_norms = sla_triton.block_means(q, settings.block_q)
+    k_mean = sla_summary_triton.mean_of_means(k_means, q.shape[1], settings.block_k)
+    q_means, q_norms = sla_summary_triton.block_means(q, settings.block_q)
     return table_of_means(q_means, k_means, k_mean, settings.count), q_norms
 
 
 def table_of_means(q_means: jax.Array, k_means: jax.Array, k_mean: jax.Array, count: int) -> jax.Array:
     """The block map from block means `[B, N, blocks, H]` and the mean of k `[B, N, H]`, all float32."""
     scores = exact_einsum("bnih,bnjh->bnij", q_means, k_means - k_mean[:, :, None])
-    return sla_triton.choose_blocks(scores, count)
+    return sla_summary_triton.choose_blocks(scores, count)
 
 
 def score_bounds(q_norms: jax.Array, k_norm: jax.Array, dim: int) -> jax.Array:
@@ -95,7 +95,7 @@ def attention(
 
 def forward(q, k, v, proj_weight, proj_bias, settings: Settings, *, residuals: bool = True):
     """The result, and what the gradients need."""
-    k_means, state, normalizer, k_norm = sla_triton.key_summary(k, v, settings.block_k, norms=True)
+    k_means, state, normalizer, k_norm = sla_summary_triton.key_summary(k, v, settings.block_k, norms=True)
     table, q_norms = block_table(q, k_means, settings)
     projected = project_state(state, proj_weight)
     bounds = score_bounds(q_norms, k_norm, q.shape[-1])

@@ -18,9 +18,16 @@ import triton
 import triton.language as tl
 
 from turbojax.kernels import triton_call
-from turbojax.kernels.sla_triton import shares_of, softmax_rows
+from turbojax.kernels.sla_summary_triton import shares_of
 
 ROWS = 64  # of a step
+
+
+@triton.jit
+def softmax_rows(x):
+    """phi: softmax over the last axis of a float32 tile."""
+    e = tl.exp(x - tl.max(x, axis=1)[:, None])
+    return e / tl.sum(e, axis=1)[:, None]
 
 
 @triton.jit

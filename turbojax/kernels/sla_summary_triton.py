@@ -1,0 +1,241 @@
+"""Triton kernels of what sparse-linear attention needs of whole blocks and heads; equations: `turbojax.kernels.sla`.
+
+Block means and the block map that comes of them, the state of the linear branch, and norms that bound the scores. B
+batch, L tokens, N heads, H head dim (64 or 128); q, k, v bfloat16 `[B, L, N, H]`, read in place. Nothing is summed by
+atomics: results are the same from run to run.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import triton
+import triton.language as tl
+
+from turbojax.kernels import triton_call
+
+LOG2_E = tl.constexpr(math.log2(math.e))
+SUMMARY_PROGRAMS = 528  # about: four for each multiprocessor of an H100
+KEY_ROWS = 32  # keys of a step of `key_summary`: the most that leave a multiprocessor two programs, without norms
+
+
+@triton.jit
+def sum_rows(x, ROWS: tl.constexpr):
+    """Sums over rows of a bfloat16 tile [ROWS, H], float32 [H]; as a product it takes fewer registers and barriers."""
+    ones = tl.full((ROWS, 16), 1.0, tl.float32).to(tl.bfloat16)
+    return tl.max(tl.dot(x.T, ones), axis=1)
+
+
+@triton.jit
+def square_norms(x):
+    """Squared norms of the rows of a float32 tile."""
+    return tl.sum(x * x, axis=1)
+
+
+@triton.jit
+def block_means_kernel(x, means, norms, L: tl.constexpr, N: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr):
+    """One program BLOCK rows of a head: their mean and their largest norm; heads run fastest, as they lie in memory."""
+    n, i, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    rows, columns = i * BLOCK + tl.arange(0, BLOCK), tl.arange(0, H)
+    offsets = ((b.to(tl.int64) * L + rows) * N + n)[:, None] * H + columns[None, :]
+    values = tl.load(x + offsets, mask=(rows < L)[:, None], other=0.0)
+    mean = sum_rows(values, BLOCK) / tl.minimum(BLOCK, L - i * BLOCK).to(tl.float32)
+    place = (b * N + n) * tl.cdiv(L, BLOCK) + i
+    tl.store(means + place * H + columns, mean)
+    tl.store(norms + place, tl.sqrt(tl.max(square_norms(values.to(tl.float32)), axis=0)))
+
+
+@triton.jit
+def key_summary_kernel(
+    k,
+    v,
+    means,
+    states,
+    normalizers,
+    norms,
+    L: tl.constexpr,
+    N: tl.constexpr,
+    H: tl.constexpr,
+    ROWS: tl.constexpr,
+    SHARE: tl.constexpr,
+    SHARES: tl.constexpr,
+    NORMS: tl.constexpr,
+):
+    """One program SHARE groups of ROWS keys of a head: their means, and phi(k)^T v and the sum of phi(k) over all.
+
+    NORMS: also the largest norm of a key.
+    """
+    n, share, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    groups: tl.constexpr = (L + ROWS - 1) // ROWS
+    columns, in_group = tl.arange(0, H), tl.arange(0, ROWS)
+    head = b * N + n
+    offsets = in_group[:, None] * (N * H) + columns[None, :]
+    k += (b.to(tl.int64) * L * N + n) * H
+    v += (b.to(tl.int64) * L * N + n) * H
+    state = tl.zeros((H, H), tl.float32)
+    normalizer = tl.zeros((H, 16), tl.float32)  # of equal columns, as in `sum_rows`
+    squares = tl.zeros((ROWS,), tl.float32)
+    ones = tl.full((ROWS, 16), 1.0, tl.float32).to(tl.bfloat16)
+    for j in range(share * SHARE, tl.minimum((share + 1) * SHARE, groups)):
+        first = j * (ROWS * N * H)
+        left = L - j * ROWS
+        inside = in_group < left
+        keys = tl.load(k + first + offsets, mask=inside[:, None], other=0.0)
+        values = tl.load(v + first + offsets, mask=inside[:, None], other=0.0)
+        x = keys.to(tl.float32)
+        e = tl.exp2(x * LOG2_E - (tl.max(x, axis=1) * LOG2_E)[:, None])
+        phi = (e * tl.where(inside, 1.0 / tl.sum(e, axis=1), 0.0)[:, None]).to(tl.bfloat16)
+        mean = sum_rows(keys, ROWS) / tl.minimum(ROWS, left).to(tl.float32)
+        tl.store(means + (head * groups + j) * H + columns, mean)
+        if NORMS:
+            squares = tl.maximum(squares, square_norms(x))
+        state = tl.dot(phi.T, values, state)
+        normalizer = tl.dot(phi.T, ones, normalizer)
+    part = head * SHARES + share
+    tl.store(states + part.to(tl.int64) * H * H + columns[:, None] * H + columns[None, :], state)
+    tl.store(normalizers + part * H + columns, tl.max(normalizer, axis=1))
+    if NORMS:
+        tl.store(norms + part, tl.sqrt(tl.max(squares, axis=0)))
+
+
+@triton.jit
+def choose_blocks_kernel(scores, table, BLOCKS: tl.constexpr, COUNT: tl.constexpr, WIDTH: tl.constexpr):
+    """One program a row: the places of its COUNT largest scores, ascending; of equal ones the first."""
+    row = tl.program_id(0).to(tl.int64)
+    places = tl.arange(0, WIDTH)
+    inside = places < BLOCKS
+    bits = tl.load(scores + row * BLOCKS + places, mask=inside, other=0.0).to(tl.int32, bitcast=True)
+    order = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # integers in the order of the floats
+    smallest: tl.constexpr = -0x80000000
+    order = tl.where(inside, order, smallest)
+    # Becomes the largest that COUNT scores reach, bit by bit, until just so many do.
+    threshold = tl.full((), smallest, tl.int32)
+    reached, bit = tl.full((), BLOCKS, tl.int32), tl.full((), 31, tl.int32)
+    while (reached != COUNT) & (bit >= 0):
+        higher = threshold ^ (tl.full((), 1, tl.int32) << bit)
+        count = tl.sum((order >= higher).to(tl.int32), axis=0)
+        enough = count >= COUNT
+        threshold = tl.where(enough, higher, threshold)
+        reached = tl.where(enough, count, reached)
+        bit -= 1
+    above = (order > threshold).to(tl.int32)
+    equal = (inside & (order == threshold)).to(tl.int32)
+    wanted = COUNT - tl.sum(above, axis=0)
+    chosen = above + equal * (tl.cumsum(equal, axis=0) <= wanted).to(tl.int32)
+    tl.store(table + row * COUNT + tl.cumsum(chosen, axis=0) - 1, places, mask=chosen > 0)
+
+
+def block_means(x: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
+    """As `sla.block_means`: x `[B, L, N, H]` to float32 `[B, N, ceil(L / block), H]`.
+
+    Also the largest norm of a row of each block, float32 `[B, N, ceil(L / block)]`.
+    """
+    batch, length, heads, dim = x.shape
+    blocks = -(-length // block)
+    means, largest = triton_call.triton_call(
+        block_means_kernel,
+        x,
+        out_shape=(
+            jax.ShapeDtypeStruct((batch, heads, blocks, dim), jnp.float32),
+            jax.ShapeDtypeStruct((batch, heads, blocks), jnp.float32),
+        ),
+        grid=(heads, blocks, batch),
+        num_warps=4,
+        num_stages=1,
+        L=length,
+        N=heads,
+        H=dim,
+        BLOCK=block,
+    )
+    return means, largest
+
+
+def shares_of(length: int, heads: int, rows: int) -> tuple[int, int]:
+    """How a head's groups of `rows` rows are shared out to programs: groups a program, and programs."""
+    groups = -(-length // rows)
+    share = -(-groups // max(1, SUMMARY_PROGRAMS // heads))
+    return share, -(-groups // share)
+
+
+class KeySummary(NamedTuple):
+    """What the block map and the linear branch need of k and v, float32.
+
+    means: of blocks of k `[B, N, ceil(L / block), H]`. state: phi(k)^T v `[B, N, H, H]`. normalizer: the sum of phi(k)
+    `[B, N, H]`. norm: the largest of a key `[B, N]`; where it was not asked for `[1, 1]` and undefined.
+    """
+
+    means: jax.Array
+    state: jax.Array
+    normalizer: jax.Array
+    norm: jax.Array
+
+
+def key_summary(k: jax.Array, v: jax.Array, block: int, *, norms: bool = False) -> KeySummary:
+    """Reads k and v `[B, L, N, H]` once."""
+    batch, length, heads, dim = k.shape
+    groups = -(-length // KEY_ROWS)
+    share, shares = shares_of(length, batch * heads, KEY_ROWS)
+    means, states, normalizers, largest = triton_call.triton_call(
+        key_summary_kernel,
+        k,
+        v,
+        out_shape=(
+            jax.ShapeDtypeStruct((batch, heads, groups, dim), jnp.float32),
+            jax.ShapeDtypeStruct((batch, heads, shares, dim, dim), jnp.float32),
+            jax.ShapeDtypeStruct((batch, heads, shares, dim), jnp.float32),
+            jax.ShapeDtypeStruct((batch, heads, shares) if norms else (1, 1, 1), jnp.float32),
+        ),
+        grid=(heads, shares, batch),
+        num_warps=8,
+        num_stages=3,
+        L=length,
+        N=heads,
+        H=dim,
+        ROWS=KEY_ROWS,
+        SHARE=share,
+        SHARES=shares,
+        NORMS=norms,
+    )
+    means = merge_means(means, length, block)
+    return KeySummary(means, states.sum(axis=2), normalizers.sum(axis=2), largest.max(axis=2))
+
+
+def block_rows(length: int, block: int) -> jax.Array:
+    """Rows that each block has, float32 `[ceil(length / block)]`."""
+    return jnp.minimum(block, length - block * jnp.arange(-(-length // block))).astype(jnp.float32)
+
+
+def mean_of_means(means: jax.Array, length: int, block: int) -> jax.Array:
+    """The mean `[B, N, H]` of all `length` rows, from those of their blocks `[B, N, blocks, H]`."""
+    return jnp.sum(means * (block_rows(length, block) / length)[None, None, :, None], axis=2)
+
+
+def merge_means(means: jax.Array, length: int, block: int) -> jax.Array:
+    """Means of groups of KEY_ROWS rows, `[B, N, groups, H]`, to those of blocks of `block` rows."""
+    sums = means * block_rows(length, KEY_ROWS)[None, None, :, None]
+    together = block // KEY_ROWS
+    sums = jnp.pad(sums, ((0, 0), (0, 0), (0, -means.shape[2] % together), (0, 0)))
+    blocks = sums.reshape(*means.shape[:2], -1, together, means.shape[3]).sum(axis=3)
+    return blocks / block_rows(length, block)[None, None, :, None]
+
+
+def choose_blocks(scores: jax.Array, count: int) -> jax.Array:
+    """Places of the `count` largest scores of each row, ascending: float32 `[..., blocks]` to int32 `[..., count]`.
+
+    The same as sorted `lax.top_k`, which takes the first of equal scores; up to 4096 blocks.
+    """
+    *leading, blocks = scores.shape
+    width = 1 << (blocks - 1).bit_length()
+    (table,) = triton_call.triton_call(
+        choose_blocks_kernel,
+        scores,
+        out_shape=(jax.ShapeDtypeStruct((*leading, count), jnp.int32),),
+        grid=(math.prod(leading),),
+        num_warps=max(1, width // 2048),  # one warp needs no barriers; more scores than that spill
+        num_stages=1,
+        BLOCKS=blocks,
+        COUNT=count,
+        WIDTH=width,
+    )
+    return table
