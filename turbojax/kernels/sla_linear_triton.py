@@ -10,17 +10,17 @@ q and g are read twice, k and v once: dP in the kernel of dq would not fit the r
 see; their sums are added in a fixed order.
 """
 
-from typing import Any
+import functools
 
 import jax
 import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from turbojax.kernels import triton_call
-from turbojax.kernels.sla_summary_triton import shares_of
+from turbojax.kernels.sla_summary_triton import launch_in_shares, shares_of
 
 ROWS = 64  # of a step
+launch = functools.partial(launch_in_shares, rows=ROWS, stages=2)
 
 
 @triton.jit
@@ -161,25 +161,3 @@ def linear_keys(k: jax.Array, v: jax.Array, d_state: jax.Array, d_normalizer: ja
 
 def gradient_of(x: jax.Array) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(x.shape, jnp.bfloat16)
-
-
-def launch(kernel, x: jax.Array, *arrays: jax.Array, out_shape, own_sums: bool = False) -> tuple[jax.Array, ...]:
-    """A kernel over shares of the rows of x `[B, L, N, H]`; own_sums: each share has results of its own."""
-    batch, length, heads, dim = x.shape
-    share, shares = shares_of(length, batch * heads, ROWS)
-    constants: dict[str, Any] = {"SHARES": shares} if own_sums else {}
-    return triton_call.triton_call(
-        kernel,
-        x,
-        *arrays,
-        out_shape=out_shape,
-        grid=(heads, shares, batch),
-        num_warps=8,
-        num_stages=2,
-        L=length,
-        N=heads,
-        H=dim,
-        ROWS=ROWS,
-        SHARE=share,
-        **constants,
-    )

@@ -6,7 +6,8 @@ atomics: results are the same from run to run.
 """
 
 import math
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -158,6 +159,38 @@ def shares_of(length: int, heads: int, rows: int) -> tuple[int, int]:
     return share, -(-groups // share)
 
 
+def launch_in_shares(
+    kernel: Any,
+    x: jax.Array,
+    *arrays: jax.Array,
+    out_shape: Sequence[jax.ShapeDtypeStruct],
+    rows: int,
+    stages: int,
+    own_sums: bool = False,
+    **constants: Any,
+) -> tuple[jax.Array, ...]:
+    """A kernel over shares of groups of `rows` rows of x `[B, L, N, H]`; own_sums: each share has its own results."""
+    batch, length, heads, dim = x.shape
+    share, shares = shares_of(length, batch * heads, rows)
+    if own_sums:
+        constants["SHARES"] = shares
+    return triton_call.triton_call(
+        kernel,
+        x,
+        *arrays,
+        out_shape=out_shape,
+        grid=(heads, shares, batch),
+        num_warps=8,
+        num_stages=stages,
+        L=length,
+        N=heads,
+        H=dim,
+        ROWS=rows,
+        SHARE=share,
+        **constants,
+    )
+
+
 class KeySummary(NamedTuple):
     """What the block map and the linear branch need of k and v, float32.
 
@@ -175,8 +208,8 @@ def key_summary(k: jax.Array, v: jax.Array, block: int, *, norms: bool = False) 
     """Reads k and v `[B, L, N, H]` once."""
     batch, length, heads, dim = k.shape
     groups = -(-length // KEY_ROWS)
-    share, shares = shares_of(length, batch * heads, KEY_ROWS)
-    means, states, normalizers, largest = triton_call.triton_call(
+    _, shares = shares_of(length, batch * heads, KEY_ROWS)
+    means, states, normalizers, largest = launch_in_shares(
         key_summary_kernel,
         k,
         v,
@@ -186,15 +219,9 @@ def key_summary(k: jax.Array, v: jax.Array, block: int, *, norms: bool = False) 
             jax.ShapeDtypeStruct((batch, heads, shares, dim), jnp.float32),
             jax.ShapeDtypeStruct((batch, heads, shares) if norms else (1, 1, 1), jnp.float32),
         ),
-        grid=(heads, shares, batch),
-        num_warps=8,
-        num_stages=3,
-        L=length,
-        N=heads,
-        H=dim,
-        ROWS=KEY_ROWS,
-        SHARE=share,
-        SHARES=shares,
+        rows=KEY_ROWS,
+        stages=3,
+        own_sums=True,
         NORMS=norms,
     )
     means = merge_means(means, length, block)
