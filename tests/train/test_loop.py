@@ -48,8 +48,11 @@ def steps_of(workdir: Path) -> list[int]:
     return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
 
 
-def start(workdir: Path, data: Path) -> subprocess.Popen:
-    """Starts a run, or goes on with it, in a process of its own; programs are compiled once for all of them."""
+def start(workdir: Path, data: Path, *before: str) -> subprocess.Popen:
+    """Starts a run, or goes on with it, in a process of its own; programs are compiled once for all of them.
+
+    before: what the interpreter is given before the script.
+    """
     settings = {"num_steps": STEPS, "batch_size": 4, "log_every": 1, "checkpoint_every": EVERY, "keep": STEPS}
     overrides = [f"--config.{name}={value}" for name, value in (settings | {"workdir": workdir, "data": data}).items()]
     environment = os.environ | {
@@ -59,18 +62,36 @@ def start(workdir: Path, data: Path) -> subprocess.Popen:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         "PYTHONPATH": str(ROOT),
     }
-    command = [sys.executable, TRAIN, TOY, *overrides]
+    command = [sys.executable, *before, TRAIN, TOY, *overrides]
     return subprocess.Popen(command, env=environment, cwd=workdir.parent, stderr=subprocess.PIPE, text=True)
 
 
-def signal_at(run: subprocess.Popen, step: int, number: int) -> str:
-    """Sends a signal when a step is reported; what the run wrote afterwards."""
+def signalled(workdir: Path, data: Path, number: int, step: int) -> tuple[int, str]:
+    """Exit status and messages of a run that gets a signal where it reports a step."""
+    run = start(workdir, data, "-m", "tests.train.signalled", str(int(number)), str(step))
+    _, said = run.communicate()
+    return run.returncode, said
+
+
+def killed_in_a_save(workdir: Path, data: Path) -> Path:
+    """Kills a run that is in the middle of writing a checkpoint; what is half written.
+
+    It is stopped first, to see that this save is not over; if it is, the next one is awaited.
+    """
+    run = start(workdir, data)
     assert run.stderr
-    for line in run.stderr:
-        if f"Step {step}:" in line:
-            run.send_signal(number)
-            break
-    return run.communicate()[1]
+    assert any("Resuming from step" in line for line in run.stderr)  # what an earlier kill left half written is gone
+    while True:
+        assert run.poll() is None, "the run ended before it was caught in a save"
+        for half in (workdir / "checkpoints").glob("*-tmp"):
+            run.send_signal(signal.SIGSTOP)
+            os.waitid(os.P_PID, run.pid, os.WSTOPPED)
+            if half.exists():
+                run.kill()
+                run.communicate()
+                return half
+            run.send_signal(signal.SIGCONT)
+        time.sleep(0.001)
 
 
 def test_killed_and_resumed(tmp_path, data):
@@ -82,30 +103,20 @@ def test_killed_and_resumed(tmp_path, data):
     first = random.randrange(1, EVERY)
     second = random.randrange(EVERY + 1, 2 * EVERY)
 
-    run = start(workdir, data)
-    said = signal_at(run, first, signal.SIGTERM)
-    assert run.returncode == 130
+    status, said = signalled(workdir, data, signal.SIGTERM, first)
+    assert status == 130, said
     assert "stopped" in said
-    [stopped] = steps_of(workdir)
-    assert stopped >= first, (first, stopped)
+    assert steps_of(workdir) == [first + 1]  # the step in hand is finished
+
+    status, said = signalled(workdir, data, signal.SIGKILL, second)
+    assert status == -signal.SIGKILL, said
+
+    half = killed_in_a_save(workdir, data)
+    assert int(half.name.partition(".")[0]) not in steps_of(workdir)
 
     run = start(workdir, data)
-    signal_at(run, second, signal.SIGKILL)
-    assert run.returncode == -signal.SIGKILL
-
-    run = start(workdir, data)
-    before = steps_of(workdir)
-    while not (half := list((workdir / "checkpoints").glob("*-tmp"))):
-        assert run.poll() is None
-        time.sleep(0.001)
-    run.kill()
-    run.communicate()
-    assert half[0].exists(), "the save was over before the kill"
-    assert steps_of(workdir) == before
-
-    run = start(workdir, data)
-    run.communicate()
-    assert run.returncode == 0
+    _, said = run.communicate()
+    assert run.returncode == 0, said
     expected, got = saved(tmp_path / "whole", STEPS), saved(workdir, STEPS)
     assert expected.keys() == got.keys()
     different = [name for name in expected if not np.array_equal(expected[name], got[name])]
