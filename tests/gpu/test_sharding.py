@@ -1,5 +1,6 @@
 """The network on several GPUs of one host, by each kind of attention and its kernels, against one of them."""
 
+import dataclasses
 import functools
 
 import jax
@@ -47,18 +48,27 @@ def run(config: WanConfig, weights: dict[str, jax.Array], *arguments: jax.Array)
     return out, sharding.as_sharded(gradients)
 
 
+def error(got: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.linalg.norm(got.astype(np.float32) - expected.astype(np.float32)))
+
+
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_as_on_one(name, mesh):
+    """Gradients are as far from float32's as those of one: some are sums that cancel down to their rounding."""
     config = CONFIGS[name]
     weights = {name: np.asarray(value) for name, value in parameters(random_module(wan_skeleton(config))).items()}
     arguments = [np.asarray(array) for array in drawn()]
     step = jax.jit(functools.partial(run, config))
-    expected = jax.tree.map(np.asarray, step(weights, *arguments))
+    out, gradients = jax.tree.map(np.asarray, step(weights, *arguments))
     with jax.set_mesh(sharding.make_mesh(**MESHES[mesh])):
         placed = jax.device_put(weights, sharding.state_shardings(weights))
-        got = jax.tree.map(np.asarray, step(placed, *arguments))
-    norm = lambda array: float(np.linalg.norm(np.asarray(array, np.float32)))  # noqa: E731
-    assert norm(got[0] - expected[0]) < 2e-2 * norm(expected[0])
-    for name, gradient in expected[1].items():
-        assert norm(got[1][name].astype(np.float32) - gradient.astype(np.float32)) < 5e-2 * norm(gradient), name
+        got_out, got = jax.tree.map(np.asarray, step(placed, *arguments))
+    assert error(got_out, out) < 2e-2 * error(out, np.zeros(1))
+    if not gradients:
+        return
+    exact = jax.jit(functools.partial(run, dataclasses.replace(config, dtype=jnp.float32)))
+    with jax.default_matmul_precision("float32"):
+        _, expected = exact({name: value.astype(np.float32) for name, value in weights.items()}, *arguments)
+    for name, value in jax.tree.map(np.asarray, expected).items():
+        assert error(got[name], value) < 1.5 * error(gradients[name], value), name
