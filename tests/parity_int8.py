@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 
+from tests.closeness import bfloat16_step
 from turbojax.kernels import int8
 
 
@@ -25,12 +26,7 @@ def recompute(config: dict, t: dict[str, np.ndarray]) -> dict[str, tuple[np.ndar
         "out.x_q": (x_q.q, 0.0),
         "out.x_s": (x_q.scale, 0.0),
         "out.y_f32": (y_f32, 5e-5),
-        "out.y_bf16": (y_bf16, bfloat16_steps(t["out.y_bf16"])),
-        "out.y": (y, bfloat16_steps(t["out.y"])),
+        "out.y_bf16": (y_bf16, bfloat16_step(np.abs(t["out.y_bf16"]).max())),
+        "out.y": (y, bfloat16_step(np.abs(t["out.y"]).max())),
     }
     return {name: (np.asarray(value), tolerance) for name, (value, tolerance) in out.items() if name in t}
-
-
-def bfloat16_steps(expected: np.ndarray) -> float:
-    """One bfloat16 step of the largest element."""
-    return float(2.0 ** (np.floor(np.log2(np.abs(expected).max())) - 7))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.closeness import relative_error
 from turbojax import sharding
 from turbojax.kernels.int8 import QuantConfig
 from turbojax.models.wan import WanConfig
@@ -48,10 +49,6 @@ def run(config: WanConfig, weights: dict[str, jax.Array], *arguments: jax.Array)
     return out, sharding.as_sharded(gradients)
 
 
-def error(got: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.linalg.norm(got.astype(np.float32) - expected.astype(np.float32)))
-
-
 @pytest.mark.parametrize("mesh", MESHES)
 @pytest.mark.parametrize("name", CONFIGS)
 def test_as_on_one(name, mesh):
@@ -64,11 +61,11 @@ def test_as_on_one(name, mesh):
     with jax.set_mesh(sharding.make_mesh(**MESHES[mesh])):
         placed = jax.device_put(weights, sharding.state_shardings(weights))
         got_out, got = jax.tree.map(np.asarray, step(placed, *arguments))
-    assert error(got_out, out) < 2e-2 * error(out, np.zeros(1))
+    assert relative_error(got_out, out) < 2e-2
     if not gradients:
         return
     exact = jax.jit(functools.partial(run, dataclasses.replace(config, dtype=jnp.float32)))
     with jax.default_matmul_precision("float32"):
         _, expected = exact({name: value.astype(np.float32) for name, value in weights.items()}, *arguments)
     for name, value in jax.tree.map(np.asarray, expected).items():
-        assert error(got[name], value) < 1.5 * error(gradients[name], value), name
+        assert relative_error(got[name], value) < 1.5 * relative_error(gradients[name], value), name

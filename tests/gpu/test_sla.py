@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+from tests.closeness import relative_error
 from tests.kernels.test_sla_mosaic import operands
 from turbojax.kernels import sla
 from turbojax.kernels.dispatch import compute_capability
@@ -22,11 +23,6 @@ def arrays(length: int, *, batch: int, heads: int, dim: int) -> list[jax.Array]:
     shapes = [(batch, length, heads, dim)] * 3 + [(dim, dim), (dim,)]
     q, k, v, weight, bias = (jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True))
     return [q.astype(BF16), (k + 0.5).astype(BF16), v.astype(BF16), weight * 0.2, bias]
-
-
-def relative_rms(got, expected) -> float:
-    got, expected = got.astype(jnp.float32), expected.astype(jnp.float32)
-    return float(jnp.linalg.norm(got - expected) / jnp.linalg.norm(expected))
 
 
 def implementations(length: int, blocks: tuple[int, int]) -> list[str]:
@@ -58,7 +54,7 @@ def test_attention(length, batch, heads, dim, topk, blocks):
         got = run(*inputs, implementation=implementation)
         assert bool(jnp.isfinite(got).all())
         assert bool((got == run(*inputs, implementation=implementation)).all())
-        assert relative_rms(got, expected) < 1e-2
+        assert relative_error(got, expected) < 1e-2
 
 
 @pytest.mark.skipif(compute_capability() != (9, 0), reason="needs a Hopper GPU")
@@ -83,7 +79,7 @@ def test_hopper_kernel(length, dim, block_k, count):
     bounds = jnp.full(inputs[3].shape[:3], 30.0).at[:, :, 1].set(90.0)  # one of a head's tiles looks for a maximum
     got = run(*inputs, bounds)
     assert bool((got == run(*inputs, bounds)).all())
-    assert relative_rms(got, expected) < 1e-2
+    assert relative_error(got, expected) < 1e-2
 
 
 @pytest.mark.parametrize("size", [1.0, 9.0])
@@ -95,7 +91,7 @@ def test_large_scores(size):
     with jax.default_matmul_precision("highest"):
         expected = run(*inputs, implementation="reference")
     for implementation in implementations(1560, (128, 64)):
-        assert relative_rms(run(*inputs, implementation=implementation), expected) < 1e-2
+        assert relative_error(run(*inputs, implementation=implementation), expected) < 1e-2
 
 
 @pytest.mark.parametrize(("rows", "blocks", "count"), [(100, 5, 5), (1000, 1182, 118), (64, 4096, 600)])
@@ -127,5 +123,5 @@ def test_gradients(length, dim, topk, blocks):
         expected = gradient(*(x.astype(jnp.float32) for x in inputs), implementation="reference")
         again = gradient(*inputs, implementation="triton")
     for g, e, a in zip(got, expected, again, strict=True):
-        assert relative_rms(g, e) < 1e-2
+        assert relative_error(g, e) < 1e-2
         assert bool((g == a).all())

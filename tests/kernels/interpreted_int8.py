@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.closeness import assert_bfloat16_close
 from tests.kernels import interpreter
 from turbojax.kernels import int8, triton_call
 from turbojax.kernels.int8 import QUANT_SCHEMES
@@ -26,15 +27,6 @@ def arrays(m: int, n: int, k: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     keys = jax.random.split(jax.random.key(m + n + k), 3)
     x, w, bias = (jax.random.normal(key, shape, BF16) for key, shape in zip(keys, ((m, k), (n, k), (n,)), strict=True))
     return x, w, bias
-
-
-def assert_bfloat16_close(got, expected):
-    """One rounding at 99.9 %, two at all elements, counted in steps of a value of that size (1 at least)."""
-    got, expected = np.asarray(got, np.float32), np.asarray(expected, np.float32)
-    step = 2.0 ** (np.floor(np.log2(np.maximum(np.abs(expected), 1e-6))) - 7)
-    steps = np.abs(got - expected) / np.maximum(step, 2.0**-7)
-    assert (steps <= 1).mean() >= 0.999
-    assert steps.max() <= 2
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

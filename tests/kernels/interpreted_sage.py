@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.closeness import relative_error
 from tests.golden_io import GOLDEN, load
 from tests.kernels import interpreter
 from tests.parity_sage import FORMS, as_rows, operand_order
@@ -66,11 +67,6 @@ def test_quantize_values(dim):
 
 def projection(dim: int):
     return jax.random.normal(jax.random.key(7), (dim, dim)) * dim**-0.5, jnp.full(dim, 0.1)
-
-
-def relative_error(got, expected) -> float:
-    got, expected = (np.asarray(x, np.float32) for x in (got, expected))
-    return float(np.linalg.norm(got - expected) / np.linalg.norm(expected))
 
 
 def attend(*inputs, **options):

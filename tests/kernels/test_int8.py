@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from tests.closeness import relative_error
 from turbojax.errors import UserError
 from turbojax.kernels import int8
 from turbojax.kernels.int8 import QUANT_SCHEMES, QuantConfig
@@ -30,10 +31,6 @@ def layer(scheme: str, features_in: int = 256, features_out: int = 136, dtype=jn
     quantized.scale.set_value(scale)
     quantized.bias.set_value(dense.bias[...])
     return quantized, dense
-
-
-def relative_error(got, expected) -> float:
-    return float(jnp.linalg.norm(got - expected) / jnp.linalg.norm(expected))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tests.closeness import relative_error
 from turbojax.errors import UserError
 from turbojax.kernels import sage, sla, triton_call
 from turbojax.kernels.attention import attention_reference
@@ -17,10 +18,6 @@ def arrays(length: int, *, batch: int = 2, heads: int = 2, dim: int = 64, dtype=
 
 def projection(dim: int = 64):
     return jnp.eye(dim) * 0.5, jnp.full(dim, 0.1)
-
-
-def relative_error(got, expected) -> float:
-    return float(jnp.linalg.norm(got - expected) / jnp.linalg.norm(expected))
 
 
 FORMS = {

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from tests.closeness import relative_error
 from tests.golden_io import GOLDEN, load
 from tests.parity_vae import build, fixture_vae, recompute, weights_of
 from turbojax.errors import CheckpointError, UserError
@@ -65,12 +66,6 @@ def latents():
 @pytest.fixture(scope="module")
 def video():
     return jax.random.uniform(jax.random.key(1), (1, 17, 32, 48, 3), minval=-1, maxval=1)
-
-
-def relative(a, b) -> float:
-    """Root mean square of the difference over that of b."""
-    a, b = (np.asarray(x, np.float64) for x in (a, b))
-    return float(np.sqrt(np.mean((a - b) ** 2) / np.mean(b**2)))
 
 
 def test_matches_the_reference(golden):
@@ -134,8 +129,8 @@ def test_host_arrays_of_other_dtypes_are_welcome(vae, video):
     pixels = np.asarray(video[:, :9])
     expected = encode(vae, video[:, :9])
     np.testing.assert_array_equal(encode(vae, pixels), expected)
-    assert relative(encode(vae, pixels.astype(np.float16)), expected) < 1e-2
-    assert relative(decode(vae, np.float64(expected)), decode(vae, expected)) == 0
+    assert relative_error(encode(vae, pixels.astype(np.float16)), expected) < 1e-2
+    assert relative_error(decode(vae, np.float64(expected)), decode(vae, expected)) == 0
 
 
 def test_cache_keeps_its_size():
@@ -195,8 +190,8 @@ def test_bfloat16_stays_close(vae, weights, latents, video):
     assert half.config.dtype == jnp.bfloat16
     frames = decode(half, latents[:, :3], chunk=2)
     assert frames.dtype == jnp.bfloat16
-    assert relative(frames, decode(vae, latents[:, :3], chunk=2)) < 0.03
-    assert relative(encode(half, video[:, :9]), encode(vae, video[:, :9])) < 0.03
+    assert relative_error(frames, decode(vae, latents[:, :3], chunk=2)) < 0.03
+    assert relative_error(encode(half, video[:, :9]), encode(vae, video[:, :9])) < 0.03
 
 
 @pytest.mark.parametrize("value", [0.0, 1.0])

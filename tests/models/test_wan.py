@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from tests.closeness import relative_error
 from tests.weights.checkpoints import small, turbo
 from turbojax import sampling
 from turbojax.diffusion import RCM
@@ -35,11 +36,6 @@ SIZES = {
 def exact():
     with jax.default_matmul_precision("highest"):
         yield
-
-
-def relative(a, b) -> float:
-    a, b = (np.asarray(x, np.float64) for x in (a, b))
-    return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
 def arguments(config: WanConfig, *, batch: int = 1, frames: int = 21, height: int = 60, width: int = 104) -> dict:
@@ -288,14 +284,14 @@ def test_samples_do_not_mix(image_to_video):
     for i in (0, 1):
         alone = run(**jax.tree.map(lambda a, i=i: jnp.stack([a[i], a[i]]), values))
         np.testing.assert_allclose(both[i], alone[0], atol=2e-5)
-    assert relative(both[0], both[1]) > 0.1
+    assert relative_error(both[0], both[1]) > 0.1
 
 
 @pytest.mark.parametrize("name", ["timesteps", "text", "y", "clip"])
 def test_every_argument_matters(image_to_video, name):
     run, values = image_to_video
     changed = values | {name: 0.5 * jnp.roll(values[name], 1, axis=-1)}
-    assert relative(run(**changed), run(**values)) > 1e-4
+    assert relative_error(run(**changed), run(**values)) > 1e-4
 
 
 def test_rows_of_text_that_are_left_out_change_nothing():
@@ -310,10 +306,12 @@ def test_rows_of_text_that_are_left_out_change_nothing():
     whole, expected = jax.value_and_grad(total)(state, text)
     for rows in (5, 31, 511):
         some, gradients = jax.value_and_grad(total)(state, text[:, :rows])
-        assert relative(some, whole) < 1e-5
-        worst = jax.tree.map(lambda a, b: relative(a, b) if jnp.any(b) else float(jnp.any(a)), gradients, expected)
+        assert relative_error(some, whole) < 1e-5
+        worst = jax.tree.map(
+            lambda a, b: relative_error(a, b) if jnp.any(b) else float(jnp.any(a)), gradients, expected
+        )
         assert max(jax.tree.leaves(worst)) < 1e-3
-    assert relative(total(state, text[:, :4]), whole) > 1e-4
+    assert relative_error(total(state, text[:, :4]), whole) > 1e-4
 
 
 @pytest.mark.parametrize(
