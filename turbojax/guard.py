@@ -25,9 +25,11 @@ def flaws(video: np.ndarray) -> tuple[str, ...]:
         if not np.isfinite(video).all():
             return ("not finite",)
         video = np.round((np.clip(video, -1, 1) + 1) * 127.5).astype(np.uint8)
-    bright = max((frame.max(axis=-1) > DARK).mean() for frame in video)
-    first = video[0].astype(np.int16)
-    moved = max(((abs(frame - first) > SAME).any(axis=-1).mean() for frame in video[1:]), default=1.0)
+    planes = np.ascontiguousarray(np.moveaxis(video, -1, 0))  # NumPy takes eight times as long over an axis of three
+    first = planes[:, :1]
+    bright = (planes.max(axis=0) > DARK).mean(axis=(1, 2)).max()
+    moving = (np.maximum(planes, first) - np.minimum(planes, first)).max(axis=0) > SAME
+    moved = moving[1:].mean(axis=(1, 2)).max() if len(video) > 1 else 1.0
     return tuple(name for name, found in (("black", bright <= FEW), ("static", moved <= FEW)) if found)
 
 
