@@ -166,7 +166,7 @@ def test_only_regular_files(tmp_path):
     for path in (tmp_path / "pipe.json", tmp_path, "/dev/zero", "/dev/null"):
         with pytest.raises(CheckpointError, match=r"is not a regular file; move it away|Is a directory"):
             read_json(path, SCHEMA, way_out="move it away")
-    with pytest.raises(CheckpointError, match="null byte"):
+    with pytest.raises(CheckpointError, match="embedded null"):
         read_json("a\0b", SCHEMA, way_out="move it away")
 
 

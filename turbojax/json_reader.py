@@ -247,11 +247,10 @@ def read_json_lines(
 def read_regular(path: str | os.PathLike, *, way_out: str, error: type[UserError], most_bytes: int) -> bytes:
     """The bytes of a regular file that holds at most most_bytes; raises `error`, see `read_json`."""
     try:
-        file = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # or a pipe would wait for its writer
-        with open(file, "rb") as stream:
-            if not stat.S_ISREG(os.fstat(file).st_mode):
+        with open(path, "rb", opener=without_waiting) as file:
+            if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise error(f"{path} is not a regular file; {way_out}")
-            content = stream.read(most_bytes + 1)
+            content = file.read(most_bytes + 1)
     except FileNotFoundError as problem:
         raise error(f"{path} does not exist; {way_out}") from problem
     except (OSError, ValueError) as problem:  # ValueError: a zero byte in the path
@@ -261,6 +260,10 @@ def read_regular(path: str | os.PathLike, *, way_out: str, error: type[UserError
     if len(content) > most_bytes:
         raise error(f"{path} holds more than {most_bytes} bytes; {way_out}")
     return content
+
+
+def without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # a pipe would wait for its writer
 
 
 def parse_json(
