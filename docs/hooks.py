@@ -1,4 +1,4 @@
-"""The documentation's build: README is the front page, and tables must be what `tables.py` makes."""
+"""The documentation's build: pages from outside docs/, and tables that must be what `tables.py` makes."""
 
 from pathlib import Path
 
@@ -8,11 +8,21 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 from tables import renewed
 
+# Pages that lie elsewhere in the checkout; links to them, and theirs into docs/, lead to the pages of the site.
+PAGES = {"index.md": "README.md", "small-model.md": "turbojax/shapes/model/README.md"}
+
 
 def on_files(files: Files, *, config: MkDocsConfig) -> None:
-    """README's links are seen from docs/."""
-    readme = Path(config.config_file_path).with_name("README.md").read_text(encoding="utf-8")
-    files.append(File.generated(config, "index.md", content=readme.replace("](docs/", "](")))
+    root = Path(config.config_file_path).parent
+    for page, source in PAGES.items():
+        files.append(File.generated(config, page, content=as_page((root / source).read_text(encoding="utf-8"))))
+
+
+def as_page(markdown: str) -> str:
+    """A page's links as seen from docs/, where README's are seen from the checkout."""
+    for page, source in PAGES.items():
+        markdown = markdown.replace(f"]({source})", f"]({page})")
+    return markdown.replace("](docs/", "](")
 
 
 def on_page_markdown(markdown: str, *, page: Page, **_: object) -> None:

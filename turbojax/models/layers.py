@@ -185,7 +185,7 @@ def time_sinusoid(timesteps: jax.Array, dim: int) -> jax.Array:
     """cos and then sin of t * 10000^(-i / half), float32 `[B, dim]`; timesteps float32 `[B]` in 0..1000.
 
     The reference works in float64. Here the phase is counted in turns and split so that the large product is exact
-    in float32 and its whole turns can be dropped: the error stays at 3e-7, plain float32 reaches 4e-5.
+    in float32 and its whole turns can be dropped: the error stays below 1.5e-6, plain float32 reaches 6e-5.
     """
     half = dim // 2
     turns = 10000.0 ** (-np.arange(half) / half) / (2 * np.pi)
