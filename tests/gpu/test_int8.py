@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.closeness import assert_bfloat16_close, bfloat16_step
+from tests.closeness import assert_bfloat16_close, assert_requantized
 from tests.golden_io import GOLDEN, load
 from turbojax.kernels import int8
 from turbojax.kernels.dispatch import compute_capability
@@ -35,23 +35,6 @@ def arrays(m: int, n: int, k: int):
     keys = jax.random.split(jax.random.key(m + n + k), 3)
     shapes = ((m, k), (n, k), (n,))
     return [jax.random.normal(key, shape, BF16) for key, shape in zip(keys, shapes, strict=True)]
-
-
-def assert_requantized(got: int8.Quantized, expected: int8.Quantized, y: jax.Array):
-    """Every value within half a code of y, give or take one rounding of y; the codes those of the same scale at 99.9 %.
-
-    In a block whose largest value is rounded otherwise scale and codes are others, and as good.
-    """
-    m, n = y.shape
-    np.testing.assert_allclose(got.scale, expected.scale, rtol=1e-2)
-    own, other = (np.repeat(np.repeat(q.scale, 128, axis=0), 128, axis=1)[:m, :n] for q in (got, expected))
-    y, codes, other_codes = np.asarray(y, np.float32), np.asarray(got.q, np.int32), np.asarray(expected.q, np.int32)
-    assert np.abs(codes - other_codes).max() <= 2
-    half = np.where(codes == 127, 1.0, 0.5)  # 127 stands for the largest value, too, which would be 128
-    assert (np.abs(codes * own - y) <= half * own * (1 + 1e-5) + bfloat16_step(y)).all()
-    same_scale = own == other
-    assert same_scale.mean() > 0.9
-    assert (codes == other_codes)[same_scale].mean() > 0.999
 
 
 @pytest.mark.parametrize("scheme", ["block128", "block128_rows", "channel"])
