@@ -23,13 +23,14 @@ def build(tensors: dict[str, np.ndarray], dtype=jnp.float32) -> UMT5Encoder:
     """The encoder that a checkpoint in memory describes, with its weights."""
     config = detect_umt5_config(tensors, dtype=dtype)
     graph, state = nnx.split(nnx.eval_shape(lambda: UMT5Encoder(config, rngs=nnx.Rngs(0))))
-    expected: dict[Entry, tuple[int, ...]] = {}
+    expected: dict[Entry, jax.ShapeDtypeStruct] = {}
     for path, value in nnx.to_flat_state(state):
         name = ".".join(path)
         if path[0] == "blocks":
-            expected |= {Entry(name, layer): value.shape[1:] for layer in range(value.shape[0])}
+            layer = jax.ShapeDtypeStruct(value.shape[1:], value.dtype)
+            expected |= {Entry(name, i): layer for i in range(value.shape[0])}
         else:
-            expected[Entry(name, None)] = value.shape
+            expected[Entry(name, None)] = jax.ShapeDtypeStruct(value.shape, value.dtype)
     found = assign(tensors, umt5_rules(tensors), expected, what="umt5")
     filled = []
     for path, value in nnx.to_flat_state(state):

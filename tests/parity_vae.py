@@ -19,7 +19,7 @@ def build(tensors: dict[str, np.ndarray], config: VAEConfig | None = None) -> Wa
     graph, state = nnx.split(nnx.eval_shape(lambda: WanVAE(config, rngs=nnx.Rngs(0))))
     flat = nnx.to_flat_state(state)
     names = [".".join(str(p) for p in path) for path, _ in flat]
-    expected = {Entry(name, None): value.shape for name, (_, value) in zip(names, flat, strict=True)}
+    expected = {Entry(name, None): value for name, (_, value) in zip(names, flat, strict=True)}
     found = assign(tensors, vae_rules(tensors), expected, what="vae")
     filled = [
         (path, value.replace(jnp.asarray(found[Entry(name, None)], value.dtype)))

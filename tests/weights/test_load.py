@@ -152,7 +152,11 @@ def test_configuration_of_the_golden_fixtures(name):
 
 def skeleton_of_zeros(layout) -> dict[str, np.ndarray]:
     """Arrays of full size that take no memory."""
-    return {name: np.broadcast_to(np.zeros((), np.float16), shape) for name, shape in layout.items()}
+    codes, number = np.zeros((), np.int8), np.zeros((), np.float16)
+    return {
+        name: np.broadcast_to(codes if name.endswith("int8_weight") else number, shape)
+        for name, shape in layout.items()
+    }
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import numpy as np
 
 from turbojax.errors import CheckpointError
 from turbojax.models.clip import CLIPConfig
-from turbojax.weights.rules import Rule, shorten
+from turbojax.weights.rules import LAYER_NUMBER, Rule, count_layers, shorten
 
 HEAD_DIM = 80  # of ViT-H; shapes do not tell it
 
@@ -70,7 +70,8 @@ def clip_tensors(tensors: Mapping[str, np.ndarray], num_layers: int) -> dict[str
         if (layer := _layer_of(name)) is not None and layer >= num_layers:
             continue
         if match := re.fullmatch(r"(.*\.attn\.)to_qkv(\.weight|\.bias)", name):
-            parts = tensor.reshape(3, -1, *tensor.shape[1:]) if len(tensor) % 3 == 0 else (tensor,) * 3
+            whole = tensor.size and len(tensor) % 3 == 0
+            parts = tensor.reshape(3, -1, *tensor.shape[1:]) if whole else (tensor,) * 3
             out |= {f"{match[1]}{part}{match[2]}": value for part, value in zip("qkv", parts, strict=True)}
         else:
             out[name] = tensor
@@ -86,22 +87,25 @@ def detect_clip_config(tensors: Mapping[str, np.ndarray], **changes: Any) -> CLI
         else ("vision_model.embeddings.patch_embedding.weight", "vision_model.encoder.layers.0.mlp.fc1.weight")
     )
     positions = "visual.pos_embedding" if official else "vision_model.embeddings.position_embedding.weight"
+    layers = [layer for name in tensors if (layer := _layer_of(name)) is not None]
     try:
         dim, _, side, _ = tensors[patch].shape
         tokens = tensors[positions].shape[-2]
+        if not all(tensors[name].size for name in (patch, first, positions)) or count_layers(layers) < 2:
+            raise ValueError
         detected = dict(
             dim=dim,
             mlp_dim=tensors[first].shape[0],
             num_heads=max(1, dim // HEAD_DIM),
-            num_layers=max(layer for name in tensors if (layer := _layer_of(name)) is not None),
+            num_layers=count_layers(layers) - 1,  # the last is not run
             image_size=side * round((tokens - 1) ** 0.5),
             patch=side,
         )
     except (LookupError, ValueError) as error:
-        raise CheckpointError(f"the CLIP image encoder lacks {patch}, {first} or {positions}") from error
+        raise CheckpointError(f"the CLIP image encoder lacks {patch}, {first}, {positions} or layers") from error
     return CLIPConfig(**(detected | changes))
 
 
 def _layer_of(name: str) -> int | None:
     match = re.match(_LAYER, name) or re.match(_ENCODER_LAYER, name)
-    return int(match["layer"]) if match else None
+    return int(match["layer"]) if match and LAYER_NUMBER.fullmatch(match["layer"]) else None

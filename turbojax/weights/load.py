@@ -99,8 +99,7 @@ def check_wan(tensors: Mapping[str, np.ndarray], *, num_heads: int | None, what:
     quantized = any(name.endswith((".int8_weight", ".scale")) for name in tensors)
     shapes = renamed_shapes(tensors, rules)
     config = detect_wan_config(shapes, quantized=quantized, num_heads=num_heads, what=what)
-    expected = {entry: spec.shape for entry, spec in wan_skeleton(config).entries().items()}
-    found = assign(tensors, rules, expected, what=what, published=wan_layout(config))
+    found = assign(tensors, rules, wan_skeleton(config).entries(), what=what, published=wan_layout(config))
     return WanCheckpoint(config, found, what)
 
 
@@ -108,7 +107,7 @@ def renamed_shapes(tensors: Mapping[str, np.ndarray], rules: Iterable[Rule]) -> 
     rules = tuple(rules)
     shapes = {}
     for name, tensor in tensors.items():
-        if (hit := rename(name, rules)) and hit[1].target:
+        if tensor.size and (hit := rename(name, rules)) and hit[1].target:
             entry, rule = hit
             shapes[entry] = relaid(rule, tensor).shape
     return shapes

@@ -20,11 +20,11 @@ import numpy as np
 from absl import logging
 from jax import lax
 
-from turbojax.errors import CheckpointError
+from turbojax.errors import CheckpointError, quoted
 from turbojax.models.wan import WanConfig
 from turbojax.weights.io import file_metadata, read_tensors
 from turbojax.weights.published import wan_layout
-from turbojax.weights.rules import Entry, Rule, relaid, rename, shorten
+from turbojax.weights.rules import Entry, Rule, of_kind, relaid, rename, shorten
 from turbojax.weights.wan import DIFFUSERS, OFFICIAL, clean_name
 
 Expert = Literal["high", "low"]
@@ -116,6 +116,10 @@ def read_lora(lora: LoRA, config: WanConfig, *, expert: Expert | None = None) ->
     if dora := [name for name in tensors if name.endswith(_UNREADABLE)]:
         raise CheckpointError(f"{path.name} is a DoRA ({dora[0]}), which cannot be merged; give a plain LoRA")
     parts, unmatched = by_parameter(tensors, config)
+    for name, tensor in tensors.items():
+        whole = name.endswith(".alpha") and jnp.issubdtype(tensor.dtype, jnp.integer)
+        if name not in unmatched and not (whole or of_kind(tensor.dtype, np.float32)):
+            raise CheckpointError(f"{path.name}: {quoted(name)} is {tensor.dtype} and must be floating point numbers")
     alpha = stored_alpha(path)
     changes: dict[Entry, Change] = {}
     problems = []

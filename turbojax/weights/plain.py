@@ -70,9 +70,9 @@ def open_clip(path: str | os.PathLike, *, dtype: Any = jnp.float16) -> PlainChec
 def check_plain(
     skeleton: Skeleton, tensors: Mapping[str, np.ndarray], rules: Iterable[Rule], layout: Layout
 ) -> PlainCheckpoint:
-    """Every parameter's tensor; raises CheckpointError with all that is missing, unknown or misshapen."""
-    expected = {entry: spec.shape for entry, spec in skeleton.entries().items()}
-    return PlainCheckpoint(skeleton, assign(tensors, rules, expected, what="the checkpoint", published=layout))
+    """Every parameter's tensor; raises CheckpointError with all that is missing, unknown, misshapen or mistyped."""
+    found = assign(tensors, rules, skeleton.entries(), what="the checkpoint", published=layout)
+    return PlainCheckpoint(skeleton, found)
 
 
 def load_vae(path: str | os.PathLike, *, dtype: Any = jnp.bfloat16) -> WanVAE:

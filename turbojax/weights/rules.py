@@ -5,14 +5,19 @@ exactly once; whatever is missing, unknown, misshapen or doubled is reported in 
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
-from turbojax.errors import CheckpointError
+from turbojax.errors import CheckpointError, quoted
+from turbojax.weights.io import ShapeDtype
 
 MAX_LISTED = 8  # names listed a kind of problem; the rest is counted
+MAX_LENGTH = 120  # characters of what is listed
+LAYER_NUMBER = re.compile(r"0|[1-9][0-9]{0,8}")  # as it is written in names
 
 
 class Rule(NamedTuple):
@@ -53,8 +58,28 @@ def rename(name: str, rules: Iterable[Rule]) -> tuple[Entry, Rule] | None:
             if rule.target is None:
                 return Entry("", None), rule
             layer = match.groupdict().get("layer")
-            return Entry(match.expand(rule.target), None if layer is None else int(layer)), rule
+            if layer is None:
+                return Entry(match.expand(rule.target), None), rule
+            if not LAYER_NUMBER.fullmatch(layer):
+                return None
+            return Entry(match.expand(rule.target), int(layer)), rule
     return None
+
+
+def count_layers(layers: Iterable[int]) -> int:
+    """How many layers a checkpoint has, from the layer of each of its tensors.
+
+    A layer counts if it has more than half as many tensors as the fullest. Up to as many again are counted as missing
+    between them, so that gaps are reported, but a number in a name costs nothing.
+    """
+    tensors_in = Counter(layers)
+    whole = [layer for layer, count in tensors_in.items() if 2 * count > max(tensors_in.values())]
+    return min(1 + max(whole, default=-1), 2 * len(whole))
+
+
+def of_kind(dtype: Any, wanted: Any) -> bool:
+    """Whether numbers of one dtype can stand for those of another: int8 codes are int8, all else is floating point."""
+    return dtype == np.int8 if wanted == np.int8 else bool(jnp.issubdtype(dtype, jnp.floating))
 
 
 def relaid(rule: Rule, tensor: np.ndarray) -> np.ndarray:
@@ -63,31 +88,32 @@ def relaid(rule: Rule, tensor: np.ndarray) -> np.ndarray:
         return tensor
     try:
         return rule.transform(tensor)
-    except ValueError:
+    except (ValueError, IndexError):
         return tensor
 
 
 def assign(
     tensors: Mapping[str, np.ndarray],
     rules: Iterable[Rule],
-    expected: Mapping[Entry, tuple[int, ...]],
+    expected: Mapping[Entry, ShapeDtype],
     *,
     what: str,
     published: Iterable[str] = (),
 ) -> dict[Entry, np.ndarray]:
     """Sends every tensor to its parameter.
 
-    tensors: the checkpoint, by name; only shapes are looked at, nothing is read from a memory-mapped file.
-    expected: the shape of each parameter (of one layer of it, where it is stacked).
+    tensors: the checkpoint, by name; only shapes and dtypes are looked at, nothing is read from a memory-mapped file.
+    expected: shape and dtype of each parameter (of one layer of it, where it is stacked). A tensor must have the shape,
+      and a dtype of the same kind, see `of_kind`.
     what: names the checkpoint in the error, for instance "transformer.safetensors".
     published: the names that the whole checkpoint should hold, to tell what is missing in its own words.
 
-    Raises CheckpointError with all missing, unknown, misshapen and doubled names.
+    Raises CheckpointError with all missing, unknown, misshapen, mistyped and doubled names.
     """
     rules = tuple(rules)
     found: dict[Entry, np.ndarray] = {}
     origin: dict[Entry, str] = {}
-    unknown, misshapen, doubled = [], [], []
+    unknown, misshapen, mistyped, doubled = [], [], [], []
     for name, tensor in tensors.items():
         hit = rename(name, rules)
         if hit is None:
@@ -103,8 +129,12 @@ def assign(
         else:
             value = relaid(rule, tensor)
             found[entry], origin[entry] = value, name
-            if value.shape != expected[entry]:
-                misshapen.append(f"{name} {list(value.shape)} instead of {list(expected[entry])}")
+            spec = expected[entry]
+            if value.shape != spec.shape:
+                misshapen.append(f"{name} {list(value.shape)} instead of {list(spec.shape)}")
+            elif not of_kind(value.dtype, spec.dtype):
+                wanted = "int8" if spec.dtype == np.int8 else "floating point"
+                mistyped.append(f"{name} {value.dtype} instead of {wanted}")
     missing = [entry for entry in expected if entry not in found]
     names = {hit[0]: name for name in published if missing and (hit := rename(name, rules))}
     problems = [
@@ -113,6 +143,7 @@ def assign(
             ("missing", [names.get(entry) or describe(entry) for entry in missing]),
             ("unknown", unknown),
             ("misshapen", misshapen),
+            ("of the wrong type", mistyped),
             ("given twice", doubled),
         )
         if listed
@@ -131,4 +162,5 @@ def describe(entry: Entry) -> str:
 
 def shorten(names: list[str]) -> str:
     rest = len(names) - MAX_LISTED
-    return ", ".join(names[:MAX_LISTED]) + (f" and {rest} more" if rest > 0 else "")
+    listed = (name if name.isprintable() and len(name) <= MAX_LENGTH else quoted(name) for name in names[:MAX_LISTED])
+    return ", ".join(listed) + (f" and {rest} more" if rest > 0 else "")

@@ -11,7 +11,7 @@ import numpy as np
 
 from turbojax.errors import CheckpointError
 from turbojax.models.umt5 import UMT5Config
-from turbojax.weights.rules import Entry, Rule, rename, shorten
+from turbojax.weights.rules import Entry, Rule, count_layers, of_kind, rename, shorten
 
 _OFFICIAL_BLOCK = r"(?:encoder\.)?blocks\.(?P<layer>\d+)\."
 _OFFICIAL_TABLE = r"(?:encoder\.)?token_embedding\.weight"
@@ -66,7 +66,7 @@ def detect_umt5_config(tensors: Mapping[str, np.ndarray], **changes: Any) -> UMT
 
     def size(target: str) -> tuple[int, int]:
         shape = shapes.get(Entry(target, 0), ())
-        if len(shape) != 2:
+        if len(shape) != 2 or 0 in shape:
             raise CheckpointError(f"the umT5 checkpoint's first {target} has shape {list(shape)}, not two axes")
         return shape
 
@@ -78,7 +78,7 @@ def detect_umt5_config(tensors: Mapping[str, np.ndarray], **changes: Any) -> UMT
         attention_dim=size("blocks.attn.q.weight")[0],
         ffn_dim=size("blocks.ffn.fc1.weight")[0],
         num_heads=num_heads,
-        num_layers=1 + max(entry.layer for entry in shapes if entry.layer is not None),
+        num_layers=count_layers(entry.layer for entry in shapes if entry.layer is not None),
         num_buckets=num_buckets,
     )
     return UMT5Config(**(detected | changes))
@@ -87,12 +87,14 @@ def detect_umt5_config(tensors: Mapping[str, np.ndarray], **changes: Any) -> UMT
 def token_table(tensors: Mapping[str, np.ndarray]) -> np.ndarray:
     """The token embedding `[vocab, D]` as it lies in the file, memory-mapped if `tensors` is.
 
-    Raises CheckpointError if there is none.
+    Raises CheckpointError if there is none, or it cannot be one.
     """
     table_rule = umt5_rules(tensors)[0]
     for name in sorted(tensors, reverse=True):  # "shared" before its duplicate "encoder.embed_tokens"
         if rename(name, (table_rule,)):
-            if tensors[name].ndim != 2:
-                raise CheckpointError(f"{name} has shape {list(tensors[name].shape)}, not [vocab, width]")
-            return tensors[name]
+            table = tensors[name]
+            if table.ndim != 2 or 0 in table.shape or not of_kind(table.dtype, np.float32):
+                found = f"{table.dtype}{list(table.shape)}"
+                raise CheckpointError(f"{name} is {found} and must be floating point numbers [vocab, width]")
+            return table
     raise CheckpointError("the umT5 checkpoint has no token_embedding.weight or shared.weight")

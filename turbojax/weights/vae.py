@@ -81,6 +81,7 @@ VAE_OFFICIAL: tuple[Rule, ...] = (
 # Diffusers keeps the encoder's flat list of blocks, but sorts the decoder's into stages of three residual
 # blocks and an upsampler (none in the last stage). This is the released depth; no other is published.
 _UP_STAGES, _UP_BLOCKS = 4, 3
+MAX_BLOCKS = 64  # of an encoder; the released one has 11, and each takes time before the rest can be checked
 
 VAE_DIFFUSERS: tuple[Rule, ...] = (
     *linear("quant_conv", "quant"),
@@ -132,8 +133,8 @@ def detect_vae_config(tensors: Mapping[str, np.ndarray], **changes) -> VAEConfig
     changes: fields to set by hand, for instance dtype. Raises CheckpointError for any other kind of file.
     """
     rules = vae_rules(tensors)
-    shapes = {hit[0].target: t.shape for name, t in tensors.items() if (hit := rename(name, rules)) is not None}
-    block = re.compile(r"encoder\.downsamples\.(\d+)\.(conv1|conv|time_conv)\.kernel")
+    shapes = {hit[0].target: t.shape for name, t in tensors.items() if t.size and (hit := rename(name, rules))}
+    block = re.compile(r"encoder\.downsamples\.(\d{1,3})\.(conv1|conv|time_conv)\.kernel")
     blocks: dict[int, dict[str, int]] = {}  # out channels of the convolutions in each block of the encoder
     for target, shape in shapes.items():
         if match := block.fullmatch(target):
@@ -150,7 +151,7 @@ def detect_vae_config(tensors: Mapping[str, np.ndarray], **changes) -> VAEConfig
                 widths.append(convs["conv1"])
     try:
         dim, z_dim = shapes["encoder.conv_in.kernel"][0], shapes["post_quant.weight"][0]
-        if any(width % dim for width in widths) or depth % len(widths):
+        if any(width % dim for width in widths) or depth % len(widths) or len(blocks) > MAX_BLOCKS:
             raise ValueError
         found = dict(
             dim=dim,

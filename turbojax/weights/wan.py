@@ -15,7 +15,7 @@ import numpy as np
 from turbojax.errors import CheckpointError
 from turbojax.kernels.int8 import QuantConfig
 from turbojax.models.wan import WanConfig
-from turbojax.weights.rules import Entry, Rule, shorten
+from turbojax.weights.rules import Entry, Rule, count_layers, shorten
 
 # Prefixes of training checkpoints, and what PyTorch's remat and compiler wrappers leave inside names.
 DECORATION = re.compile(
@@ -140,12 +140,11 @@ def detect_wan_config(
     if dim is None or ffn_dim is None:
         raise CheckpointError(f"{what} has no blocks.0.norm3 or blocks.0.ffn, so the model's size cannot be told")
     head_dim = size(("blocks.self_attn.proj_l.weight", 0), ("blocks.self_attn.proj_l.bias", 0))
-    tensors_in = Counter(entry.layer for entry in shapes if entry.layer is not None)
     config = WanConfig(
         dim=dim,
         ffn_dim=ffn_dim,
         num_heads=num_heads or max(1, dim // (head_dim or 128)),
-        num_layers=1 + max(i for i, count in tensors_in.items() if 2 * count > max(tensors_in.values())),
+        num_layers=count_layers(entry.layer for entry in shapes if entry.layer is not None),
         clip_dim=size(("image_embedding.norm_in.weight", 0), ("image_embedding.norm_in.bias", 0)),
         clip_images=2 if Entry("image_embedding.positions", None) in shapes else 1,
         attention_type="sla" if head_dim else "original",
