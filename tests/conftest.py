@@ -47,6 +47,18 @@ def own_cache(tmp_path_factory):
         yield
 
 
+@pytest.fixture
+def homeless(monkeypatch):
+    """Neither HOME nor an entry of passwd, as under a user id of a container's choice."""
+
+    def unknown(uid):
+        raise KeyError(f"getpwuid(): uid not found: {uid}")
+
+    monkeypatch.setattr("pwd.getpwuid", unknown)
+    for name in ("HOME", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+
+
 @pytest.fixture(scope="session")
 def demo(tmp_path_factory):
     """A folder with checkpoint files of a tiny network with random weights."""

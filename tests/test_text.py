@@ -61,13 +61,25 @@ def test_dtypes_do_not_share_entries(demo, own_folder):
     assert half.cache.fingerprint == open_demo(demo, dtype="bfloat16").cache.fingerprint
 
 
-@pytest.mark.parametrize("damage", [b"", b"not a file of tensors", None])
+DAMAGES = {
+    "empty": lambda whole: b"",
+    "no file of tensors": lambda whole: b"not a file of tensors",
+    "cut": lambda whole: whole[:-8],
+    "zeros": lambda whole: bytes(len(whole)),
+    "zeros for numbers": lambda whole: whole[: 8 + int.from_bytes(whole[:8], "little")].ljust(len(whole), b"\0"),
+    "a bit": lambda whole: whole[:-1001] + bytes([whole[-1001] ^ 1]) + whole[-1000:],
+    "no checksum": lambda whole: whole.replace(b"sha256", b"sha255"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_a_damaged_entry_is_made_again(demo, own_folder, damage):
     text = open_demo(demo)
     expected = text([BIRD])
     (entry,) = entries(own_folder)
     whole = entry.read_bytes()
-    entry.write_bytes(whole[:-8] if damage is None else damage)
+    entry.write_bytes(DAMAGES[damage](whole))
+    assert entry.read_bytes() != whole
     again = open_demo(demo)
     np.testing.assert_array_equal(again([BIRD]), expected)
     assert again.loaded
@@ -76,6 +88,23 @@ def test_a_damaged_entry_is_made_again(demo, own_folder, damage):
         tokens = text.tokenizer([BIRD])[0][0, : text.tokenizer([BIRD])[1].sum()]
         text.cache.put(tokens, wrong)
         assert text.cache.get(tokens, text.config) is None
+
+
+def test_another_prompts_entry_is_none_of_this_one(demo, own_folder):
+    text = open_demo(demo)
+    expected = text([BIRD])
+    (entry,) = entries(own_folder)
+    text(["a red bird in the sea"])
+    (other,) = set(entries(own_folder)) - {entry}
+    entry.write_bytes(other.read_bytes())
+    np.testing.assert_array_equal(open_demo(demo)([BIRD]), expected)
+
+
+def test_without_a_home_folder_there_is_a_warning(demo, homeless, caplog):
+    with caplog.at_level(logging.WARNING, logger="absl"):
+        assert np.isfinite(open_demo(demo)([BIRD])).all()
+    (line,) = [record.message for record in caplog.records]
+    assert line.startswith("Embeddings of prompts are not kept: no home folder is known")
 
 
 def test_a_folder_that_cannot_be_written_is_a_warning(demo, tmp_path, monkeypatch, caplog):

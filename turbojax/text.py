@@ -14,11 +14,11 @@ from absl import logging
 from flax import nnx
 
 from turbojax.cache import user_cache
-from turbojax.errors import CheckpointError
+from turbojax.errors import CheckpointError, UserError
 from turbojax.models.streaming import Streamed
 from turbojax.models.tokenizer import Tokenizer
 from turbojax.models.umt5 import TEXT_LEN, UMT5Config, UMT5Encoder, encode_text, run_encoder, zero_past_end
-from turbojax.weights.io import read_tensors, write_safetensors
+from turbojax.weights.io import file_metadata, read_tensors, write_safetensors
 from turbojax.weights.plain import load_plain, open_umt5
 from turbojax.weights.umt5 import token_table
 
@@ -62,7 +62,7 @@ class TextEncoder:
             checkpoint.skeleton.abstract(),
             token_table(tensors),
             functools.partial(load_plain, checkpoint, what=Path(encoder).name),
-            cache=PromptCache(fingerprint(tensors, jnp.dtype(dtype).name, CACHE_VERSION)) if cache else None,
+            cache=PromptCache.of_user(fingerprint(tensors, jnp.dtype(dtype).name, CACHE_VERSION)) if cache else None,
         )
 
     @property
@@ -111,15 +111,23 @@ class TextEncoder:
 
 
 class PromptCache:
-    """Text embeddings on disk, a safetensors file for each prompt and text encoder.
+    """Text embeddings on disk, a safetensors file for each prompt and text encoder, with a checksum in its metadata.
 
     fingerprint: tells text encoders apart. max_bytes: beyond it the entries that were used longest ago are deleted.
-    What cannot be read counts as absent, what cannot be written is a warning.
+    What cannot be read or has changed counts as absent, what cannot be written is a warning.
     """
 
-    def __init__(self, fingerprint: str, folder: Path | None = None, *, max_bytes: int = 512 * 2**20):
-        self.fingerprint, self.max_bytes = fingerprint, max_bytes
-        self.folder = user_cache() / "prompts" if folder is None else folder
+    def __init__(self, fingerprint: str, folder: Path, *, max_bytes: int = 512 * 2**20):
+        self.fingerprint, self.folder, self.max_bytes = fingerprint, folder, max_bytes
+
+    @classmethod
+    def of_user(cls, fingerprint: str) -> "PromptCache | None":
+        """The one in the user's cache folder; None, with a warning, where there is no home folder."""
+        try:
+            return cls(fingerprint, user_cache() / "prompts")
+        except UserError as error:
+            logging.warning("Embeddings of prompts are not kept: %s", error)
+            return None
 
     def path(self, ids: np.ndarray) -> Path:
         """The file of a prompt, given as its token ids int32 `[n]` without padding."""
@@ -133,16 +141,19 @@ class PromptCache:
             if not path.is_file():
                 return None
             embedding = np.array(read_tensors(path)["embedding"])
+            intact = file_metadata(path).get("sha256") == checksum(path, embedding)
             os.utime(path)
         except (CheckpointError, KeyError, OSError):
             return None
         fits = embedding.shape == (len(ids), config.dim) and embedding.dtype == jnp.dtype(config.dtype)
-        return embedding if fits and np.isfinite(embedding).all() else None
+        return embedding if intact and fits and np.isfinite(embedding).all() else None
 
     def put(self, ids: np.ndarray, embedding: np.ndarray) -> None:
+        path = self.path(ids)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_safetensors(self.path(ids), [("embedding", embedding)], {"embedding": embedding})
+            metadata = {"sha256": checksum(path, embedding)}
+            write_safetensors(path, [("embedding", embedding)], {"embedding": embedding}, metadata=metadata)
             self.shrink()
         except (CheckpointError, OSError) as error:
             logging.warning("The prompt's embedding is not kept: %s", error)
@@ -156,6 +167,11 @@ class PromptCache:
                 break
             file.unlink(missing_ok=True)
             total -= stat.st_size
+
+
+def checksum(path: Path, embedding: np.ndarray) -> str:
+    """A digest of an entry's numbers and its name, so that another prompt's file is none of this one."""
+    return hashlib.sha256(path.name.encode() + embedding.tobytes()).hexdigest()
 
 
 def fingerprint(tensors: Mapping[str, np.ndarray], *settings: object) -> str:

@@ -262,3 +262,9 @@ def test_one_expert_alone(tmp_path):
             files.find_networks(path)
     with pytest.raises(UserError, match="holds no transformer"):
         files.find_networks(fill(tmp_path / "empty", ["notes.txt"]))
+
+
+def test_without_a_home_folder_nothing_goes_to_one_of_that_name(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", "~/.cache/huggingface/hub")  # as it expands then
+    with pytest.raises(UserError, match=r"no home folder .* set HOME, or HF_HOME=FOLDER"):
+        open_repository(SHARED_REPOSITORY)

@@ -97,6 +97,9 @@ def open_hub(name: str) -> Repository:
     """A Hugging Face repository; downloads go to its cache folder and resume."""
     import huggingface_hub
 
+    if huggingface_hub.constants.HF_HUB_CACHE.startswith("~"):  # it would make a folder of that name
+        raise UserError(f"no home folder is known to download {name} to; set HOME, or HF_HOME=FOLDER")
+
     def download(file: str) -> Path:
         try:
             return Path(huggingface_hub.hf_hub_download(name, file))
