@@ -2,6 +2,11 @@
 
 import contextlib
 import dataclasses
+import gc
+import itertools
+import os
+import random
+import re
 import resource
 import shutil
 
@@ -12,7 +17,7 @@ import optax
 import pytest
 
 from turbojax.errors import CheckpointError
-from turbojax.train.checkpoints import check_written, open_checkpoints, restore_newest, save_checkpoint
+from turbojax.train.checkpoints import check_written, checksums, open_checkpoints, restore_newest, save_checkpoint
 from turbojax.train.state import TrainState, initial_state
 from turbojax.weights.io import reason
 
@@ -59,6 +64,12 @@ def test_nothing_to_restore(tmp_path):
         assert restore_newest(checkpoints, like(), run=RUN) is None
 
 
+def flip(path, position: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[position % len(content)] ^= 1 << position % 8
+    path.write_bytes(content)
+
+
 def damage_cut(folder):
     for path in folder.glob("state/*blocks.weight/0*"):
         path.write_bytes(path.read_bytes()[:100])
@@ -72,23 +83,103 @@ def damage_position(folder):
     (folder / "position" / "metadata").write_text('{"bat')
 
 
-@pytest.mark.parametrize("damage", [damage_cut, damage_missing, damage_position])
-def test_a_damaged_checkpoint_is_set_aside(tmp_path, damage, caplog):
+def damage_name(folder):
+    """Another letter in a key: JSON that can be read, and a run of another kind."""
+    path = folder / "run" / "metadata"
+    path.write_text(path.read_text().replace("recipe", "recipf"))
+
+
+def damage_number(folder):
+    path = folder / "position" / "metadata"
+    path.write_text(path.read_text().replace("6", "7"))
+
+
+def damage_bit(folder):
+    """One bit of a number, which zstd does not see."""
+    flip(folder / "state" / "student.params.bias" / "0", 100)
+
+
+def damage_nesting(folder):
+    (folder / "_CHECKPOINT_METADATA").write_text(100_000 * "[")
+
+
+def damage_pipe(folder):
+    (folder / "run" / "metadata").unlink()
+    os.mkfifo(folder / "run" / "metadata")
+
+
+def damage_step(folder):
+    """A whole checkpoint under the name of another step."""
+    shutil.rmtree(folder)
+    shutil.copytree(folder.with_name("3"), folder)
+
+
+DAMAGES = [value for name, value in globals().items() if name.startswith("damage_")]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_set_aside(tmp_path, damage, caplog, capfd):
     save(tmp_path, 3, 6)
     damage(tmp_path / "6")
     assert restored_step(tmp_path) == 3
-    assert "The checkpoint of step 6 is damaged" in caplog.text
+    gc.collect()  # reads that failed beside the first are told of where they are collected
+    said = [record.getMessage() for record in caplog.records if record.levelname != "INFO"]
+    assert len(said) == 1
+    assert re.fullmatch(
+        r"The checkpoint of step 6 is damaged \([^\n]{1,220}\); it is kept as damaged-6, and .*", said[0]
+    )
+    assert "bound method" not in said[0]
+    assert not capfd.readouterr().err
     save(tmp_path, 6)  # the run comes there again
     assert restored_step(tmp_path) == 6
-    assert (tmp_path / "damaged-6").is_dir()
+    damage(tmp_path / "6")
+    assert restored_step(tmp_path) == 3
+    assert {path.name for path in tmp_path.iterdir()} == {"3", "damaged-6", "damaged-6-2"}
+
+
+@pytest.mark.filterwarnings("ignore:coroutine '_read_array:RuntimeWarning")  # pytest has filters of its own
+def test_a_flipped_bit_in_any_file(tmp_path, caplog, capfd):
+    """What is restored is what was saved, to the bit, or of the step before."""
+    save(tmp_path / "whole", 3, 6)
+    files = [path.relative_to(tmp_path / "whole") for path in sorted((tmp_path / "whole" / "6").rglob("*"))]
+    files = [path for path in files if (tmp_path / "whole" / path).is_file() and "optimizer" not in str(path)]
+    rng = random.Random(0)
+    steps = []
+    for path in files:
+        shutil.rmtree(tmp_path / "flipped", ignore_errors=True)
+        shutil.copytree(tmp_path / "whole", tmp_path / "flipped")
+        flip(tmp_path / "flipped" / path, rng.randrange(2**16))
+        steps.append(restored_step(tmp_path / "flipped"))
+    assert set(steps) == {3, 6}
+    gc.collect()
+    assert "Traceback" not in caplog.text + capfd.readouterr().err
 
 
 def test_all_damaged(tmp_path):
     save(tmp_path, 3)
     damage_cut(tmp_path / "3")
     for _ in range(2):  # never a new start beside what may be mended
-        with pytest.raises(CheckpointError, match=r"all 1 checkpoints in .* are damaged; name another workdir"):
+        with pytest.raises(CheckpointError, match=r"all checkpoints in .* are damaged: 3 \(.*; name another workdir"):
             restored_step(tmp_path)
+    damage_nesting(tmp_path / "3")
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match=r"all checkpoints in .* are damaged: damaged-3; name another"):
+            restored_step(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8"])
+def test_checksums(dtype):
+    """Every change of bits or places gives another number, for all zeros too."""
+    values = np.zeros((3, 4), dtype)
+    numbers = [checksums({"a": values})["['a']"]]
+    for row, bit in itertools.product(range(3), range(8 * values.itemsize)):
+        changed = values.view(f"u{values.itemsize}").copy()
+        changed[row, 1] ^= 1 << bit
+        numbers.append(checksums({"a": changed.view(dtype)})["['a']"])
+    both = values.view(f"u{values.itemsize}").copy()
+    both[:2, 1] ^= 1 << (8 * values.itemsize - 1)
+    numbers += [checksums({"a": both.view(dtype)})["['a']"], checksums({"a": values[:, :3]})["['a']"]]
+    assert len(set(numbers)) == len(numbers)
 
 
 def test_a_half_written_checkpoint_is_removed(tmp_path):

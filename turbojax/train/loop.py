@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 from tqdm import tqdm
@@ -28,7 +27,14 @@ from turbojax.models.vae import WanVAE
 from turbojax.models.wan import WanConfig
 from turbojax.shapes.examples import Batches, examples
 from turbojax.train.autoencoder import Autoencoding, latent_statistics, normalized, quality, write_autoencoder
-from turbojax.train.checkpoints import Manager, check_written, open_checkpoints, restore_newest, save_checkpoint
+from turbojax.train.checkpoints import (
+    Manager,
+    any_process,
+    check_written,
+    open_checkpoints,
+    restore_newest,
+    save_checkpoint,
+)
 from turbojax.train.config import check_settings, make_optimizers, make_recipe
 from turbojax.train.data import Shards, batches, open_shards
 from turbojax.train.networks import HostParams, open_autoencoder, open_networks, place, to_host
@@ -271,11 +277,6 @@ def stop_requests(max_minutes: float = 0.0) -> Iterator[threading.Event]:
             for number in (signal.SIGTERM, signal.SIGINT):
                 undo.callback(signal.signal, number, signal.signal(number, request))
         yield stop
-
-
-def any_process(flag: bool) -> bool:
-    """Whether the flag is set in any process: all stop at the same step."""
-    return flag if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.asarray(flag)).any())
 
 
 Write = Callable[[int, Mapping[str, float]], None]

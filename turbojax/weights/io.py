@@ -284,12 +284,15 @@ def orbax() -> ModuleType:
     standard_logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
     hook = sys.unraisablehook
 
-    def without_late_writes(unraisable: Any) -> None:
-        if str(unraisable.exc_value) != "Event loop is closed":  # by the write that failed, under all others
+    def without_coroutines(unraisable: Any) -> None:
+        """Of many reads or writes at once the first that fails is raised; the others are told by the collector."""
+        code = getattr(unraisable.object, "cr_code", None)
+        of_orbax = code is not None and "orbax" in Path(code.co_filename).parts
+        if not of_orbax and str(unraisable.exc_value) != "Event loop is closed":
             hook(unraisable)
 
-    sys.unraisablehook = without_late_writes
-    warnings.filterwarnings("ignore", message="coroutine 'async_serialize")
+    sys.unraisablehook = without_coroutines
+    warnings.filterwarnings("ignore", message="coroutine '(async_serialize|_read_array)")
     return ocp
 
 
