@@ -136,7 +136,7 @@ def test_nothing_to_write(videos, demo_pipe, tmp_path):
     with pytest.raises(UserError, match="holds no index"):
         open_shards(tmp_path / "data")
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="file cannot be made"):
+    with pytest.raises(UserError, match="file' cannot be made"):
         make_shards(clips, tmp_path / "file", demo_pipe.vae, demo_pipe.text, index_of(demo_pipe))
 
 

@@ -146,7 +146,7 @@ def test_a_full_disk_leaves_what_was_there(tmp_path, monkeypatch, name):
     monkeypatch.setattr(module.imageio_ffmpeg, "get_ffmpeg_exe", lambda: str(program))
     monkeypatch.setattr(module.imageio, "get_writer", fail)
     monkeypatch.setattr(module.imageio, "imwrite", fail)
-    with pytest.raises(UserError, match=f"{name}' could not be written: No space left"):
+    with pytest.raises(UserError, match=f"{name}' cannot be written: No space left"):
         save_video(clip(1, 480, 640), old)
     assert old.read_bytes() == b"the old video"
     assert list(tmp_path.iterdir()) == [old]

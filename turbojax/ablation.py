@@ -15,9 +15,9 @@ from tqdm import tqdm
 from turbojax.ablation_report import Row, psnr, write_report
 from turbojax.config import changed, parse_value
 from turbojax.errors import UserError
+from turbojax.files import make_folder, whole_file
 from turbojax.generate import LOAD_SETTINGS, Studio, call_settings
 from turbojax.records import Records, fingerprint
-from turbojax.video import make_parent, whole_file
 
 Cell = dict[str, Any]  # the values of the settings that vary
 FIXED = ("output", "num_samples")  # that no axis can be
@@ -84,8 +84,8 @@ def ablate(
     compared = [cell | reference for cell in cells]
     for cell in (*cells, *compared):
         call_settings(changed(config, num_samples=1, **cell))
-    make_parent(folder / "videos" / "x")
-    make_parent(folder / "frames" / "x")
+    make_folder(folder / "videos")
+    make_folder(folder / "frames")
     finished, studio = Records(folder / "cells.jsonl"), Studio()
     work = list({str(cell): cell for cell in (*cells, *compared)}.values())
     records: dict[str, dict[str, Any]] = {}

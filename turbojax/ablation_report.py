@@ -12,8 +12,8 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from turbojax.errors import UserError
+from turbojax.files import whole_file
 from turbojax.records import write_lines
-from turbojax.video import whole_file
 
 PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>{title}</title>

@@ -22,6 +22,7 @@ from flax import nnx
 from jax import lax
 
 from turbojax.condition import image_shapes, takes_images
+from turbojax.files import whole_file
 from turbojax.kernels import int8
 from turbojax.kernels.int8 import QUANT_SCHEMES, QuantConfig
 from turbojax.memory import device_limit, memory_stats
@@ -35,7 +36,6 @@ from turbojax.models.wan import WanConfig, WanModel
 from turbojax.networks import MODELS
 from turbojax.pipeline import TurboVideoPipeline, bytes_by_dtype
 from turbojax.sampling import latent_shape, make_sampler, sample
-from turbojax.video import whole_file
 from turbojax.weights.load import with_options
 from turbojax.weights.random import random_module
 from turbojax.weights.skeleton import Skeleton, wan_skeleton
@@ -85,7 +85,6 @@ def median_seconds(function: Callable[[], Any], *, repeats: int = 5) -> float:
 
 
 def save(result: dict[str, Any], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(path) as temporary:
         temporary.write_text(json.dumps(environment() | result, indent=1) + "\n")
 

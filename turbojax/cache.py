@@ -1,4 +1,4 @@
-"""The user's cache folder, and JAX's compiled programs in it."""
+"""JAX's compiled programs in the user's cache folder."""
 
 import functools
 import hashlib
@@ -13,24 +13,12 @@ from jax._src import compilation_cache as jax_cache  # has no public way to say 
 from jax._src.lru_cache import LRUCache
 
 from turbojax.errors import UserError
+from turbojax.files import user_cache
 
 # JAX's default, 1 s, leaves out the many small programs of loading a checkpoint.
 MIN_COMPILE_SECONDS = 0.05
 # Lines of /proc/cpuinfo that decide the instructions which XLA compiles for: of x86, and of Arm.
 PROCESSOR = re.compile(r"^(vendor_id|cpu family|model|flags|CPU implementer|CPU part|Features)\s*:(.*)$", re.MULTILINE)
-
-
-def user_cache() -> Path:
-    """turbojax's folder in the user's cache, XDG_CACHE_HOME or else ~/.cache; it need not exist.
-
-    Raises UserError where there is neither the variable nor a home folder.
-    """
-    if given := os.environ.get("XDG_CACHE_HOME"):
-        return Path(given) / "turbojax"
-    try:
-        return Path.home() / ".cache" / "turbojax"
-    except RuntimeError as error:
-        raise UserError("no home folder is known to keep a cache in; set HOME, or XDG_CACHE_HOME=FOLDER") from error
 
 
 def use_compilation_cache() -> None:

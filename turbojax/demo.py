@@ -5,8 +5,6 @@ checkpoint files in the official layout: they make noise, and show that the whol
 decode, write) works.
 """
 
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,8 +14,8 @@ from absl import logging
 from PIL import Image
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from turbojax.cache import user_cache
 from turbojax.errors import UserError
+from turbojax.files import user_cache, whole_folder
 from turbojax.models.umt5 import UMT5Config
 from turbojax.models.vae import VAEConfig
 from turbojax.models.wan import WanConfig
@@ -44,16 +42,12 @@ def demo_folder() -> Path:
     folder = user_cache() / f"demo-i2v-{VERSION}"
     if not folder.is_dir():
         logging.info("Writing the demo's random checkpoint to %s", folder)
-        temporary = folder.with_name(f".{folder.name}.{os.getpid()}.part")
         try:
-            temporary.mkdir(parents=True, exist_ok=True)
-            write_demo(temporary, image=True)
-            temporary.rename(folder)
-        except OSError as error:
+            with whole_folder(folder) as temporary:
+                write_demo(temporary, image=True)
+        except UserError as error:
             if not folder.is_dir():  # another process may have been first
-                raise UserError(f"{folder} cannot be written: {error}; name another cache, XDG_CACHE_HOME") from error
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+                raise UserError(f"{error}; name another cache, XDG_CACHE_HOME") from error
     return folder
 
 

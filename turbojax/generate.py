@@ -16,6 +16,7 @@ from turbojax.decoding import check_tiling
 from turbojax.demo import DEMOS, demo_folder
 from turbojax.diffusion import RCM, expert_split
 from turbojax.errors import UserError
+from turbojax.files import make_parent
 from turbojax.image import read_image
 from turbojax.kernels.int8 import QuantConfig
 from turbojax.memory import Plan, parse
@@ -29,7 +30,7 @@ from turbojax.sampling import check_seed, latent_shape, make_sampler
 from turbojax.shapes import WORDS
 from turbojax.shapes.prompts import remark
 from turbojax.stopwatch import Progress, untold
-from turbojax.video import check_fps, check_path, make_parent, video_size
+from turbojax.video import check_fps, check_path, video_size
 from turbojax.weights.load import with_options
 from turbojax.weights.lora import Expert, LoRA
 

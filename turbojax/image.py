@@ -13,6 +13,7 @@ from absl import logging
 from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 
 from turbojax.errors import UserError
+from turbojax.files import user_path
 
 LONGEST_SIDE = 2048  # pixels that the published networks are made for: 128 patches
 
@@ -34,7 +35,7 @@ def read_image(source: ImageSource, *, background: str = "white") -> np.ndarray:
     except ValueError as error:
         raise UserError(f"{background=} is no colour; give a name such as white, or #rrggbb") from error
     if isinstance(source, str | os.PathLike):
-        return from_file(Path(source).expanduser(), colour)
+        return from_file(user_path(source), colour)
     if isinstance(source, Image.Image):
         return from_pil(source, colour)
     return from_pil(as_pil(np.asarray(source)), colour)

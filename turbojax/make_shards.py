@@ -20,6 +20,7 @@ from absl import logging
 from tqdm import tqdm
 
 from turbojax.errors import CheckpointError, UserError
+from turbojax.files import make_folder
 from turbojax.models import vae as vae_model
 from turbojax.models.umt5 import encode_text
 from turbojax.models.vae import WanVAE
@@ -219,10 +220,7 @@ def make_shards(
 
 def start_folder(output: Path, index: Index) -> None:
     """Makes the folder; raises UserError if it holds data of other settings."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"the folder {output} cannot be made: {error.strerror or error}") from error
+    make_folder(output)
     try:
         before = read_index(output)[0] if (output / INDEX).exists() else index
     except CheckpointError as error:

@@ -7,6 +7,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from turbojax.calls import plan_call
+from turbojax.files import user_path
 from turbojax.memory import Plan
 from turbojax.models.wan import WanConfig
 from turbojax.networks import MODELS, TWO_EXPERTS, known_network, published_parts
@@ -44,7 +45,7 @@ def find_parts(
     path_or_repo: a file, a folder, a repository, or "random" with `model` the network's name. A repository whose name
     has a known network in it is not downloaded: it is taken for that network, with SLA if it is TurboDiffusion's.
     """
-    path = Path(path_or_repo).expanduser()
+    path = user_path(path_or_repo)
     folder = files.open_repository(path) if path.exists() else None
     if path_or_repo == "random":
         stored, two = known_network(model), model in TWO_EXPERTS

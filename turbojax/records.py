@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from turbojax.errors import UserError
-from turbojax.video import whole_file
+from turbojax.files import whole_file
 
 
 def fingerprint(settings: Mapping[str, Any]) -> str:

@@ -13,10 +13,11 @@ from tqdm import tqdm
 
 from turbojax.config import SETTINGS, changed, did_you_mean, parse_value
 from turbojax.errors import UserError
+from turbojax.files import make_parent
 from turbojax.generate import Studio, call_settings
 from turbojax.memory import short_of_memory
 from turbojax.records import Records, fingerprint
-from turbojax.video import check_path, make_parent, numbered
+from turbojax.video import check_path, numbered
 
 SHORT = {
     "topk": "sla_topk",

@@ -13,8 +13,8 @@ import numpy as np
 from absl import logging
 from flax import nnx
 
-from turbojax.cache import user_cache
 from turbojax.errors import CheckpointError, UserError
+from turbojax.files import user_cache
 from turbojax.models.streaming import Streamed
 from turbojax.models.tokenizer import Tokenizer
 from turbojax.models.umt5 import TEXT_LEN, UMT5Config, UMT5Encoder, encode_text, run_encoder, zero_past_end
@@ -151,16 +151,15 @@ class PromptCache:
     def put(self, ids: np.ndarray, embedding: np.ndarray) -> None:
         path = self.path(ids)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
             metadata = {"sha256": checksum(path, embedding)}
             write_safetensors(path, [("embedding", embedding)], {"embedding": embedding}, metadata=metadata)
             self.shrink()
-        except (CheckpointError, OSError) as error:
+        except (UserError, OSError) as error:
             logging.warning("The prompt's embedding is not kept: %s", error)
 
     def shrink(self) -> None:
         """Deletes the entries that were used longest ago until the rest takes max_bytes."""
-        files = [(file.stat(), file) for file in self.folder.glob("*.safetensors")]
+        files = [(file.stat(), file) for file in self.folder.glob("[!.]*.safetensors")]
         total = sum(stat.st_size for stat, _ in files)
         for stat, file in sorted(files, key=lambda entry: entry[0].st_mtime_ns):
             if total <= self.max_bytes:

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from turbojax.errors import UserError
+from turbojax.files import make_parent, whole_file
 
 # Width and height in pixels, as Wan and TurboDiffusion use them.
 SIZES: dict[str, dict[str, tuple[int, int]]] = {
@@ -68,13 +69,6 @@ def check_path(path: str | os.PathLike) -> Path:
 def check_fps(fps: int) -> None:
     if fps <= 0:
         raise UserError(f"{fps=} must be positive; Wan's videos have 16")
-
-
-def make_parent(path: Path) -> None:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"the folder {str(path.parent)!r} cannot be made: {error.strerror or error}") from error
 
 
 def check_shape(shape: Sequence[int], dtype: Any) -> None:
@@ -256,16 +250,3 @@ def read_video(path: str | os.PathLike, *, num_frames: int, height: int, width: 
 def numbered(path: Path, index: int, count: int) -> Path:
     """clip.png for a single frame, else clip_0000.png, clip_0001.png, ..."""
     return path if count == 1 else path.with_name(f"{path.stem}_{index:04d}{path.suffix}")
-
-
-@contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its name when the block ends well, and is removed otherwise."""
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.part{path.suffix}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:
-        raise UserError(f"{str(path)!r} could not be written: {error.strerror or error}") from error
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -23,10 +23,10 @@ import jax.numpy as jnp
 from absl import flags
 
 from turbojax import UserError, cli
+from turbojax.files import make_folder, make_parent, whole_file
 from turbojax.shapes import MODEL
 from turbojax.shapes.evaluate import GUIDED, NETWORKS, QUICK, VARIANTS, contact_sheet, evaluate, held_out_tasks, table
 from turbojax.shapes.judge import train_judge
-from turbojax.video import make_parent, whole_file
 
 FLAGS = flags.FlagValues()
 FOLDER = flags.DEFINE_string("folder", None, "of scripts/train_shapes.py; the package if not given", flag_values=FLAGS)
@@ -64,7 +64,7 @@ def main() -> None:
     output, sheets = Path(OUTPUT.value), Path(SHEETS.value) if SHEETS.value else None
     make_parent(output)
     if sheets:
-        make_parent(sheets / "sheet.png")
+        make_folder(sheets)
     size = {"num_frames": FRAMES.value, "height": HEIGHT.value, "width": WIDTH.value}
     tasks = held_out_tasks(PROMPTS.value, seed=SEED.value)
     judge = train_judge(size=min(HEIGHT.value, WIDTH.value))

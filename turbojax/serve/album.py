@@ -20,8 +20,8 @@ from absl import logging
 from PIL import Image
 
 from turbojax.errors import UserError
+from turbojax.files import make_folder, whole_file
 from turbojax.image import read_image
-from turbojax.video import make_parent, whole_file
 
 
 class Entry(NamedTuple):
@@ -37,7 +37,7 @@ class Entry(NamedTuple):
 class Album:
     def __init__(self, folder: Path):
         self.folder = folder.absolute()
-        make_parent(self.folder / "video.mp4")
+        make_folder(self.folder)
 
     def new_path(self) -> Path:
         """Where the next video goes; sorted by name, videos are sorted by time."""

@@ -17,6 +17,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from turbojax.errors import UserError
+from turbojax.files import make_folder, make_parent, whole_file
 from turbojax.make_shards import load_encoders
 from turbojax.shapes import MODEL, SHIPPED_SIGMA_MAX, SHIPPED_TOPK
 from turbojax.shapes.networks import TEXT_ENCODERS
@@ -25,7 +26,6 @@ from turbojax.shapes.shards import write_shapes_shards
 from turbojax.shapes.text import ENCODER, TOKENIZER, train_text_encoder, word_tokenizer, write_text_encoder
 from turbojax.shapes.words import vocabulary
 from turbojax.train.loop import CURVES, VAE, read_curves, stop_requests, train
-from turbojax.video import whole_file
 from turbojax.weights.convert import convert
 from turbojax.weights.files import find_components
 from turbojax.weights.merge import merge
@@ -68,7 +68,7 @@ def learn_text(job: Job) -> None:
     reader, right = train_text_encoder(words, TEXT_ENCODERS[config.model](), **settings)
     logging.info("The text encoder's right answers: %s", right)
     folder = Path(config.workdir)
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     write_json(folder / "quality.json", right)
     write_text_encoder(folder, words, reader)
 
@@ -108,7 +108,7 @@ def make_data(stage: str, job: Job) -> None:
 def learn_merged(job: Job) -> None:
     """Puts SLA's difference on the distilled network, and trains what comes of it."""
     start = Path(job.config("merged").weights)
-    start.parent.mkdir(parents=True, exist_ok=True)
+    make_parent(start)
     rcm, teacher, sla = (job.folder / stage / TRANSFORMER for stage in ("rcm", "teacher", "sla"))
     merge(rcm, teacher, sla, start, dtype=jnp.bfloat16, overwrite=True)
     learn("merged", job)
@@ -117,7 +117,7 @@ def learn_merged(job: Job) -> None:
 def ship(job: Job) -> None:
     """Makes the merged network int8 and lays all files into one folder, with the curves."""
     folder, dtype = job.folder / "model", jnp.bfloat16
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     transformer = folder / "TurboWan-shapes-quant.safetensors"
     convert(
         job.folder / "merged" / TRANSFORMER,
@@ -150,16 +150,16 @@ def take(stage: str, job: Job) -> None:
     check_shipped(stage)
     folder = job.folder / stage
     story = json.loads((MODEL / STORY).read_text())
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     write_json(folder / "quality.json", story["quality"][stage])
     if curve := story["curves"].get(stage):
-        (folder / CURVES).write_text("".join(f"{json.dumps(point)}\n" for point in curve))
+        with whole_file(folder / CURVES) as temporary:
+            temporary.write_text("".join(f"{json.dumps(point)}\n" for point in curve))
     for name in reversed(SHIPPED[stage]):  # the last file of a stage is the first of these
         copy(MODEL / name, folder / name)
 
 
 def copy(source: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(target) as temporary:
         shutil.copyfile(source, temporary)
 

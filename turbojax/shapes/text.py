@@ -18,11 +18,11 @@ from tokenizers import Tokenizer as Words
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 from tqdm import tqdm
 
+from turbojax.files import whole_file
 from turbojax.models.layers import Dense
 from turbojax.models.tokenizer import Tokenizer, build
 from turbojax.models.umt5 import UMT5Config, UMT5Encoder
 from turbojax.shapes.scene import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, Scene, caption, random_scene
-from turbojax.video import whole_file
 from turbojax.weights.export import published_tensors
 from turbojax.weights.io import write_safetensors
 from turbojax.weights.published import umt5_layout
@@ -172,7 +172,6 @@ def write_text_encoder(folder: Path, words: Words, reader: Reader) -> None:
     tensors["token_embedding.weight"] = np.asarray(reader.table[...])
     rounded = ((name, tensors[name].astype(jnp.bfloat16)) for name in layout)
     tokenizer = folder / TOKENIZER
-    tokenizer.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(tokenizer) as temporary:
         words.save(str(temporary))
     write_safetensors(folder / ENCODER, rounded, specs, metadata={"format": "turbojax"})

@@ -35,8 +35,8 @@ import ml_dtypes
 import numpy as np
 
 from turbojax.errors import CheckpointError, UserError
+from turbojax.files import whole_file
 from turbojax.models.umt5 import TEXT_LEN
-from turbojax.video import whole_file
 from turbojax.weights.io import file_metadata, read_tensors, write_safetensors
 
 FORMAT, VERSION = "turbojax-latents", 1
@@ -228,7 +228,7 @@ def read_negative(folder: Path, index: Index) -> np.ndarray:
 def write_shard(path: Path, index: Index, samples: Sequence[Sample], **metadata: str) -> None:
     """Writes a shard, whole or not at all; metadata: further text for its header.
 
-    Raises CheckpointError if a sample is not as the index says or the file cannot be written.
+    Raises CheckpointError if a sample is not as the index says, UserError if the file cannot be written.
     """
     tensors = {
         "latents": np.stack([sample.latents for sample in samples]),

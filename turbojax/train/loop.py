@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from turbojax import sharding
 from turbojax.errors import UserError
+from turbojax.files import make_folder, user_path, whole_file
 from turbojax.models.vae import WanVAE
 from turbojax.models.wan import WanConfig
 from turbojax.shapes.examples import Batches, examples
@@ -43,7 +44,6 @@ from turbojax.train.state import Params, TrainState, in_compute_dtype, initial_s
 from turbojax.train.step import Fixed, Optimizer, Step, make_step
 from turbojax.train.toy import write_toy_shards
 from turbojax.train.videos import MakeVideos, prepare_videos
-from turbojax.video import make_parent, whole_file
 from turbojax.weights.convert import write_wan
 from turbojax.weights.rules import Entry
 from turbojax.weights.skeleton import Skeleton
@@ -73,8 +73,8 @@ def train(config: ConfigDict) -> Path:
     recipe = make_recipe(config)
     if isinstance(recipe, Autoencoding):
         return train_autoencoder(config, recipe)
-    workdir = Path(config.workdir).expanduser()
-    make_parent(workdir / "checkpoints")
+    workdir = user_path(config.workdir)
+    make_folder(workdir)
     mesh = sharding.make_mesh(data=config.data_parallel, fsdp=config.fsdp, sequence=config.sequence)
     shards = open_data(config, workdir)
     student, teacher = open_networks(config)
@@ -109,8 +109,8 @@ def train(config: ConfigDict) -> Path:
 
 def train_autoencoder(config: ConfigDict, recipe: Autoencoding) -> Path:
     """`train` of an autoencoder, on videos that are drawn as it goes."""
-    workdir = Path(config.workdir).expanduser()
-    make_parent(workdir / "checkpoints")
+    workdir = user_path(config.workdir)
+    make_folder(workdir)
     mesh = sharding.make_mesh(data=config.data_parallel, fsdp=config.fsdp, sequence=config.sequence)
     skeleton, params = open_autoencoder(config)
     optimizers = make_optimizers(config, recipe)
@@ -198,7 +198,7 @@ def run_steps(
 
     Raises KeyboardInterrupt where it was asked to stop, when a last checkpoint has been written.
     """
-    start, workdir = int(state.step), Path(config.workdir).expanduser()
+    start, workdir = int(state.step), user_path(config.workdir)
     with metrics_writer(workdir, start) as write, progress(start, config.num_steps) as bar:
         recent: list[Metrics] = []
         for i in range(start, config.num_steps):

@@ -59,7 +59,6 @@ def write_toy_shards(folder: Path, *, prompts: int = 4, samples: int = 256, seed
         Sample((strength * patterns[i]).astype(dtype), texts[i], f"toy {number}", f"pattern {i}")
         for number, (i, strength) in enumerate(drawn)
     ]
-    folder.mkdir(parents=True, exist_ok=True)
     write_shard(folder / "shard-00000.safetensors", index, rows)
     write_negative(folder, texts[-1])
     write_index(folder, index, {"shard-00000.safetensors": samples})

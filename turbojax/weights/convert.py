@@ -6,7 +6,6 @@ Tensors go through one at a time, so host memory stays at the largest one, or th
 import dataclasses
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from tqdm import tqdm
 
 from turbojax.diffusion.schedules import rcm_times
 from turbojax.errors import UserError
+from turbojax.files import user_path, whole_folder
 from turbojax.models.wan import WanConfig
 from turbojax.weights.files import CONVERTED
 from turbojax.weights.io import read_tensors, release, save_orbax, write_pth, write_safetensors
@@ -78,7 +78,7 @@ def convert(
     Raises CheckpointError for files that do not fit, UserError for settings that cannot be. What was there before is
     only replaced with overwrite=True, and only once the new one is whole.
     """
-    output = Path(output)
+    output = user_path(output)
     check_output(output, format=format, names=names, overwrite=overwrite)
     component = "transformer" if is_converted(source) else component_of(read_tensors(source))
     run_with = {name: value for name, value in zip(RUN_WITH, (sla_topk, sigma_max), strict=True) if value is not None}
@@ -199,18 +199,10 @@ def write_file(
     output: Path, tensors: Iterator[tuple[str, np.ndarray]], specs: Mapping[str, Any], metadata: dict[str, str]
 ) -> None:
     """Named arrays as a .safetensors file, or a .pth file without the metadata."""
-    make_parent(output)
     if output.suffix == ".pth":
         write_pth(output, tensors)
     else:
         write_safetensors(output, tensors, specs, metadata=metadata)
-
-
-def make_parent(output: Path) -> None:
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{output} cannot be written: {error.strerror or error}") from error
 
 
 def stored_dtype(name: str, dtype: Any) -> np.dtype:
@@ -236,21 +228,11 @@ def write_orbax(output: Path, config: WanConfig, pieces: Pieces) -> Summary:
     Each array is an Orbax checkpoint of its own: Orbax takes more than twice the memory of what it saves at once.
     """
     specs = wan_skeleton(config).specs
-    make_parent(output)
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.part")
-    try:
-        temporary.mkdir()
+    with whole_folder(output, overwrite=True) as temporary:  # `check_output` has said so
         for name, spec in progress(specs):
             save_orbax(temporary / "arrays" / name, {name: stacked(pieces, name, spec)})
         fields = {**dataclasses.asdict(config), "dtype": jnp.dtype(config.dtype).name}
         (temporary / CONVERTED).write_text(json.dumps(fields, indent=1) + "\n")
-        if output.exists():
-            shutil.rmtree(output)
-        temporary.rename(output)
-    except OSError as error:
-        raise UserError(f"{output} cannot be written: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return Summary("transformer", len(specs), total_bytes(specs))
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from turbojax.errors import CheckpointError, UserError
+from turbojax.files import user_path
 from turbojax.weights.io import PTH_SUFFIXES
 
 # Has the VAE, the text encoder and the tokenizer that all Wan 2.1 models and Wan 2.2 A14B share.
@@ -77,13 +78,13 @@ class Repository(NamedTuple):
 
 def open_repository(path_or_repo: str | Path) -> Repository:
     """A folder, the folder of a file, or a Hugging Face repository "owner/name"."""
-    path = Path(path_or_repo).expanduser()
+    path = user_path(path_or_repo)
     if path.is_file():
         path = path.parent
     if path.is_dir():
-        files = sorted(str(p.relative_to(path).as_posix()) for p in path.glob("*") if p.is_file())
-        files += sorted(str(p.relative_to(path).as_posix()) for p in path.glob("*/*") if p.is_file())
-        files += sorted(str(p.relative_to(path).as_posix()) for p in path.glob("google/*/*") if p.is_file())
+        files = sorted(str(p.relative_to(path).as_posix()) for p in path.glob("[!.]*") if p.is_file())
+        files += sorted(str(p.relative_to(path).as_posix()) for p in path.glob("[!.]*/[!.]*") if p.is_file())
+        files += sorted(str(p.relative_to(path).as_posix()) for p in path.glob("google/*/[!.]*") if p.is_file())
         return Repository(str(path), files, lambda name: path / name)
     is_file_name = path.suffix in (*PTH_SUFFIXES, ".safetensors", ".json")
     if is_file_name or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(path_or_repo)):
@@ -156,7 +157,7 @@ def find_networks(path_or_repo: str | Path, *, quantized: bool | None = None) ->
     path_or_repo: a repository, a folder, a file or a converted folder; of an expert, the other one's lies beside it.
     Raises UserError where there is none, or one expert without the other.
     """
-    path, repository = Path(path_or_repo).expanduser(), open_repository(path_or_repo)
+    path, repository = user_path(path_or_repo), open_repository(path_or_repo)
     if path.is_file() or (path / CONVERTED).is_file():
         return find_other(path)
     low = find(repository, "low-noise expert", quantized=quantized)
@@ -193,13 +194,13 @@ def find_other(path: Path) -> tuple[Path, Path | None]:
 
 def component_path(path: str | Path, component: str) -> Path:
     """The component's file where `path` is a folder with several, such as an official one; else the path itself."""
-    path = Path(path).expanduser()
+    path = user_path(path)
     return (find(open_repository(path), component) if path.is_dir() else None) or path
 
 
 def transformer_path(path_or_repo: str | Path) -> Path:
     """The file of a transformer: itself, or the plain (not quantized) one of a folder or repository."""
-    path = Path(path_or_repo).expanduser()
+    path = user_path(path_or_repo)
     return path if path.is_file() else sole_transformer(open_repository(path_or_repo))
 
 

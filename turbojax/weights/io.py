@@ -12,12 +12,11 @@ import mmap
 import os
 import re
 import sys
-import uuid
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, BinaryIO, Protocol
+from typing import Any, Protocol
 
 import jax
 import ml_dtypes
@@ -26,6 +25,7 @@ from absl import logging
 from safetensors import safe_open
 
 from turbojax.errors import CheckpointError
+from turbojax.files import whole_file
 from turbojax.weights import pth
 
 # The dtype codes of the safetensors header.
@@ -114,7 +114,7 @@ def reason(error: BaseException) -> str:
 
 
 def _file_of_folder(folder: Path) -> Path:
-    names = sorted(entry.name for entry in folder.iterdir() if entry.is_file())
+    names = sorted(entry.name for entry in folder.iterdir() if entry.is_file() and entry.name[0] != ".")
     indexes = [name for name in names if name.endswith(INDEX_SUFFIX)]
     singles = [name for name in names if name.endswith(".safetensors")]
     chosen = indexes or singles
@@ -204,23 +204,6 @@ def _read_pth(path: Path) -> dict[str, np.ndarray]:
     return pth.parse(path, data)
 
 
-@contextlib.contextmanager
-def _atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """A new file that takes the place of `path` when all is written, and vanishes if something fails."""
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
-    try:
-        with part.open("xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be written: {reason(error)}") from error
-    finally:
-        with contextlib.suppress(OSError):
-            part.unlink(missing_ok=True)
-
-
 def write_safetensors(
     path: str | os.PathLike,
     tensors: Iterable[tuple[str, np.ndarray]],
@@ -231,10 +214,10 @@ def write_safetensors(
     """Writes named arrays as they come; one array in memory at a time, and `path` appears only when complete.
 
     The header comes before the data, so `specs` gives every shape and dtype in the order of `tensors`.
-    Raises CheckpointError if the tensors are not exactly those, or the file cannot be written.
+    Raises CheckpointError if the tensors are not exactly those, UserError if the file cannot be written.
     """
     header = _safetensors_header(specs, metadata)
-    with _atomic_file(Path(path)) as file:
+    with whole_file(Path(path), durable=True) as part, part.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
         expected = iter(specs.items())
         for name, value in tensors:
@@ -269,9 +252,9 @@ def write_pth(path: str | os.PathLike, tensors: Iterable[tuple[str, np.ndarray]]
     """Writes named arrays as a PyTorch checkpoint, as they come; `path` appears only when complete.
 
     torch.load(path, weights_only=True) gives an OrderedDict of CPU tensors. Raises CheckpointError for a
-    repeated name, a dtype PyTorch lacks, or a file that cannot be written.
+    repeated name or a dtype PyTorch lacks, UserError if the file cannot be written.
     """
-    with _atomic_file(Path(path)) as file:
+    with whole_file(Path(path), durable=True) as part, part.open("wb") as file:
         pth.write(file, tensors)
 
 

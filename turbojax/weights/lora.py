@@ -21,6 +21,7 @@ from absl import logging
 from jax import lax
 
 from turbojax.errors import CheckpointError, quoted
+from turbojax.files import user_path
 from turbojax.models.wan import WanConfig
 from turbojax.weights.io import file_metadata, read_tensors
 from turbojax.weights.published import wan_layout
@@ -109,7 +110,7 @@ def read_loras(loras: Sequence[LoRA], config: WanConfig, *, expert: Expert | Non
 
 def read_lora(lora: LoRA, config: WanConfig, *, expert: Expert | None = None) -> dict[Entry, Change]:
     """One file, see `read_loras`."""
-    path = Path(lora.path).expanduser()
+    path = user_path(lora.path)
     tensors = read_tensors(path)
     if any(name.startswith(_SECOND) for name in tensors):
         tensors = {name: value for name, value in tensors.items() if name.startswith(_SECOND) == (expert == "low")}

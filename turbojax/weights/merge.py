@@ -7,13 +7,13 @@ which gives a distilled model with SLA. Tensors go through one at a time.
 import dataclasses
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from absl import logging
 
 from turbojax.errors import CheckpointError, UserError
+from turbojax.files import user_path
 from turbojax.weights.convert import Summary, check_output, write_transformer
 from turbojax.weights.io import release
 from turbojax.weights.load import K, LazyTensors, WanCheckpoint, open_wan, specs_of
@@ -77,7 +77,7 @@ def merge(
 
     Raises UserError for int8 checkpoints and for models of different sizes, CheckpointError for files that do not fit.
     """
-    output = Path(output)
+    output = user_path(output)
     check_output(output, format=format, names=names, overwrite=overwrite)
     if not np.isfinite(weight):
         raise UserError(f"{weight=} must be a number")
