@@ -13,12 +13,14 @@ from turbojax.json_reader import (
     Boolean,
     Enum,
     FileName,
+    InString,
     Integer,
     Map,
     Nullable,
     Number,
     Object,
     String,
+    check_value,
     parse_json,
     read_json,
     read_json_lines,
@@ -75,6 +77,9 @@ def test_values():
         ({"layers": None}, ["layers is None"]),
         ({"share": 0}, ["share is 0 and must be a number above 0 and up to 1"]),
         ({"share": True}, ["share is True"]),
+        ({"share": "0.5"}, ["share is '0.5'"]),
+        ({"share": None}, ["share is None"]),
+        ({"share": [0.5]}, ["share is [0.5]"]),
         ({"share": 10**90}, ["share is 1000"]),
         ({"dtype": "int8"}, ["dtype is 'int8' and must be", '"float32" or "bfloat16"']),
         ({"dtype": ["float32"]}, ["dtype is ['float32']"]),
@@ -126,6 +131,57 @@ def test_fields_of_another_kind(change, words):
 )
 def test_what_is_no_json(content, words):
     refused(content, *words)
+
+
+VALUES = (
+    None,
+    True,
+    False,
+    0,
+    1,
+    -1,
+    1.5,
+    10**40,
+    "",
+    "1",
+    "x" * 10**5,
+    [],
+    [1],
+    [[1]],
+    {},
+    {"a": 1},
+    {"a": {"b": []}},
+)
+
+
+@pytest.mark.parametrize("schema", [*(SCHEMA.required | SCHEMA.optional).values(), SCHEMA, InString(Integer(1, 2))])
+def test_any_value_is_taken_or_refused(schema):
+    """Each schema sees each kind of value; whatever is not taken is one sentence."""
+    refusals = 0
+    for value in VALUES:
+        content = json.dumps(value).encode()
+        try:
+            parse_json(content, schema, name="model.json", way_out="download it again")
+        except CheckpointError:
+            refusals += 1
+            refused(content, schema=schema)
+    assert refusals > 0
+
+
+def test_values_in_strings():
+    schema = Object(
+        {}, {"heads": InString(Integer(1, 64)), "share": InString(Nullable(Number(0, 1)))}, others="left out"
+    )
+
+    def check(value):
+        return check_value(value, schema, name="x.safetensors, in its header", way_out="convert it again")
+
+    assert check({"heads": "12", "share": "0.5", "other": "?"}) == {"heads": 12, "share": 0.5}
+    for value in ({"heads": "twelve"}, {"heads": "65"}, {"heads": "1e999"}, {"share": "nan"}, {"share": "NaN"}, []):
+        with pytest.raises(
+            CheckpointError, match=r"x\.safetensors, in its header: .* and must be .*; convert it again"
+        ):
+            check(value)
 
 
 def test_brackets_in_strings_do_not_nest():

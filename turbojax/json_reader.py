@@ -8,6 +8,7 @@ returns has been checked against the schema, so that no reader behind it has to.
 names the file, the field, its value and what it must be.
 """
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -68,8 +69,8 @@ class Number:
     above: bool = False
 
     def check(self, value: Any, field: str) -> float:
-        small = self.minimum < value if self.above else self.minimum <= value
-        if type(value) not in (int, float) or not (small and value <= self.maximum):
+        number = type(value) in (int, float) and self.minimum <= value <= self.maximum
+        if not number or (self.above and value == self.minimum):
             least = f"above {self.minimum:g} and up to" if self.above else f"from {self.minimum:g} to"
             refuse(value, field, f"a number {least} {self.maximum:g}")
         return float(value)
@@ -206,6 +207,19 @@ class AnyOf:
         refuse(value, field, self.expected)
 
 
+@dataclasses.dataclass(frozen=True)
+class InString:
+    """A value as JSON in a string, as the headers of safetensors files hold them."""
+
+    schema: Schema
+
+    def check(self, value: Any, field: str) -> Any:
+        if type(value) is str:
+            with contextlib.suppress(ValueError):  # the schema says what belongs there
+                value = load(value.encode())
+        return self.schema.check(value, field)
+
+
 def within(field: str, name: str) -> str:
     return f"{field}.{name}" if field else name
 
@@ -277,25 +291,41 @@ def parse_json(
 ) -> Any:
     """`read_json` for what has been read: UTF-8, with or without a byte order mark. name: stands for the file."""
     try:
-        if len(content) > most_bytes:
-            raise Mismatch(f"it holds more than {most_bytes} bytes")
-        check_nesting(content)
-        value = json.loads(
-            content.decode("utf-8-sig"),
-            object_pairs_hook=unique,
-            parse_int=parse_integer,
-            parse_float=parse_number,
-            parse_constant=parse_number,
-        )
-        if b"\\u" in content:
-            json.dumps(value, ensure_ascii=False).encode()  # half a character, \ud800, can be neither shown nor written
-        return schema.check(value, "")
+        return schema.check(load(content, most_bytes), "")
     except Mismatch as problem:
         raise error(f"{name}: {problem}; {way_out}") from problem
     except UnicodeError as problem:
         raise error(f"{name} is not text in UTF-8; {way_out}") from problem
     except ValueError as problem:
-        raise error(f"{name} is no JSON, {quoted(content[:MOST_NESTED])}: {problem}; {way_out}") from problem
+        start = quoted(content[:40].decode(errors="replace"))
+        raise error(f"{name} is no JSON, {start}: {problem}; {way_out}") from problem
+
+
+def check_value(
+    value: Any, schema: Schema, *, name: str, way_out: str, error: type[UserError] = CheckpointError
+) -> Any:
+    """`read_json` for what something else has parsed, such as the header of a safetensors file."""
+    try:
+        return schema.check(value, "")
+    except Mismatch as problem:
+        raise error(f"{name}: {problem}; {way_out}") from problem
+
+
+def load(content: bytes, most_bytes: int = MOST_BYTES) -> Any:
+    """A value of JSON without a schema yet; raises ValueError, of which Mismatch is one."""
+    if len(content) > most_bytes:
+        raise Mismatch(f"it holds more than {most_bytes} bytes")
+    check_nesting(content)
+    value = json.loads(
+        content.decode("utf-8-sig"),
+        object_pairs_hook=unique,
+        parse_int=parse_integer,
+        parse_float=parse_number,
+        parse_constant=parse_number,
+    )
+    if b"\\u" in content:
+        json.dumps(value, ensure_ascii=False).encode()  # half a character, \ud800, can be neither shown nor written
+    return value
 
 
 def check_nesting(content: bytes) -> None:
