@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from turbojax import hlo
+from turbojax import hlo, profiles
 from turbojax.benchmark import seconds_a_call
 from turbojax.models import wan
 from turbojax.models.wan import WanConfig, WanModel
@@ -88,17 +88,11 @@ def layer_kernels(text: str) -> list[hlo.Kernel]:
 
 def profiled_seconds(folder: Path) -> dict[str, float]:
     """Seconds of every instruction of compiled programs in a profile, summed; on the devices, or else on the host."""
-    (file,) = folder.rglob("*.xplane.pb")
-    planes = list(jax.profiler.ProfileData.from_file(str(file)).planes)
-    devices = [plane for plane in planes if plane.name.startswith("/device:GPU")]
-    seconds: dict[str, float] = collections.defaultdict(float)
-    for plane in devices or planes:
-        for line in plane.lines:
-            for event in line.events:
-                op = dict(event.stats).get("hlo_op")
-                if isinstance(op, str):
-                    seconds[op] += 1e-9 * event.duration_ns
-    return dict(seconds)
+    devices, host = collections.defaultdict[str, float](float), collections.defaultdict[str, float](float)
+    for event in profiles.events(folder):
+        if event.op:
+            (devices if event.plane.startswith("/device:GPU") else host)[event.op] += event.seconds
+    return dict(devices or host)
 
 
 def table_row(kernel: hlo.Kernel, seconds: float, config: WanConfig) -> dict[str, Any]:

@@ -1,12 +1,12 @@
 """Measurements of training."""
 
+import collections
 import dataclasses
 import functools
 import math
 import statistics
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from turbojax import profiles
 from turbojax.benchmark import peak_bytes
 from turbojax.models.vae import VAEConfig
 from turbojax.models.wan import WanConfig
@@ -178,17 +179,15 @@ def largest_items(folder: Path, count: int = 3) -> list[dict[str, Any]]:
 
     On a GPU these are kernels and copies of all streams; elsewhere what XLA's threads ran.
     """
-    [path] = folder.rglob("*.xplane.pb")
-    total, calls = Counter[str](), Counter[str]()
+    seconds, calls = collections.defaultdict[str, float](float), collections.Counter[str]()
     gpu = jax.default_backend() == "gpu"
-    for plane in jax.profiler.ProfileData.from_file(str(path)).planes:
-        for line in plane.lines:
-            if line.name.startswith("Stream") if gpu else "XLA" in line.name:
-                for event in line.events:
-                    total[event.name] += event.duration_ns
-                    calls[event.name] += 1
-    everything = sum(total.values())
+    for event in profiles.events(folder):
+        if event.line.startswith("Stream") if gpu else "XLA" in event.line:
+            seconds[event.name] += event.seconds
+            calls[event.name] += 1
+    everything = sum(seconds.values())
+    most = sorted(seconds, key=seconds.__getitem__, reverse=True)[:count]
     return [
-        {"name": name, "ms": 1e-6 * ns, "calls": calls[name], "share": ns / everything}
-        for name, ns in total.most_common(count)
+        {"name": name, "ms": 1e3 * seconds[name], "calls": calls[name], "share": seconds[name] / everything}
+        for name in most
     ]
