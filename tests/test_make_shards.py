@@ -176,6 +176,50 @@ def test_captions_beside_videos(videos):
     assert [clip.caption for clip in clips if clip.source in CAPTIONS] == list(CAPTIONS.values())
 
 
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_encodings_of_captions(videos, tmp_path, encoding, end):
+    rows = ['{"file": "x.mp4", "caption": "a caf\u00e9\u2028by night"}', '{"file": "y.mp4", "caption": "b"}']
+    (tmp_path / "my.jsonl").write_bytes(end.join(rows).encode(encoding))
+    (tmp_path / "my.csv").write_bytes(
+        end.join(["file,caption", "x.mp4,a caf\u00e9\u2028by night", "y.mp4,b"]).encode(encoding)
+    )
+    (tmp_path / "x.mp4").touch()
+    (tmp_path / "x.txt").write_bytes(f"a caf\u00e9\u2028by night{end}".encode(encoding))
+    assert [clip.caption for clip in find_clips(tmp_path)] == ["a caf\u00e9\u2028by night"]
+    for name in ("my.jsonl", "my.csv"):
+        clips = find_clips(tmp_path, tmp_path / name)
+        assert [clip.caption for clip in clips] == ["a caf\u00e9\u2028by night", "b"]
+
+
+@pytest.mark.parametrize("name", ["x.txt", "captions.jsonl", "captions.csv"])
+def test_captions_in_another_encoding_are_refused_by_file_and_line(tmp_path, name):
+    (tmp_path / "x.mp4").touch()
+    (tmp_path / name).write_bytes("file,caption\r\nx.mp4,caf\u00e9".encode("cp1252"))
+    with pytest.raises(UserError, match=rf"line 2 of '.*{name}' is neither UTF-8 nor UTF-16"):
+        find_clips(tmp_path)
+
+
+def test_empty_captions_are_counted(tmp_path, caplog):
+    (tmp_path / "x.csv").write_text("file,caption\na.mp4,one\nb.mp4,\nc.mp4, \n")
+    clips = find_clips(tmp_path, tmp_path / "x.csv")
+    assert len(clips) == 3
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert line.startswith("2 of 3 captions are empty, the first is that of b.mp4")
+
+
+def test_captions_that_are_cut_are_told_once(videos, demo_pipe, tmp_path, caplog):
+    clip = next(clip for clip in find_clips(videos) if clip.source == "a.mp4")
+    words = " ".join(f"{i:03}" for i in range(200))  # four tokens each
+    long = [clip._replace(caption=words), clip, clip._replace(caption=f"{words} x")]
+    make_shards(long, tmp_path / "data", demo_pipe.vae, demo_pipe.text, index_of(demo_pipe, negative_prompt=words))
+    told = [record.getMessage() for record in caplog.records if "is cut at" in record.getMessage()]
+    assert len(told) == 2
+    assert told[0].startswith("2 of 3 captions are cut, the first is that of a.mp4: it has 800 tokens, of which")
+    assert "it is cut at '127 128 129" in told[0]
+    assert told[1].startswith("negative_prompt: the prompt has 800 tokens")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

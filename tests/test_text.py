@@ -47,6 +47,15 @@ def test_a_known_prompt_needs_no_network(demo, own_folder):
     np.testing.assert_array_equal(again.encoder.norm.weight[...], text.encoder.norm.weight[...])
 
 
+def test_prompts_that_are_cut_are_told(demo, caplog):
+    words = " ".join(f"{i:03}" for i in range(200))  # four tokens each
+    text = open_demo(demo, cache=False)
+    text([BIRD, words])
+    assert text.cut([BIRD]) == []
+    (line,) = [record.getMessage() for record in caplog.records if "is cut" in record.getMessage()]
+    assert line.startswith("the prompt has 800 tokens, of which the text encoder reads 511: it is cut at '127 128 129")
+
+
 def test_without_a_cache_nothing_is_written(demo, own_folder):
     first = open_demo(demo, cache=False)([BIRD])
     np.testing.assert_array_equal(open_demo(demo, cache=False)([BIRD]), first)

@@ -21,11 +21,13 @@ from tqdm import tqdm
 
 from turbojax.errors import CheckpointError, UserError
 from turbojax.files import make_folder
+from turbojax.json_reader import Object, String, parse_json
 from turbojax.models import vae as vae_model
 from turbojax.models.umt5 import encode_text
 from turbojax.models.vae import WanVAE
 from turbojax.sampling import latent_shape
 from turbojax.text import TextEncoder
+from turbojax.text_files import read_text, split_lines
 from turbojax.train.data import (
     DTYPES,
     INDEX,
@@ -44,6 +46,7 @@ from turbojax.weights.plain import load_vae
 
 VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
 LISTS = ("captions.jsonl", "captions.csv")
+ROW = Object({"file": String(), "caption": String()}, others="left out")
 READERS = 4  # threads that read videos, and the videos that they read ahead
 
 
@@ -82,16 +85,21 @@ def find_clips(folder: str | os.PathLike, captions: str | os.PathLike | None = N
             f"{lists[0] if lists else folder} has no videos with captions; give a list with --captions=FILE.jsonl, "
             "or put x.txt beside x.mp4"
         )
+    if empty := [clip.source for clip in clips if not clip.caption.strip()]:
+        logging.warning(
+            "%d of %d captions are empty, the first is that of %s: their videos teach what an empty prompt shows",
+            *(len(empty), len(clips), empty[0]),
+        )
     return clips
 
 
 def listed_clips(folder: Path, path: Path) -> list[Clip]:
     if path.suffix not in (".jsonl", ".csv"):
         raise UserError(f"the list of captions {path} must end in .jsonl or .csv")
+    text = read_text(path)
     try:
-        text = path.read_text(encoding="utf-8-sig")
         rows = list(rows_of_csv(text) if path.suffix == ".csv" else rows_of_jsonl(text))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except csv.Error as error:
         raise UserError(f"the list of captions {path} cannot be read: {error}") from error
     clips = []
     for line, row in rows:
@@ -109,11 +117,11 @@ def rows_of_csv(text: str) -> Iterator[tuple[int, object]]:
 
 
 def rows_of_jsonl(text: str) -> Iterator[tuple[int, object]]:
-    for line, row in enumerate(text.split("\n"), start=1):
+    for line, row in enumerate(split_lines(text), start=1):
         if row.strip():
             try:
-                yield line, json.loads(row)
-            except ValueError:
+                yield line, parse_json(row.encode(), ROW, name=f"line {line}", way_out="", error=UserError)
+            except UserError:
                 yield line, None
 
 
@@ -123,8 +131,7 @@ def captioned_clips(folder: Path) -> list[Clip]:
     if len(with_text) < len(videos):
         logging.warning("%d of %d videos have no caption and are left out", len(videos) - len(with_text), len(videos))
     return [
-        Clip(path, str(path.relative_to(folder)), path.with_suffix(".txt").read_text(errors="replace").strip())
-        for path in with_text
+        Clip(path, str(path.relative_to(folder)), read_text(path.with_suffix(".txt")).strip()) for path in with_text
     ]
 
 
@@ -193,6 +200,9 @@ def make_shards(
     """
     output = Path(output)
     start_folder(output, index)
+    tell_cut(clips, text)
+    for line in text.cut([index.negative_prompt]):
+        logging.warning("negative_prompt: %s", line)
     write_negative(output, embed(text, index.negative_prompt, index))
     files: dict[str, int] = {}
     written = kept = 0
@@ -216,6 +226,16 @@ def make_shards(
         )
     write_index(output, index, files)
     return Summary(written, kept, len(clips) - written - kept)
+
+
+def tell_cut(clips: Sequence[Clip], text: TextEncoder) -> None:
+    """Warns of captions that are longer than the text encoder reads, once for all of them."""
+    found = [(clip.source, line) for clip in clips if (line := text.tokenizer.cut(clip.caption))]
+    if found:
+        source, line = found[0]
+        logging.warning(
+            "%d of %d captions are cut, the first is that of %s: it has %s", len(found), len(clips), source, line
+        )
 
 
 def start_folder(output: Path, index: Index) -> None:

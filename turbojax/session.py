@@ -17,6 +17,7 @@ from turbojax.files import make_parent
 from turbojax.generate import Studio, call_settings
 from turbojax.memory import short_of_memory
 from turbojax.records import Records, fingerprint
+from turbojax.text_files import read_text, split_lines
 from turbojax.video import check_path, numbered
 
 SHORT = {
@@ -142,10 +143,8 @@ def batch(config: ConfigDict, prompts_file: str | Path) -> list[Path]:
 
 
 def read_prompts(path: Path) -> list[str]:
-    try:
-        lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the prompts {str(path)!r} cannot be read; give a text file with a prompt a line") from error
+    """The prompts of a file, a line each; raises UserError if there is none."""
+    lines = [line.strip() for line in split_lines(read_text(path))]
     if prompts := [line for line in lines if line and not line.startswith("#")]:
         return prompts
     raise UserError(f"{str(path)!r} has no prompt; give one a line")

@@ -93,11 +93,19 @@ class TextEncoder:
         out = jax.ShapeDtypeStruct(x.shape, self.config.dtype)
         zero_past_end.lower(out, mask, length=TEXT_LEN).compile()
 
+    def cut(self, prompts: Sequence[str]) -> list[str]:
+        """A line for each prompt that is too long, with the words from where it is cut."""
+        found = map(self.tokenizer.cut, prompts)
+        return [f"the prompt has {line}; what follows has no effect" for line in found if line]
+
     def __call__(self, prompts: Sequence[str]) -> np.ndarray:
         """Embeddings `[B, 512, D]` on the host, zero rows past each prompt's end.
 
-        Prompts are encoded one at a time, so that a prompt's embedding does not depend on the others'.
+        Prompts are encoded one at a time, so that a prompt's embedding does not depend on the others'. Those that are
+        too long are cut with a warning.
         """
+        for line in self.cut(prompts):
+            logging.warning("%s", line)
         out = np.zeros((len(prompts), TEXT_LEN, self.config.dim), self.config.dtype)
         for row, ids, mask in zip(out, *self.tokenizer(list(prompts)), strict=True):
             tokens = ids[mask > 0]

@@ -192,3 +192,32 @@ def test_wrong_arguments_are_refused(tokenizer):
         tokenizer("a cat")
     with pytest.raises(UserError, match="at least 1"):
         tokenizer(["a cat"], 0)
+
+
+def test_where_a_prompt_is_cut(tokenizer):
+    prompt = " ".join(f"w{i}" for i in range(300)) + " beach"
+    assert tokenizer.cut(prompt, len(tokenizer.encode(prompt)) + 1) is None
+    count = len(tokenizer.encode(prompt))
+    for length in (20, 21, 22, 512):
+        if length > count:
+            continue
+        kept = tokenizer([prompt], length)[0][0, : length - 1].tolist()
+        line = tokenizer.cut(f" {prompt}\n", length)
+        first = line.partition("it is cut at '")[2].split()[0]
+        before = prompt[: prompt.index(f"{first} ")].strip()
+        assert line.startswith(f"{count} tokens, of which the text encoder reads {length - 1}: it is cut at 'w")
+        assert line.endswith(" ...'")
+        assert len(tokenizer.encode(before)) <= length - 1 < len(tokenizer.encode(f"{before} {first}"))
+        assert tokenizer.encode(before) == kept[: len(tokenizer.encode(before))]
+
+
+@pytest.mark.parametrize("prompt", ["猫" * 200, "ab" * 50_000, "海 " * 50 + "y" * 500])
+def test_where_a_prompt_without_spaces_is_cut(tokenizer, prompt):
+    line = tokenizer.cut(prompt, 32)
+    assert len(line) < 180
+    assert line.partition("cut at ")[2].strip("'")[0] in prompt
+
+
+def test_text_that_was_no_utf8(tokenizer):
+    with pytest.raises(UserError, match="the prompt is not UTF-8 after 'a caf'; write it in UTF-8"):
+        tokenizer(["a caf\udce9 at night"])

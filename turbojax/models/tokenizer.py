@@ -8,6 +8,8 @@ import dataclasses
 import html
 import os
 import re
+import textwrap
+from bisect import bisect_right
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,9 +19,11 @@ import sentencepiece
 import tokenizers
 
 from turbojax.errors import CheckpointError, UserError
+from turbojax.text_files import check_text
 
 FILES = ("tokenizer.json", "spiece.model")  # in the order of preference
 END, PAD = "</s>", "<pad>"
+LONG_WORD, LONG_REST = 40, 80  # characters that a warning shows of a word, and of all that is cut off
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +62,8 @@ class Tokenizer:
         """
         if isinstance(texts, str) or length < 1:
             raise UserError(f"{texts=!r} must be a list of prompts, and {length=} at least 1")
+        for text in texts:
+            check_text("prompt", text)
         ids = np.full((len(texts), length), self.pad_id, np.int32)
         mask = np.zeros((len(texts), length), np.int32)
         for row, text in enumerate(texts):
@@ -65,6 +71,19 @@ class Tokenizer:
             ids[row, : len(tokens)] = tokens
             mask[row, : len(tokens)] = 1
         return ids, mask
+
+    def cut(self, text: str, length: int = 512) -> str | None:
+        """How long a prompt is that is cut, and the words from where it is; None for one that fits."""
+        text, most = clean(text), length - 1
+        count = len(self.encode(text))
+        if count <= most:
+            return None
+        # The first character that makes it too long: both formats tell it in ways that change with their versions.
+        end = bisect_right(range(len(text)), most, key=lambda characters: len(self.encode(text[:characters]))) - 1
+        word = text.rfind(" ", 0, end + 1) + 1
+        rest = text[word if end - word < LONG_WORD else end :][: 2 * LONG_REST]  # some languages have no spaces
+        shown = textwrap.shorten(rest, LONG_REST, placeholder=" ...") if " " in rest[:LONG_REST] else rest[:LONG_REST]
+        return f"{count} tokens, of which the text encoder reads {most}: it is cut at {shown!r}"
 
 
 def clean(text: str) -> str:
