@@ -20,10 +20,10 @@ from turbojax.train.initial import transparent
 from turbojax.train.state import Params, parameters
 from turbojax.train.toy import smooth_in_time, toy_config
 from turbojax.weights.files import find_components, transformer_path
-from turbojax.weights.io import ShapeDtype
 from turbojax.weights.load import load_wan, with_options
 from turbojax.weights.plain import load_vae
 from turbojax.weights.random import random_module
+from turbojax.weights.safetensors import ShapeDtype
 from turbojax.weights.skeleton import Skeleton, vae_skeleton, wan_skeleton
 
 HostParams = Mapping[str, np.ndarray]

@@ -20,8 +20,9 @@ from turbojax.errors import UserError
 from turbojax.files import user_path, whole_folder
 from turbojax.models.wan import WanConfig
 from turbojax.weights.files import CONVERTED
-from turbojax.weights.io import read_tensors, release, save_orbax, write_pth, write_safetensors
+from turbojax.weights.io import read_tensors, save_orbax, write_pth, write_safetensors
 from turbojax.weights.load import RUN_WITH, Pieces, WanCheckpoint, is_converted, open_wan, specs_of, with_options
+from turbojax.weights.mapped import release
 from turbojax.weights.plain import open_umt5, open_vae
 from turbojax.weights.published import Layout, diffusers_layout, official_layout, wan_layout
 from turbojax.weights.rules import Entry, Rule, rename

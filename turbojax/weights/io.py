@@ -6,9 +6,7 @@ tensor is read from disk when it is used. Every bad file gives one CheckpointErr
 
 import contextlib
 import functools
-import json
 import logging as standard_logging
-import mmap
 import os
 import re
 import sys
@@ -16,50 +14,24 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 from absl import logging
-from safetensors import safe_open
 
-from turbojax.errors import CheckpointError
+from turbojax.errors import CheckpointError, quoted
 from turbojax.files import whole_file
-from turbojax.weights import pth
+from turbojax.json_reader import FileName, Map, Object, read_json
+from turbojax.weights import pth, safetensors
+from turbojax.weights.mapped import AGAIN, map_file
+from turbojax.weights.safetensors import ShapeDtype
 
-# The dtype codes of the safetensors header.
-SAFETENSORS_DTYPES: dict[str, np.dtype] = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
-    "I64": np.dtype(np.int64),
-    "I32": np.dtype(np.int32),
-    "I16": np.dtype(np.int16),
-    "I8": np.dtype(np.int8),
-    "U64": np.dtype(np.uint64),
-    "U32": np.dtype(np.uint32),
-    "U16": np.dtype(np.uint16),
-    "U8": np.dtype(np.uint8),
-    "BOOL": np.dtype(np.bool_),
-}
 INDEX_SUFFIX = ".safetensors.index.json"
 PTH_SUFFIXES = (".pth", ".pt", ".bin")
 CHUNK_BYTES = 2**25  # of Orbax
-_AGAIN = "download it again, for example with `hf download`"
-
-
-class ShapeDtype(Protocol):
-    """Anything with a shape and a dtype, such as jax.ShapeDtypeStruct or an array."""
-
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-
-    @property
-    def dtype(self) -> Any: ...
+INDEX = Object({"weight_map": Map(FileName())}, others="left out")
+MAX_TENSORS, MAX_NAME = 20_000, 500  # published checkpoints have some 1,000, with names of some 100 characters
 
 
 def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
@@ -79,9 +51,9 @@ def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
         if path.name.endswith(INDEX_SUFFIX):
             return _read_sharded(path)
         if path.suffix == ".safetensors":
-            return _read_safetensors(path)
+            return _checked(path, safetensors.parse(path, map_file(path)))
         if path.suffix in PTH_SUFFIXES:
-            return _read_pth(path)
+            return _checked(path, _read_pth(path))
     raise CheckpointError(
         f"{path} has the unknown extension {path.suffix!r}; give a .safetensors, *{INDEX_SUFFIX}, "
         f"{', '.join(PTH_SUFFIXES)} file or a folder with one"
@@ -102,7 +74,7 @@ def _one_sentence(path: Path) -> Iterator[None]:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {reason(error)}") from error
     except Exception as error:  # the file decides which of the many parser errors comes; none is a bug's trace
-        raise CheckpointError(f"{path} is damaged or cut off ({reason(error)}); {_AGAIN}") from error
+        raise CheckpointError(f"{path} is damaged or cut off ({reason(error)}); {AGAIN}") from error
 
 
 def reason(error: BaseException) -> str:
@@ -128,71 +100,36 @@ def _file_of_folder(folder: Path) -> Path:
     )
 
 
-def _map(path: Path) -> np.memmap:
-    """The file's bytes, uint8, read-only; refuses what is plainly not a checkpoint."""
-    with path.open("rb") as file:
-        head = file.read(512).lstrip().lower()
-    if path.stat().st_size == 0:
-        raise CheckpointError(f"{path} is empty; {_AGAIN}")
-    if head.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
-        raise CheckpointError(
-            f"{path} looks like an HTML page, not a checkpoint: the download was probably refused; {_AGAIN}"
-        )
-    if head.startswith(b"version https://git-lfs"):
-        raise CheckpointError(f"{path} is a git-lfs pointer, not the checkpoint itself; run `git lfs pull` or {_AGAIN}")
-    return np.memmap(path, np.uint8, mode="r")
-
-
-def _load_json(text: bytes) -> Any:
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        keys = [key for key, _ in pairs]
-        if len(set(keys)) != len(keys):
-            raise ValueError(f"{max(keys, key=keys.count)!r} is given twice in its header")
-        return dict(pairs)
-
-    return json.loads(text, object_pairs_hook=unique)
-
-
-def _read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    data = _map(path)
-    # The library checks sizes, overlaps and the file's length; it has no bfloat16 or float8 arrays for numpy.
-    with safe_open(str(path), framework="np"):
-        pass
-    start = 8 + int.from_bytes(data[:8].tobytes(), "little")
-    header = _load_json(data[8:start].tobytes())
-    header.pop("__metadata__", None)
-    tensors = {}
-    for name, entry in header.items():
-        if entry["dtype"] not in SAFETENSORS_DTYPES:
-            raise CheckpointError(
-                f"{path}: {name!r} has dtype {entry['dtype']}; readable are {', '.join(SAFETENSORS_DTYPES)}"
-            )
-        dtype = SAFETENSORS_DTYPES[entry["dtype"]]
-        tensors[name] = np.ndarray(entry["shape"], dtype, data, start + entry["data_offsets"][0])
+def _checked(path: Path, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors, if their number and names are such as a checkpoint may have: each takes time wherever it goes."""
+    if len(tensors) > MAX_TENSORS:
+        raise CheckpointError(f"{path} holds {len(tensors)} tensors; a checkpoint has {MAX_TENSORS} at most")
+    if long := next((name for name in tensors if len(name) > MAX_NAME), None):
+        raise CheckpointError(f"{path} holds a tensor with a name of {len(long)} characters, {quoted(long)}; {AGAIN}")
     return tensors
 
 
 def _read_sharded(index: Path) -> dict[str, np.ndarray]:
-    shard_of = _load_json(_map(index).tobytes())["weight_map"]
+    map_file(index)  # words what is no checkpoint at all
+    shard_of = read_json(index, INDEX, way_out=AGAIN)["weight_map"]
     shards = sorted(set(shard_of.values()))
-    if foreign := [shard for shard in shards if Path(shard).name != shard]:
-        raise CheckpointError(f"{index} names shards outside its own folder: {', '.join(map(repr, foreign))}")
     if missing := [shard for shard in shards if not (index.parent / shard).exists()]:
-        raise CheckpointError(f"{index} needs {', '.join(map(repr, missing))}, not found next to it; {_AGAIN}")
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise CheckpointError(f"{index} needs {quoted(missing[0])}{more}, not found next to it; {AGAIN}")
     tensors: dict[str, np.ndarray] = {}
     for shard in shards:
         with _one_sentence(index.parent / shard):
-            part = _read_safetensors(index.parent / shard)
+            part = safetensors.parse(index.parent / shard, map_file(index.parent / shard))
         if twice := sorted(part.keys() & tensors.keys()):
-            raise CheckpointError(f"{index}: {shard} repeats {twice[0]!r} of another shard; {_AGAIN}")
+            raise CheckpointError(f"{index}: {shard} repeats {twice[0]!r} of another shard; {AGAIN}")
         if lost := [name for name, home in shard_of.items() if home == shard and name not in part]:
-            raise CheckpointError(f"{index}: {shard} lacks {lost[0]!r}; {_AGAIN}")
+            raise CheckpointError(f"{index}: {shard} lacks {lost[0]!r}; {AGAIN}")
         tensors |= part
-    return tensors
+    return _checked(index, tensors)
 
 
 def _read_pth(path: Path) -> dict[str, np.ndarray]:
-    data = _map(path)
+    data = map_file(path)
     magic = data[:4].tobytes()
     if magic[:1] == b"\x80":
         raise CheckpointError(
@@ -200,8 +137,10 @@ def _read_pth(path: Path) -> dict[str, np.ndarray]:
             "or convert it to safetensors"
         )
     if magic != b"PK\x03\x04":
-        raise CheckpointError(f"{path} is not a PyTorch checkpoint (it starts with {magic!r}); {_AGAIN}")
-    return pth.parse(path, data)
+        raise CheckpointError(f"{path} is not a PyTorch checkpoint (it starts with {magic!r}); {AGAIN}")
+    tensors, stored = pth.parse(path, data)
+    data.stored = sorted(stored)
+    return tensors
 
 
 def write_safetensors(
@@ -216,9 +155,9 @@ def write_safetensors(
     The header comes before the data, so `specs` gives every shape and dtype in the order of `tensors`.
     Raises CheckpointError if the tensors are not exactly those, UserError if the file cannot be written.
     """
-    header = _safetensors_header(specs, metadata)
+    header = safetensors.make_header(specs, metadata)
     with whole_file(Path(path), durable=True) as part, part.open("wb") as file:
-        file.write(len(header).to_bytes(8, "little") + header)
+        file.write(header)
         expected = iter(specs.items())
         for name, value in tensors:
             wanted, spec = next(expected, (None, None))
@@ -232,20 +171,6 @@ def write_safetensors(
             file.write(array.reshape(-1).view(np.uint8).data)
         if missing := [name for name, _ in expected]:
             raise CheckpointError(f"{path}: {len(missing)} tensors of specs did not come, first {missing[0]!r}")
-
-
-def _safetensors_header(specs: Mapping[str, ShapeDtype], metadata: Mapping[str, str] | None) -> bytes:
-    codes = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
-    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
-    end = 0
-    for name, spec in specs.items():
-        dtype = np.dtype(spec.dtype)
-        if dtype not in codes or name == "__metadata__":
-            raise CheckpointError(f"safetensors cannot hold {name!r} of dtype {dtype}")
-        start, end = end, end + int(np.prod(spec.shape, dtype=object)) * dtype.itemsize
-        header[name] = {"dtype": codes[dtype], "shape": list(spec.shape), "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    return text + b" " * (-len(text) % 8)
 
 
 def write_pth(path: str | os.PathLike, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
@@ -320,24 +245,13 @@ def load_orbax(path: str | os.PathLike, abstract_tree: Any) -> Any:
         return checkpointer.restore(target, args=args)
 
 
-def release(tensor: np.ndarray) -> None:
-    """Gives the memory of a memory-mapped tensor's file back to the system; it is read again when used again.
-
-    Called after each tensor, so that reading a 28 GB file does not fill 28 GB of this process.
-    """
-    base: Any = tensor
-    while isinstance(base, np.ndarray):
-        base = base.base
-    if isinstance(base, mmap.mmap):
-        base.madvise(mmap.MADV_DONTNEED)
-
-
 def file_metadata(path: str | os.PathLike) -> dict[str, str]:
     """The text entries in the header of a safetensors file; empty for other files."""
-    if Path(path).suffix != ".safetensors":
+    path = Path(path)
+    if path.suffix != ".safetensors":
         return {}
-    with _one_sentence(Path(path)), safe_open(path, "np") as file:
-        return file.metadata() or {}
+    with _one_sentence(path):
+        return safetensors.read_header(path, map_file(path))[1]
 
 
 def _described_leaf(leaf: ShapeDtype) -> str:

@@ -23,11 +23,12 @@ from turbojax.kernels import int8
 from turbojax.models.streaming import Streamed
 from turbojax.models.wan import WanConfig, WanModel
 from turbojax.weights.files import CONVERTED
-from turbojax.weights.io import ShapeDtype, file_metadata, load_orbax, read_tensors
+from turbojax.weights.io import file_metadata, load_orbax, read_tensors
 from turbojax.weights.lora import Changes, Expert, LoRA, merge, read_loras
 from turbojax.weights.place import all_finite, place
 from turbojax.weights.published import wan_layout
 from turbojax.weights.rules import Entry, Rule, assign, describe, relaid, rename
+from turbojax.weights.safetensors import ShapeDtype
 from turbojax.weights.skeleton import Skeleton, wan_skeleton
 from turbojax.weights.wan import clean_name, detect_wan_config, wan_rules
 

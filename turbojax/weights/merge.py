@@ -15,8 +15,8 @@ from absl import logging
 from turbojax.errors import CheckpointError, UserError
 from turbojax.files import user_path
 from turbojax.weights.convert import Summary, check_output, write_transformer
-from turbojax.weights.io import release
 from turbojax.weights.load import K, LazyTensors, WanCheckpoint, open_wan, specs_of
+from turbojax.weights.mapped import release
 from turbojax.weights.rules import Entry, describe, shorten
 from turbojax.weights.skeleton import wan_skeleton
 

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from turbojax.errors import CheckpointError
 from turbojax.models.streaming import is_streamed, to_host
-from turbojax.weights.io import release
+from turbojax.weights.mapped import release
 from turbojax.weights.rules import Entry, describe, shorten
 from turbojax.weights.skeleton import Skeleton, is_stacked, layer_of
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from turbojax.errors import CheckpointError, quoted
-from turbojax.weights.io import ShapeDtype
+from turbojax.weights.safetensors import ShapeDtype
 
 MAX_LISTED = 8  # names listed a kind of problem; the rest is counted
 MAX_LENGTH = 120  # characters of what is listed
