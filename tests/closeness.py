@@ -26,7 +26,9 @@ def assert_requantized(got, expected, y):
     """Two results of quantizing y `[M, N]` in blocks of 128 x 128, each an `int8.Quantized`.
 
     Every value within half a code of y, give or take one rounding of y; the codes those of the same scale at 99.9 %.
-    In a block whose largest value is rounded otherwise scale and codes are others, and as good.
+    In a block whose largest value is rounded otherwise scale and codes are others, and as good. So is either code of a
+    value in the middle between two: one kernel multiplies and rounds in one instruction, another in two. Both y and
+    scale are bfloat16, so in a block of scale 9 / 8 every ninth value may be one.
     """
     y, codes, other_codes = np.asarray(y, np.float32), np.asarray(got.q, np.int32), np.asarray(expected.q, np.int32)
     m, n = y.shape
@@ -38,4 +40,5 @@ def assert_requantized(got, expected, y):
     assert (np.abs(codes * own - y) <= half * own * (1 + 1e-5) + bfloat16_step(y)).all()
     same_scale = own == other
     assert same_scale.mean() > 0.9
-    assert (codes == other_codes)[same_scale].mean() > 0.999
+    middle = np.abs(np.abs(y) / own % 1 - 0.5) < 1e-5
+    assert (codes == other_codes)[same_scale & ~middle].mean() > 0.999
