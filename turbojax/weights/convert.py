@@ -21,7 +21,8 @@ from turbojax.files import user_path, whole_folder
 from turbojax.models.wan import WanConfig
 from turbojax.weights.files import CONVERTED
 from turbojax.weights.io import read_tensors, save_orbax, write_pth, write_safetensors
-from turbojax.weights.load import RUN_WITH, Pieces, WanCheckpoint, is_converted, open_wan, specs_of, with_options
+from turbojax.weights.lazy import Watched, specs_of
+from turbojax.weights.load import RUN_WITH, Pieces, WanCheckpoint, is_converted, open_wan, with_options
 from turbojax.weights.mapped import release
 from turbojax.weights.plain import open_umt5, open_vae
 from turbojax.weights.published import Layout, diffusers_layout, official_layout, wan_layout
@@ -76,8 +77,9 @@ def convert(
     sla_topk, sigma_max: what a transformer is run with where a call names nothing else, for the header; None keeps what
       the source says. A .pth file has no place for them.
 
-    Raises CheckpointError for files that do not fit, UserError for settings that cannot be. What was there before is
-    only replaced with overwrite=True, and only once the new one is whole.
+    Raises CheckpointError for files that do not fit and for bytes of a .pth file that do not have their CRC-32,
+    UserError for settings that cannot be. What was there before is only replaced with overwrite=True, and only once
+    the new one is whole.
     """
     output = user_path(output)
     check_output(output, format=format, names=names, overwrite=overwrite)
@@ -85,7 +87,11 @@ def convert(
     run_with = {name: value for name, value in zip(RUN_WITH, (sla_topk, sigma_max), strict=True) if value is not None}
     if component == "transformer":
         checkpoint = to_run_with(open_wan(source), run_with, format=format)
-        return write_transformer(checkpoint, output, quantize=quantize, dtype=dtype, format=format, names=names)
+        tensors = Watched(checkpoint.tensors, checksums=True)
+        checkpoint = checkpoint._replace(tensors=tensors)
+        summary = write_transformer(checkpoint, output, quantize=quantize, dtype=dtype, format=format, names=names)
+        tensors.warn(checkpoint.what)
+        return summary
     if quantize or format == "orbax" or names != "turbodiffusion" or run_with:
         raise UserError(
             f"{Path(source).name} is a {component}: only a transformer can be quantized, renamed, written by Orbax or "
@@ -250,13 +256,15 @@ def stacked(pieces: Pieces, name: str, spec: jax.ShapeDtypeStruct) -> np.ndarray
 def convert_plain(source: Any, output: Path, component: str, *, dtype: Any) -> Summary:
     """A VAE or a text encoder under the names it has, cast; checked against the module first."""
     open_vae(source) if component == "VAE" else open_umt5(source)
-    tensors = read_tensors(source)
-    specs = {name: jax.ShapeDtypeStruct(tensor.shape, jnp.dtype(dtype)) for name, tensor in tensors.items()}
+    tensors = Watched(read_tensors(source), checksums=True)
+    specs = {name: jax.ShapeDtypeStruct(spec.shape, jnp.dtype(dtype)) for name, spec in tensors.specs.items()}
 
     def cast() -> Iterator[tuple[str, np.ndarray]]:
         for name, spec in progress(specs):
-            yield name, np.asarray(tensors[name]).astype(spec.dtype)
-            release(tensors[name])
+            tensor = tensors[name]
+            yield name, tensor.astype(spec.dtype)
+            release(tensor)
 
     write_file(output, cast(), specs, {"format": "turbojax"})
+    tensors.warn(Path(source).name)
     return Summary(component, len(specs), total_bytes(specs))

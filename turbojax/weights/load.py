@@ -8,9 +8,9 @@ import functools
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,36 +24,15 @@ from turbojax.models.streaming import Streamed
 from turbojax.models.wan import WanConfig, WanModel
 from turbojax.weights.files import CONVERTED
 from turbojax.weights.io import file_metadata, load_orbax, read_tensors
+from turbojax.weights.lazy import LazyTensors, Watched
 from turbojax.weights.lora import Changes, Expert, LoRA, merge, read_loras
 from turbojax.weights.place import all_finite, place
 from turbojax.weights.published import wan_layout
 from turbojax.weights.rules import Entry, Rule, assign, describe, relaid, rename
-from turbojax.weights.safetensors import ShapeDtype
 from turbojax.weights.skeleton import Skeleton, wan_skeleton
 from turbojax.weights.wan import clean_name, detect_wan_config, wan_rules
 
-K = TypeVar("K")
 RUN_WITH = ("sla_topk", "sigma_max")  # settings of a configuration that a converted file may have in its header
-
-
-class LazyTensors(Mapping[K, np.ndarray]):
-    """Tensors that are made when they are asked for; `specs` has the shapes and dtypes of all."""
-
-    specs: Mapping[K, ShapeDtype]
-
-    def __contains__(self, key: object) -> bool:
-        return key in self.specs
-
-    def __iter__(self) -> Iterator[K]:
-        return iter(self.specs)
-
-    def __len__(self) -> int:
-        return len(self.specs)
-
-
-def specs_of(tensors: Mapping[K, np.ndarray]) -> Mapping[K, ShapeDtype]:
-    """Shapes and dtypes, without reading: memory-mapped arrays know their own."""
-    return tensors.specs if isinstance(tensors, LazyTensors) else tensors
 
 
 class WanCheckpoint(NamedTuple):
@@ -200,8 +179,10 @@ def build_wan(
     """The network of a checked checkpoint, with the changes of LoRAs; options as `load_wan` takes them."""
     config = with_options(checkpoint.config, **options)
     skeleton = wan_skeleton(config)
-    arrays = place(skeleton, Pieces(checkpoint, config, changes or {}), what=checkpoint.what, streamed=streamed)
-    model = skeleton.fill(arrays, streamed=streamed)
+    tensors = Watched(checkpoint.tensors)
+    pieces = Pieces(checkpoint._replace(tensors=tensors), config, changes or {})
+    model = skeleton.fill(place(skeleton, pieces, what=checkpoint.what, streamed=streamed), streamed=streamed)
+    tensors.warn(checkpoint.what)
     log_quantization(checkpoint.config, config, skeleton)
     return model
 

@@ -15,7 +15,8 @@ from absl import logging
 from turbojax.errors import CheckpointError, UserError
 from turbojax.files import user_path
 from turbojax.weights.convert import Summary, check_output, write_transformer
-from turbojax.weights.load import K, LazyTensors, WanCheckpoint, open_wan, specs_of
+from turbojax.weights.lazy import K, LazyTensors, Watched, specs_of
+from turbojax.weights.load import WanCheckpoint, open_wan
 from turbojax.weights.mapped import release
 from turbojax.weights.rules import Entry, describe, shorten
 from turbojax.weights.skeleton import wan_skeleton
@@ -81,8 +82,14 @@ def merge(
     check_output(output, format=format, names=names, overwrite=overwrite)
     if not np.isfinite(weight):
         raise UserError(f"{weight=} must be a number")
-    checkpoint = merge_checkpoints(*(open_wan(path) for path in (base, diff_base, diff_target)), weight=weight)
-    return write_transformer(checkpoint, output, quantize=quantize, dtype=dtype, format=format, names=names)
+    opened = [open_wan(path) for path in (base, diff_base, diff_target)]
+    watched = [Watched(checkpoint.tensors, checksums=True) for checkpoint in opened]
+    parts = [checkpoint._replace(tensors=own) for checkpoint, own in zip(opened, watched, strict=True)]
+    checkpoint = merge_checkpoints(*parts, weight=weight)
+    summary = write_transformer(checkpoint, output, quantize=quantize, dtype=dtype, format=format, names=names)
+    for part, own in zip(parts, watched, strict=True):
+        own.warn(part.what)
+    return summary
 
 
 def merge_checkpoints(

@@ -17,6 +17,7 @@ from turbojax.models.umt5 import UMT5Config, UMT5Encoder
 from turbojax.models.vae import VAEConfig, WanVAE
 from turbojax.weights.clip import clip_rules, clip_tensors, detect_clip_config
 from turbojax.weights.io import read_tensors
+from turbojax.weights.lazy import Watched
 from turbojax.weights.place import place
 from turbojax.weights.published import Layout, clip_layout, umt5_layout, vae_layout
 from turbojax.weights.rules import Entry, Rule, assign
@@ -95,5 +96,7 @@ def load_clip(path: str | os.PathLike, *, dtype: Any = jnp.float16) -> CLIPVisio
 
 def load_plain(checkpoint: PlainCheckpoint, *, what: str, streamed: bool = False) -> Any:
     """A module whose parameters are the checkpoint's tensors as they are."""
-    skeleton, tensors = checkpoint
-    return skeleton.fill(place(skeleton, tensors.__getitem__, what=what, streamed=streamed), streamed=streamed)
+    skeleton, tensors = checkpoint.skeleton, Watched(checkpoint.tensors)
+    arrays = place(skeleton, tensors.__getitem__, what=what, streamed=streamed)
+    tensors.warn(what)
+    return skeleton.fill(arrays, streamed=streamed)

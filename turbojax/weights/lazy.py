@@ -1,0 +1,85 @@
+"""Tensors that are made, or looked at, when they are asked for."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+import numpy as np
+from absl import logging
+
+from turbojax.weights.mapped import check_stored
+from turbojax.weights.rules import Entry, describe, shorten
+from turbojax.weights.safetensors import ShapeDtype
+
+K = TypeVar("K")
+
+
+class LazyTensors(Mapping[K, np.ndarray]):
+    """Tensors that are made when they are asked for; `specs` has the shapes and dtypes of all."""
+
+    specs: Mapping[K, ShapeDtype]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self.specs
+
+    def __iter__(self) -> Iterator[K]:
+        return iter(self.specs)
+
+    def __len__(self) -> int:
+        return len(self.specs)
+
+
+def specs_of(tensors: Mapping[K, np.ndarray]) -> Mapping[K, ShapeDtype]:
+    """Shapes and dtypes, without reading: memory-mapped arrays know their own."""
+    return tensors.specs if isinstance(tensors, LazyTensors) else tensors
+
+
+class Watched(LazyTensors[K]):
+    """A checkpoint's tensors, each looked at when it is asked for, as it is read anyway.
+
+    One of zeros alone is noted, see `warn`. checksums: check the CRC-32 that a .pth file has, too, for which all of it
+    is read; raises CheckpointError where it is wrong.
+    """
+
+    def __init__(self, tensors: Mapping[K, np.ndarray], *, checksums: bool = False):
+        self.tensors, self.specs, self.checksums = tensors, specs_of(tensors), checksums
+        self.zeros: set[K] = set()
+
+    def __getitem__(self, key: K) -> np.ndarray:
+        tensor = self.tensors[key]
+        if self.checksums:
+            check_stored(tensor)
+        if may_not_be_zero(name_of(key)) and all_zero(tensor):
+            self.zeros.add(key)
+        return tensor
+
+    def warn(self, what: str) -> None:
+        """Warns of the tensors that were all zero, by name and with their share of the checkpoint's bytes."""
+        if not self.zeros:
+            return
+        total, zero = (sum(nbytes(self.specs[key]) for key in keys) for keys in (self.specs, self.zeros))
+        logging.warning(
+            "%s: %d of %d tensors are all zero, %.1f %% of the bytes: %s; a download that was not finished looks like "
+            "this, so download it again unless you know why",
+            *(what, len(self.zeros), len(self.specs), 100 * zero / total),
+            shorten([name_of(key) for key in self.specs if key in self.zeros]),
+        )
+
+
+def name_of(key: Any) -> str:
+    return describe(key) if isinstance(key, Entry) else str(key)
+
+
+def may_not_be_zero(name: str) -> bool:
+    """Whether a parameter of zeros alone is no part of a trained network; biases, and SLA's projection, may be."""
+    return ".proj_l." not in name and not name.partition("[")[0].endswith(".bias")
+
+
+def all_zero(tensor: np.ndarray) -> bool:
+    """Whether every number is zero; reads no further than to the first thousand where one of them is not."""
+    if not tensor.size or np.any(tensor.flat[:1024]):
+        return False
+    return not np.any(tensor.reshape(-1).view(np.uint8) if tensor.flags.c_contiguous else tensor)
+
+
+def nbytes(spec: ShapeDtype) -> int:
+    return int(np.prod(spec.shape, dtype=object)) * np.dtype(spec.dtype).itemsize
