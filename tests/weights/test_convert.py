@@ -1,5 +1,6 @@
 """Conversion: what is written is the source, cast or quantized; bad sources and settings leave no trace."""
 
+import dataclasses
 import json
 import tracemalloc
 
@@ -11,13 +12,13 @@ from safetensors import safe_open
 
 from tests.weights.checkpoints import diffusers, official, save, save_shards, small, training, turbo
 from turbojax.errors import CheckpointError, UserError
-from turbojax.kernels.int8 import quantize_blocks
+from turbojax.kernels.int8 import QUANT_SCHEMES, quantize_blocks
 from turbojax.models.wan import WanConfig
 from turbojax.sampling import first_noise_level
 from turbojax.weights import convert as module
 from turbojax.weights.convert import convert
 from turbojax.weights.io import file_metadata, read_tensors
-from turbojax.weights.load import load_wan
+from turbojax.weights.load import WanCheckpoint, check_wan, load_wan
 from turbojax.weights.plain import load_umt5, load_vae
 from turbojax.weights.published import generated, wan_layout
 
@@ -37,6 +38,12 @@ def source(tmp_path, tensors):
 @pytest.fixture
 def output(tmp_path):
     return tmp_path / "out" / "transformer.safetensors"
+
+
+def checkpoint_of(config: WanConfig) -> WanCheckpoint:
+    """A checkpoint of this configuration, of generated values."""
+    stored = dict(generated(wan_layout(config), np.float32))
+    return check_wan(stored, num_heads=config.num_heads, what="generated")._replace(config=config)
 
 
 def refused(*arguments, **options) -> str:
@@ -281,4 +288,71 @@ def test_settings_that_cannot_be(tmp_path, source, options, message):
 
 def test_damaged_settings(tmp_path, output, tensors):
     damaged = save(tmp_path / "model.safetensors", tensors, sigma_max="high")
-    assert "damaged metadata" in refused(damaged, output)
+    assert "sigma_max is 'high' and must be a number" in refused(damaged, output)
+
+
+FORMATS = [("safetensors", "turbodiffusion"), ("safetensors", "official"), ("safetensors", "diffusers")]
+FORMATS += [("pth", "turbodiffusion"), ("pth", "official"), ("pth", "diffusers"), ("orbax", "turbodiffusion")]
+# What a network may be run with that names and shapes do not tell, and the settings that say it.
+TOLD = {
+    "heads": ({"num_heads": 4}, None),
+    "sigma_max": ({"sigma_max": 200.0}, "--config.sigma_max=200.0"),
+    "top-k": ({"attention_type": "sla", "sla_topk": 0.67}, "--config.sla_topk=0.67"),
+    "SLA heads": ({"attention_type": "sla", "num_heads": 4}, ""),
+    "blocks": ({"attention_type": "sla", "sla_blocks": (64, 64)}, None),
+    "sage": (
+        {"attention_type": "sagesla", "sage_values": "exact"},
+        "--config.attention_type=sagesla --config.sage_values=exact",
+    ),
+    "text": ({"text_len": 256}, None),
+    "rows": ({"quant": QUANT_SCHEMES["block128_rows"]}, "--config.quant_scheme=block128_rows"),
+    "weights": ({"quant": QUANT_SCHEMES["channel_weights"]}, "--config.quant_scheme=channel_weights"),
+    "nothing": ({}, ""),
+}
+
+
+@pytest.mark.parametrize(("format", "names"), FORMATS)
+@pytest.mark.parametrize("told", TOLD)
+def test_no_format_loses_a_setting_in_silence(tmp_path, format, names, told, caplog):
+    """What is written is read as the network it was, or the settings to give are told, or it is refused."""
+    changes, flags = TOLD[told]
+    config = small(dtype=jnp.bfloat16, **changes)
+    source = tmp_path / "source.safetensors"
+    module.write_transformer(checkpoint_of(config), source)
+    assert module.open_wan(source).config == config
+    output = tmp_path / ("model" if format == "orbax" else f"model.{format}")
+    if names != "turbodiffusion" and (config.quant or config.attention_type != "original"):
+        assert "have no place for int8 weights and SLA" in refused(source, output, format=format, names=names)
+        return
+    if format == "pth" and flags is None:
+        (name, value), *_ = [(name, value) for name, value in changes.items() if name != "attention_type"]
+        message = f"model.pth has no place for {name}={value}, and its tensors do not tell; take format='safetensors'"
+        assert refused(source, output, format=format, names=names) == message
+        return
+    with caplog.at_level("WARNING", logger="absl"):
+        convert(source, output, format=format, names=names)
+    if format == "pth" and flags:
+        assert f"has no place for what the network is run with: give {flags} with it" in caplog.text
+        given = dict(flag.removeprefix("--config.").split("=") for flag in flags.split())
+        given = {name: float(value) if name == "sla_topk" else value for name, value in given.items()}
+        sigma_max = given.pop("sigma_max", None)
+        options = {"quant_linear": True} if "quant_scheme" in given else {}
+        read = module.with_options(module.open_wan(output).config, **given, **options)
+        read = dataclasses.replace(read, sigma_max=sigma_max and float(sigma_max))
+    else:
+        assert "has no place" not in caplog.text
+        read = module.open_wan(output).config
+    assert read == dataclasses.replace(config, dtype=read.dtype)
+
+
+def test_the_settings_of_a_folders_file_are_kept(tmp_path, tensors, output):
+    save(tmp_path / "in" / "model.safetensors", tensors, num_heads="4", sigma_max="200.0")
+    convert(tmp_path / "in", output)
+    assert file_metadata(output) == {"format": "turbojax", "num_heads": "4", "sigma_max": "200.0"}
+
+
+def test_a_patch_that_no_file_tells(tmp_path, output):
+    config = small(dtype=jnp.bfloat16, patch=(1, 4, 4), in_channels=4, out_channels=4)
+    module.write_transformer(checkpoint_of(config), tmp_path / "source", format="orbax")
+    assert "would not tell" in (message := refused(tmp_path / "source", output))
+    assert "patch=(1, 4, 4)" in message

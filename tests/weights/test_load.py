@@ -4,6 +4,7 @@ import dataclasses
 import json
 import logging as python_logging
 import re
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -202,13 +203,13 @@ def test_number_of_heads(tmp_path, tensors):
     assert open_wan(converted).config.num_heads == 4
     convert.convert(plain, tmp_path / "folder", format="orbax")
     assert load_wan(tmp_path / "folder").config.num_heads == 4
-    for bad in ("<html>", "[1]"):
+    for bad in ("<html>", "[1]", '{"num_heads": "4"}', '{"num_heads": true}', '{"num_heads": 1e30}', "[" * 100_000):
         (plain.parent / "config.json").write_text(bad)
-        with pytest.raises(CheckpointError, match=r"config\.json is not a model configuration") as error:
+        with pytest.raises(CheckpointError, match=r"config\.json.*; download it again") as error:
             open_wan(plain)
         one_sentence(error)
     (plain.parent / "config.json").write_text(json.dumps({"num_heads": 7}))
-    with pytest.raises(UserError, match="num_heads=7"):
+    with pytest.raises(CheckpointError, match=r"model\.pth: dim=256 does not give num_heads=7"):
         open_wan(plain)
 
 
@@ -384,14 +385,95 @@ def test_errors_of_the_others_name_file_and_tensors(tmp_path, demo):
             open_file(save(tmp_path / "broken.pth", stored))
 
 
-def test_damaged_converted_folder(tmp_path, file):
-    convert.convert(file, tmp_path / "folder", format="orbax")
-    marker = tmp_path / "folder" / "turbojax.json"
-    for text in ("{", "{}", "[]", json.dumps(json.loads(marker.read_text()) | {"surprise": 1})):
-        marker.write_text(text)
-        with pytest.raises(CheckpointError, match="is damaged") as error:
-            load_wan(tmp_path / "folder")
-        one_sentence(error)
+@pytest.fixture(scope="module")
+def folder(file, tmp_path_factory):
+    path = tmp_path_factory.mktemp("orbax") / "model"
+    convert.convert(file, path, format="orbax")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("{", "is no JSON"),
+        ("[]", r"it is \[\] and must be an object"),
+        ("{}", "is missing"),
+        ("[" * 100_000, "nested 100000 deep"),
+        ({"surprise": 1}, "the unknown field 'surprise'"),
+        ({"num_layers": 10**30}, "num_layers is 1000.* and must be a whole number from 1 to 1024"),
+        ({"num_layers": 1024}, r"does not fit: blocks\..*: saved bfloat16\(2, .*, wanted bfloat16\(1024, "),
+        ({"num_layers": 0}, "num_layers is 0"),
+        ({"num_layers": 2.0}, r"num_layers is 2\.0"),
+        ({"dim": 257}, "dim=257 does not give num_heads=2"),
+        ({"dim": 512}, "does not fit"),
+        ({"dim": -256}, "dim is -256"),
+        ({"ffn_dim": 10**9}, "ffn_dim is 1000000000"),
+        ({"num_heads": 0}, "num_heads is 0"),
+        ({"num_heads": None}, "num_heads is None"),
+        ({"patch": [1, 2]}, r"patch is \[1, 2\] and must be a list of 3 items"),
+        ({"patch": [1, 2, 0]}, r"patch\[2\] is 0"),
+        ({"patch": [1, 2, "2"]}, r"patch\[2\] is '2'"),
+        ({"sla_blocks": [128]}, r"sla_blocks is \[128\]"),
+        ({"sla_blocks": [0, 64]}, r"sla_blocks\[0\] is 0"),
+        ({"sla_topk": 0}, "sla_topk is 0 and must be a number above 0"),
+        ({"sla_topk": "0.1"}, "sla_topk is '0.1'"),
+        ({"sigma_max": -80}, "sigma_max is -80"),
+        ({"eps": 0}, "eps is 0"),
+        ({"dtype": "int8"}, "dtype is 'int8' and must be"),
+        ({"dtype": {"a": 1}}, "dtype is {'a': 1}"),
+        ({"quant": {}}, r"quant\.scheme is missing"),
+        ({"quant": {"scheme": "block128", "group": 64, "weight_only": False}}, r"quant\.group is 64"),
+        ({"quant": {"scheme": "channel", "group": 1, "weight_only": False}}, "is none of the schemes"),
+        ({"attention_type": "flash"}, "attention_type is 'flash'"),
+        ({"attention_type": ["sla"]}, "attention_type is"),
+        ({"clip_dim": 32}, r"does not fit: blocks\.cross_attn\.k_img\.bias: saved nothing"),
+        ({"clip_images": 3}, "clip_images is 3"),
+        ({"remat": 0}, "remat is 0"),
+    ],
+    ids=lambda value: str(value)[:24],
+)
+def test_damaged_converted_folder(tmp_path, folder, change, message):
+    for part in folder.iterdir():
+        if part.is_dir():
+            (tmp_path / part.name).symlink_to(part)
+    text = (
+        change if isinstance(change, str) else json.dumps(json.loads((folder / "turbojax.json").read_text()) | change)
+    )
+    (tmp_path / "turbojax.json").write_text(text)
+    with pytest.raises(CheckpointError, match=message) as error:
+        open_wan(tmp_path)
+    assert len(one_sentence(error)) < 1500
+
+
+def test_arrays_that_a_converted_folder_lacks(tmp_path, folder):
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    assert open_wan(copy).config == open_wan(folder).config
+    shutil.rmtree(copy / "arrays" / "head.proj.bias")
+    with pytest.raises(CheckpointError, match=r"head\.proj\.bias: saved nothing, wanted "):
+        open_wan(copy)
+
+
+@pytest.mark.parametrize(
+    ("header", "message"),
+    [
+        ({"num_heads": "0"}, "num_heads is 0 and must be a whole number from 1 to 1024"),
+        ({"num_heads": "two"}, "num_heads is 'two'"),
+        ({"num_heads": "9" * 10**5}, "num_heads is '999"),
+        ({"num_heads": "3"}, "dim=256 does not give num_heads=3"),
+        ({"sla_topk": "nan"}, "sla_topk is 'nan' and must be a number above 0 and up to 1"),
+        ({"sla_topk": "1e999"}, "sla_topk is '1e999'"),
+        ({"sigma_max": "-1"}, "sigma_max is -1"),
+        ({"sla_blocks": "[64]"}, "sla_blocks is"),
+        ({"quant_scheme": '"channel"'}, "holds other tensors than its header says"),
+        ({"attention_type": '"sla"'}, "holds other tensors than its header says"),
+    ],
+    ids=lambda value: str(value)[:24],
+)
+def test_headers_that_cannot_be(tmp_path, tensors, header, message):
+    path = save(tmp_path / "model.safetensors", tensors, **header)
+    with pytest.raises(CheckpointError, match=message) as error:
+        open_wan(path)
+    assert len(one_sentence(error)) < 400
 
 
 def test_unknown_options(file):

@@ -104,6 +104,27 @@ def test_layouts(tmp_path, states, expected, layouts):
     assert load_wan(output).config.attention_type == "sla"
 
 
+def test_what_it_is_run_with_comes_with_the_projection(tmp_path, states, caplog):
+    """Also into a file that has no place for it, which says what to give."""
+    settings = {"sla_topk": "0.67", "sla_blocks": "[64, 64]", "sage_values": '"exact"'}
+    base, low, high = (
+        save(tmp_path / f"{i}.safetensors", state, **header)
+        for i, (state, header) in enumerate(zip(states, ({"sigma_max": "200.0"}, {}, settings), strict=True))
+    )
+    merge(base, low, high, tmp_path / "x.safetensors")
+    config = load_wan(tmp_path / "x.safetensors").config
+    assert (config.sla_topk, config.sla_blocks, config.sage_values, config.sigma_max) == (
+        0.67,
+        (64, 64),
+        "exact",
+        200.0,
+    )
+    assert "has no place for sla_blocks=(64, 64)" in refused(base, low, high, tmp_path / "x.pth", format="pth")
+    high = save(tmp_path / "high.safetensors", states[2], sla_topk="0.67")
+    merge(base, low, high, tmp_path / "x.pth", format="pth")
+    assert "give --config.sla_topk=0.67 --config.sigma_max=200.0 with it" in caplog.text
+
+
 def test_weight(paths, states, tmp_path):
     merge(*paths, tmp_path / "x.safetensors", weight=0.5, dtype=jnp.float32)
     base, low, high = (state["blocks.1.ffn.2.weight"].astype(np.float32) for state in states)

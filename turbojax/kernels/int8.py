@@ -69,6 +69,14 @@ def quant_scheme(name: str) -> QuantConfig:
     return QUANT_SCHEMES[name]
 
 
+def scheme_name(config: QuantConfig) -> str:
+    """The name of a scheme, see `quant_scheme`; raises UserError where there is none for it."""
+    for name, scheme in QUANT_SCHEMES.items():
+        if scheme == config:
+            return name
+    raise UserError(f"{config} is none of the schemes {', '.join(QUANT_SCHEMES)}")
+
+
 class Quantized(NamedTuple):
     """int8 activations `[..., K]` and their float32 scales by flattened row, see the module docstring."""
 

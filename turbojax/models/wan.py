@@ -110,7 +110,7 @@ class WanConfig:
     def __post_init__(self):
         if self.attention_type not in BLOCKS:
             raise UserError(f"attention_type={self.attention_type!r} is unknown; choose {' or '.join(BLOCKS)}")
-        if self.dim % self.num_heads or self.head_dim % 2:
+        if self.num_heads < 1 or self.dim % self.num_heads or self.head_dim % 2:
             raise UserError(f"dim={self.dim} does not give num_heads={self.num_heads} heads of an even width")
         if not 0 < self.sla_topk <= 1:
             raise UserError(f"sla_topk={self.sla_topk} must be in (0, 1]; 0.1 and 0.15 are usual")

@@ -4,7 +4,6 @@ Tensors go through one at a time, so host memory stays at the largest one, or th
 """
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 from tqdm import tqdm
 
 from turbojax.diffusion.schedules import rcm_times
@@ -22,15 +22,17 @@ from turbojax.models.wan import WanConfig
 from turbojax.weights.files import CONVERTED
 from turbojax.weights.io import read_tensors, save_orbax, write_pth, write_safetensors
 from turbojax.weights.lazy import Watched, specs_of
-from turbojax.weights.load import RUN_WITH, Pieces, WanCheckpoint, is_converted, open_wan, with_options
+from turbojax.weights.load import ARRAYS, Pieces, WanCheckpoint, is_converted, open_wan, told_config, with_options
 from turbojax.weights.mapped import release
 from turbojax.weights.plain import open_umt5, open_vae
 from turbojax.weights.published import Layout, diffusers_layout, official_layout, wan_layout
 from turbojax.weights.rules import Entry, Rule, rename
+from turbojax.weights.settings import check_told, header_of, untold, write_configuration
 from turbojax.weights.skeleton import is_stacked, wan_skeleton
 from turbojax.weights.wan import DIFFUSERS, OFFICIAL
 
 FORMATS = ("safetensors", "pth", "orbax")
+RUN_WITH = ("sla_topk", "sigma_max")  # settings that `convert` takes for the header
 
 
 class Summary(NamedTuple):
@@ -175,6 +177,7 @@ def write_wan(
     together: the layers of a parameter one after another, instead of block by block.
     """
     layout, rules = NAMES[names].layout(config), NAMES[names].rules
+    header = header_for(output, config, layout, rules)
     entries = {name: hit[0] for name in layout if (hit := rename(name, rules))}
     if together:
         entries = dict(sorted(entries.items(), key=lambda item: item[1].target))
@@ -190,16 +193,25 @@ def write_wan(
             yield name, value.reshape(spec.shape).astype(spec.dtype)
             release(value)
 
-    write_file(output, tensors(), specs, metadata_of(config))
+    write_file(output, tensors(), specs, header)
     return Summary("transformer", len(specs), total_bytes(specs))
 
 
-def metadata_of(config: WanConfig) -> dict[str, str]:
-    """What the header of a transformer's file says, beside what its tensors do."""
-    told = {name: getattr(config, name) for name in ("num_heads", *RUN_WITH)}
-    if config.attention_type == "original":
-        del told["sla_topk"]
-    return {"format": "turbojax"} | {name: str(value) for name, value in told.items() if value is not None}
+def header_for(output: Path, config: WanConfig, layout: Layout, rules: tuple[Rule, ...]) -> dict[str, str]:
+    """The header of a file with these names, empty where the format has none.
+
+    Raises UserError where a reader of the file would take it for another network; warns of settings that have to be
+    given to it from then on.
+    """
+    shapes = {name: np.broadcast_to(np.int8(0), shape) for name, shape in layout.items()}
+    told = told_config(shapes, rules, num_heads=config.num_heads, what=output.name)
+    check_told(config, told, output)
+    if output.suffix == ".safetensors":
+        return header_of(config, told)
+    if given := untold(config, told, output):
+        flags = " ".join(f"--config.{name}={value}" for name, value in given.items())
+        logging.warning("%s has no place for what the network is run with: give %s with it", output.name, flags)
+    return {}
 
 
 def write_file(
@@ -237,9 +249,8 @@ def write_orbax(output: Path, config: WanConfig, pieces: Pieces) -> Summary:
     specs = wan_skeleton(config).specs
     with whole_folder(output, overwrite=True) as temporary:  # `check_output` has said so
         for name, spec in progress(specs):
-            save_orbax(temporary / "arrays" / name, {name: stacked(pieces, name, spec)})
-        fields = {**dataclasses.asdict(config), "dtype": jnp.dtype(config.dtype).name}
-        (temporary / CONVERTED).write_text(json.dumps(fields, indent=1) + "\n")
+            save_orbax(temporary / ARRAYS / name, {name: stacked(pieces, name, spec)})
+        write_configuration(temporary, config)
     return Summary("transformer", len(specs), total_bytes(specs))
 
 

@@ -46,8 +46,7 @@ def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """
     path = Path(path)
     with _one_sentence(path):
-        if path.is_dir():
-            path = _file_of_folder(path)
+        path = checkpoint_file(path)
         if path.name.endswith(INDEX_SUFFIX):
             return _read_sharded(path)
         if path.suffix == ".safetensors":
@@ -85,7 +84,10 @@ def reason(error: BaseException) -> str:
     return (text.splitlines() or [type(error).__name__])[0][:200]
 
 
-def _file_of_folder(folder: Path) -> Path:
+def checkpoint_file(folder: Path) -> Path:
+    """The one checkpoint of a folder; a path that is no folder as it is. Raises CheckpointError."""
+    if not folder.is_dir():
+        return folder
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_file() and entry.name[0] != ".")
     indexes = [name for name in names if name.endswith(INDEX_SUFFIX)]
     singles = [name for name in names if name.endswith(".safetensors")]
@@ -243,6 +245,19 @@ def load_orbax(path: str | os.PathLike, abstract_tree: Any) -> Any:
         _check_same(target, _described(saved.tree), _described(abstract_tree))
         args = ocp.args.PyTreeRestore(item=abstract_tree, restore_args=jax.tree.map(restore_args, abstract_tree))
         return checkpointer.restore(target, args=args)
+
+
+def check_orbax(folder: Path, specs: Mapping[str, ShapeDtype]) -> None:
+    """Checks that `folder` has a checkpoint of `save_orbax` of each array by its name; no values are read.
+
+    Raises CheckpointError that names what is missing, damaged or of another shape or dtype.
+    """
+    saved: dict[str, str] = {}
+    with _one_sentence(folder), orbax().PyTreeCheckpointer() as checkpointer:
+        for name in specs:
+            if (folder / name / "_CHECKPOINT_METADATA").is_file():
+                saved |= _described(checkpointer.metadata(folder.absolute() / name).item_metadata.tree)
+    _check_same(folder, saved, _described(dict(specs)))
 
 
 def file_metadata(path: str | os.PathLike) -> dict[str, str]:

@@ -5,7 +5,6 @@ Options quantize, dequantize and merge LoRAs on the way. `turbojax.weights.place
 
 import dataclasses
 import functools
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -18,21 +17,22 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from turbojax.errors import CheckpointError
+from turbojax.errors import CheckpointError, UserError
 from turbojax.kernels import int8
 from turbojax.models.streaming import Streamed
 from turbojax.models.wan import WanConfig, WanModel
 from turbojax.weights.files import CONVERTED
-from turbojax.weights.io import file_metadata, load_orbax, read_tensors
+from turbojax.weights.io import check_orbax, checkpoint_file, load_orbax, read_tensors
 from turbojax.weights.lazy import LazyTensors, Watched
 from turbojax.weights.lora import Changes, Expert, LoRA, merge, read_loras
 from turbojax.weights.place import all_finite, place
 from turbojax.weights.published import wan_layout
 from turbojax.weights.rules import Entry, Rule, assign, describe, relaid, rename
+from turbojax.weights.settings import published_num_heads, read_configuration, read_header, with_header
 from turbojax.weights.skeleton import Skeleton, wan_skeleton
 from turbojax.weights.wan import clean_name, detect_wan_config, wan_rules
 
-RUN_WITH = ("sla_topk", "sigma_max")  # settings of a configuration that a converted file may have in its header
+ARRAYS = "arrays"  # of a converted folder, each an Orbax checkpoint of its own
 
 
 class WanCheckpoint(NamedTuple):
@@ -68,19 +68,34 @@ def open_wan(path: str | os.PathLike) -> WanCheckpoint:
     """
     if is_converted(path):
         return open_converted(Path(path))
-    checkpoint = check_wan(read_tensors(path), num_heads=published_num_heads(path), what=Path(path).name)
-    return checkpoint._replace(config=dataclasses.replace(checkpoint.config, **run_with(Path(path))))
+    path = checkpoint_file(Path(path))
+    header = read_header(path)
+    heads = header.get("num_heads") or published_num_heads(path)
+    try:
+        checkpoint = check_wan(read_tensors(path), num_heads=heads, what=path.name)
+        return checkpoint._replace(config=with_header(checkpoint.config, header, what=path.name))
+    except CheckpointError:
+        raise
+    except UserError as error:  # of a configuration that cannot be
+        raise CheckpointError(f"{path.name}: {error}") from error
 
 
 def check_wan(tensors: Mapping[str, np.ndarray], *, num_heads: int | None, what: str) -> WanCheckpoint:
     """Names and shapes of a transformer's tensors, checked as a whole; see `open_wan`."""
     tensors = {clean_name(name): tensor for name, tensor in tensors.items()}
     rules = wan_rules(tensors, what=what)
-    quantized = any(name.endswith((".int8_weight", ".scale")) for name in tensors)
-    shapes = renamed_shapes(tensors, rules)
-    config = detect_wan_config(shapes, quantized=quantized, num_heads=num_heads, what=what)
+    config = told_config(tensors, rules, num_heads=num_heads, what=what)
     found = assign(tensors, rules, wan_skeleton(config).entries(), what=what, published=wan_layout(config))
     return WanCheckpoint(config, found, what)
+
+
+def told_config(
+    tensors: Mapping[str, np.ndarray], rules: Iterable[Rule], *, num_heads: int | None, what: str
+) -> WanConfig:
+    """The configuration that names and shapes tell, of tensors that `rules` rename."""
+    quantized = any(name.endswith((".int8_weight", ".scale")) for name in tensors)
+    shapes = renamed_shapes(tensors, rules)
+    return detect_wan_config(shapes, quantized=quantized, num_heads=num_heads, what=what)
 
 
 def renamed_shapes(tensors: Mapping[str, np.ndarray], rules: Iterable[Rule]) -> dict[Entry, tuple[int, ...]]:
@@ -91,31 +106,6 @@ def renamed_shapes(tensors: Mapping[str, np.ndarray], rules: Iterable[Rule]) -> 
             entry, rule = hit
             shapes[entry] = relaid(rule, tensor).shape
     return shapes
-
-
-def published_num_heads(path: str | os.PathLike) -> int | None:
-    """The number of heads, which shapes do not tell, from a converted file or the config.json beside the weights."""
-    path = Path(path)
-    if path.is_file() and (heads := file_metadata(path).get("num_heads", "")).isdigit():
-        return int(heads)
-    file = (path if path.is_dir() else path.parent) / "config.json"
-    if not file.is_file():
-        return None
-    try:
-        config = json.loads(file.read_text())
-        heads = config.get("num_heads", config.get("num_attention_heads"))
-    except (ValueError, AttributeError) as error:
-        raise CheckpointError(f"{file} is not a model configuration: {error}; download it again") from error
-    return heads if isinstance(heads, int) else None
-
-
-def run_with(path: Path) -> dict[str, Any]:
-    """What a converted file says that its network is to be run with, of RUN_WITH."""
-    metadata = file_metadata(path) if path.is_file() else {}
-    try:
-        return {name: float(metadata[name]) for name in RUN_WITH if name in metadata}
-    except ValueError as error:
-        raise CheckpointError(f"{path} has damaged metadata: {error}; convert the checkpoint again") from error
 
 
 def with_options(
@@ -270,25 +260,15 @@ dequantize_weight = jax.jit(int8.dequantize_weight)
 
 def open_converted(path: Path) -> WanCheckpoint:
     """Opens a transformer that `scripts/convert.py --format=orbax` wrote."""
-    try:
-        fields = json.loads((path / CONVERTED).read_text())
-        quant = int8.QuantConfig(**fields["quant"]) if fields["quant"] else None
-        blocks = fields["sla_blocks"] and tuple(fields["sla_blocks"])
-        changes = {
-            "patch": tuple(fields["patch"]),
-            "sla_blocks": blocks,
-            "dtype": jnp.dtype(fields["dtype"]),
-            "quant": quant,
-        }
-        config = WanConfig(**(fields | changes))
-    except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{path / CONVERTED} is damaged: {error}; convert the checkpoint again") from error
-    return WanCheckpoint(config, Stacks(path, wan_skeleton(config)), path.name, stacked=True)
+    config = read_configuration(path)
+    skeleton = wan_skeleton(config)
+    check_orbax(path / ARRAYS, skeleton.specs)  # first, since `Stacks` lists as many layers as the configuration says
+    return WanCheckpoint(config, Stacks(path, skeleton), path.name, stacked=True)
 
 
 def load_array(folder: Path, name: str, spec: jax.ShapeDtypeStruct) -> Any:
     """An array of a converted folder: on the host, or where the sharding of `spec` says."""
-    return load_orbax(folder / "arrays" / name, {name: spec})[name]
+    return load_orbax(folder / ARRAYS / name, {name: spec})[name]
 
 
 def load_arrays(folder: Path, skeleton: Skeleton) -> dict[str, Any]:

@@ -21,6 +21,8 @@ from turbojax.weights.mapped import release
 from turbojax.weights.rules import Entry, describe, shorten
 from turbojax.weights.skeleton import wan_skeleton
 
+SLA_SETTINGS = ("attention_type", "num_heads", "sla_topk", "sla_blocks", "sage_values")  # come with the projection
+
 
 class Merged(LazyTensors[K]):
     """The merged tensors, each computed in float32 when it is asked for.
@@ -114,9 +116,7 @@ def merge_checkpoints(
     sla = diff_target if any(".proj_l." in entry.target for entry in added) else base
     config = dataclasses.replace(
         base.config,
-        attention_type=sla.config.attention_type,
-        num_heads=sla.config.num_heads,
-        sla_topk=sla.config.sla_topk,
+        **{name: getattr(sla.config, name) for name in SLA_SETTINGS},
         dtype=tensors.specs[Entry("blocks.ffn.fc1.weight", 0)].dtype,
     )
     if unknown := [entry for entry in added if entry not in wan_skeleton(config).entries()]:

@@ -123,7 +123,7 @@ def detect_wan_config(
 
     A size is what most of the tensors that show it say, and a released model is known by a few of them, so that a
     missing or misshapen tensor does not pass for another model.
-    num_heads: from the checkpoint's own configuration; None takes SLA's head_dim, else 128 as all released sizes have.
+    num_heads: from the checkpoint's own configuration; None takes `usual_num_heads`.
     """
 
     def size(*axes: tuple[str, int]) -> int | None:
@@ -143,7 +143,7 @@ def detect_wan_config(
     config = WanConfig(
         dim=dim,
         ffn_dim=ffn_dim,
-        num_heads=num_heads or max(1, dim // (head_dim or 128)),
+        num_heads=num_heads or usual_num_heads(dim, head_dim),
         num_layers=count_layers(entry.layer for entry in shapes if entry.layer is not None),
         clip_dim=size(("image_embedding.norm_in.weight", 0), ("image_embedding.norm_in.bias", 0)),
         clip_images=2 if Entry("image_embedding.positions", None) in shapes else 1,
@@ -160,6 +160,11 @@ def detect_wan_config(
     if (dim, ffn_dim, config.num_layers) in RELEASED:  # all the rest is known, too
         changes = {"in_channels": 36 if channels_in == 36 or config.clip_dim else 16}
     return dataclasses.replace(config, **{name: value for name, value in changes.items() if value})
+
+
+def usual_num_heads(dim: int, head_dim: int | None) -> int:
+    """The number of heads where nothing says it: by the width of SLA's projection, else 128 as all released sizes."""
+    return max(1, dim // (head_dim or 128))
 
 
 def detect_quantization(shapes: Mapping[Entry, tuple[int, ...]]) -> QuantConfig:
