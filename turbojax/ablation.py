@@ -5,19 +5,20 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import imageio.v2 as imageio
 import jax
 import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
+from PIL import Image
 from tqdm import tqdm
 
 from turbojax.ablation_report import Row, psnr, write_report
 from turbojax.config import changed, parse_value
 from turbojax.errors import UserError
-from turbojax.files import make_folder, whole_file
+from turbojax.files import make_folder, make_parent, whole_file
 from turbojax.generate import LOAD_SETTINGS, Studio, call_settings
 from turbojax.records import Records, fingerprint
+from turbojax.video import check_path
 
 Cell = dict[str, Any]  # the values of the settings that vary
 FIXED = ("output", "num_samples")  # that no axis can be
@@ -84,7 +85,7 @@ def ablate(
     compared = [cell | reference for cell in cells]
     for cell in (*cells, *compared):
         call_settings(changed(config, num_samples=1, **cell))
-    make_folder(folder / "videos")
+    make_parent(check_path(folder / "videos" / "video.mp4"))
     make_folder(folder / "frames")
     finished, studio = Records(folder / "cells.jsonl"), Studio()
     work = list({str(cell): cell for cell in (*cells, *compared)}.values())
@@ -125,11 +126,11 @@ def measure(
     for i in np.linspace(0, len(frames) - 1, min(num_frames, len(frames))).round().astype(int):
         files.append(f"frames/{key}_{i:04d}.png")
         with whole_file(folder / files[-1]) as temporary:
-            imageio.imwrite(temporary, frames[i])
+            Image.fromarray(frames[i]).save(temporary)
     seconds = {name: round(value, 4) for name, value in result.timings.items()}
     return {"seconds": seconds, "device": jax.devices()[0].device_kind, "files": [video, *files]}
 
 
 def frames_of(folder: Path, record: Mapping[str, Any]) -> np.ndarray:
     """The frames that are shown of a video, uint8 `[n, H, W, 3]`."""
-    return np.stack([imageio.imread(folder / name) for name in record["files"][1:]])
+    return np.stack([np.asarray(Image.open(folder / name)) for name in record["files"][1:]])

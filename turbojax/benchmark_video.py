@@ -7,18 +7,17 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import imageio.v2 as imageio
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from flax import nnx
 
-from turbojax import video as video_files
+from turbojax import ffmpeg
 from turbojax.models import tiling
 from turbojax.models import vae as vae_model
 from turbojax.models.tiling import Tiling
 from turbojax.models.vae import VAEConfig, WanVAE
-from turbojax.video import open_video, starting_ffmpeg
+from turbojax.video import open_video, save_video
 
 CANDIDATES = (
     *(("medium", 10), ("veryfast", 10), ("veryfast", 14), ("superfast", 10), ("superfast", 12)),
@@ -33,16 +32,16 @@ def video_writing(folder: Path, *, num_frames: int, height: int, width: int) -> 
     `seconds`: everything appended at once; `processor_seconds`: of ffmpeg meanwhile; `tail_seconds`: from the last of
     the pieces, which come at the VAE's pace, to the closed file. `psnr`: of luma, decibels.
     """
-    chosen = video_files.X264
+    chosen = ffmpeg.X264
     result: dict[str, Any] = {"cpus": os.cpu_count(), "chosen": " ".join(chosen)}
     shape = (num_frames, height, width, 3)
     for name, clip in (("shapes", moving_shapes(*shape[:3])), ("noise", noise(*shape[:3]))):
         for preset, crf in CANDIDATES:
-            video_files.X264 = ("-preset", preset, "-crf", str(crf))
+            ffmpeg.X264 = ("-preset", preset, "-crf", str(crf))
             try:
                 file = folder / "video.mp4"
                 start, used = time.perf_counter(), processor_seconds()
-                video_files.save_video(clip, file)
+                save_video(clip, file)
                 row = {
                     "seconds": time.perf_counter() - start,
                     "processor_seconds": processor_seconds() - used,
@@ -51,7 +50,7 @@ def video_writing(folder: Path, *, num_frames: int, height: int, width: int) -> 
                 }
                 result[f"{name} {preset} crf {crf}"] = row | {"tail_seconds": tail_seconds(clip, file)}
             finally:
-                video_files.X264 = chosen
+                ffmpeg.X264 = chosen
             logging.info("%s, %s, crf %d: %s", name, preset, crf, result[f"{name} {preset} crf {crf}"])
     return result
 
@@ -96,8 +95,7 @@ def noise(frames: int, height: int, width: int) -> np.ndarray:
 
 def psnr(clip: np.ndarray, file: Path) -> float:
     luma = np.asarray([0.299, 0.587, 0.114], np.float32)
-    with starting_ffmpeg():
-        read = imageio.get_reader(file).iter_data()
+    read = ffmpeg.read_frames(file, fps=16)
     errors = [float(np.mean(((a.astype(np.float32) - b) @ luma) ** 2)) for a, b in zip(clip, read, strict=True)]
     return 10 * float(np.log10(255**2 / np.mean(errors)))
 

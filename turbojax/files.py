@@ -13,7 +13,7 @@ import re
 import shutil
 import stat
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from turbojax.errors import UserError
@@ -76,6 +76,24 @@ def whole_file(path: Path, *, durable: bool = False) -> Iterator[Path]:
         if durable:
             os.fsync(lock)
         os.replace(part, path)
+
+
+@contextlib.contextmanager
+def whole_files(paths: Sequence[Path]) -> Iterator[list[Path]]:
+    """Yields paths to write to, which take the names `paths` together when the block ends well; else none does.
+
+    paths: files of one folder; that and those above are made. Raises UserError where they cannot be written, also for
+    the block's OSErrors.
+    """
+    paths = [_behind_links(path) for path in paths]
+    with _part_of(paths[0], folder=True) as (folder, _):
+        for path in paths:
+            if path.exists() and not path.is_file():
+                raise UserError(f"{str(path)!r} cannot be written: it is no regular file; give another name")
+        parts = [folder / path.name for path in paths]
+        yield parts
+        for part, path in zip(parts, paths, strict=True):
+            os.replace(part, path)
 
 
 @contextlib.contextmanager

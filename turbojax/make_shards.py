@@ -44,7 +44,10 @@ from turbojax.video import check_fps, read_video
 from turbojax.weights.io import file_metadata, read_tensors
 from turbojax.weights.plain import load_vae
 
-VIDEOS = (".mp4", ".mov", ".mkv", ".webm", ".avi", ".gif")
+VIDEOS = (
+    *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts"),
+    *(".wmv", ".flv", ".3gp", ".ogv"),
+)
 LISTS = ("captions.jsonl", "captions.csv")
 ROW = Object({"file": String(), "caption": String()}, others="left out")
 READERS = 4  # threads that read videos, and the videos that they read ahead

@@ -2,23 +2,19 @@
 
 import itertools
 import os
-import subprocess
-import tempfile
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
-import imageio.v2 as imageio
-import imageio_ffmpeg
 import numpy as np
 from PIL import Image, ImageOps
 
 from turbojax.errors import UserError
-from turbojax.files import make_parent, whole_file
+from turbojax.ffmpeg import check_decoder, check_encoder, mp4_encoder, read_frames
+from turbojax.files import whole_files
 
 # Width and height in pixels, as Wan and TurboDiffusion use them.
 SIZES: dict[str, dict[str, tuple[int, int]]] = {
@@ -38,7 +34,6 @@ SIZES: dict[str, dict[str, tuple[int, int]]] = {
     },
 }
 FORMATS = (".mp4", ".gif", ".png")
-X264 = ("-preset", "superfast", "-crf", "12")  # fast, and 44 dB; docs/performance.md has the alternatives
 PIECES_WAITING = 8  # for the encoder; a bound on memory
 
 
@@ -52,7 +47,7 @@ def video_size(resolution: str, aspect_ratio: str) -> tuple[int, int]:
 
 
 def check_path(path: str | os.PathLike) -> Path:
-    """The path of a video to be written; raises UserError where none can be."""
+    """The path of a video to be written; raises UserError where none can be, for mp4 after encoding two frames."""
     path = Path(path)
     if path.suffix.lower() not in FORMATS:
         raise UserError(f"output {str(path)!r} has no video format; end it in {', '.join(FORMATS)}")
@@ -63,6 +58,8 @@ def check_path(path: str | os.PathLike) -> Path:
         parent = parent.parent
     if not parent.is_dir() or not os.access(parent, os.W_OK):
         raise UserError(f"output {str(path)!r} cannot be written: {str(parent)!r} is no writable folder")
+    if path.suffix.lower() == ".mp4":
+        check_encoder()
     return path
 
 
@@ -97,10 +94,8 @@ def open_video(path: str | os.PathLike, shape: Sequence[int], fps: int = 16) -> 
     path = check_path(path)
     check_shape(shape, np.dtype(np.uint8))
     check_fps(fps)
-    make_parent(path)
-    encoder = {".mp4": mp4_encoder, ".gif": gif_encoder, ".png": png_encoder}[path.suffix.lower()]
     count, frame_shape = 0, tuple(shape[1:])
-    with encoder(path, shape, fps) as write, in_a_thread(write) as hand_over:
+    with encoding(path, shape, fps) as write, in_a_thread(write) as hand_over:
 
         def append(frames: np.ndarray) -> None:
             nonlocal count
@@ -113,6 +108,21 @@ def open_video(path: str | os.PathLike, shape: Sequence[int], fps: int = 16) -> 
         yield append
         if count < shape[0]:
             raise UserError(f"{count} of {shape[0]} frames came")
+
+
+@contextmanager
+def encoding(path: Path, shape: Sequence[int], fps: int) -> Iterator[Callable[[np.ndarray], None]]:
+    """Yields write(frames) to the encoder of a format; the video's files take their names when the block ends well."""
+    with whole_files(files_of(path, shape[0])) as parts:
+        match path.suffix.lower():
+            case ".mp4":
+                encoder = mp4_encoder(parts[0], shape, fps)
+            case ".gif":
+                encoder = gif_encoder(parts[0], fps)
+            case _:
+                encoder = png_encoder(parts)
+        with encoder as write:
+            yield write
 
 
 @contextmanager
@@ -135,73 +145,22 @@ def in_a_thread(write: Callable[[np.ndarray], None]) -> Iterator[Callable[[np.nd
 
 
 @contextmanager
-def mp4_encoder(path: Path, shape: Sequence[int], fps: int) -> Iterator[Callable[[np.ndarray], None]]:
-    """ffmpeg as a process; frames go through its standard input.
-
-    imageio-ffmpeg, which brings the program, has a generator for this that does not look at the exit code.
-    """
-    _, height, width, _ = shape
-    even = ((0, 0), (0, height % 2), (0, width % 2), (0, 0))  # the last row or column again, since yuv420p halves both
-    size = f"{width + width % 2}x{height + height % 2}"
-    with whole_file(path) as temporary, tempfile.TemporaryFile() as messages:
-        source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", size, "-r", str(fps), "-i", "-"]
-        target = ["-c:v", "libx264", *X264, "-pix_fmt", "yuv420p", str(temporary)]
-        command = [imageio_ffmpeg.get_ffmpeg_exe(), "-y", "-loglevel", "error", *source, *target]
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=messages,
-            pipesize=2**20,
-            start_new_session=True,  # ctrl-C is for this process, which ends the other
-        )
-        assert process.stdin is not None
-        pipe = process.stdin
-
-        def write(frames: np.ndarray) -> None:
-            padded = np.pad(frames, even, mode="edge") if height % 2 or width % 2 else frames
-            try:
-                pipe.write(np.ascontiguousarray(padded).data)
-            except BrokenPipeError as error:
-                process.wait()
-                raise OSError(reason()) from error
-
-        def reason() -> str:
-            messages.seek(0)
-            return " ".join(messages.read().decode(errors="replace").split()) or "ffmpeg ended early"
-
-        try:
-            yield write
-            with suppress(BrokenPipeError):
-                pipe.close()
-            if process.wait():
-                raise OSError(reason())
-        finally:
-            process.kill()
-            process.wait()
-            with suppress(BrokenPipeError):
-                pipe.close()
+def gif_encoder(path: Path, fps: int) -> Iterator[Callable[[np.ndarray], None]]:
+    """GIF has hundredths of a second: each frame ends at the one nearest to its time, so that errors do not add up."""
+    frames: list[Image.Image] = []
+    yield lambda piece: frames.extend(Image.fromarray(frame) for frame in piece)
+    ends = [round(100 * (i + 1) / fps) for i in range(len(frames))]
+    durations = [10 * (end - start) for start, end in itertools.pairwise([0, *ends])]
+    frames[0].save(path, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
 
 
 @contextmanager
-def gif_encoder(path: Path, shape: Sequence[int], fps: int) -> Iterator[Callable[[np.ndarray], None]]:
-    with whole_file(path) as temporary, imageio.get_writer(temporary, duration=1000 / fps, loop=0) as writer:
-
-        def write(frames: np.ndarray) -> None:
-            for frame in frames:
-                writer.append_data(frame)  # type: ignore[attr-defined]
-
-        yield write
-
-
-@contextmanager
-def png_encoder(path: Path, shape: Sequence[int], fps: int) -> Iterator[Callable[[np.ndarray], None]]:
-    files = iter(files_of(path, shape[0]))
+def png_encoder(parts: Sequence[Path]) -> Iterator[Callable[[np.ndarray], None]]:
+    files = iter(parts)
 
     def write(frames: np.ndarray) -> None:
         for frame in frames:
-            with whole_file(next(files)) as temporary:
-                imageio.imwrite(temporary, frame)
+            Image.fromarray(frame).save(next(files), "PNG")
 
     yield write
 
@@ -213,14 +172,6 @@ def files_of(path: Path, num_frames: int) -> list[Path]:
     return [path]
 
 
-@contextmanager
-def starting_ffmpeg() -> Iterator[None]:
-    """ffmpeg is started by fork and exec at once, which is safe; JAX warns of forks that go on running Python."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="os.fork\\(\\) was called")
-        yield
-
-
 def read_video(path: str | os.PathLike, *, num_frames: int, height: int, width: int, fps: int = 16) -> np.ndarray:
     """The first num_frames frames of a video at `fps` frames a second, uint8 `[num_frames, height, width, 3]`.
 
@@ -229,22 +180,19 @@ def read_video(path: str | os.PathLike, *, num_frames: int, height: int, width: 
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"{path} does not exist")
-    frames: list[np.ndarray] = []
+        raise UserError(f"{path} {'is no regular file' if path.exists() else 'does not exist'}")
+    check_decoder()
+    fitted: list[np.ndarray] = []
     try:
-        # ffmpeg's filter and not its -r, which repeats a frame and drops another at the beginning
-        options = ["-vf", f"fps={fps}"]
-        with starting_ffmpeg():
-            reader: Any = imageio.get_reader(path, format="FFMPEG", output_params=options)
-        with closing(reader):
-            for frame in itertools.islice(reader, num_frames):
-                fitted = ImageOps.fit(Image.fromarray(frame), (width, height), Image.Resampling.LANCZOS)
-                frames.append(np.asarray(fitted))
-    except (OSError, RuntimeError, ValueError, LookupError) as error:  # what imageio makes of ffmpeg's complaints
-        raise UserError(f"{path} is no video that ffmpeg can read") from error
-    if len(frames) < num_frames:
-        raise UserError(f"{path} has {len(frames)} frames at {fps} frames a second, {num_frames} are needed")
-    return np.stack(frames)
+        with closing(read_frames(path, fps=fps)) as frames:
+            for frame in itertools.islice(frames, num_frames):
+                image = ImageOps.fit(Image.fromarray(frame), (width, height), Image.Resampling.LANCZOS)
+                fitted.append(np.asarray(image))
+    except OSError as error:
+        raise UserError(f"{path} is no video that ffmpeg can read: {error.strerror or error}") from error
+    if len(fitted) < num_frames:
+        raise UserError(f"{path} has {len(fitted)} frames at {fps} frames a second, {num_frames} are needed")
+    return np.stack(fitted)
 
 
 def numbered(path: Path, index: int, count: int) -> Path:
