@@ -53,7 +53,7 @@ from turbojax.models.vae import VAEConfig
 from turbojax.networks import MODELS
 from turbojax.sampling import latent_shape
 from turbojax.shapes import WORDS
-from turbojax.video import video_size
+from turbojax.video import check_path, video_size
 from turbojax.weights.load import with_options
 
 FLAGS = flags.FlagValues()
@@ -103,7 +103,7 @@ def main() -> None:
                 num_inference_steps=STEPS.value,
                 memory=MEMORY.value,
                 image=demo_picture() if CASE.value == "image_to_video" else None,
-                output=Path(folder) / "video.mp4",
+                output=check_path(Path(folder) / "video.mp4"),
                 **size,
                 **options,
             )

@@ -17,6 +17,7 @@ from PIL import Image
 from scipy.ndimage import uniform_filter
 
 from turbojax.errors import UserError
+from turbojax.files import whole_file
 from turbojax.guard import flaws
 from turbojax.pipeline import TurboVideoPipeline
 from turbojax.sampling import latent_shape
@@ -214,4 +215,5 @@ def contact_sheet(videos: np.ndarray, path: Path, *, columns: int = 6) -> None:
     """A picture with a row for each video and some of its frames side by side."""
     at = np.linspace(0, videos.shape[1] - 1, columns).round().astype(int)
     rows = np.concatenate(list(np.concatenate(list(video[at]), axis=1) for video in videos))
-    Image.fromarray(rows).save(path)
+    with whole_file(path) as temporary:
+        Image.fromarray(rows).save(temporary)

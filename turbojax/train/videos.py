@@ -17,7 +17,7 @@ from turbojax.shapes import MODEL
 from turbojax.text import TextEncoder
 from turbojax.train.data import Shards
 from turbojax.train.state import Params, in_compute_dtype
-from turbojax.video import save_video
+from turbojax.video import check_path, save_video
 from turbojax.weights.files import find_components
 from turbojax.weights.plain import load_vae
 from turbojax.weights.skeleton import Skeleton
@@ -30,6 +30,8 @@ def prepare_videos(config: ConfigDict, shards: Shards, skeleton: Skeleton, folde
 
     Prompts are encoded here and the encoder is dropped; without any, they are those of the first samples of the data.
     """
+    if jax.process_index() == 0:
+        check_path(folder / "video.mp4")
     dtype = jnp.dtype(config.dtype)
     sampler = make_sampler(
         config.sampler, num_steps=config.num_inference_steps, sigma_max=config.sigma_max, shift=config.shift
