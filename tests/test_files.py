@@ -10,7 +10,7 @@ import pytest
 
 from turbojax import files
 from turbojax.errors import UserError
-from turbojax.files import make_folder, remove_stale, user_cache, user_path, whole_file, whole_folder
+from turbojax.files import make_folder, remove_stale, sole_user, user_cache, user_path, whole_file, whole_folder
 
 PART, OLD = ".x.turbojax-0123abcd.part", ".x.turbojax-0123abcd.old"
 
@@ -276,3 +276,70 @@ def test_processes_that_replace_one_folder(tmp_path):
     assert subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout.split() == ["0"] * 3
     assert os.listdir(tmp_path) == ["x"]
     assert names(path) == ["a", "b"]
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from turbojax.files import sole_user
+
+with sole_user(Path(sys.argv[1])):
+    print("here", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_folder_has_one_user(tmp_path):
+    """Until it ends, in whatever way."""
+    folder = tmp_path / "a" / "b"
+    command = [sys.executable, "-c", HOLD, str(folder)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "here\n"
+        for _ in range(2):
+            with pytest.raises(UserError, match="b' is in use by another process; wait until it has ended"):
+                sole_user(folder).__enter__()
+        other.kill()
+    for _ in range(2):
+        with sole_user(folder), pytest.raises(UserError, match="is in use"):
+            sole_user(folder).__enter__()
+        assert names(folder) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file' cannot be made"):
+        sole_user(tmp_path / "file").__enter__()
+    (tmp_path / "a" / ".lock").mkdir()
+    with pytest.raises(UserError, match="lock' cannot be written"):
+        sole_user(tmp_path / "a").__enter__()
+
+
+TAKE = """
+import os, sys
+from pathlib import Path
+from turbojax.errors import UserError
+from turbojax.files import sole_user
+
+folder = Path(sys.argv[1])
+children = []
+for _ in range(3):
+    children.append(os.fork())
+    if not children[-1]:
+        try:
+            taken = 0
+            while taken < 25:
+                try:
+                    with sole_user(folder):
+                        os.mkdir(folder / "mine")
+                        os.rmdir(folder / "mine")
+                        taken += 1
+                except UserError as error:
+                    assert "in use" in str(error), error
+            os._exit(0)
+        finally:
+            os._exit(1)
+print(*(os.waitpid(child, 0)[1] for child in children))
+"""
+
+
+def test_processes_that_want_one_folder(tmp_path):
+    """Never two of them have it."""
+    command = [sys.executable, "-c", TAKE, str(tmp_path / "x")]
+    assert subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout.split() == ["0"] * 3

@@ -115,6 +115,42 @@ def whole_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
                 break
 
 
+@contextlib.contextmanager
+def sole_user(folder: Path) -> Iterator[None]:
+    """Makes a folder, and keeps other processes out that use it by this function while the block runs.
+
+    The lock is on its file .lock, and ends however the process ends. Raises UserError where another process has it. A
+    file system without locks keeps nobody out.
+    """
+    make_folder(folder)
+    path = folder / ".lock"
+    with _one_sentence(path):
+        descriptor = _open_locked(path)
+    if descriptor is None:
+        raise UserError(
+            f"{str(folder)!r} is in use by another process; wait until it has ended, or give another folder"
+        )
+    with _closing(descriptor):
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def _open_locked(path: Path) -> int | None:
+    """A descriptor of the file, made if need be, with the lock on it; None where another process has that."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+        if _lock(descriptor) is False:
+            os.close(descriptor)
+            return None
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(path), os.fstat(descriptor)):
+                return descriptor
+        os.close(descriptor)  # whoever had it has removed it since
+
+
 def remove_stale(folder: Path) -> None:
     """Removes what dead processes left in a folder, and gives a folder the name again that it lost to one of them."""
     try:

@@ -4,6 +4,7 @@ Shard k holds what can be read of the k-th `shard_size` clips of the list, so th
 clips at the end of its list, goes on behind the shards that are finished.
 """
 
+import contextlib
 import csv
 import dataclasses
 import hashlib
@@ -20,7 +21,7 @@ from absl import logging
 from tqdm import tqdm
 
 from turbojax.errors import CheckpointError, UserError
-from turbojax.files import make_folder
+from turbojax.files import sole_user
 from turbojax.json_reader import Object, String, parse_json
 from turbojax.models import vae as vae_model
 from turbojax.models.umt5 import encode_text
@@ -199,14 +200,28 @@ def make_shards(
     Clips that cannot be read or are too short are reported and left out. Shards that were made of the same clips before
     stay.
 
-    Raises UserError if the folder holds data of other settings, no clip could be read, or a model gives NaN.
+    Raises UserError if the folder holds data of other settings or is being written by another process, no clip could be
+    read, or a model gives NaN.
     """
     output = Path(output)
-    start_folder(output, index)
-    tell_cut(clips, text)
-    for line in text.cut([index.negative_prompt]):
-        logging.warning("negative_prompt: %s", line)
-    write_negative(output, embed(text, index.negative_prompt, index))
+    with own_folder(output, index):
+        tell_cut(clips, text)
+        for line in text.cut([index.negative_prompt]):
+            logging.warning("negative_prompt: %s", line)
+        write_negative(output, embed(text, index.negative_prompt, index))
+        summary, files = encode_shards(clips, output, vae, text, index)
+        if not files:
+            raise UserError(
+                f"none of the {len(clips)} clips could be used, so {output} has no data; see the messages above"
+            )
+        write_index(output, index, files)
+    return summary
+
+
+def encode_shards(
+    clips: Sequence[Clip], output: Path, vae: WanVAE, text: TextEncoder, index: Index
+) -> tuple[Summary, dict[str, int]]:
+    """Writes the shards that are not finished; how many samples each has by its name."""
     files: dict[str, int] = {}
     written = kept = 0
     with tqdm(total=len(clips), unit="clip", desc="Encoding", disable=None, leave=False) as bar:
@@ -223,12 +238,7 @@ def make_shards(
                 files[path.name] = len(samples)
                 written += len(samples)
                 write_index(output, index, files)
-    if not files:
-        raise UserError(
-            f"none of the {len(clips)} clips could be used, so {output} has no data; see the messages above"
-        )
-    write_index(output, index, files)
-    return Summary(written, kept, len(clips) - written - kept)
+    return Summary(written, kept, len(clips) - written - kept), files
 
 
 def tell_cut(clips: Sequence[Clip], text: TextEncoder) -> None:
@@ -241,9 +251,16 @@ def tell_cut(clips: Sequence[Clip], text: TextEncoder) -> None:
         )
 
 
-def start_folder(output: Path, index: Index) -> None:
-    """Makes the folder; raises UserError if it holds data of other settings."""
-    make_folder(output)
+@contextlib.contextmanager
+def own_folder(output: Path, index: Index) -> Iterator[None]:
+    """Makes the folder and keeps other processes from writing to it; raises UserError if it is in use, or holds data of
+    other settings."""
+    with sole_user(output):
+        check_folder(output, index)
+        yield
+
+
+def check_folder(output: Path, index: Index) -> None:
     try:
         before = read_index(output)[0] if (output / INDEX).exists() else index
     except CheckpointError as error:

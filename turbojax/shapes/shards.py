@@ -16,7 +16,7 @@ from absl import logging
 from tqdm import tqdm
 
 from turbojax.errors import UserError
-from turbojax.make_shards import finished, start_folder
+from turbojax.make_shards import finished, own_folder
 from turbojax.models.umt5 import encode_text
 from turbojax.models.vae import WanVAE, encode
 from turbojax.shapes.examples import Sketch, sketches
@@ -48,27 +48,29 @@ def write_shapes_shards(
     """
     if count < 1 or count % index.shard_size:
         raise UserError(f"{count=} must be a multiple of {index.shard_size}, the samples of a shard")
-    start_folder(folder, index)
-    write_negative(folder, next(embed(text, [index.negative_prompt], index)))
-    names = {f"shard-{i:05}.safetensors": i for i in range(count // index.shard_size)}
-    plans = {name: plan(index, seed, i) for name, i in names.items()}
-    there = [name for name in names if finished(folder / name, index, plans[name])]
-    missing = [name for name in names if name not in there]
-    numbers = (names[name] * index.shard_size + i for name in missing for i in range(index.shard_size))
-    size = {"num_frames": index.num_frames, "height": index.height, "width": index.width}
-    made = sketches(numbers, seed=seed, workers=workers, **size)
-    write_index(folder, index, dict.fromkeys(there, index.shard_size))
-    with tqdm(total=count, initial=len(there) * index.shard_size, unit="video", desc="Encoding", disable=None) as bar:
-        for name in missing:
-            if stop and stop.is_set():
-                made.close()
-                logging.info("Stopped after %d of %d videos; the same command goes on from there", bar.n, count)
-                raise KeyboardInterrupt
-            own = [next(made) for _ in range(index.shard_size)]
-            write_shard(folder / name, index, list(encoded(own, names[name], vae, text, index)), plan=plans[name])
-            there.append(name)
-            write_index(folder, index, {name: index.shard_size for name in sorted(there)})
-            bar.update(index.shard_size)
+    with own_folder(folder, index):
+        write_negative(folder, next(embed(text, [index.negative_prompt], index)))
+        names = {f"shard-{i:05}.safetensors": i for i in range(count // index.shard_size)}
+        plans = {name: plan(index, seed, i) for name, i in names.items()}
+        there = [name for name in names if finished(folder / name, index, plans[name])]
+        missing = [name for name in names if name not in there]
+        numbers = (names[name] * index.shard_size + i for name in missing for i in range(index.shard_size))
+        size = {"num_frames": index.num_frames, "height": index.height, "width": index.width}
+        made = sketches(numbers, seed=seed, workers=workers, **size)
+        write_index(folder, index, dict.fromkeys(there, index.shard_size))
+        with tqdm(
+            total=count, initial=len(there) * index.shard_size, unit="video", desc="Encoding", disable=None
+        ) as bar:
+            for name in missing:
+                if stop and stop.is_set():
+                    made.close()
+                    logging.info("Stopped after %d of %d videos; the same command goes on from there", bar.n, count)
+                    raise KeyboardInterrupt
+                own = [next(made) for _ in range(index.shard_size)]
+                write_shard(folder / name, index, list(encoded(own, names[name], vae, text, index)), plan=plans[name])
+                there.append(name)
+                write_index(folder, index, {name: index.shard_size for name in sorted(there)})
+                bar.update(index.shard_size)
     return folder
 
 
