@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from turbojax.errors import UserError
 from turbojax.shapes import stages
 from turbojax.shapes.stages import ENCODER, STAGES, TOKENIZER, VAE, Job, take
-from turbojax.train.loop import CURVES, read_curves
+from turbojax.train.metrics import CURVES, read_curves
 
 
 @pytest.fixture

@@ -16,7 +16,8 @@ from turbojax.shapes.examples import Batches
 from turbojax.train import autoencoder, loop
 from turbojax.train.autoencoder import latent_statistics, normalized
 from turbojax.train.config import train_config
-from turbojax.train.loop import CURVES, read_curves, train
+from turbojax.train.loop import train
+from turbojax.train.metrics import CURVES, read_curves
 from turbojax.train.networks import AUTOENCODERS
 from turbojax.train.state import parameters
 from turbojax.weights.io import read_tensors

@@ -25,7 +25,8 @@ from turbojax.shapes.settings import FOLDER
 from turbojax.shapes.shards import write_shapes_shards
 from turbojax.shapes.text import ENCODER, TOKENIZER, train_text_encoder, word_tokenizer, write_text_encoder
 from turbojax.shapes.words import vocabulary
-from turbojax.train.loop import CURVES, VAE, read_curves, stop_requests, train
+from turbojax.train.loop import VAE, stop_requests, train
+from turbojax.train.metrics import CURVES, read_curves
 from turbojax.weights.convert import convert
 from turbojax.weights.files import find_components
 from turbojax.weights.merge import merge

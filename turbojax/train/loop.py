@@ -9,9 +9,9 @@ import contextlib
 import json
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from turbojax import sharding
 from turbojax.errors import UserError
-from turbojax.files import make_folder, user_path, whole_file
+from turbojax.files import sole_user, user_path, whole_file
 from turbojax.models.vae import WanVAE
 from turbojax.models.wan import WanConfig
 from turbojax.shapes.examples import Batches, examples
@@ -38,8 +38,9 @@ from turbojax.train.checkpoints import (
 )
 from turbojax.train.config import check_settings, make_optimizers, make_recipe
 from turbojax.train.data import Shards, batches, open_shards
+from turbojax.train.metrics import Write, metrics_writer
 from turbojax.train.networks import HostParams, open_autoencoder, open_networks, place, to_host
-from turbojax.train.recipes import Metrics, Networks
+from turbojax.train.recipes import Metrics, Networks, Recipe
 from turbojax.train.state import Params, TrainState, in_compute_dtype, initial_state
 from turbojax.train.step import Fixed, Optimizer, Step, make_step
 from turbojax.train.toy import write_toy_shards
@@ -48,7 +49,6 @@ from turbojax.weights.convert import write_wan
 from turbojax.weights.rules import Entry
 from turbojax.weights.skeleton import Skeleton
 
-CURVES = "curves.jsonl"
 VAE = "Wan2.1_VAE.safetensors"
 UNSEEN = 64  # videos that an autoencoder's latents are normalized by, and that its quality is told of
 
@@ -66,15 +66,21 @@ class Data(Protocol):
 def train(config: ConfigDict) -> Path:
     """Runs a training, from its newest checkpoint if there is one; returns the file with the trained network.
 
-    Raises UserError for settings, data or files that cannot be used, and KeyboardInterrupt after SIGTERM, Ctrl-C or
-    `max_minutes`, when a last checkpoint has been written.
+    Raises UserError for settings, data or files that cannot be used, or a folder that another run is using, and
+    KeyboardInterrupt after SIGTERM, Ctrl-C or `max_minutes`, when a last checkpoint has been written.
     """
     check_settings(config)
     recipe = make_recipe(config)
-    if isinstance(recipe, Autoencoding):
-        return train_autoencoder(config, recipe)
     workdir = user_path(config.workdir)
-    make_folder(workdir)
+    alone = sole_user(workdir) if jax.process_index() == 0 else contextlib.nullcontext()
+    with alone:
+        if isinstance(recipe, Autoencoding):
+            return train_autoencoder(config, recipe, workdir)
+        return train_transformer(config, recipe, workdir)
+
+
+def train_transformer(config: ConfigDict, recipe: Recipe, workdir: Path) -> Path:
+    """`train` of a video network, on shards of latents and text."""
     mesh = sharding.make_mesh(data=config.data_parallel, fsdp=config.fsdp, sequence=config.sequence)
     shards = open_data(config, workdir)
     student, teacher = open_networks(config)
@@ -107,10 +113,8 @@ def train(config: ConfigDict) -> Path:
         return export(workdir / "transformer.safetensors", network_config, state.ema)
 
 
-def train_autoencoder(config: ConfigDict, recipe: Autoencoding) -> Path:
+def train_autoencoder(config: ConfigDict, recipe: Autoencoding, workdir: Path) -> Path:
     """`train` of an autoencoder, on videos that are drawn as it goes."""
-    workdir = user_path(config.workdir)
-    make_folder(workdir)
     mesh = sharding.make_mesh(data=config.data_parallel, fsdp=config.fsdp, sequence=config.sequence)
     skeleton, params = open_autoencoder(config)
     optimizers = make_optimizers(config, recipe)
@@ -277,52 +281,6 @@ def stop_requests(max_minutes: float = 0.0) -> Iterator[threading.Event]:
             for number in (signal.SIGTERM, signal.SIGINT):
                 undo.callback(signal.signal, number, signal.signal(number, request))
         yield stop
-
-
-Write = Callable[[int, Mapping[str, float]], None]
-
-
-@contextlib.contextmanager
-def metrics_writer(workdir: Path, start: int) -> Iterator[Write]:
-    """write(step, metrics), for TensorBoard and as a line of curves.jsonl.
-
-    What a run that was killed wrote past `start` no longer counts.
-    """
-    if jax.process_index() > 0:
-        yield lambda step, metrics: None
-        return
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError as error:
-        raise UserError("metrics need tensorboardX; pip install 'turbojax[train]'") from error
-    with (
-        SummaryWriter(str(workdir / "metrics"), purge_step=start + 1) as writer,
-        open_curves(workdir / CURVES, start) as curves,
-    ):
-
-        def write(step: int, metrics: Mapping[str, float]) -> None:
-            for name, value in metrics.items():
-                writer.add_scalar(name, value, step)
-            curves.write(json.dumps({"step": step, **metrics}) + "\n")
-
-        yield write
-
-
-def open_curves(path: Path, start: int) -> TextIO:
-    """A file of lines {"step": n, NAME: value, ...}, to go on behind step `start`."""
-    kept = [line for line in read_curves(path) if line["step"] <= start] if path.exists() else []
-    with whole_file(path) as temporary:
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-    return path.open("a", buffering=1)
-
-
-def read_curves(path: Path) -> list[dict[str, float]]:
-    """The metrics of a run; a line that was cut off is left out."""
-    lines = []
-    for text in path.read_text().splitlines():
-        with contextlib.suppress(ValueError):
-            lines.append(json.loads(text))
-    return lines
 
 
 def progress(start: int, num_steps: int) -> tqdm:
