@@ -1,29 +1,34 @@
 """Whole runs on a tiny network: killed and resumed, gone on with, refused, and what they leave behind."""
 
+import dataclasses
 import os
 import random
 import resource
 import signal
-import struct
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from tensorboardX.proto.event_pb2 import Event
 
 from tests.test_generate import run_all
+from tests.train.test_metrics import scalars
 from turbojax.errors import CheckpointError, UserError
+from turbojax.files import sole_user
 from turbojax.models.wan import WanConfig
 from turbojax.train.config import TRAIN_SETTINGS, train_config
 from turbojax.train.data import open_shards
 from turbojax.train.loop import check_data, train
+from turbojax.train.networks import open_networks
+from turbojax.train.recipes import Networks
 from turbojax.train.state import parameters
 from turbojax.train.toy import write_toy_shards
+from turbojax.train.videos import prepare_videos
 from turbojax.weights.load import load_wan
 
 ROOT = Path(__file__).parents[2]
@@ -168,25 +173,37 @@ def test_sample_videos(workdir):
     assert sorted(path.name for path in (workdir / "videos").iterdir()) == ["step_000006_0.mp4", "step_000006_1.mp4"]
 
 
-def events(folder: Path) -> dict[tuple[str, int], float]:
-    """Scalars of TensorBoard's files, whose records are a length, a checksum, an Event and a checksum."""
-    scalars = {}
-    for path in sorted(folder.iterdir()):
-        content, position = path.read_bytes(), 0
-        while position < len(content):
-            (length,) = struct.unpack_from("<Q", content, position)
-            event = Event.FromString(content[position + 12 : position + 12 + length])
-            scalars |= {(value.tag, event.step): value.simple_value for value in event.summary.value}
-            position += 16 + length
-    return scalars
+@pytest.mark.parametrize("prompts", ["A red bird||A blue car", ""])
+def test_sample_videos_with_guidance(settings, data, tmp_path, prompts):
+    """The data's negative prompt has fewer rows than a prompt's embedding."""
+    config = train_config(**settings | {"sample_guidance": 2.0, "sample_prompts": prompts, "num_samples": 3})
+    student, _ = open_networks(config)
+    skeleton = Networks.of(student.config, student.config).student
+    make_videos = prepare_videos(config, open_shards(data), skeleton, tmp_path)
+    paths = make_videos(7, {name: jnp.asarray(value) for name, value in student.params.items()})
+    assert [path.name for path in paths] == [f"step_000007_{i}.mp4" for i in range(3)]
+
+
+def test_sample_videos_of_other_networks(settings, data, tmp_path):
+    """A VAE or a text encoder that does not belong to the data is told before the first step."""
+    student, _ = open_networks(train_config(**settings))
+    skeleton = Networks.of(student.config, student.config).student
+    for change, message in (
+        ({"text_dim": 4096}, "text_encoder has 64 channels and the data 4096"),
+        ({"latents": (2, 8, 8, 48)}, "vae has 16 channels and the data 48"),
+    ):
+        shards = open_shards(data)
+        shards.index = dataclasses.replace(shards.index, **change)
+        with pytest.raises(UserError, match=message):
+            prepare_videos(train_config(**settings), shards, skeleton, tmp_path)
 
 
 def test_metrics(workdir):
-    scalars = events(workdir / "metrics")
-    assert {step for _, step in scalars} == {2, 4, 6}
-    assert {tag for tag, _ in scalars} == {"loss", "student_gradient_norm", "student_learning_rate"}
-    assert scalars["loss", 6] > 0
-    np.testing.assert_allclose(scalars["student_learning_rate", 2], 0.5 * 1e-3 / 100, rtol=1e-3)  # mean of steps 0, 1
+    shown = scalars(workdir / "metrics")
+    assert {step for _, step in shown} == {2, 4, 6}
+    assert {tag for tag, _ in shown} == {"loss", "student_gradient_norm", "student_learning_rate"}
+    assert shown["loss", 6] > 0
+    np.testing.assert_allclose(shown["student_learning_rate", 2], 0.5 * 1e-3 / 100, rtol=1e-3)  # mean of steps 0, 1
 
 
 def test_a_full_disk_and_going_on(workdir, settings):
@@ -222,7 +239,7 @@ def test_another_run_in_the_same_folder(workdir, settings, changes, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"recipe": "lora"}, "recipe='lora' is unknown; choose teacher, sla, rcm"),
+        ({"recipe": "lora"}, 'recipe is .lora. and must be "teacher" or "sla" or "rcm" or "vae"'),
         ({"data": None}, "no data; give --config.data="),
         ({"data": "nowhere"}, "nowhere holds no index.json"),
         ({"weights": None}, "no weights; give --config.weights="),
@@ -230,29 +247,38 @@ def test_another_run_in_the_same_folder(workdir, settings, changes, message):
         ({"model": "wan3"}, "model='wan3' is unknown; choose one of wan2.1"),
         ({"workdir": None}, "no workdir"),
         ({"workdir": "/dev/null/run"}, "the folder '/dev/null/run' cannot be made"),
-        ({"attention_type": "sagesla"}, "attention_type='sagesla' cannot be trained"),
-        ({"batch_size": 0}, "batch_size=0 must be positive"),
+        ({"attention_type": "sagesla"}, "attention_type is .sagesla. and must be"),
+        ({"batch_size": 0}, "batch_size is 0 and must be a whole number from 1"),
         ({"batch_size": 6, "accumulation": 4}, "batch_size=6 does not divide into accumulation=4"),
-        ({"learning_rate": float("nan")}, "learning_rate=nan must be positive"),
-        ({"beta2": 1.0}, "beta2=1.0 must be in"),
-        ({"ema_rate": 0.5}, "rate=0.5 of the EMA must be between"),
-        ({"time_std": 0.0}, "std=0.0 of a log-normal distribution must be positive"),
-        ({"text_dropout": 1.0}, "text_dropout=1.0 must be in"),
-        ({"dtype": "float16"}, "dtype='float16' is unknown"),
-        ({"optimizer": "lion"}, "optimizer='lion' is unknown; choose adamw or muon"),
-        ({"recipe": "rcm", "tangent": "forward"}, "tangent='forward' is unknown"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan and must be a number above 0"),
+        ({"beta2": 1.0}, "beta2 is 1.0 and must be"),
+        ({"ema_rate": 0.5}, "ema_rate is 0.5 and must be"),
+        ({"time_std": 0.0}, "time_std is 0.0 and must be a number above 0"),
+        ({"text_dropout": 1.0}, "text_dropout is 1.0 and must be"),
+        ({"dtype": "float16"}, "dtype is .float16. and must be"),
+        ({"optimizer": "lion"}, 'optimizer is .lion. and must be "adamw" or "muon"'),
+        ({"recipe": "rcm", "tangent": "forward"}, "tangent is .forward. and must be"),
         ({"recipe": "rcm", "tangent": "difference", "dtype": "bfloat16"}, "tangent=difference is lost in bfloat16"),
-        ({"recipe": "rcm", "simulation": "random"}, "simulation='random' is unknown"),
+        ({"recipe": "rcm", "simulation": "random"}, "simulation is .random. and must be"),
         ({"recipe": "rcm", "simulation_steps": 5}, "simulation_steps=5: fixed times are 4"),
         ({"recipe": "rcm", "loss_scale": 0.0, "matching_scale": 0.0}, "leave nothing to learn"),
         ({"fsdp": 3}, "does not fill 1 devices"),
-        ({"sampler": "ddim"}, "sampler='ddim' is unknown"),
+        ({"sampler": "ddim"}, "sampler is .ddim. and must be"),
         ({"num_inference_steps": 9}, "num_steps=9"),
     ],
 )
 def test_settings_that_cannot_be(settings, changes, message, tmp_path):
     with pytest.raises(UserError, match=message):
         train(train_config(**settings | {"workdir": str(tmp_path / "run")} | changes))
+
+
+def test_a_folder_in_use(settings, tmp_path):
+    """Another run in the folder changes nothing there."""
+    with sole_user(tmp_path / "run"):
+        before = sorted((tmp_path / "run").iterdir())
+        with pytest.raises(UserError, match="run' is in use by another process; wait until it has ended"):
+            train(train_config(**settings | {"workdir": str(tmp_path / "run")}))
+        assert sorted((tmp_path / "run").iterdir()) == before
 
 
 def test_data_of_another_network(data):
@@ -279,7 +305,7 @@ def test_script(tmp_path):
     for name, said in {
         "no config": "no settings; give --config=configs/NAME.py, for instance configs/train_toy.py",
         "misspelt": "there is no setting lerning_rate, perhaps learning_rate",
-        "bad value": "num_steps=-1 must not be negative",
+        "bad value": "num_steps is -1 and must be a whole number from 0",
         "of generate": "get_config() must return all settings, as configs/train_toy.py does; missing: recipe",
     }.items():
         assert said in results[name][2]

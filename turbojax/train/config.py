@@ -9,8 +9,11 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from turbojax.config import Setting, base_config
+from turbojax.diffusion.samplers import Sampler
 from turbojax.errors import UserError
+from turbojax.json_reader import AnyOf, Array, Boolean, Enum, Integer, Mismatch, Nullable, Number, Schema, String
 from turbojax.models.vae import VAEConfig, check_video
+from turbojax.sampling import make_sampler
 from turbojax.train.autoencoder import Autoencoding
 from turbojax.train.losses import Tangent
 from turbojax.train.recipes import RCM, SLA, FlowMatching, Recipe
@@ -98,16 +101,12 @@ def make_recipe(config: ConfigDict) -> Recipe:
     ema_exponent(config.ema_rate)
     times = LogNormal(config.time_mean, config.time_std)
     if config.recipe == "teacher":
-        if not 0 <= config.text_dropout < 1:
-            raise UserError(f"text_dropout={config.text_dropout} must be in [0, 1); 0.1 is usual")
         return FlowMatching(times, config.text_dropout, ema_rate=config.ema_rate)
     if config.recipe == "vae":
         return Autoencoding(config.kl_scale, ema_rate=config.ema_rate)
     if config.recipe == "sla":
         return SLA(times, ema_rate=config.ema_rate)
     if config.recipe == "rcm":
-        if config.simulation not in ("fixed", "drawn"):
-            raise UserError(f"simulation={config.simulation!r} is unknown; choose fixed or drawn")
         if config.simulation == "fixed" and config.simulation_steps > 4:
             raise UserError(f"simulation_steps={config.simulation_steps}: fixed times are 4; take drawn ones for more")
         phases = Phases(
@@ -149,33 +148,76 @@ def make_optimizers(config: ConfigDict, recipe: Recipe) -> dict[str, Optimizer]:
     return {name: make(LearningRate(peak, **course), **settings) for name, peak in peaks.items()}
 
 
-POSITIVE = (
-    "batch_size",
-    "accumulation",
-    "learning_rate",
-    "critic_learning_rate",
-    "learning_rate_end",
-    "student_every",
-    "simulation_steps",
-    "log_every",
-    "checkpoint_every",
-    "keep",
-    "num_samples",
-    "tangent_step",
-)
-NOT_NEGATIVE = (
-    "num_steps",
-    "warmup_steps",
-    "weight_decay",
-    "clip_norm",
-    "tangent_warmup",
-    "loss_scale",
-    "matching_scale",
-    "sample_every",
-    "kl_scale",
-    "workers",
-    "max_minutes",
-)
+MOST = 2**31 - 1  # steps are counted in int32
+SIZE = Integer(1, 2**20)
+STRENGTH = Number(0, 1e6)
+RATE = Number(0, 100, above=True)
+MESH = AnyOf("-1 or a whole number of devices", Enum(-1), SIZE)
+
+RANGES: dict[str, Schema] = {
+    "recipe": Enum(*RECIPES),
+    "workdir": String(),
+    "data": String(),
+    "weights": String(),
+    "teacher": Nullable(String()),
+    "model": String(),
+    "attention_type": Nullable(Enum("original", "sla")),
+    "sla_topk": Number(0, 1, above=True),
+    "sla_blocks": Array(Integer(1, 2**16), 2, 2),
+    "seed": Integer(0, 2**32 - 1),
+    "num_steps": Integer(0, MOST),
+    "max_minutes": Number(0, 1e7),
+    "batch_size": SIZE,
+    "accumulation": Nullable(SIZE),
+    "remat": Boolean(),
+    "dtype": Enum("bfloat16", "float32"),
+    "optimizer": Enum(*OPTIMIZERS),
+    "learning_rate": RATE,
+    "learning_rate_end": RATE,
+    "critic_learning_rate": RATE,
+    "warmup_steps": Integer(0, MOST),
+    "beta1": Number(0, 0.999999),
+    "beta2": Number(0, 0.999999),
+    "weight_decay": STRENGTH,
+    "clip_norm": STRENGTH,
+    "ema_rate": Number(0, 0.288, above=True),
+    "time_mean": Number(-100, 100),
+    "time_std": Number(0, 100, above=True),
+    "text_dropout": Number(0, 0.999999),
+    "kl_scale": STRENGTH,
+    "num_frames": Integer(1, 2**12),
+    "height": Integer(8, 2**14),
+    "width": Integer(8, 2**14),
+    "crops": Array(Array(Integer(1, 2**14), 2, 2), 0, 1000),
+    "workers": Integer(0, 1000),
+    "guidance_scale": Number(0, 1000),
+    "tangent": Enum(*TANGENTS),
+    "tangent_step": Number(0, 1, above=True),
+    "tangent_warmup": Integer(0, MOST),
+    "student_every": Integer(1, MOST),
+    "score_shift": Number(0, 1000),
+    "loss_scale": STRENGTH,
+    "matching_scale": STRENGTH,
+    "simulation_steps": Integer(1, 1000),
+    "simulation": Enum("fixed", "drawn"),
+    "data_parallel": MESH,
+    "fsdp": MESH,
+    "sequence": MESH,
+    "log_every": Integer(1, MOST),
+    "checkpoint_every": Integer(1, MOST),
+    "keep": Integer(1, MOST),
+    "sample_every": Integer(0, MOST),
+    "sample_prompts": String(),
+    "num_samples": Integer(1, 1000),
+    "sampler": Enum("rcm", "euler", "unipc"),
+    "num_inference_steps": Integer(1, 1000),
+    "sample_guidance": Number(0, 1000),
+    "shift": Number(0, 1000, above=True),
+    "sigma_max": Number(0, 1e6, above=True),
+    "vae": Nullable(String()),
+    "text_encoder": Nullable(String()),
+    "tokenizer": Nullable(String()),
+}
 
 
 def check_settings(config: ConfigDict) -> None:
@@ -183,42 +225,42 @@ def check_settings(config: ConfigDict) -> None:
     for name in ("workdir", "data", "weights"):
         if not config[name]:
             raise UserError(f"no {name}; give --config.{name}=, see --help")
-    for name in POSITIVE:
-        if config[name] is not None and not config[name] > 0:
-            raise UserError(f"{name}={config[name]} must be positive")
-    for name in NOT_NEGATIVE:
-        if not config[name] >= 0:
-            raise UserError(f"{name}={config[name]} must not be negative")
+    for name, schema in RANGES.items():
+        try:
+            schema.check(as_json(config[name]), name)
+        except Mismatch as error:
+            raise UserError(str(error)) from error
     if config.recipe == "vae":
         if config.data != "shapes":
             raise UserError(f"data={config.data}: an autoencoder learns from drawn videos; take --config.data=shapes")
         check_crops(config)
-    for name in ("beta1", "beta2"):
-        if not 0 <= config[name] < 1:
-            raise UserError(f"{name}={config[name]} must be in [0, 1)")
     if config.recipe == "rcm" and config.loss_scale == config.matching_scale == 0:
         raise UserError("loss_scale=0 and matching_scale=0 leave nothing to learn; give one of them")
-    if config.dtype not in ("bfloat16", "float32"):
-        raise UserError(f"dtype={config.dtype!r} is unknown; choose bfloat16 or float32")
-    if config.optimizer not in OPTIMIZERS:
-        raise UserError(f"optimizer={config.optimizer!r} is unknown; choose {' or '.join(OPTIMIZERS)}")
-    if config.tangent not in TANGENTS:
-        raise UserError(f"tangent={config.tangent!r} is unknown; choose {', '.join(TANGENTS)}")
     if config.recipe == "rcm" and config.tangent != "exact" and config.dtype != "float32":
         raise UserError(f"tangent={config.tangent} is lost in {config.dtype}; take --config.dtype=float32, or exact")
-    if config.attention_type not in (None, "original", "sla"):
-        raise UserError(f"attention_type={config.attention_type!r} cannot be trained; choose original or sla")
     if config.batch_size % (config.accumulation or 1):
         raise UserError(
             f"batch_size={config.batch_size} does not divide into accumulation={config.accumulation} micro-batches"
         )
+    if config.sample_every:
+        make_video_sampler(config)
+
+
+def make_video_sampler(config: ConfigDict) -> Sampler:
+    """The sampler of the sample videos; raises UserError for settings that it cannot have."""
+    return make_sampler(
+        config.sampler, num_steps=config.num_inference_steps, sigma_max=config.sigma_max, shift=config.shift
+    )
+
+
+def as_json(value: Any) -> Any:
+    """A setting as the schemas of JSON know it: lists for tuples."""
+    return list(map(as_json, value)) if isinstance(value, tuple) else value
 
 
 def check_crops(config: ConfigDict) -> None:
     """Raises UserError for videos that an autoencoder cannot take, and for crops that cannot be cut from them."""
     whole = config.num_frames, config.height, config.width
-    if not all(isinstance(crop, tuple) and [type(size) for size in crop] == [int, int] for crop in config.crops):
-        raise UserError(f"crops={config.crops} must be pairs of frames and side, as ((5, 48), (17, 32))")
     crops = [(frames, side, side) for frames, side in config.crops]
     for size in (whole, *crops):
         check_video((1, *size, 3), VAEConfig.wan2_1())

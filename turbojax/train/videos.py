@@ -12,9 +12,11 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from turbojax.decoding import decode
-from turbojax.sampling import make_sampler, sample
+from turbojax.errors import UserError
+from turbojax.sampling import sample
 from turbojax.shapes import MODEL
 from turbojax.text import TextEncoder
+from turbojax.train.config import make_video_sampler
 from turbojax.train.data import Shards
 from turbojax.train.state import Params, in_compute_dtype
 from turbojax.video import check_path, save_video
@@ -33,19 +35,23 @@ def prepare_videos(config: ConfigDict, shards: Shards, skeleton: Skeleton, folde
     if jax.process_index() == 0:
         check_path(folder / "video.mp4")
     dtype = jnp.dtype(config.dtype)
-    sampler = make_sampler(
-        config.sampler, num_steps=config.num_inference_steps, sigma_max=config.sigma_max, shift=config.shift
-    )
+    sampler = make_video_sampler(config)
     vae = load_vae(component(config, "vae"), dtype=dtype)
+    check_width("vae", vae.config.z_dim, shards.index.latents[-1])
     if config.sample_prompts:
         encoder = TextEncoder.from_files(
             component(config, "text_encoder"), component(config, "tokenizer"), dtype=dtype, cache=False
         )
         text = encoder(config.sample_prompts.split("|"))
         del encoder
+        check_width("text_encoder", text.shape[-1], shards.index.text_dim)
     else:
-        text = np.stack([shards[i]["text"] for i in range(min(config.num_samples, len(shards)))])
-    negative = np.broadcast_to(shards.negative(), text.shape) if config.sample_guidance != 1 else None
+        text = np.stack([shards[i]["text"] for i in range(min(config.num_samples, len(shards)))]).astype(dtype)
+    negative = None
+    if config.sample_guidance != 1:
+        own = shards.negative()  # with zero rows to the longest prompt of the data; those given may be longer
+        rows = np.pad(own, ((0, text.shape[1] - len(own)), (0, 0)))
+        negative = np.broadcast_to(rows.astype(text.dtype), text.shape)
     noise_key, step_key = jax.random.split(jax.random.key(config.seed))
     noise = jax.random.normal(noise_key, (len(text), *shards.index.latents), jnp.float32)
     run = jax.jit(sample, static_argnums=(0, 1, 2))
@@ -74,3 +80,8 @@ def component(config: ConfigDict, name: str) -> Path:
     """The path of the VAE, text encoder or tokenizer: the one given, the demo's, or the downloaded one."""
     given = MODEL if config[name] == "demo" else config[name]
     return find_components(None, {name: given})[name]
+
+
+def check_width(name: str, width: int, expected: int) -> None:
+    if width != expected:
+        raise UserError(f"{name} has {width} channels and the data {expected}; give the {name} that made the data")
