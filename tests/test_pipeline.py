@@ -11,8 +11,10 @@ import pytest
 
 from tests.weights.checkpoints import save, small, turbo
 from turbojax import CheckpointError, TurboVideoPipeline, UserError, VideoOutput, decoding, loading, networks, pipeline
+from turbojax.diffusion import normal
 from turbojax.memory import GB, ROOM, Sizes
 from turbojax.models.vae import decoding_bytes
+from turbojax.sampling import draw, draw_later, seed_words
 from turbojax.temporaries import Residency
 from turbojax.video import save_video
 from turbojax.weights.load import load_wan
@@ -107,6 +109,66 @@ def test_prompts_come_in_order(run, undecoded):
     for i, prompt in enumerate((BIRD, BIRD, CAT, CAT)):
         own = {"latents": noise["latents"][i : i + 1], "noise": noise["noise"][:, i : i + 1]}
         np.testing.assert_allclose(run(prompt, **own).latents[0], four[i], atol=2e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"ode": True}, {"sampler": "euler"}, {"sampler": "unipc"}], ids=str)
+def test_any_sample_can_be_made_alone(run, undecoded, options):
+    batch = run([BIRD, CAT], num_samples=2, seed=2**40 + 9, **options).latents
+    assert len({latents.tobytes() for latents in np.asarray(batch)}) == 4
+    for i, prompt in enumerate((BIRD, BIRD, CAT, CAT)):
+        alone = run(prompt, sample_index=i, seed=2**40 + 9, **options).latents
+        np.testing.assert_allclose(alone[0], batch[i], atol=2e-4)
+    two = run([BIRD, CAT], sample_index=1, seed=2**40 + 9, **options).latents
+    np.testing.assert_allclose(two, batch[1:3], atol=2e-4)
+
+
+def test_noise_of_later_samples_is_that_of_the_batch_to_the_bit():
+    shape = (2, 3, 4, 6, 16)
+    for seed in (0, 7, 2**32 - 1, 2**40 + 1, 2**64 - 1):
+        words = seed_words(seed)
+        batch, key = draw(words, (5, *shape[1:]))
+        later, noise, later_key = draw_later(words, shape, np.uint32(3), 2)
+        np.testing.assert_array_equal(later, batch[3:])
+        steps = [normal(jax.random.fold_in(key, i), batch.shape)[3:] for i in range(2)]
+        np.testing.assert_array_equal(noise, steps)
+        np.testing.assert_array_equal(jax.random.key_data(key), jax.random.key_data(later_key))
+
+
+def test_seeds_of_32_bits_draw_what_they_always_drew():
+    for seed in (0, 5, 2**32 - 1):
+        first, steps = jax.random.split(jax.random.key(np.uint32(seed)))
+        noise, key = draw(seed_words(seed), (1, *LATENTS))
+        np.testing.assert_array_equal(noise, normal(first, (1, *LATENTS)))
+        np.testing.assert_array_equal(jax.random.key_data(key), jax.random.key_data(steps))
+    expected = [1.1140472, 0.1416313, -0.5224542, -0.4330463]  # of seed 7, as the first release drew it
+    np.testing.assert_allclose(draw(seed_words(7), (1, *LATENTS))[0].reshape(-1)[:4], expected, rtol=1e-6)
+
+
+def test_seeds_as_wan_prints_them(run, undecoded):
+    wan = 6789012345678901234
+    first, again = run(seed=wan).latents, run(seed=wan).latents
+    np.testing.assert_array_equal(first, again)
+    assert all((first != run(seed=other).latents).any() for other in (wan % 2**32, wan >> 32, wan + 2**32))
+
+
+def test_more_frames_than_trained_are_made_and_told(run, demo_pipe, caplog):
+    sizes = dict(height=16, width=16, num_inference_steps=1)
+    result = run(num_frames=85, **sizes)
+    told = [record.getMessage() for record in caplog.records if "81" in record.getMessage()]
+    assert result.videos.shape[1] == 85
+    assert told == result.warnings[:1]
+    assert told[0].startswith("num_frames=85 is more than the 81 that the models were trained on: expect motion that")
+    assert str(demo_pipe.plan(num_frames=85, **sizes)).endswith(told[0])
+    assert not any("trained" in line for line in run(num_frames=81, **sizes).warnings)
+    assert "trained" not in str(demo_pipe.plan(num_frames=81, **sizes))
+
+
+def test_prompts_that_are_cut_are_told_once(run, undecoded, caplog):
+    words = " ".join(f"{i:03}" for i in range(200))  # four tokens each
+    result = run([BIRD, words], num_samples=2, num_frames=1)
+    told = [record.getMessage() for record in caplog.records if "is cut" in record.getMessage()]
+    assert len(told) == 1
+    assert told[0] in result.warnings
 
 
 @pytest.mark.parametrize("sampler", ["euler", "unipc"])
@@ -335,8 +397,11 @@ def test_random_weights(demo_pipe, monkeypatch, caplog, undecoded):
         ({"sampler": "ddim"}, "sampler='ddim' is unknown; choose rcm, euler, unipc"),
         ({"num_samples": 0}, "num_samples=0"),
         ({"prompt": []}, "0 prompts"),
-        ({"seed": -1}, "seed=-1 must be in 0..4294967295"),
-        ({"seed": 2**32}, "seed=4294967296 must be in 0..4294967295"),
+        ({"seed": -1}, "seed=-1 must be in 0..18446744073709551615"),
+        ({"seed": 2**64}, "seed=18446744073709551616 must be in 0..18446744073709551615"),
+        ({"seed": 1.5}, "seed=1.5 must be in 0.."),
+        ({"sample_index": -1}, "sample_index=-1 must be in 0..5592404 for videos of this size"),
+        ({"sample_index": 5592405}, "sample_index=5592405 must be in 0..5592404"),
         ({"sla_topk": 0.5}, "attention_type='sla'"),
         ({"vae_tiling": "yes"}, "vae_tiling='yes' is unknown; choose auto, on, off"),
         ({"output": "x.avi"}, "output 'x.avi' has no video format; end it in .mp4, .gif, .png"),

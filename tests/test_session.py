@@ -89,7 +89,7 @@ def test_commands(config, line, shown):
         ("/sed 7", "there is no command /sed, perhaps seed; see /help"),
         ("/seed", "/seed needs a value; see /help"),
         ("/seed x", "seed='x' is no whole number"),
-        ("/seed -1", "seed=-1 must be in 0..4294967295"),
+        ("/seed -1", "seed=-1 must be in 0..18446744073709551615"),
         ("/topk much", "sla_topk='much' is no number"),
         ("/topk 3", "sla_topk=3.0 must be in (0, 1]; 0.1 and 0.15 are usual"),
         ("/sigma_max -1", "sigma_max=-1.0 must be finite and above 0"),

@@ -21,6 +21,7 @@ from turbojax.models.vae import WanVAE
 from turbojax.models.waiting import embeddings_away
 from turbojax.models.wan import WanModel
 from turbojax.sampling import (
+    beyond_training,
     first_noise_level,
     first_state,
     latent_shape,
@@ -59,7 +60,7 @@ class Call(NamedTuple):
         )
         embedding = jax.ShapeDtypeStruct((batch, TEXT_LEN, parts.text.dim), parts.text.dtype)
         guided = c["guidance_scale"] != 1.0
-        options = {name: c[name] for name in ("guidance_scale", "seed", "latents", "noise")}
+        options = {name: c[name] for name in ("guidance_scale", "seed", "sample_index", "latents", "noise")}
 
         def arguments(embedding: jax.Array, images: dict[str, jax.Array]) -> tuple:
             negative = embedding if guided else None
@@ -120,9 +121,10 @@ def plan_call(
 
     options: dict[str, Any] = dict(memory=memory, limit=device_limit(), residency=residency)
     found = plan(parts, call.work, **options)
-    if jax.default_backend() != "gpu" or exact is False or (exact is None and found.clear):
-        return found
-    return plan(parts, call.work, compile_sampler=compile_sampler, **options)
+    if jax.default_backend() == "gpu" and exact is not False and not (exact is None and found.clear):
+        found = plan(parts, call.work, compile_sampler=compile_sampler, **options)
+    note = beyond_training(1 + (call.work.latents[0] - 1) * parts.vae.temporal_factor)
+    return dataclasses.replace(found, notes=(note,)) if note else found
 
 
 def settle(parts: Parts, call: Call, memory: str | float) -> Residency:

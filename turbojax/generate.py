@@ -26,7 +26,7 @@ from turbojax.models.wan import WanConfig
 from turbojax.networks import known_network
 from turbojax.pipeline import TurboVideoPipeline, VideoOutput, check_number
 from turbojax.planning import find_parts, plan_unloaded
-from turbojax.sampling import check_seed, latent_shape, make_sampler
+from turbojax.sampling import check_sample_index, check_seed, latent_shape, make_sampler
 from turbojax.shapes import WORDS
 from turbojax.shapes.prompts import remark
 from turbojax.stopwatch import Progress, untold
@@ -36,8 +36,17 @@ from turbojax.weights.lora import Expert, LoRA
 
 # Settings that the pipeline's call takes by the same names; height and width may come from elsewhere.
 CALL_SETTINGS = (
-    *("prompt", "negative_prompt", "num_samples", "seed", "num_frames", "sampler", "num_inference_steps"),
-    *("sigma_max", "ode", "guidance_scale", "shift", "vae_tiling", "background", "adaptive_size"),
+    *("prompt", "negative_prompt", "num_samples", "seed", "sample_index", "num_frames", "sampler"),
+    *(
+        "num_inference_steps",
+        "sigma_max",
+        "ode",
+        "guidance_scale",
+        "shift",
+        "vae_tiling",
+        "background",
+        "adaptive_size",
+    ),
 )
 
 # Settings that loading takes by the same names.
@@ -149,13 +158,14 @@ def check_settings(config: ConfigDict) -> tuple[int, int]:
     width, height = video_size(config.resolution, config.aspect_ratio)
     width = width if config.width is None else config.width
     height = height if config.height is None else config.height
-    latent_shape(VAEConfig.wan2_1(), config.num_frames, height, width)
+    shape = latent_shape(VAEConfig.wan2_1(), config.num_frames, height, width)
     sigma_max = RCM.sigma_max if config.sigma_max is None else config.sigma_max
     steps = {"num_steps": config.num_inference_steps, "sigma_max": sigma_max, "shift": config.shift}
     expert_split(make_sampler(config.sampler, **steps).times, config.boundary)
     check_network(config)
     check_number([config.prompt], config.num_samples)
     check_seed(config.seed)
+    check_sample_index(config.sample_index, (config.num_samples, *shape))
     check_tiling(config.vae_tiling)
     check_fps(config.fps)
     return width, height

@@ -74,7 +74,7 @@ class Plan:
     """What is where, what each stage needs, and why.
 
     limit: bytes of the device, or those named in their place; usable: what of them is planned with, the rest is for
-    predictions that are low. None where the device has none to tell.
+    predictions that are low. None where the device has none to tell. notes: what else to expect of the call.
     """
 
     residency: Residency
@@ -83,6 +83,7 @@ class Plan:
     usable: int | None
     reasons: tuple[str, ...]
     exact: bool
+    notes: tuple[str, ...] = ()
 
     @property
     def largest(self) -> Stage:
@@ -110,7 +111,7 @@ class Plan:
         limit = "unknown" if self.limit is None else f"{gigabytes(self.limit)} GB"
         basis = "XLA's analysis of the compiled programs" if self.exact else "an estimate"
         lines.append(f"The card's memory: {limit}. Temporaries: {basis}.")
-        return "\n".join([*lines, *self.reasons])
+        return "\n".join([*lines, *self.reasons, *self.notes])
 
 
 def plan(

@@ -43,6 +43,8 @@ from turbojax.models.waiting import here
 from turbojax.models.wan import WanConfig, WanModel
 from turbojax.sampling import (
     SamplerName,
+    beyond_training,
+    check_sample_index,
     check_seed,
     denoise,
     first_noise_level,
@@ -63,17 +65,29 @@ from turbojax.weights.skeleton import wan_skeleton
 
 @dataclasses.dataclass(frozen=True)
 class VideoOutput:
-    """videos: uint8 `[B, T, H, W, 3]`; latents: float32, what was decoded; timings: seconds by stage; files written."""
+    """videos: uint8 `[B, T, H, W, 3]`; latents: float32, what was decoded; timings: seconds by stage; files written.
+
+    warnings: lines on what may not be as it was meant, which the log has, too.
+    """
 
     videos: np.ndarray
     latents: jax.Array
     timings: dict[str, float]
     files: list[Path] = dataclasses.field(default_factory=list)
+    warnings: list[str] = dataclasses.field(default_factory=list)
 
 
 def check_number(prompts: Sequence[str], num_samples: int) -> None:
     if not prompts or num_samples < 1:
         raise UserError(f"{len(prompts)} prompts and {num_samples=} ask for no video; give at least one of each")
+
+
+def told(*lines: str | None) -> list[str]:
+    """The lines that there are, after the log has been given them."""
+    warnings = [line for line in lines if line]
+    for line in warnings:
+        logging.warning("%s", line)
+    return warnings
 
 
 def abstract_call(parts: Parts, settings: Mapping[str, Any]) -> Call:
@@ -288,6 +302,7 @@ class TurboVideoPipeline:
         sla_topk: float | None = None,
         seed: int = 0,
         num_samples: int = 1,
+        sample_index: int = 0,
         latents: jax.Array | None = None,
         noise: jax.Array | None = None,
         output: str | Path | None = None,
@@ -300,7 +315,7 @@ class TurboVideoPipeline:
         image: the first frame (a path, an array or a PIL image) for networks that make videos from images; last_image:
           the last frame, for those that take one. background shows through where they are transparent.
         adaptive_size: with an image, the video has its shape and the area of height x width; False squeezes the image.
-        num_frames: 4 n + 1; height, width: pixels, multiples of 16.
+        num_frames: 4 n + 1, up to 81 as trained; height, width: pixels, multiples of 16.
         num_inference_steps: 1 to 4 for "rcm", about 50 for "euler" and "unipc".
         guidance_scale: other than 1 runs the network for the negative prompt too (undistilled models).
         sigma_max: first noise level of rCM, None for 80, with an image 200; ode: deterministic steps.
@@ -312,9 +327,12 @@ class TurboVideoPipeline:
           numbered, clip_0000.mp4, clip_0001.mp4, ...
         vae_tiling: decode in tiles that pass into each other, with less memory and more time: "on", "off", or "auto"
           where whole frames would not fit.
+        seed: 0 to 2**64 - 1; the same one gives the same videos. It draws the noise of one batch, the samples of the
+          first prompt, then those of the second: the prompts of a list get different noise.
+        sample_index: the place in that batch of the first video that is made, so that sample i of prompt k can be made
+          alone, up to rounding: that prompt, the same seed, num_samples=1, sample_index = k * (samples a prompt) + i.
         progress: called with a stage's name and the share of it that is done, as stages begin, after decoded chunks and
           before the steps of a streamed transformer. What it raises ends the call; no file is left then.
-        The same seed gives the same videos.
 
         Raises UserError for impossible sizes and settings, for files that cannot be written, and where the network
         returns NaN.
@@ -328,8 +346,6 @@ class TurboVideoPipeline:
         sigma_max = first_noise_level(self.config, sigma_max)
         steps = make_sampler(sampler, num_steps=num_inference_steps, sigma_max=sigma_max, ode=ode, shift=shift)
         guided = guidance_scale != 1.0
-        if negative_prompt and not guided:
-            logging.warning("negative_prompt has no effect with guidance_scale=1")
         shape = (len(prompts) * num_samples, *latent_shape(self.vae.config, num_frames, height, width))
         for name, value, expected in (
             ("latents", latents, shape),
@@ -338,8 +354,12 @@ class TurboVideoPipeline:
             if value is not None and value.shape != expected:
                 raise UserError(f"{name} has the shape {value.shape} and must have {expected}")
 
+        check_sample_index(sample_index, shape)
         outputs = [] if output is None else [numbered(check_path(output), i, shape[0]) for i in range(shape[0])]
         check_fps(fps)
+        unguided = "negative_prompt has no effect with guidance_scale=1" if negative_prompt and not guided else None
+        warnings = told(beyond_training(num_frames), unguided)
+        warnings += self.text.cut([*prompts, negative_prompt or ""] if guided else prompts)  # told when they are read
 
         self._clock.take()  # what a call that failed has left
         self._clock.progress = progress
@@ -366,6 +386,7 @@ class TurboVideoPipeline:
                 negative=negative,
                 guidance_scale=guidance_scale,
                 seed=seed,
+                sample_index=sample_index,
                 latents=latents,
                 noise=noise,
                 images=images,
@@ -381,10 +402,9 @@ class TurboVideoPipeline:
             vae = here(self.vae)
         tiled = needs_tiling(vae, *shape[2:4], vae_tiling, limit=parse(self.memory, None)[1])
         videos = self._decode(vae, host, outputs, fps, tiled=tiled)
-        for line in guard.warnings(videos):
-            logging.warning("%s", line)
+        warnings += told(*guard.warnings(videos))
         written = [file for path in outputs for file in files_of(path, num_frames)]
-        return VideoOutput(videos, clean, self._clock.take(), written)
+        return VideoOutput(videos, clean, self._clock.take(), written, warnings)
 
     def _image_inputs(self, pictures: Sequence[np.ndarray], **sizes: int) -> dict[str, jax.Array]:
         """`image_inputs` by networks that are on the device while it runs."""

@@ -5,7 +5,8 @@ B batch; latents `[B, 1 + (frames - 1) / 4, height / 8, width / 8, 16]`.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Hashable
+import math
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, Literal
 
 import jax
@@ -25,6 +26,7 @@ from turbojax.weights.skeleton import wan_skeleton
 
 SamplerName = Literal["rcm", "euler", "unipc"]
 SAMPLERS: tuple[str, ...] = ("rcm", "euler", "unipc")
+TRAINED_FRAMES = 81  # of Wan's and TurboDiffusion's models
 
 
 def latent_shape(config: VAEConfig, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
@@ -44,9 +46,26 @@ def latent_shape(config: VAEConfig, num_frames: int, height: int, width: int) ->
     return t, height // config.spatial_factor, width // config.spatial_factor, config.z_dim
 
 
+def beyond_training(num_frames: int) -> str | None:
+    """What to expect of more frames than the models were trained on, in a line; None for as many or fewer."""
+    if num_frames <= TRAINED_FRAMES:
+        return None
+    return (
+        f"{num_frames=} is more than the {TRAINED_FRAMES} that the models were trained on: expect motion that repeats, "
+        "returns or drifts, and time and memory that grow faster than the frames"
+    )
+
+
 def check_seed(seed: int) -> None:
-    if not 0 <= seed < 2**32:
-        raise UserError(f"{seed=} must be in 0..{2**32 - 1}")
+    if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**64:
+        raise UserError(f"{seed=} must be in 0..{2**64 - 1}")
+
+
+def check_sample_index(index: int, shape: Sequence[int]) -> None:
+    """shape: of the latents, `[B, t, h, w, c]`; their places in the seed's noise are numbered in 32 bits."""
+    most = 2**32 // math.prod(shape[1:]) - shape[0]
+    if not isinstance(index, int | np.integer) or not 0 <= index <= most:
+        raise UserError(f"sample_index={index} must be in 0..{most} for videos of this size")
 
 
 def make_sampler(name: str, *, num_steps: int, sigma_max: float, ode: bool = False, shift: float = 5.0) -> Sampler:
@@ -157,13 +176,20 @@ def sampler_arguments(
     negative: jax.Array | None,
     guidance_scale: float,
     seed: int,
+    sample_index: int,
     latents: jax.Array | None,
     noise: jax.Array | None,
     images: dict[str, jax.Array],
 ) -> tuple:
     """What `sample` takes besides the network; options as the pipeline's call takes them."""
-    state, step_key = first_state(sampler, shape, seed)
-    state = state if latents is None else sampler.initial(jnp.asarray(latents))
+    if sample_index:
+        draws = sampler.num_steps if isinstance(sampler, RCM) and not sampler.ode else 0
+        own, own_noise, step_key = draw_later(seed_words(seed), shape, np.uint32(sample_index), draws)
+        state = sampler.initial(own if latents is None else jnp.asarray(latents))
+        noise = own_noise if noise is None else noise
+    else:
+        state, step_key = first_state(sampler, shape, seed)
+        state = state if latents is None else sampler.initial(jnp.asarray(latents))
     noise = None if noise is None else jnp.asarray(noise)
     timesteps, numbers = sampler.schedule()
     schedule = timesteps, tuple(a.astype(state.dtype) for a in numbers)  # on the host: no programs for small numbers
@@ -172,15 +198,52 @@ def sampler_arguments(
 
 def first_state(sampler: Sampler, shape: tuple[int, ...], seed: int) -> tuple[jax.Array, jax.Array]:
     """The state before the first step, from a seed's noise, and the key of the steps."""
-    noise, step_key = draw(np.uint32(seed), shape)
+    noise, step_key = draw(seed_words(seed), shape)
     return sampler.initial(noise), step_key
+
+
+def seed_words(seed: int) -> np.ndarray:
+    """The high and the low half of a seed, uint32 `[2]`."""
+    return np.array([int(seed) >> 32, int(seed) & 0xFFFFFFFF], np.uint32)
+
+
+def keys_of(seed: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The keys of the latents and of the steps; of a seed of 32 bits, those of `jax.random.key(seed)`."""
+    first_key, step_key = jax.random.split(jax.random.wrap_key_data(seed, impl="threefry2x32"))
+    return first_key, step_key
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def draw(seed: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
     """Standard normal float32 of this shape, and the key of the steps."""
-    first_key, step_key = jax.random.split(jax.random.key(seed))
+    first_key, step_key = keys_of(seed)
     return normal(first_key, shape), step_key
+
+
+@functools.partial(jax.jit, static_argnums=(1, 3))
+def draw_later(
+    seed: jax.Array, shape: tuple[int, ...], sample: jax.Array, steps: int
+) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+    """The latents of a seed's batch from a sample on, `shape`, their noise `[steps, *shape]`, and the key of the steps.
+
+    They are those parts of what `draw` and the sampler draw for a batch that has these samples: JAX numbers the places
+    of a draw, and the bits of place i are those of the key folded with i.
+    """
+    first_key, step_key = keys_of(seed)
+    start = sample * np.uint32(math.prod(shape[1:]))
+    places = start + jnp.arange(math.prod(shape), dtype=jnp.uint32)
+
+    def normal_there(key: jax.Array) -> jax.Array:
+        high, low = jax.random.key_data(jax.vmap(jax.random.fold_in, (None, 0))(key, places)).T
+        mantissa = (high ^ low) >> 9 | np.uint32(0x3F800000)
+        below_one = jax.lax.bitcast_convert_type(mantissa, jnp.float32) - np.float32(1)
+        least = np.nextafter(np.float32(-1), np.float32(0))
+        uniform = jnp.maximum(least, below_one * (np.float32(1) - least) + least)
+        return (np.float32(np.sqrt(2)) * jax.lax.erf_inv(uniform)).reshape(shape)
+
+    step_keys = [jax.random.fold_in(step_key, i) for i in range(steps)]
+    noise = jnp.stack([normal_there(key) for key in step_keys]) if steps else None
+    return normal_there(first_key), noise, step_key
 
 
 def sampler_program(

@@ -1,5 +1,6 @@
 """The page as people use it: in a headless Chromium, and over HTTP."""
 
+import html
 import json
 import shutil
 import threading
@@ -237,6 +238,31 @@ def test_the_api_says_what_is_wrong(url, changes, message):
     if message:
         assert message in data["error"]
     assert "Traceback" not in json.dumps(data)
+
+
+def test_what_the_pipeline_warns_of_is_below_the_time(url):
+    words = " ".join(f"{i:03}" for i in range(200))  # four tokens each
+    event, data = call(url, "generate", values(prompt=words))[-1]
+    assert event == "complete"
+    status = html.unescape(str(data[0]))
+    assert "Done in" in status
+    assert "the prompt has 800 tokens, of which the text encoder reads 511: it is cut at '127 128" in status
+
+
+@pytest.mark.parametrize("seed", [6789012345678901234, "6789012345678901234"])
+def test_seeds_of_64_bits_stay_as_they_are(url, folder, seed):
+    before = set(folder.glob("*.json"))
+    assert call(url, "generate", values(seed=seed))[-1][0] == "complete"
+    (record,) = set(folder.glob("*.json")) - before
+    assert json.loads(record.read_text())["settings"]["seed"] == "6789012345678901234"
+
+
+def test_more_frames_than_trained_are_told_beside_the_memory(tmp_path):
+    server = Server(base_config(**SIZES, prompt="A red bird"), tmp_path)
+    form = first_values(server.config)
+    assert "85 is more than the 81 that" in server.memory(form | {"num_frames": 85})
+    assert "trained" not in server.memory(form | {"num_frames": 81})
+    server.jobs.close()
 
 
 def test_fields_of_what_is_not_said_are_empty(url):

@@ -67,8 +67,8 @@ class Server:
     def __init__(self, config: ConfigDict, folder: Path):
         self.config, self.album, self.jobs, self.studio = config, Album(folder), Jobs(), Studio()
 
-    def make(self, config: ConfigDict, values: Mapping[str, Any], progress: Progress) -> Entry:
-        """A job's work: a video in the album."""
+    def make(self, config: ConfigDict, values: Mapping[str, Any], progress: Progress) -> tuple[Entry, list[str]]:
+        """A job's work: a video in the album, and what the pipeline warns of."""
         path = self.album.new_path()
         try:
             result = self.studio.make(config, path, progress)
@@ -78,13 +78,14 @@ class Server:
             raise UserError(
                 "memory is not enough for this; choose a smaller resolution, fewer frames, or Quant Linear"
             ) from error
-        return self.album.add(
+        entry = self.album.add(
             path,
             result.videos[0],
             settings=values,
             weights=str(config.weights),
             seconds={name: round(seconds, 3) for name, seconds in result.timings.items()},
         )
+        return entry, result.warnings
 
     def generate(self, values: Mapping[str, Any], owner: str) -> Iterator[tuple[str, Entry | None]]:
         """What to tell, as HTML, while a video is made, and the video at last."""
@@ -99,11 +100,12 @@ class Server:
                     yield now, None
                 told = now
             try:
-                entry = job.result()
+                entry, warnings = job.result()
             except CancelledError:
                 yield line("Cancelled."), None
                 return
-            yield line(f"Done in {sum(entry.seconds.values()):.1f} s, {stages(entry)}."), entry
+            done = f"Done in {sum(entry.seconds.values()):.1f} s, {stages(entry)}."
+            yield "".join(map(line, [done, *warnings])), entry
 
     def status(self, job: Job) -> str:
         if job.stage == "wait":
@@ -122,8 +124,8 @@ class Server:
             return html.escape(str(error), quote=False)
         need = f"Needs about {gigabytes(found.peak)} GB"
         if found.limit is None:
-            return f"{need} of memory."
-        return " ".join([f"{need} of the card's {gigabytes(found.limit)} GB.", *found.reasons])
+            return " ".join([f"{need} of memory.", *found.notes])
+        return " ".join([f"{need} of the card's {gigabytes(found.limit)} GB.", *found.reasons, *found.notes])
 
 
 @contextmanager
@@ -191,7 +193,9 @@ def build(server: Server) -> gr.Blocks:
                         1, 4 if config.sampler == "rcm" else 100, first["num_inference_steps"], step=1, label="Steps"
                     )
                 with gr.Row(elem_id="seed"):
-                    form["seed"] = gr.Number(first["seed"], label="Seed", precision=0, min_width=120)
+                    form["seed"] = gr.Textbox(  # a browser's numbers would round one of 64 bits
+                        str(first["seed"]), label="Seed", max_lines=1, min_width=120
+                    )
                     dice = gr.Button("New seed", size="md", min_width=120)
                 with gr.Accordion("Advanced settings", open=False):
                     form["quant_linear"] = gr.Dropdown(
@@ -273,7 +277,7 @@ def build(server: Server) -> gr.Blocks:
         def again(name: str):
             with messages():
                 settings = server.album.get(name).settings
-                return [settings[field] for field in NAMES]
+                return [str(settings[field]) if field == "seed" else settings[field] for field in NAMES]
 
         hidden: dict[str, Any] = dict(api_visibility="private", show_progress="hidden")
         views = [video, shown, about, download, reuse]
@@ -283,7 +287,7 @@ def build(server: Server) -> gr.Blocks:
         made.success(latest, None, [gallery, names], **hidden)
         made.failure(lambda: line("No video; the message says why."), None, status, **hidden)
         stop.click(cancel, None, None, api_name="cancel", show_progress="hidden", queue=False)
-        dice.click(lambda: random.randrange(2**32), None, form["seed"], **hidden)
+        dice.click(lambda: str(random.randrange(2**32)), None, form["seed"], **hidden)
         gallery.select(select, names, views, **hidden)
         reuse.click(again, shown, fields, **hidden)
         page.load(latest, None, [gallery, names], **hidden)

@@ -96,7 +96,7 @@ def open_repository(path_or_repo: str | Path) -> Repository:
 
 def open_hub(name: str) -> Repository:
     """A Hugging Face repository; downloads go to its cache folder and resume."""
-    import huggingface_hub
+    import huggingface_hub.constants
 
     if huggingface_hub.constants.HF_HUB_CACHE.startswith("~"):  # it would make a folder of that name
         raise UserError(f"no home folder is known to download {name} to; set HOME, or HF_HOME=FOLDER")
