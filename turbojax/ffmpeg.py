@@ -57,7 +57,7 @@ def check_encoder() -> None:
 def try_encoder(path: str) -> None:
     with starting(path):
         target = ["-f", "mp4", "-movflags", "frag_keyframe+empty_moov", "pipe:1"]  # as a stream, which needs no file
-        command = [path, *encoding(16, 16, fps=16), *target]
+        command = [path, *h264(16, 16, fps=16), *target]
         done = subprocess.run(command, input=bytes(2 * 16 * 16 * 3), capture_output=True, start_new_session=True)
     if done.returncode or b"ftyp" not in done.stdout[:16]:
         raise OSError(f"{path!r} cannot encode two frames ({reason(done.stderr, done.returncode)})")
@@ -99,7 +99,7 @@ def guessed_matrix(width: int, height: int) -> str:
     return "smpte170m" if width < 1280 and height <= 576 else "bt709"
 
 
-def encoding(width: int, height: int, *, fps: int) -> list[str]:
+def h264(width: int, height: int, *, fps: int) -> list[str]:
     """ffmpeg's arguments from frames as bytes, RGB, on its standard input to H.264; the target is left to be named."""
     matrix = guessed_matrix(width, height)
     # Without accurate_rnd each round of decoding and encoding darkens the colours.
@@ -117,7 +117,7 @@ def mp4_encoder(path: Path, shape: Sequence[int], fps: int) -> Iterator[Callable
     """Yields write(frames), uint8 `[t, H, W, 3]`, to ffmpeg as a process; raises OSError with what it says."""
     _, height, width, _ = shape
     even = ((0, 0), (0, height % 2), (0, width % 2), (0, 0))  # the last row or column again, since yuv420p halves both
-    command = [program(), *encoding(width + width % 2, height + height % 2, fps=fps), "-f", "mp4", url(path)]
+    command = [program(), *h264(width + width % 2, height + height % 2, fps=fps), "-f", "mp4", url(path)]
     with tempfile.TemporaryFile() as messages, running(command, messages, stdin=subprocess.PIPE) as process:
         assert process.stdin is not None
         pipe = process.stdin
@@ -232,13 +232,18 @@ def read_frames(path: Path, *, fps: int) -> Generator[np.ndarray]:
     command += ["-vf", filters, "-pix_fmt", "rgb24", "-c:v", "ppm", "-f", "image2pipe", "pipe:1"]
     with tempfile.TemporaryFile() as messages, running(command, messages, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
-        while header := process.stdout.readline():
-            width, height = map(int, process.stdout.readline().split())
-            process.stdout.readline()
-            content = process.stdout.read(height * width * 3)
-            if header != b"P6\n" or len(content) < height * width * 3:
-                break
-            yield np.frombuffer(content, np.uint8).reshape(height, width, 3)
+        while (frame := read_ppm(process.stdout)) is not None:
+            yield frame
         if process.wait():
             messages.seek(0)
             raise OSError(reason(messages.read(), process.returncode))
+
+
+def read_ppm(stream: IO[bytes]) -> np.ndarray | None:
+    """The next frame of a stream of PPM images, which say their size, uint8 `[H, W, 3]`; None at the end."""
+    lines = [stream.readline() for _ in range(3)]
+    if not lines[2]:
+        return None
+    width, height = map(int, lines[1].split())
+    content = stream.read(height * width * 3)
+    return np.frombuffer(content, np.uint8).reshape(height, width, 3) if len(content) == height * width * 3 else None

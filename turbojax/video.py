@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from absl import logging
 from PIL import Image, ImageOps
 
 from turbojax.errors import UserError
@@ -95,7 +96,7 @@ def open_video(path: str | os.PathLike, shape: Sequence[int], fps: int = 16) -> 
     check_shape(shape, np.dtype(np.uint8))
     check_fps(fps)
     count, frame_shape = 0, tuple(shape[1:])
-    with encoding(path, shape, fps) as write, in_a_thread(write) as hand_over:
+    with encoder(path, shape, fps) as write, in_a_thread(write) as hand_over:
 
         def append(frames: np.ndarray) -> None:
             nonlocal count
@@ -111,17 +112,17 @@ def open_video(path: str | os.PathLike, shape: Sequence[int], fps: int = 16) -> 
 
 
 @contextmanager
-def encoding(path: Path, shape: Sequence[int], fps: int) -> Iterator[Callable[[np.ndarray], None]]:
+def encoder(path: Path, shape: Sequence[int], fps: int) -> Iterator[Callable[[np.ndarray], None]]:
     """Yields write(frames) to the encoder of a format; the video's files take their names when the block ends well."""
     with whole_files(files_of(path, shape[0])) as parts:
         match path.suffix.lower():
             case ".mp4":
-                encoder = mp4_encoder(parts[0], shape, fps)
+                chosen = mp4_encoder(parts[0], shape, fps)
             case ".gif":
-                encoder = gif_encoder(parts[0], fps)
+                chosen = gif_encoder(parts[0], fps)
             case _:
-                encoder = png_encoder(parts)
-        with encoder as write:
+                chosen = png_encoder(parts)
+        with chosen as write:
             yield write
 
 
@@ -147,6 +148,8 @@ def in_a_thread(write: Callable[[np.ndarray], None]) -> Iterator[Callable[[np.nd
 @contextmanager
 def gif_encoder(path: Path, fps: int) -> Iterator[Callable[[np.ndarray], None]]:
     """GIF has hundredths of a second: each frame ends at the one nearest to its time, so that errors do not add up."""
+    if fps > 50:
+        logging.warning("Browsers slow down a GIF of more than 50 frames a second, not %d; mp4 has no such limit", fps)
     frames: list[Image.Image] = []
     yield lambda piece: frames.extend(Image.fromarray(frame) for frame in piece)
     ends = [round(100 * (i + 1) / fps) for i in range(len(frames))]
