@@ -19,6 +19,7 @@ from turbojax.models.streaming import placed
 from turbojax.models.tokenizer import Tokenizer
 from turbojax.models.vae import WanVAE
 from turbojax.models.waiting import away, here
+from turbojax.models.wan import WanConfig
 from turbojax.networks import TWO_EXPERTS, known_network, published_parts
 from turbojax.temporaries import Parts
 from turbojax.text import TextEncoder
@@ -62,6 +63,7 @@ def load_published(
     high, low = files.find_networks(path_or_repo, quantized=options["quant_linear"])
     # Names only: a bad file shows before anything is downloaded.
     config = with_options(open_wan(high).config, **options)
+    tell_no_effect(config, options)
     dtype = config.dtype
     if low is None and (single := [lora for lora in loras if lora.expert]):
         raise UserError(f"{single[0].path} is for an expert, and {high.name} is the only network; give it for all")
@@ -111,6 +113,7 @@ def load_random(
 ) -> Loaded:
     """See `TurboVideoPipeline.random`; first_call, ahead, options: as `load_published` takes them."""
     config = with_options(known_network(model), **options)
+    tell_no_effect(config, options)
     logging.warning("Weights are random: %s at full size, for measuring. The video will be noise.", model)
     use_compilation_cache()
     parts = published_parts(config, two=model in TWO_EXPERTS)
@@ -132,3 +135,11 @@ def load_random(
         network = leave(generate(vae, what="random VAE"))
         jax.block_until_ready(placed(text.encoder))
     return Loaded(f"random {model}", experts, network, text, clip, programs)
+
+
+def tell_no_effect(config: WanConfig, options: Mapping[str, Any]) -> None:
+    """Warns of options that the network's attention does not have."""
+    for name, attentions in (("sla_topk", ("sla", "sagesla")), ("sage_values", ("sagesla",))):
+        if options.get(name) is not None and config.attention_type not in attentions:
+            effect = (name, options[name], config.attention_type, " or ".join(attentions))
+            logging.warning("%s=%s has no effect with attention_type=%s, only with %s", *effect)

@@ -243,6 +243,53 @@ def test_quantizing_while_loading_equals_converting_before(tmp_path, file, outpu
     assert again.config.quant is None
 
 
+def quantization_log(caplog) -> list[str]:
+    return [record.getMessage() for record in caplog.records if "linear layers" in record.getMessage()]
+
+
+@pytest.mark.parametrize(
+    ("stored", "options", "line"),
+    [
+        (None, {}, None),
+        (None, {"quant_linear": True}, "Quantized 20 linear layers (block128): 0.0 GB -> 0.0 GB"),
+        (
+            None,
+            {"quant_linear": True, "quant_scheme": "block128_rows"},
+            "Quantized 20 linear layers (block128_rows): 0.0 GB -> 0.0 GB",
+        ),
+        ("block128", {}, "20 linear layers are int8 as stored (block128), run as block128"),
+        (
+            "block128",
+            {"quant_scheme": "block128_weights"},
+            "20 linear layers are int8 as stored (block128), run as block128_weights",
+        ),
+        (
+            "block128",
+            {"quant_scheme": "channel_weights"},
+            "Quantized 20 linear layers again, from block128 to channel_weights: 0.0 GB -> 0.0 GB",
+        ),
+        ("channel", {"quant_linear": False}, "Dequantized 20 linear layers (channel) to bfloat16"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["safetensors", "orbax"])
+def test_the_log_names_the_schemes(tmp_path, file, stored, options, line, kind, caplog):
+    path = tmp_path / ("model" if kind == "orbax" else "model.safetensors")
+    convert.convert(file, path, quantize=stored, format=kind)
+    with caplog.at_level("INFO", logger="absl"):
+        load_wan(path, **options)
+    assert quantization_log(caplog) == ([line] if line else [])
+
+
+def test_a_scheme_that_has_no_effect(file, quantized_file):
+    with pytest.raises(UserError, match="quant_scheme='channel' has no effect with quant_linear=False; leave out one"):
+        load_wan(quantized_file, quant_linear=False, quant_scheme="channel")
+    with pytest.raises(
+        UserError, match="quant_scheme='channel' has no effect on a checkpoint without int8 layers; add"
+    ):
+        load_wan(file, quant_scheme="channel")
+    assert load_wan(quantized_file, quant_scheme="channel").config.quant == QuantConfig("channel")
+
+
 # SLA.
 
 

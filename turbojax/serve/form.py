@@ -41,6 +41,8 @@ def read_form(config: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
     changes = {name: parse(name, values[name]) for name in NAMES if name not in ("resolution", "image")}
     for name in ("quant_linear", "attention_type"):
         changes[name] = config[name] if values[name] == AS_STARTED else changes[name]
+    if changes["quant_linear"] is False:
+        changes["quant_scheme"] = None  # the server's, which the form does not show
     if values["resolution"] in SIZES:
         changes |= {"resolution": values["resolution"], "width": None, "height": None}
     elif values["resolution"] not in resolutions(config):

@@ -111,12 +111,19 @@ def renamed_shapes(tensors: Mapping[str, np.ndarray], rules: Iterable[Rule]) -> 
 def with_options(
     config: WanConfig, *, quant_linear: bool | None = None, quant_scheme: str | None = None, **changes: Any
 ) -> WanConfig:
-    """The checkpoint's configuration with what the user asked for; None keeps what the checkpoint says."""
+    """The checkpoint's configuration with what the user asked for; None keeps what the checkpoint says.
+
+    Raises UserError for what cannot be, such as an int8 scheme for linear layers that are not int8.
+    """
     changes = {name: value for name, value in changes.items() if value is not None}
+    named = int8.quant_scheme(quant_scheme) if quant_scheme else None
+    if named and quant_linear is False:
+        raise UserError(f"{quant_scheme=} has no effect with quant_linear=False; leave out one of them")
+    if named and not (quant_linear or config.quant):
+        raise UserError(f"{quant_scheme=} has no effect on a checkpoint without int8 layers; add quant_linear=True")
     if quant_linear is False:
         changes["quant"] = None
     elif quant_linear or config.quant:
-        named = int8.quant_scheme(quant_scheme) if quant_scheme else None
         changes["quant"] = named or config.quant or int8.QuantConfig()
     return dataclasses.replace(config, **changes)
 
@@ -159,7 +166,9 @@ def load_wan(
     skeleton = wan_skeleton(with_options(checkpoint.config, **options))
     as_stored = isinstance(checkpoint.tensors, Stacks) and skeleton.specs == checkpoint.tensors.skeleton.specs
     if as_stored and not (changes or streamed):
-        return skeleton.fill(load_arrays(Path(path), skeleton))
+        model = skeleton.fill(load_arrays(Path(path), skeleton))
+        log_quantization(checkpoint.config, model.config)
+        return model
     return build_wan(checkpoint, changes, streamed=streamed, **options)
 
 
@@ -173,26 +182,35 @@ def build_wan(
     pieces = Pieces(checkpoint._replace(tensors=tensors), config, changes or {})
     model = skeleton.fill(place(skeleton, pieces, what=checkpoint.what, streamed=streamed), streamed=streamed)
     tensors.warn(checkpoint.what)
-    log_quantization(checkpoint.config, config, skeleton)
+    log_quantization(checkpoint.config, config, changes)
     return model
 
 
-def log_quantization(stored: WanConfig, config: WanConfig, skeleton: Skeleton) -> None:
-    """What was done to the linear layers, with the bytes of the whole network before and after."""
-    if scheme(stored) == scheme(config):
+def log_quantization(stored: WanConfig, config: WanConfig, changes: Changes | None = None) -> None:
+    """What was done to the linear layers, by the names of the int8 schemes; changes: of LoRAs."""
+    if stored.quant is None and config.quant is None:
         return
-    before = sum(
-        s.size * s.dtype.itemsize for s in wan_skeleton(dataclasses.replace(config, quant=None)).specs.values()
-    )
-    after = sum(s.size * s.dtype.itemsize for s in skeleton.specs.values())
-    count = sum(
-        s.shape[0] for name, s in skeleton.specs.items() if QUANTIZED.fullmatch(name) and name.endswith("weight")
-    )
-    if config.quant is None:
-        logging.info("Dequantized %d linear layers to %s", count, jnp.dtype(config.dtype).name)
+    specs = wan_skeleton(config).specs
+    weights = [s for name, s in specs.items() if QUANTIZED.fullmatch(name) and name.endswith("weight")]
+    count = sum(s.shape[0] for s in weights)
+    before, after = (int8.scheme_name(c.quant) if c.quant else None for c in (stored, config))
+    gigabytes = " -> ".join(f"{network_bytes(c, config.dtype) / 1e9:.1f} GB" for c in (stored, config))
+    merged = sum(bool(QUANTIZED.fullmatch(entry.target)) for entry in changes or ())
+    if after is None:
+        logging.info("Dequantized %d linear layers (%s) to %s", count, before, jnp.dtype(config.dtype).name)
+    elif before is None:
+        logging.info("Quantized %d linear layers (%s): %s", count, after, gigabytes)
+    elif scheme(stored) != scheme(config):
+        logging.info("Quantized %d linear layers again, from %s to %s: %s", count, before, after, gigabytes)
     else:
-        sizes = (config.quant.scheme, before / 1e9, after / 1e9)
-        logging.info("Quantized %d linear layers (%s): %.1f GB -> %.1f GB", count, *sizes)
+        again = f", {merged} of them quantized again with LoRAs" if merged else ""
+        logging.info("%d linear layers are int8 as stored (%s), run as %s%s", count, before, after, again)
+
+
+def network_bytes(config: WanConfig, dtype: Any) -> int:
+    """The bytes of a network's parameters where those that are not int8 have this dtype."""
+    specs = wan_skeleton(dataclasses.replace(config, dtype=dtype)).specs
+    return sum(spec.size * spec.dtype.itemsize for spec in specs.values())
 
 
 @dataclasses.dataclass(frozen=True)
