@@ -49,3 +49,8 @@ def anchors(page: Path) -> set[str]:
     """The names of a page's headings in links, as GitHub makes them."""
     headings = re.findall(r"^#+ +(.*)$", prose(page), re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def indented(page: Path) -> list[str]:
+    """The first lines of blocks that are marked by indentation alone, which nothing tells the language of."""
+    return re.findall(r"(?<=\n\n) {4}(?![ *-]).*", prose(page))
