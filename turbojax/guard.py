@@ -27,7 +27,7 @@ def flaws(video: np.ndarray) -> tuple[str, ...]:
         video = np.round((np.clip(video, -1, 1) + 1) * 127.5).astype(np.uint8)
     planes = np.ascontiguousarray(np.moveaxis(video, -1, 0))  # NumPy takes eight times as long over an axis of three
     first = planes[:, :1]
-    bright = (planes.max(axis=0) > DARK).mean(axis=(1, 2)).max()
+    bright = np.max((planes.max(axis=0) > DARK).mean(axis=(1, 2)))
     moving = (np.maximum(planes, first) - np.minimum(planes, first)).max(axis=0) > SAME
     moved = moving[1:].mean(axis=(1, 2)).max() if len(video) > 1 else 1.0
     return tuple(name for name, found in (("black", bright <= FEW), ("static", moved <= FEW)) if found)

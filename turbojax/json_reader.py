@@ -334,7 +334,7 @@ def check_nesting(content: bytes) -> None:
     brackets = code[np.isin(code, np.frombuffer(b"[{]}", np.uint8))]
     steps = np.where(np.isin(brackets, np.frombuffer(b"[{", np.uint8)), np.int8(1), np.int8(-1))
     depth = np.cumsum(steps, dtype=np.int32)
-    if (deepest := int(depth.max(initial=0))) > MOST_NESTED:
+    if (deepest := int(np.max(depth, initial=0))) > MOST_NESTED:
         raise Mismatch(f"it is nested {deepest} deep and may be {MOST_NESTED}")
 
 

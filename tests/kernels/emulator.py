@@ -1,7 +1,8 @@
 """Runs Pallas Mosaic GPU kernels on a CPU: jax's GPU interpreter, with what it lacks put in their place.
 
 The interpreter runs the warp groups as threads, and raises where a barrier passes a phase that nobody has waited for.
-Its accumulators take no values and no operands from registers, so they become buffers here. Private: jax 0.10 only.
+Its accumulators take no values and no operands from registers, so they become buffers here. It is private to jax, and
+the same from 0.10 to 0.12.
 """
 
 import dataclasses
@@ -13,8 +14,6 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-
-SUPPORTED = jax.__version_info__[:2] == (0, 10)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,7 +14,6 @@ from turbojax.kernels.norms import Residual
 BF16 = jnp.bfloat16
 
 
-@pytest.mark.skipif(not emulator.SUPPORTED, reason="the emulator is made for jax 0.10")
 @pytest.mark.parametrize(
     ("scheme", "samples", "gated"), [("block128", 4, True), ("block128", 1, False), ("channel", 1, True)]
 )

@@ -29,7 +29,6 @@ def operands(length: int, heads: int, dim: int, block_k: int, count: int):
     return (q, k, v, table, projected, phi.sum(axis=1), bias), expected
 
 
-@pytest.mark.skipif(not emulator.SUPPORTED, reason="the emulator is made for jax 0.10")
 @pytest.mark.parametrize(
     ("dim", "block_k", "count"),
     [(64, 64, 1), (64, 64, 2), (128, 64, 3), (64, 64, 4), (64, 64, 5), (128, 64, 6), (64, 128, 1), (128, 128, 3)],

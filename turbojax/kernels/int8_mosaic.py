@@ -113,8 +113,7 @@ def kernel(x, x_scale, w, w_scale, *rest, m, n, k, tiles: Tiles, scheme: str, op
     y_scale = scales[0] if scales else None
     block_m, block_n = tiles.rows * CONSUMERS, tiles.columns
     m_tiles, n_tiles = pl.cdiv(m, block_m * tiles.cluster), n // block_n
-    operand = (plgpu.TilingTransform((8, 128)), plgpu.SwizzleTransform(128))
-    result = (plgpu.TilingTransform((8, 128 // y.dtype.itemsize)), plgpu.SwizzleTransform(128))
+    operand, result = mosaic.in_tiles(jnp.int8), mosaic.in_tiles(y.dtype)
     acc_dtype = jnp.float32 if scheme == "block128" else jnp.int32
 
     def pipeline(body, context):

@@ -3,7 +3,14 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
+
+
+def in_tiles(dtype: Any) -> tuple[Any, ...]:
+    """Shared memory as warp groups multiply from it: 8 rows of 128 bytes a tile, swizzled."""
+    transforms: Any = plgpu  # which jax 0.12 declares as abstract
+    return transforms.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize)), transforms.SwizzleTransform(128)
 
 
 def load(ref: Any, *, layout: Any = None) -> jax.Array:

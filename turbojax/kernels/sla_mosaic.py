@@ -260,8 +260,7 @@ def sparse_forward(
             plgpu.wait_smem_to_gmem(0)
 
     def in_shared_memory(*shape: int):
-        transforms = (plgpu.TilingTransform((8, 64)), plgpu.SwizzleTransform(128))
-        return plgpu.SMEM(shape, q.dtype, transforms=transforms)
+        return plgpu.SMEM(shape, q.dtype, transforms=mosaic.in_tiles(q.dtype))
 
     def entry(*refs):
         pl.run_scoped(

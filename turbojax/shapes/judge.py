@@ -113,7 +113,7 @@ def features(frame: np.ndarray) -> np.ndarray:
     parts, _ = label(frame, np.ones((3, 3)))
     sizes = np.bincount(parts.ravel())
     sizes[0] = 0
-    frame = (sizes >= SPECK * sizes.max())[parts].astype(np.float32)
+    frame = (sizes >= SPECK * np.max(sizes))[parts].astype(np.float32)
     rows, columns = (np.flatnonzero(frame.any(axis=axis)) for axis in (1, 0))
     frame = frame[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
     side = max(frame.shape)

@@ -54,7 +54,8 @@ def word_tokenizer(words: list[str]) -> Words:
 def text_config(tokenizer: Words, **changes: Any) -> UMT5Config:
     size = -(-tokenizer.get_vocab_size() // 8) * 8
     widths = dict(dim=128, attention_dim=128, ffn_dim=256, num_heads=4, num_layers=3)
-    return UMT5Config(**(dict(vocab_size=size, dtype=jnp.float32) | widths | changes))
+    settings: dict[str, Any] = {"vocab_size": size, "dtype": jnp.float32, **widths, **changes}
+    return UMT5Config(**settings)
 
 
 @dataclasses.dataclass(frozen=True)
