@@ -1,12 +1,13 @@
 """Many prompts for one pipeline: what a person types, and files of prompts that are gone on with."""
 
 import json
+import logging
 
 import imageio.v2 as imageio
 import pytest
 
 from turbojax import TurboVideoPipeline, UserError, generate, session
-from turbojax.config import base_config, parse_value
+from turbojax.config import base_config, changed, parse_value
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:os\.fork\(\) was called")
 
@@ -171,15 +172,80 @@ def test_a_file_of_prompts_is_gone_on_with(config, loads, monkeypatch, tmp_path)
     files[1].unlink()
     session.batch(config, prompts)
     assert len(made) == 2
-    prompts.write_text("a cat\na wolf\na bird\n")
-    session.batch(config, prompts)
-    prompts.write_text("a cat\na dog\na bird\n")  # its video has been replaced
-    session.batch(config, prompts)
-    assert len(made) == 4
-    config.seed = 1
-    session.batch(config, prompts)
-    assert len(made) == 7
-    assert len(record.read_text().splitlines()) == 3
+    assert session.batch(config, prompts) == files
+    assert len(made) == 2
+
+
+@pytest.fixture
+def batch(config, loads, tmp_path):
+    """Makes the videos of a file of these prompts; returns their names, and keeps what was there to look for."""
+
+    def batch(*prompts, **changes):
+        (tmp_path / "prompts.txt").write_text("\n".join(prompts))
+        before = {path: path.read_bytes() for path in tmp_path.glob("video_*")}
+        names = [path.name for path in session.batch(changed(config, **changes), tmp_path / "prompts.txt")]
+        assert {path: path.read_bytes() for path in before} == before
+        assert all((tmp_path / name).is_file() for name in names)
+        return names
+
+    return batch
+
+
+def numbers(*names):
+    return [f"video_{number:04d}.mp4" for number in names]
+
+
+def test_finished_videos_are_never_overwritten(batch, tmp_path, caplog):
+    caplog.set_level(logging.INFO, logger="absl")
+    assert batch("a cat", "a dog") == numbers(0, 1)
+    assert batch("a cat", "a dog", seed=1) == numbers(2, 3)
+    assert "video_0000.mp4 is there and stays; this prompt's video is video_0002.mp4" in caplog.text
+    assert batch("a bird", "a cat", "a dog") == numbers(4, 0, 1)  # a line in front
+    assert batch("a cat", "a dog", seed=1, memory="resident", cache_prompts=False) == numbers(2, 3)  # the same videos
+    assert batch("a cat", fps=8) == numbers(5)
+    records = [json.loads(line) for line in (tmp_path / "video.jsonl").read_text().splitlines()]
+    assert [(record["prompt"], record["seed"], record["files"]) for record in records] == [
+        ("a cat", 0, numbers(0)),
+        ("a dog", 0, numbers(1)),
+        ("a cat", 1, numbers(2)),
+        ("a dog", 1, numbers(3)),
+        ("a bird", 0, numbers(4)),
+        ("a cat", 0, numbers(5)),
+    ]
+
+
+def test_videos_of_a_session_are_not_overwritten(batch, config, tmp_path):
+    typed(config, "a cat", "a dog")
+    (tmp_path / "video_0003_0001.mp4").write_text("a sample")
+    assert batch("a cat", "a bird", "a wolf", "a fox") == numbers(2, 4, 5, 6)
+    assert typed(config, "a cow")[0].startswith(f"{tmp_path}/video_0007.mp4")
+
+
+def test_a_video_that_was_replaced_is_not_taken_for_the_prompts(batch, tmp_path):
+    assert batch("a cat", "a dog") == numbers(0, 1)
+    (tmp_path / "video_0000.mp4").write_text("my own cut of it")
+    assert batch("a cat", "a dog") == numbers(2, 1)
+
+
+def test_another_format_and_the_same_prompt_twice_are_other_videos(batch, tmp_path):
+    assert batch("a cat", "a cat") == numbers(0, 1)
+    assert batch("a cat", output=str(tmp_path / "video.gif")) == ["video_0002.gif"]
+    assert batch("a cat", "a cat", "a cat") == numbers(0, 1, 3)
+
+
+def test_another_picture_of_the_same_name_is_another_video(config, tmp_path):
+    keys = set()
+    for content in (b"one", b"two", b"one"):
+        keys.add(session.video_key(changed(config, image="x.png"), {"image": content}, 0))
+    assert len(keys) == 2
+
+
+def test_a_line_that_is_not_utf8(config):
+    broken = UnicodeDecodeError("utf-8", b"caf\xe9", 3, 4, "invalid")
+    assert typed(config, broken, "caf\udce9", "/quit")[:2] == [
+        "error: the line is not UTF-8; set the terminal to UTF-8",
+        "error: the prompt is not UTF-8 after 'caf'; write it in UTF-8",
+    ]
 
 
 @pytest.mark.parametrize(

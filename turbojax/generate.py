@@ -30,6 +30,7 @@ from turbojax.sampling import check_sample_index, check_seed, latent_shape, make
 from turbojax.shapes import WORDS
 from turbojax.shapes.prompts import remark
 from turbojax.stopwatch import Progress, untold
+from turbojax.text_files import check_text
 from turbojax.video import check_fps, check_path, video_size
 from turbojax.weights.load import with_options
 from turbojax.weights.lora import Expert, LoRA
@@ -163,6 +164,8 @@ def check_settings(config: ConfigDict) -> tuple[int, int]:
     steps = {"num_steps": config.num_inference_steps, "sigma_max": sigma_max, "shift": config.shift}
     expert_split(make_sampler(config.sampler, **steps).times, config.boundary)
     check_network(config)
+    check_text("prompt", config.prompt)
+    check_text("negative prompt", config.negative_prompt)
     check_number([config.prompt], config.num_samples)
     check_seed(config.seed)
     check_sample_index(config.sample_index, (config.num_samples, *shape))

@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ class Records:
     """Finished pieces by their key, a line of JSON each: {"key": KEY, "files": [PATH, ...], ...}.
 
     Paths are relative to the file's folder. The file is replaced as a whole by each piece, so that it is never torn.
+    Records have a checksum of their files: a piece whose files have been changed or replaced is not finished.
     """
 
     def __init__(self, path: Path):
@@ -26,25 +27,31 @@ class Records:
         try:
             lines = path.read_text().splitlines() if path.exists() else []
             self._records = {record["key"]: record for record in map(json.loads, lines)}
-        except (OSError, ValueError, LookupError, TypeError) as error:
+            if not all(isinstance(name, str) for record in self._records.values() for name in record["files"]):
+                raise ValueError
+        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
             raise UserError(f"{path} is no record of finished work; move it away, or name another output") from error
 
     def get(self, key: str) -> dict[str, Any] | None:
-        """The record of a piece whose files are all there."""
+        """The record of a piece whose files are all there, and as they were made."""
         record = self._records.get(key)
-        return record if record and all((self.path.parent / file).is_file() for file in record["files"]) else None
-
-    def drop(self, name: str, value: Any) -> None:
-        """Forgets the pieces whose field `name` has this value: their files are about to be replaced."""
-        kept = {key: record for key, record in self._records.items() if record.get(name) != value}
-        if len(kept) < len(self._records):
-            self._records = kept
-            write_lines(self.path, list(kept.values()))
+        return record if record and record.get("sha256") == self._checksum(record["files"]) else None
 
     def add(self, record: dict[str, Any]) -> None:
         """Adds a piece that is finished, in the place of an older one with its key."""
-        self._records[record["key"]] = record
+        self._records[record["key"]] = record | {"sha256": self._checksum(record["files"])}
         write_lines(self.path, list(self._records.values()))
+
+    def _checksum(self, files: Sequence[str]) -> str | None:
+        """None where one of the files is not there."""
+        digest = hashlib.sha256()
+        try:
+            for name in files:
+                with (self.path.parent / name).open("rb") as file:
+                    digest.update(hashlib.file_digest(file, "sha256").digest())
+        except OSError:
+            return None
+        return digest.hexdigest()
 
 
 def write_lines(path: Path, records: list[dict[str, Any]]) -> None:

@@ -1,8 +1,10 @@
 """Many prompts for one pipeline: typed one after another, or from a file."""
 
 import glob
+import hashlib
 import itertools
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,8 +15,8 @@ from tqdm import tqdm
 
 from turbojax.config import SETTINGS, changed, did_you_mean, parse_value
 from turbojax.errors import UserError
-from turbojax.files import make_parent
-from turbojax.generate import Studio, call_settings
+from turbojax.files import make_parent, user_path
+from turbojax.generate import Studio, call_settings, read_pictures
 from turbojax.memory import short_of_memory
 from turbojax.records import Records, fingerprint
 from turbojax.text_files import read_text, split_lines
@@ -59,12 +61,14 @@ def interactive(
                 write(command(config, line))
             elif line:
                 config.prompt = line
-                result = studio.make(config, free(Path(config.output)))
+                result = studio.make(config, free(check_path(config.output)))
                 write(f"{', '.join(map(str, result.files))}, {sum(result.timings.values()):.1f} s")
         except EOFError:
             return
         except KeyboardInterrupt:
             write("\nstopped; /quit ends the session")
+        except UnicodeDecodeError:
+            write("error: the line is not UTF-8; set the terminal to UTF-8")
         except UserError as error:
             write(f"error: {error}")
         except (MemoryError, jax.errors.JaxRuntimeError) as error:
@@ -104,9 +108,9 @@ def size(text: str) -> dict[str, str | int | None]:
     return {"resolution": resolution, **shape, "width": None, "height": None}
 
 
-def free(path: Path) -> Path:
-    """The first of video_0000.mp4, video_0001.mp4, ... of which there is nothing, nor of its samples or frames."""
-    for i in itertools.count():
+def free(path: Path, preferred: int = 0) -> Path:
+    """A numbered path of which there is nothing, nor of its samples or frames: the preferred one or the first."""
+    for i in itertools.chain([preferred], itertools.count()):
         candidate = numbered(path, i, 2)
         if not glob.glob(f"{glob.escape(str(candidate.with_suffix('')))}[._]*"):
             return candidate
@@ -114,32 +118,48 @@ def free(path: Path) -> Path:
 
 
 def batch(config: ConfigDict, prompts_file: str | Path) -> list[Path]:
-    """Makes a video of each line of a file, numbered by them; returns the files, those that were there before included.
+    """Makes a video of each line of a file; returns the files, those that were there before included.
 
     A record beside the output, video.jsonl, says which prompts are finished and with what settings: run again, these
-    are left out. Empty lines and those that start with # count as no prompt.
+    are left out. Videos are numbered by the lines, but none is overwritten: where one is there, of another prompt, of
+    other settings or of a session, the new one takes the first free number. Empty lines and those that start with #
+    count as no prompt.
     """
-    prompts = read_prompts(Path(prompts_file))
+    prompts = read_prompts(user_path(prompts_file))
     output = check_path(config.output)
     make_parent(output)
+    pictures = {name: picture.tobytes() for name, picture in read_pictures(config).items()}
     call_settings(config)
     finished, studio = Records(output.with_suffix(".jsonl")), Studio()
+    seen: Counter[str] = Counter()
     files: list[Path] = []
     before = 0
     for i, prompt in enumerate(tqdm(prompts, desc="Prompts", unit="video", disable=None)):
-        own = changed(config, prompt=prompt, output=str(numbered(output, i, max(2, len(prompts)))))
-        key = fingerprint(own.to_dict())
+        key = video_key(changed(config, prompt=prompt), pictures, seen[prompt])
+        seen[prompt] += 1
         record = finished.get(key)
         if record is None:
-            finished.drop("output", Path(own.output).name)
-            made = [path.name for path in studio.make(own, own.output).files]
-            record = {"key": key, "output": Path(own.output).name, "prompt": prompt, "seed": own.seed, "files": made}
+            own = free(output, i)
+            if own != numbered(output, i, 2):
+                logging.info("%s is there and stays; this prompt's video is %s", numbered(output, i, 2), own.name)
+            made = [path.name for path in studio.make(changed(config, prompt=prompt), own).files]
+            record = {"key": key, "output": own.name, "prompt": prompt, "seed": config.seed, "files": made}
             finished.add(record)
         else:
             before += 1
         files += [output.parent / name for name in record["files"]]
     logging.info("%d prompts are finished, %d of them before", len(prompts), before)
     return files
+
+
+def video_key(config: ConfigDict, pictures: Mapping[str, bytes], occurrence: int) -> str:
+    """A name for the video of these settings, wherever it is written, and of these contents of the images.
+
+    occurrence: how often a file of prompts had the prompt before.
+    """
+    own = {name: value for name, value in config.to_dict().items() if name not in ("output", "memory", "cache_prompts")}
+    contents = {name: hashlib.sha256(content).hexdigest() for name, content in pictures.items()}
+    return fingerprint(own | contents | {"format": Path(config.output).suffix.lower(), "occurrence": occurrence})
 
 
 def read_prompts(path: Path) -> list[str]:

@@ -8,6 +8,7 @@
 
 --interactive reads prompts one after another, and short commands that change settings: /help lists them.
 --prompts_file has a prompt a line; their videos are numbered, and run again, those that are finished are left out.
+Videos that are there stay: those of another seed, of other settings or of new lines take free numbers.
 --plan prints what a call would need of the card, stage by stage, and what would be kept on it; nothing is loaded.
 Every setting of a configuration can be changed as --config.NAME=VALUE:
 """
