@@ -170,6 +170,19 @@ def test_lists(tmp_path):
     assert [clip.source for clip in find_clips(tmp_path)] == ["x.mp4", "y.mp4"]
 
 
+def test_names_in_lists(tmp_path):
+    """Names go into folders below, and may be whole paths to there."""
+    names = ["./x.mp4", "a/b/../x.mp4", f"{tmp_path}/deep/x.mp4"]
+    lines = [f'{{"file": "{name}", "caption": "c"}}' for name in names]
+    (tmp_path / "captions.jsonl").write_text("\n".join(lines))
+    assert [clip.source for clip in find_clips(tmp_path)] == names
+    assert [clip.path.resolve() for clip in find_clips(tmp_path)] == [
+        tmp_path / "x.mp4",
+        tmp_path / "a" / "x.mp4",
+        tmp_path / "deep" / "x.mp4",
+    ]
+
+
 def test_captions_beside_videos(videos):
     clips = find_clips(videos)
     assert [clip.source for clip in clips] == ["a.mp4", "b.mp4", "broken.mp4", "deep/c.mp4", "short.mp4"]
@@ -223,12 +236,52 @@ def test_captions_that_are_cut_are_told_once(videos, demo_pipe, tmp_path, caplog
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("x.jsonl", '{"file": "x.mp4", "caption": "one"}\n{"file": "y.mp4"}', "line 2 of .* has no file and caption"),
-        ("x.jsonl", "x.mp4: one", "line 1 of .* has no file and caption"),
-        ("x.jsonl", '["x.mp4", "one"]', "line 1 of .* has no file and caption"),
-        ("x.csv", "x.mp4,one\ny.mp4,two\n", "line 2 of .* has no file and caption"),
+        (
+            "x.jsonl",
+            '{"file": "x.mp4", "caption": "one"}\n{"file": "y.mp4"}',
+            "line 2 of .*: caption is missing; a line is",
+        ),
+        (
+            "x.jsonl",
+            '{"video_path": "x.mp4", "caption": "one"}',
+            r'line 1 of .*: file is missing; a line is {"file": NAME',
+        ),
+        ("x.jsonl", "x.mp4: one", "line 1 of .* is no JSON"),
+        ("x.jsonl", '["x.mp4", "one"]', "line 1 of .*: it is .* and must be an object"),
+        ("x.jsonl", '{"file": 3, "caption": "one"}', "line 1 of .*: file is 3 and must be text"),
+        ("x.jsonl", 100_000 * "[", "line 1 of .*: it is nested 100000 deep"),
+        (
+            "x.jsonl",
+            '{"file": "../../x.mp4", "caption": ""}',
+            r"line 1 of .*: file is '../../x.mp4' and must be a path below",
+        ),
+        ("x.jsonl", '{"file": "/etc/passwd", "caption": ""}', "line 1 of .*: file is '/etc/passwd' and must be a path"),
+        ("x.jsonl", '{"file": "a/../../x.mp4", "caption": ""}', "file is 'a/../../x.mp4' and must be a path below"),
+        ("x.jsonl", '{"file": ".", "caption": ""}', "file is '.' and must be a path below"),
+        ("x.jsonl", '{"file": "", "caption": ""}', "file is '' and must be a path below"),
+        ("x.jsonl", '{"file": "x\\u0000", "caption": ""}', r"file is 'x\\x00' and must be a path below"),
+        (
+            "x.csv",
+            "x.mp4,one\ny.mp4,two\n",
+            r"has the columns \['x.mp4', 'one'\]; name those to be read file and caption",
+        ),
+        ("x.csv", "video_path,text\ny.mp4,two\n", r"has the columns \['video_path', 'text'\]; name those to be read"),
+        ("x.csv", "file;caption\ny.mp4;two\n", "separates its columns by semicolons; write it with commas"),
+        ("x.csv", "file\tcaption\ny.mp4\ttwo\n", "separates its columns by tabs; write it with commas"),
+        (
+            "x.csv",
+            "file,caption\nx.mp4,a cat, a dog\n",
+            "line 2 of .* more columns than the first line; a caption with commas",
+        ),
+        ("x.csv", "file,caption\nx.mp4\n", "line 2 of .* has no file and caption"),
+        ("x.csv", "file,caption\n../x.mp4,a\n", "line 2 of .*: file is '../x.mp4' and must be a path below"),
+        (
+            "x.csv",
+            'file,caption\nx.mp4,"one\ny.mp4,two\n',
+            "cannot be read as CSV behind line [123]: unexpected end of data",
+        ),
         ("x.csv", "", "has no videos with captions"),
-        ("x.csv", "file,caption\nx.mp4," + 200_000 * "x", "cannot be read: field larger than"),
+        ("x.csv", "file,caption\nx.mp4," + 200_000 * "x", "cannot be read as CSV behind line 1: field larger than"),
         ("x.txt", "x.mp4 one", r"must end in \.jsonl or \.csv"),
         ("x.jsonl", None, "cannot be read"),
     ],
@@ -236,8 +289,9 @@ def test_captions_that_are_cut_are_told_once(videos, demo_pipe, tmp_path, caplog
 def test_bad_lists(tmp_path, name, content, message):
     if content is not None:
         (tmp_path / name).write_text(content)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message) as caught:
         find_clips(tmp_path, tmp_path / name)
+    assert len(str(caught.value)) < 400 + 2 * len(str(tmp_path))
     with pytest.raises(UserError, match="is no folder of videos"):
         find_clips(tmp_path / "nothing")
 

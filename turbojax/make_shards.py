@@ -20,7 +20,7 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from turbojax.errors import CheckpointError, UserError
+from turbojax.errors import CheckpointError, UserError, quoted
 from turbojax.files import sole_user
 from turbojax.json_reader import Object, String, parse_json
 from turbojax.models import vae as vae_model
@@ -50,6 +50,7 @@ VIDEOS = (
     *(".wmv", ".flv", ".3gp", ".ogv"),
 )
 LISTS = ("captions.jsonl", "captions.csv")
+SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}  # that spreadsheets write instead of commas
 ROW = Object({"file": String(), "caption": String()}, others="left out")
 READERS = 4  # threads that read videos, and the videos that they read ahead
 
@@ -100,33 +101,45 @@ def find_clips(folder: str | os.PathLike, captions: str | os.PathLike | None = N
 def listed_clips(folder: Path, path: Path) -> list[Clip]:
     if path.suffix not in (".jsonl", ".csv"):
         raise UserError(f"the list of captions {path} must end in .jsonl or .csv")
-    text = read_text(path)
-    try:
-        rows = list(rows_of_csv(text) if path.suffix == ".csv" else rows_of_jsonl(text))
-    except csv.Error as error:
-        raise UserError(f"the list of captions {path} cannot be read: {error}") from error
+    rows = rows_of_csv if path.suffix == ".csv" else rows_of_jsonl
     clips = []
-    for line, row in rows:
-        name, caption = (row.get(key) if isinstance(row, dict) else None for key in ("file", "caption"))
-        if not isinstance(name, str) or not isinstance(caption, str) or not name:
-            raise UserError(f"line {line} of {path} has no file and caption")
-        clips.append(Clip(folder / name, name, caption))
+    for line, row in rows(read_text(path), path):
+        file = Path(os.path.abspath(folder / row["file"])) if row["file"].isprintable() else folder
+        if Path(os.path.abspath(folder)) not in file.parents:
+            raise UserError(f"line {line} of {path}: file is {quoted(row['file'])} and must be a path below {folder}")
+        clips.append(Clip(folder / row["file"], row["file"], row["caption"]))
     return clips
 
 
-def rows_of_csv(text: str) -> Iterator[tuple[int, object]]:
-    reader = csv.DictReader(io.StringIO(text, newline=""))
-    for row in reader:
-        yield reader.line_num, row
+def rows_of_csv(text: str, path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    try:
+        check_columns(reader.fieldnames or (), path)
+        for row in reader:
+            if None in row or not row["file"] or row["caption"] is None:
+                raise UserError(
+                    f"line {reader.line_num} of {path} has no file and caption, or more columns than the first line; "
+                    'a caption with commas is written in quotes, "..."'
+                )
+            yield reader.line_num, row
+    except csv.Error as error:
+        raise UserError(f"{path} cannot be read as CSV behind line {reader.line_num}: {error}") from error
 
 
-def rows_of_jsonl(text: str) -> Iterator[tuple[int, object]]:
+def check_columns(names: Sequence[str], path: Path) -> None:
+    """Raises UserError if the first line of a list, unless it is empty, does not name the columns."""
+    if names and not {"file", "caption"} <= set(names):
+        others = [name for mark, name in SEPARATORS.items() if any(mark in column for column in names)]
+        if others:
+            raise UserError(f"{path} separates its columns by {others[0]}; write it with commas: file,caption")
+        raise UserError(f"{path} has the columns {quoted(list(names))}; name those to be read file and caption")
+
+
+def rows_of_jsonl(text: str, path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     for line, row in enumerate(split_lines(text), start=1):
         if row.strip():
-            try:
-                yield line, parse_json(row.encode(), ROW, name=f"line {line}", way_out="", error=UserError)
-            except UserError:
-                yield line, None
+            where, form = f"line {line} of {path}", 'a line is {"file": NAME, "caption": TEXT}'
+            yield line, parse_json(row.encode(), ROW, name=where, way_out=form, error=UserError)
 
 
 def captioned_clips(folder: Path) -> list[Clip]:
