@@ -117,7 +117,7 @@ def restore_newest(manager: Manager, like: TrainState, *, run: Mapping[str, Any]
         except (WrongRunError, MemoryError, jax.errors.JaxRuntimeError):
             raise
         except Exception as error:  # a cut, changed or missing file shows in many ways
-            problem = reason(innermost(error))
+            problem = reason(error)
         if any_process(bool(problem)):
             damaged[step] = problem or "another process cannot read it"
             continue
@@ -207,11 +207,6 @@ def unreadable(folder: Path) -> str:
     except CheckpointError as error:
         return str(error)
     return ""
-
-
-def innermost(error: BaseException) -> BaseException:
-    """TensorStore's error under the one that Orbax has put around it."""
-    return innermost(error.__cause__) if error.__cause__ else error
 
 
 def set_aside(folder: Path, problem: str) -> None:

@@ -78,6 +78,8 @@ def _one_sentence(path: Path) -> Iterator[None]:
 
 def reason(error: BaseException) -> str:
     """The first line of an error, or the system's own words where TensorStore has put them behind paths."""
+    if error.__cause__ and "See full TensorStore details" in str(error):  # Orbax', with pages of settings
+        error = error.__cause__
     text = str(error).strip()
     if wrapped := re.search(r": ([^:]+) \[os_error_code", text):
         return wrapped[1]
