@@ -32,6 +32,7 @@ from turbojax.text_files import read_text, split_lines
 from turbojax.train.data import (
     DTYPES,
     INDEX,
+    MOST_SAMPLES,
     Index,
     Sample,
     import_grain,
@@ -186,8 +187,8 @@ def make_index(
     shard_size: int = 64,
 ) -> Index:
     """What shards made by these models have in common; raises UserError for sizes that no latents have."""
-    if shard_size < 1:
-        raise UserError(f"{shard_size=} must be at least 1")
+    if not 1 <= shard_size <= MOST_SAMPLES:
+        raise UserError(f"{shard_size=} must be from 1 to {MOST_SAMPLES}")
     check_fps(fps)
     t, h, w, c = latent_shape(vae.config, num_frames, height, width)
     return Index(

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import os
 import sys
 
 import ml_dtypes
@@ -157,9 +158,25 @@ def test_settings_that_cannot_be(shards):
             batches(shards, **{"batch_size": 4, "seed": 0, **options})
     data = batches(shards, batch_size=4, seed=0)
     state = data.get_state()
-    for change in ({"seed": 1}, {"batch_size": 2}, {"samples": 11}, {"batch": -1}, {"batch": None}):
-        with pytest.raises(UserError, match=f"the data's state .*{next(iter(change))}="):
+    for change in ({"seed": 1}, {"batch_size": 2}, {"batch": -1}, {"batch": None}):
+        with pytest.raises(UserError, match=f"{next(iter(change))}="):
             data.set_state(state | change)
+
+
+@pytest.mark.parametrize("change", [{"samples": 11}, {"data": "other"}, {"samples": 11, "data": "other"}])
+def test_other_data_than_before(shards, change, caplog):
+    """It goes on at the same batch, with one warning, and says no more when it goes on from there."""
+    data = batches(shards, batch_size=4, seed=0)
+    data.set_state(data.get_state() | {"batch": 2} | change)
+    assert [record.getMessage() for record in caplog.records] == [
+        f"The run was begun with other data, of {change.get('samples', 10)} samples; it goes on with the 10 of now, "
+        "in their own order"
+    ]
+    expected = next(itertools.islice(batches(shards, batch_size=4, seed=0), 2, None))
+    assert numbers(next(data)) == numbers(expected)
+    caplog.clear()
+    data.set_state(data.get_state())
+    assert not caplog.records
 
 
 def test_without_grain(shards, monkeypatch):
@@ -177,9 +194,27 @@ def rewrite(path, **changes):
     write_safetensors(path, tensors.items(), tensors)
 
 
-def change_index(folder, **changes):
-    path = folder / "index.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+def pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+def edit_index(*changes):
+    """Every change replaces what its path of keys leads to; ... removes it."""
+
+    def edit(folder):
+        content = json.loads((folder / "index.json").read_text())
+        for *path, last, value in changes:
+            place = content
+            for key in path:
+                place = place[key]
+            if value is ...:
+                del place[last]
+            else:
+                place[last] = value
+        (folder / "index.json").write_text(json.dumps(content))
+
+    return edit
 
 
 SHARD = "shard-00001.safetensors"
@@ -214,11 +249,43 @@ DAMAGES = {
     ),
     "another count": (lambda f: write_index(f, INDEX, {SHARD: 4}), f"{SHARD} holds 5 samples and index.json says 4"),
     "no index": (lambda f: (f / "index.json").unlink(), "holds no index.json, so no training data"),
-    "damaged index": (lambda f: (f / "index.json").write_text("{"), "index.json is damaged"),
-    "index without a field": (lambda f: change_index(f, shards=[{}]), "index.json is damaged"),
-    "index with a path": (lambda f: change_index(f, shards=[{"file": "../x", "samples": 1}]), "index.json is damaged"),
-    "index of another dtype": (lambda f: change_index(f, dtype="int8"), "index.json is damaged"),
-    "newer index": (lambda f: change_index(f, version=2), "is not of the format turbojax-latents 1"),
+    "damaged index": (lambda f: (f / "index.json").write_text("{"), "index.json is no JSON"),
+    "nested index": (lambda f: (f / "index.json").write_text(100_000 * "["), "index.json: it is nested 100000 deep"),
+    "list as index": (lambda f: (f / "index.json").write_text("[]"), "index.json: it is .* must be an object"),
+    "pipe as index": (lambda f: pipe(f / "index.json"), "index.json is not a regular file"),
+    "folder as index": (lambda f: (f / "index.json").unlink() or (f / "index.json").mkdir(), "index.json"),
+    "pipe as shard": (lambda f: pipe(f / SHARD), f"{SHARD} is not a regular file"),
+    "pipe as negative": (lambda f: pipe(f / "negative.safetensors"), "negative.safetensors is not a regular file"),
+    "missing negative": (lambda f: (f / "negative.safetensors").unlink(), "negative.safetensors is missing"),
+    "negative of another dtype": (
+        lambda f: write_negative(f, np.ones((3, 8), np.float32)),
+        r"negative.safetensors holds no text of width 8 in bfloat16",
+    ),
+    "negative of NaN": (
+        lambda f: write_negative(f, np.full((3, 8), np.nan, ml_dtypes.bfloat16)),
+        r"negative.safetensors holds NaN or infinity",
+    ),
+    "shard without a field": (edit_index(("shards", [{}])), r"shards\[0\].file is missing"),
+    "shard with a path": (
+        edit_index(("shards", 1, "file", "../x")),
+        r"shards\[1\].file is '../x' and must be a file's",
+    ),
+    "shard above": (edit_index(("shards", 1, "file", "..")), r"shards\[1\].file is '..' and must be a file's name"),
+    "shard without samples": (edit_index(("shards", 1, "samples", 0)), r"shards\[1\].samples is 0 and must be a whole"),
+    "shard of 10^30": (edit_index(("shards", 1, "samples", 10**30)), r"shards\[1\].samples is 10+ and must be a whole"),
+    "shard twice": (edit_index(("shards", 0, "file", SHARD)), "index.json lists a shard twice"),
+    "latents of 10^30": (edit_index(("latents", 0, 10**30)), r"latents\[0\] is 10+ and must be a whole number"),
+    "latents of 0": (edit_index(("latents", 3, 0)), r"latents\[3\] is 0 and must be a whole number from 1"),
+    "latents as text": (edit_index(("latents", "2 2 3 4")), r"latents is '2 2 3 4' and must be a list of 4 items"),
+    "five axes": (edit_index(("latents", [2, 2, 3, 4, 1])), r"latents is \[2, 2, 3, 4, ...\] and must be a list of 4"),
+    "true as a width": (edit_index(("text_dim", True)), "text_dim is True and must be a whole number"),
+    "a fraction": (edit_index(("num_frames", 5.5)), "num_frames is 5.5 and must be a whole number"),
+    "no height": (edit_index(("height", ...)), "height is missing"),
+    "unknown field": (edit_index(("heigth", 16)), "has the unknown field 'heigth'"),
+    "number as a name": (edit_index(("vae", 5)), "vae is 5 and must be text"),
+    "index of another dtype": (edit_index(("dtype", "int8")), "dtype is 'int8' and must be"),
+    "newer index": (edit_index(("version", 2)), "version is 2 and must be 1"),
+    "foreign index": (edit_index(("format", "other")), 'format is .other. and must be "turbojax-latents"'),
     "no shards": (lambda f: write_index(f, INDEX, {}), "lists no shards"),
 }
 
@@ -231,6 +298,36 @@ def test_damaged_folders(folder, name):
         open_shards(folder)
     assert "scripts/make_shards.py" in str(error.value)
     assert "\n" not in str(error.value)
+    assert len(str(error.value).replace(str(folder), "")) < 300
+
+
+CHANGES = {
+    "written again": lambda path: rewrite(path),
+    "cut": lambda path: os.truncate(path, 100),
+    "removed": lambda path: path.unlink(),
+    "a pipe": lambda path: pipe(path),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_shard_that_changes_while_it_is_in_use(folder, name):
+    shards = open_shards(folder)
+    assert shards[4]
+    CHANGES[name](folder / SHARD)
+    for _ in range(2):
+        with pytest.raises(
+            CheckpointError, match=f"{SHARD} (has changed while it was in use; run|is missing or cannot)"
+        ):
+            shards.read([0, 4])
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", 100_000 * "[", '[{"source": 1, "caption": ""}]', None])
+def test_captions_that_cannot_be_read(folder, text):
+    tensors = {name: np.array(value) for name, value in read_tensors(folder / SHARD).items()}
+    metadata = {} if text is None else {"samples": text}
+    write_safetensors(folder / SHARD, tensors.items(), tensors, metadata=metadata)
+    with pytest.raises(CheckpointError, match=f"samples in the header of .*{SHARD}.*; make it again"):
+        open_shards(folder).describe(4)
 
 
 def test_nan_is_found_when_read(folder):

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -228,7 +229,8 @@ def test_a_full_disk_and_going_on(workdir, settings):
         ({"recipe": "sla"}, "is of a run with recipe=teacher, this one has recipe=sla; name another workdir"),
         ({"optimizer": "muon"}, "is of a run with optimizer=adamw, this one has optimizer=muon"),
         ({"attention_type": "sla"}, "is of a run with attention_type=original, this one has attention_type=sla"),
-        ({"batch_size": 8}, "the data's state is of batch_size=4, not 8"),
+        ({"batch_size": 8}, "the run was begun with batch_size=4, not 8; give that, or another workdir"),
+        ({"seed": 1}, "the run was begun with seed=0, not 1; give that, or another workdir"),
     ],
 )
 def test_another_run_in_the_same_folder(workdir, settings, changes, message):
@@ -270,6 +272,21 @@ def test_another_run_in_the_same_folder(workdir, settings, changes, message):
 def test_settings_that_cannot_be(settings, changes, message, tmp_path):
     with pytest.raises(UserError, match=message):
         train(train_config(**settings | {"workdir": str(tmp_path / "run")} | changes))
+
+
+def test_more_data_than_before(workdir, settings, tmp_path, caplog):
+    """A run goes on with samples that have been added, after one warning, and says no more when it goes on again."""
+    folder = shutil.copytree(workdir, tmp_path / "run")
+    newest = max(steps_of(folder))
+    data = str(write_toy_shards(tmp_path / "data", samples=48))
+    for steps in (1, 2):
+        caplog.clear()
+        changes = {"workdir": str(folder), "data": data, "num_steps": newest + steps, "sample_every": 0}
+        train(train_config(**settings | changes))
+        warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        assert len(warnings) == (1 if steps == 1 else 0)
+        assert all("begun with other data, of 32 samples; it goes on with the 48" in line for line in warnings)
+        assert max(steps_of(folder)) == newest + steps
 
 
 def test_a_folder_in_use(settings, tmp_path):

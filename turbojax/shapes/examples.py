@@ -143,8 +143,8 @@ class Batches(Iterator[dict[str, np.ndarray]]):
     def set_state(self, state: Mapping[str, int]) -> None:
         """Goes on where `get_state` was called; raises UserError for a state of another seed or size."""
         for name, value in self.get_state().items():
-            if name != "batch" and state.get(name) != value:
-                raise UserError(f"the data's state is of {name}={state.get(name)}, not {value}; resume as it was begun")
+            if name != "batch" and (there := state.get(name)) != value:
+                raise UserError(f"the run was begun with {name}={there}, not {value}; give that, or another workdir")
         self.close()
         self._batch = int(state["batch"])
 

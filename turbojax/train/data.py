@@ -22,6 +22,7 @@ index does not list are not read.
 import bisect
 import dataclasses
 import functools
+import hashlib
 import itertools
 import json
 import os
@@ -33,9 +34,11 @@ from typing import Any, NamedTuple
 import jax
 import ml_dtypes
 import numpy as np
+from absl import logging
 
 from turbojax.errors import CheckpointError, UserError
 from turbojax.files import whole_file
+from turbojax.json_reader import Array, Enum, FileName, Integer, Object, String, parse_json, read_json
 from turbojax.models.umt5 import TEXT_LEN
 from turbojax.weights.io import file_metadata, read_tensors, write_safetensors
 
@@ -44,8 +47,31 @@ INDEX, NEGATIVE = "index.json", "negative.safetensors"
 OPEN = 128  # shards
 ENDLESS = 2**40  # batches
 TILE = 16  # keys, of a tensor core
+MOST_SAMPLES = 2**24  # of a shard
 DTYPES: dict[str, np.dtype] = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float32": np.dtype(np.float32)}
 AGAIN = "make it again with scripts/make_shards.py"
+
+SCHEMA = Object(
+    {
+        "format": Enum(FORMAT),
+        "version": Enum(VERSION),
+        "latents": Array(Integer(1, 2**16), 4, 4),
+        "text_dim": Integer(1, 2**16),
+        "dtype": Enum(*DTYPES),
+        "num_frames": Integer(1, 2**16),
+        "height": Integer(1, 2**16),
+        "width": Integer(1, 2**16),
+        "fps": Integer(1, 2**31),
+        "vae": String(),
+        "text_encoder": String(),
+        "negative_prompt": String(),
+        "shard_size": Integer(1, MOST_SAMPLES),
+        "shards": Array(Object({"file": FileName(), "samples": Integer(1, MOST_SAMPLES)})),
+    }
+)
+DESCRIBED = Array(Object({"source": String(), "caption": String()}))
+MOST_TEXT = 2**28  # bytes of an index, and of the captions of a shard
+Signature = tuple[int, int, int]  # of a file as it is now
 
 Batch = dict[str, np.ndarray]
 
@@ -88,11 +114,14 @@ class Shards:
     """A folder's samples by number; `shards[i]` is {"latents": [t, h, w, c], "text": [S, D]}.
 
     A sample is read from disk when it is asked for; the OPEN files that were used last stay mapped.
-    longest: rows of the longest prompt, the negative one among them.
+    longest: rows of the longest prompt, the negative one among them. signatures: of the files when they were checked;
+    one that has changed since is a CheckpointError when it is read.
     """
 
-    def __init__(self, folder: Path, index: Index, files: Mapping[str, int], longest: int):
-        self.folder, self.index, self.files = folder, index, dict(files)
+    def __init__(
+        self, folder: Path, index: Index, files: Mapping[str, int], longest: int, signatures: Mapping[str, Signature]
+    ):
+        self.folder, self.index, self.files, self._signatures = folder, index, dict(files), dict(signatures)
         self.text_rows = rows_for(longest)
         self._names, self._ends = list(files), list(itertools.accumulate(files.values()))
         self._open = functools.lru_cache(OPEN)(functools.partial(open_shard, index=index))
@@ -113,6 +142,8 @@ class Shards:
             path, row = self._locate(int(number))
             places.setdefault(path, []).append((i, row))
         for path, pairs in places.items():
+            if signature(path) != self._signatures[path.name]:  # a file that was cut would end the process
+                raise CheckpointError(f"{path} has changed while it was in use; run the same command again")
             tensors = self._open(path)
             at, rows = np.array(pairs).T
             latents[at] = tensors["latents"][rows]
@@ -130,11 +161,17 @@ class Shards:
     def describe(self, i: int) -> tuple[str, str]:
         """Source and caption of a sample."""
         path, row = self._locate(i)
-        try:
-            sample = json.loads(file_metadata(path)["samples"])[row]
-            return sample["source"], sample["caption"]
-        except (ValueError, LookupError, TypeError) as error:
-            raise CheckpointError(f"{path} does not tell where its samples come from; {AGAIN}") from error
+        text = file_metadata(path).get("samples", "").encode()
+        name = f"samples in the header of {path}"
+        described = parse_json(text, DESCRIBED, name=name, way_out=AGAIN, most_bytes=MOST_TEXT)
+        if row >= len(described):
+            raise CheckpointError(f"{name} tell of {len(described)}, not of sample {row}; {AGAIN}")
+        return described[row]["source"], described[row]["caption"]
+
+    def identity(self) -> str:
+        """A digest of what `describe` does not tell: the index, with the number of samples in each shard."""
+        content = [dataclasses.asdict(self.index), self.files]
+        return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
     def negative(self) -> np.ndarray:
         """The negative prompt's embedding, [S, D]."""
@@ -155,19 +192,29 @@ def open_shards(folder: str | os.PathLike) -> Shards:
     Raises UserError if there are no shards, CheckpointError if one is missing, cut off or foreign.
     """
     folder = Path(folder)
-    if not (folder / INDEX).is_file():
+    if not (folder / INDEX).exists():
         raise UserError(f"{folder} holds no {INDEX}, so no training data; write some with scripts/make_shards.py")
     index, files = read_index(folder)
     if not files:
         raise UserError(f"{folder / INDEX} lists no shards; write some with scripts/make_shards.py")
-    longest = len(read_negative(folder, index))
+    longest, signatures = len(read_negative(folder, index)), {}
     for name, samples in files.items():
+        signatures[name] = signature(folder / name)
         tensors = open_shard(folder / name, index)
-        if samples < 1 or len(tensors["latents"]) != samples:
+        if len(tensors["latents"]) != samples:
             found = len(tensors["latents"])
             raise CheckpointError(f"{folder / name} holds {found} samples and {INDEX} says {samples}; {AGAIN}")
         longest = max(longest, int(tensors["text_lengths"].max()))
-    return Shards(folder, index, files, longest)
+    return Shards(folder, index, files, longest, signatures)
+
+
+def signature(path: Path) -> Signature:
+    """Tells whether a file is the one that it was; raises CheckpointError if there is none."""
+    try:
+        found = path.stat()
+    except OSError as error:
+        raise CheckpointError(f"{path} is missing or cannot be read: {error.strerror}; {AGAIN}") from error
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def open_shard(path: Path, index: Index) -> dict[str, np.ndarray]:
@@ -187,8 +234,10 @@ def open_shard(path: Path, index: Index) -> dict[str, np.ndarray]:
 
 
 def read(path: Path) -> dict[str, np.ndarray]:
-    if not path.is_file():
+    if not path.exists():
         raise CheckpointError(f"{path} is missing; {AGAIN}")
+    if not path.is_file():
+        raise CheckpointError(f"{path} is not a regular file; {AGAIN}")
     try:
         return read_tensors(path)
     except CheckpointError as error:
@@ -220,8 +269,10 @@ def read_negative(folder: Path, index: Index) -> np.ndarray:
     """The negative prompt's rows [R, D]."""
     path = folder / NEGATIVE
     text = read(path).get("text", np.empty(0))
-    if text.ndim != 2 or len(text) > TEXT_LEN or text.shape[1] != index.text_dim:
-        raise CheckpointError(f"{path} holds no text of width {index.text_dim}; {AGAIN}")
+    if text.ndim != 2 or len(text) > TEXT_LEN or text.shape[1] != index.text_dim or text.dtype != DTYPES[index.dtype]:
+        raise CheckpointError(f"{path} holds no text of width {index.text_dim} in {index.dtype}; {AGAIN}")
+    if not finite(text):
+        raise CheckpointError(f"{path} holds NaN or infinity; {AGAIN}")
     return text
 
 
@@ -256,41 +307,42 @@ def write_index(folder: Path, index: Index, files: Mapping[str, int]) -> None:
 def read_index(folder: Path) -> tuple[Index, dict[str, int]]:
     """The index and the samples of each shard; raises CheckpointError if it is damaged or of another format."""
     path = folder / INDEX
-    try:
-        content = json.loads(path.read_text())
-        if (content.pop("format"), content.pop("version")) != (FORMAT, VERSION):
-            raise CheckpointError(f"{path} is not of the format {FORMAT} {VERSION}; {AGAIN}")
-        files = {shard["file"]: int(shard["samples"]) for shard in content.pop("shards")}
-        index = Index(**(content | {"latents": tuple(map(int, content["latents"]))}))
-        if len(index.latents) != 4 or index.dtype not in DTYPES or any(Path(name).name != name for name in files):
-            raise ValueError
-    except CheckpointError:
-        raise
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{path} is damaged; {AGAIN}") from error
-    return index, files
+    content = read_json(path, SCHEMA, way_out=AGAIN, most_bytes=MOST_TEXT)
+    shards = content["shards"]
+    files = {shard["file"]: shard["samples"] for shard in shards}
+    if len(files) < len(shards):
+        raise CheckpointError(f"{path} lists a shard twice; {AGAIN}")
+    return Index(**{field.name: content[field.name] for field in dataclasses.fields(Index)}), files
 
 
 class Batches(Iterator[Batch]):
     """Endless batches {"latents": [b, t, h, w, c], "text": [b, S, D]} with a state; made by `batches`."""
 
-    def __init__(self, iterator: Any, **settings: int):
-        self._iterator, self._settings = iterator, settings
+    def __init__(self, iterator: Any, *, data: Mapping[str, Any], settings: Mapping[str, int]):
+        self._iterator, self._data, self._settings = iterator, dict(data), dict(settings)
 
     def __next__(self) -> Batch:
         return next(self._iterator)
 
-    def get_state(self) -> dict[str, int]:
-        """Where the next batch is; plain numbers, for JSON."""
-        return {"batch": self._iterator.get_state()["next_index"], **self._settings}
+    def get_state(self) -> dict[str, Any]:
+        """Where the next batch is, and of what; for JSON."""
+        return {"batch": self._iterator.get_state()["next_index"], **self._settings, **self._data}
 
-    def set_state(self, state: Mapping[str, int]) -> None:
-        """Goes on where `get_state` was called; raises UserError for a state of other data or settings."""
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Goes on at the batch where `get_state` was called, in other data with a warning.
+
+        Raises UserError for a state of another batch size or seed, by which batches are counted and drawn.
+        """
         for name, value in self._settings.items():
-            if state.get(name) != value:
-                raise UserError(f"the data's state is of {name}={state.get(name)}, not {value}; resume as it was begun")
+            if (there := state.get(name)) != value:
+                raise UserError(f"the run was begun with {name}={there}, not {value}; give that, or another workdir")
         if not isinstance(batch := state.get("batch"), int) or batch < 0:
             raise UserError(f"the data's state has {batch=}, no number of batches; start without it")
+        if any(state.get(name) != value for name, value in self._data.items()):
+            logging.warning(
+                "The run was begun with other data, of %s samples; it goes on with the %d of now, in their own order",
+                *(state.get("samples"), self._data["samples"]),
+            )
         self._iterator.set_state({"next_index": batch})
 
 
@@ -342,4 +394,5 @@ def batches(
 
     options = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=prefetch)
     iterator = iter(grain.MapDataset.range(ENDLESS).map(read).to_iter_dataset(options))
-    return Batches(iterator, samples=len(shards), batch_size=batch_size, seed=seed)
+    data = {"samples": len(shards), "data": shards.identity()}
+    return Batches(iterator, data=data, settings={"batch_size": batch_size, "seed": seed})
