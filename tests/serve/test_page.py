@@ -8,6 +8,8 @@ import threading
 import httpx
 import imageio.v2 as imageio
 import pytest
+from gradio.utils import get_upload_folder
+from PIL import Image
 
 from turbojax import generate
 from turbojax.config import base_config
@@ -284,6 +286,15 @@ def test_uploads_are_limited_and_checked(url, large):
     assert event == "error"
     assert "cat.png' cannot be read, it may be cut off" in data["error"]
     assert call(url, "generate", values())[-1][0] == "complete"
+
+
+def test_files_of_the_server_are_none_that_were_uploaded(url, tmp_path):
+    """Also where the caller does not say that the image is a file."""
+    Image.new("RGB", (32, 32)).save(tmp_path / "private.png")
+    for image in ({"path": str(tmp_path / "private.png")}, {"path": f"{get_upload_folder()}/../private.png"}):
+        event, data = call(url, "generate", values(image=image))[-1]
+        assert event == "error"
+        assert "was not uploaded" in data["error"]
 
 
 def test_the_api_makes_the_video_that_the_page_makes(url, folder):

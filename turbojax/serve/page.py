@@ -13,6 +13,7 @@ from typing import Any
 import gradio as gr
 import jax
 from absl import logging
+from gradio.utils import get_upload_folder, is_in_or_equal
 from ml_collections import ConfigDict
 
 from turbojax.config import changed
@@ -57,8 +58,14 @@ CSS = """
 
 
 def as_file(payload: Any) -> str | None:
-    """An uploaded image as its file, unread: `turbojax.image` says in a sentence what is wrong with one."""
-    return payload and payload.path
+    """An uploaded image as its file, unread: `turbojax.image` says in a sentence what is wrong with one.
+
+    Gradio looks where a file is only if the caller says that it is one, and would give away those of the server.
+    """
+    path = payload and payload.path
+    if path and not is_in_or_equal(path, get_upload_folder()):
+        raise gr.Error("the image was not uploaded; upload it, and give the path that comes back")
+    return path
 
 
 class Server:
