@@ -18,6 +18,7 @@ from turbojax import generate
 from turbojax.config import SETTINGS, base_config
 from turbojax.demo import demo_picture
 from turbojax.weights.load import load_wan
+from turbojax.weights.lora import LoRA
 
 # Reading an mp4 starts ffmpeg, by fork and exec at once; JAX warns of forks that go on.
 pytestmark = pytest.mark.filterwarnings(r"ignore:os\.fork\(\) was called")
@@ -348,7 +349,7 @@ def test_settings_reach_the_pipeline(monkeypatch, tmp_path):
 def test_loras(tmp_path):
     config = small_config(tmp_path / "x.mp4", lora="a.safetensors, b.safetensors", lora_low="c", lora_strength=0.5)
     expected = [("a.safetensors", None), ("b.safetensors", None), ("c", "low")]
-    assert generate.loras(config) == [(path, 0.5, expert) for path, expert in expected]
+    assert generate.loras(config) == [LoRA(path, 0.5, expert) for path, expert in expected]
 
 
 @pytest.mark.parametrize(

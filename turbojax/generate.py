@@ -164,6 +164,7 @@ def check_settings(config: ConfigDict) -> tuple[int, int]:
     steps = {"num_steps": config.num_inference_steps, "sigma_max": sigma_max, "shift": config.shift}
     expert_split(make_sampler(config.sampler, **steps).times, config.boundary)
     check_network(config)
+    loras(config)
     check_text("prompt", config.prompt)
     check_text("negative prompt", config.negative_prompt)
     check_number([config.prompt], config.num_samples)

@@ -5,10 +5,12 @@ import numpy as np
 import pytest
 
 from tests.weights.checkpoints import DIFFUSERS, parameters, save, small, turbo
-from turbojax.errors import CheckpointError
+from turbojax.config import base_config
+from turbojax.errors import CheckpointError, UserError
+from turbojax.generate import call_settings
 from turbojax.weights import convert
 from turbojax.weights.load import load_wan
-from turbojax.weights.lora import LoRA
+from turbojax.weights.lora import LoRA, read_lora
 
 RNG = np.random.default_rng(0)
 CONFIG = small()
@@ -207,9 +209,15 @@ def test_what_has_no_place_is_named(tmp_path, file, products, caplog):
     [
         (lambda t: {"blocks.0.self_attn.q.weight": drawn(D, D)}, "is no LoRA of this network: it holds blocks.0"),
         (lambda t: original({"blocks.0.ffn.0": (drawn(F, R), drawn(R, 128))}), r"ffn.0.weight \[384, 128\] instead of"),
-        (lambda t: original({"blocks.0.ffn.0": (drawn(F, R), drawn(R + 1, D))}), "ffn.0.weight has up and down only"),
+        (
+            lambda t: original({"blocks.0.ffn.0": (drawn(F, R), drawn(R + 1, D))}),
+            r"ffn.0.weight has factors of shapes \[384, 4\] and \[5, 256\], which have no product",
+        ),
         (lambda t: {name: v for name, v in t.items() if "lora_up" not in name}, "has down only"),
-        (lambda t: t | {"diffusion_model.blocks.0.ffn.0.dora_scale": drawn(F, 1)}, "is a DoRA"),
+        (
+            lambda t: t | {"diffusion_model.blocks.0.ffn.0.dora_scale": drawn(F, 1)},
+            "has parts that are not read .*ffn.0.dora_scale.*: DoRA",
+        ),
         (lambda t: t | diffusers({"blocks.0.ffn.0": (drawn(F, R), drawn(R, D))}), "is given twice"),
     ],
     ids=["weights", "misshapen", "ranks", "half", "dora", "twice"],
@@ -221,8 +229,169 @@ def test_files_that_do_not_fit(tmp_path, file, products, change, message):
     assert "\n" not in str(error.value)
 
 
+Q = "diffusion_model.blocks.0.self_attn.q"
+K = "diffusion_model.blocks.0.self_attn.k"
+UP, DOWN = f"{Q}.lora_up.weight", f"{Q}.lora_down.weight"
+PAIR = {UP: np.ones((D, R), np.float32), DOWN: np.ones((R, D), np.float32)}
+
+
+def shaped(*shape: int) -> np.ndarray:
+    """An array that takes no memory."""
+    return np.broadcast_to(np.float32(1), shape)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({UP: shaped(D, 0), DOWN: shaped(0, D)}, r"q.weight has no values: up is \[256, 0\]"),
+        ({UP: shaped(0, R)}, r"q.weight has no values: up is \[0, 4\]"),
+        ({f"{Q}.alpha": shaped(0)}, r"has an alpha of shape \[0\], which must be one number"),
+        ({f"{Q}.alpha": shaped(3)}, r"has an alpha of shape \[3\]"),
+        ({f"{Q}.alpha": shaped(1, 1)}, r"has an alpha of shape \[1, 1\]"),
+        ({f"{Q}.alpha": np.float32("nan")}, "has the alpha nan, which must be a number up to 1e"),
+        ({f"{Q}.alpha": np.float32("inf")}, "has the alpha inf"),
+        ({f"{Q}.alpha": np.bool_(True)}, "alpha' is bool and must be floating point"),
+        ({UP: np.float32(1)}, r"has factors of shapes \[\] and \[4, 256\], which have no product"),
+        ({UP: shaped(D)}, r"has factors of shapes \[256\] and"),
+        ({UP: shaped(D, R, 2)}, r"has factors of shapes \[256, 4, 2\] and"),
+        ({DOWN: shaped(R, D, 2)}, r"q.weight \[256, 512\] instead of \[256, 256\]"),
+        ({UP: shaped(D, 10**6), DOWN: shaped(10**6, D)}, r"has rank 1000000, more than the sizes of \[256, 256\]"),
+        ({UP: np.full((D, R), np.nan, np.float32)}, "holds NaN or infinity in its up"),
+        ({DOWN: np.full((R, D), np.inf, np.float32)}, "holds NaN or infinity in its down"),
+        ({f"{Q}.diff": np.full((D, D), np.nan, np.float32), UP: None, DOWN: None}, "NaN or infinity in its difference"),
+        ({f"{Q}.diff": shaped(D, 0), UP: None, DOWN: None}, "has no values: diff is"),
+        ({f"{Q}.diff": shaped(), UP: None, DOWN: None}, r"q.weight \[\] instead of \[256, 256\]"),
+        ({f"{Q}.diff": shaped(D, D)}, "has up and down and diff, and only a difference alone"),
+        ({f"{Q}.lora_B.weight": shaped(D, R)}, "q.weight has its up twice"),
+        ({f"{Q}.lora_up.default.weight": shaped(D, R)}, "q.weight has its up twice"),
+        ({"lora_unet_blocks_0_self_attn_q.lora_up.weight": shaped(D, R)}, "q.weight has its up twice"),
+        ({f"{K}.alpha": np.float32(1)}, "k.weight has alpha only"),
+    ],
+)
+def test_impossible_parts(monkeypatch, change, message):
+    tensors = {name: np.asarray(value) for name, value in (PAIR | change).items() if value is not None}
+    monkeypatch.setattr("turbojax.weights.lora.read_tensors", lambda path: tensors)
+    with pytest.raises(CheckpointError, match=message) as error:
+        read_lora(LoRA("lora.pth"), CONFIG)
+    assert "\n" not in str(error.value)
+    assert len(str(error.value)) < 300
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        f"{Q}.lora_B.bias",
+        f"{Q}.lora_B.default.bias",
+        f"{Q}.lora_mid.weight",
+        f"{Q}.dora_scale",
+        f"{Q}.lora_magnitude_vector",
+        f"{Q}.lora_magnitude_vector.weight",
+        f"{Q}.lora_magnitude_vector.default.weight",
+        f"{Q}.magnitude",
+        "transformer.blocks.0.attn1.to_q.dora.magnitude",
+        "blocks.0.self_attn.q.weight_m",
+        "lora_unet_blocks_0_self_attn_q.dora_scale",
+        f"{K}.lokr_w1",
+        f"{K}.lokr_w2_a",
+        f"{K}.hada_w1_a",
+        f"{K}.oft_blocks",
+        f"{K}.w_norm",
+        f"{K}.surprise.with.more",
+        "transformer.blocks.1.ffn.net.2.b_norm",
+        "lycoris_blocks_0_self_attn_k.lokr_w1",
+        f"{K}.weight",
+    ],
+)
+def test_parts_that_are_not_read_are_refused_by_name(tmp_path, name):
+    path = save(tmp_path / "lora.safetensors", PAIR | {name: drawn(D)})
+    with pytest.raises(CheckpointError, match=rf"has parts that are not read \({name}\)"):
+        read_lora(LoRA(path), CONFIG)
+
+
+@pytest.mark.parametrize("strength", [float("nan"), float("inf"), -float("inf"), 1e4, "1", None])
+def test_a_strength_that_is_no_number(strength):
+    with pytest.raises(UserError, match=r"lora_strength=.* must be a number from -1000 to 1000"):
+        LoRA("lora.safetensors", strength)
+
+
+def test_a_strength_is_checked_before_anything_is_loaded():
+    config = base_config(weights="demo", lora="nowhere.safetensors", lora_strength=float("nan"))
+    with pytest.raises(UserError, match="lora_strength=nan must be a number"):
+        call_settings(config)
+
+
+@pytest.mark.parametrize(
+    ("strength", "change"),
+    [(0.0, {}), (1.0, {f"{Q}.alpha": np.float32(0)}), (1.0, {UP: np.zeros((D, R), np.float32)})],
+    ids=["strength", "alpha", "factor"],
+)
+def test_what_changes_nothing_leaves_int8_codes(tmp_path, file, strength, change, caplog):
+    int8 = tmp_path / "int8.safetensors"
+    convert.convert(file, int8, quantize="block128")
+    tensors = {name: np.asarray(value) for name, value in (PAIR | change).items()}
+    lora = LoRA(save(tmp_path / "lora.safetensors", tensors), strength)
+    stored, ours = parameters(load_wan(int8)), parameters(load_wan(int8, loras=[lora]))
+    for name, value in stored.items():
+        np.testing.assert_array_equal(ours[name], value, err_msg=name)
+    with caplog.at_level("INFO", logger="absl"):
+        load_wan(int8, loras=[LoRA(save(tmp_path / "one.safetensors", PAIR))])
+    line = "20 linear layers are int8 as stored (block128), run as block128, 1 of them quantized again with LoRAs"
+    assert line in caplog.text
+
+
+def test_the_scale_of_each_network_is_its_own(tmp_path):
+    header = '{"transformer.lora_alpha": 2, "transformer_2.lora_alpha": 8, "text_encoder.lora_alpha": 1}'
+    pair = {
+        f"transformer.{module}.{half}.weight": value
+        for module, half, value in (
+            ("blocks.0.attn1.to_q", "lora_A", drawn(R, D)),
+            ("blocks.0.attn1.to_q", "lora_B", drawn(D, R)),
+        )
+    }
+    pair |= {name.replace("transformer.", "transformer_2."): value for name, value in pair.items()}
+    path = save(tmp_path / "lora.safetensors", pair, lora_adapter_metadata=header)
+    for expert, scale in (("high", 0.5), ("low", 2.0)):
+        (change,) = read_lora(LoRA(path), CONFIG, expert=expert).values()
+        assert change.scale == scale
+
+
+def test_parts_of_a_second_network_are_told(tmp_path, caplog):
+    pair = {"transformer.blocks.0.attn1.to_q.lora_A.weight": drawn(R, D)}
+    pair |= {"transformer.blocks.0.attn1.to_q.lora_B.weight": drawn(D, R), "transformer_2.x": drawn(2)}
+    read_lora(LoRA(save(tmp_path / "lora.safetensors", pair)), CONFIG)
+    assert "1 parts fit nowhere and are left out: transformer_2.x" in caplog.text
+
+
+def test_alpha_in_pefts_configuration(tmp_path):
+    path = save(
+        tmp_path / "adapter_model.safetensors",
+        {
+            f"base_model.model.blocks.0.self_attn.q.{half}.weight": value
+            for half, value in (("lora_A", drawn(R, D)), ("lora_B", drawn(D, R)))
+        },
+    )
+    beside = tmp_path / "adapter_config.json"
+    for text, scale in ((None, 1.0), ('{"lora_alpha": 2, "r": 4, "peft_type": "LORA"}', 0.5), ("{}", 1.0)):
+        if text:
+            beside.write_text(text)
+        (change,) = read_lora(LoRA(path), CONFIG).values()
+        assert change.scale == scale
+    for text, message in (
+        ('{"lora_alpha": "2"}', "adapter_config.json: lora_alpha is '2' and must be a number"),
+        ('{"use_dora": true}', "says use_dora=True, a scale of its own"),
+        ("[" * 100_000, "nested 100000 deep"),
+    ):
+        beside.write_text(text)
+        with pytest.raises(CheckpointError, match=message):
+            read_lora(LoRA(path), CONFIG)
+
+
 def test_headers_that_cannot_be_followed(tmp_path, file, products):
-    for header, message in (("{", "damaged header"), ('{"transformer.use_rslora": true}', "scale of its own")):
+    for header, message in (
+        ("{", "lora_adapter_metadata in its header is no JSON"),
+        ('{"transformer.lora_alpha": [1]}', "lora_alpha is .1. and must"),
+        ('{"transformer.use_rslora": true}', "scale of its own"),
+    ):
         path = save(tmp_path / "lora.safetensors", diffusers(products), lora_adapter_metadata=header)
         with pytest.raises(CheckpointError, match=message):
             load_wan(file, dtype=jnp.float32, loras=[LoRA(path)])

@@ -180,7 +180,8 @@ def build_wan(
     skeleton = wan_skeleton(config)
     tensors = Watched(checkpoint.tensors)
     pieces = Pieces(checkpoint._replace(tensors=tensors), config, changes or {})
-    model = skeleton.fill(place(skeleton, pieces, what=checkpoint.what, streamed=streamed), streamed=streamed)
+    what = f"{checkpoint.what} with LoRAs" if changes else checkpoint.what
+    model = skeleton.fill(place(skeleton, pieces, what=what, streamed=streamed), streamed=streamed)
     tensors.warn(checkpoint.what)
     log_quantization(checkpoint.config, config, changes)
     return model
