@@ -106,12 +106,15 @@ def small(command: Command) -> list[str]:
 
 
 def check_pip(text: str, rest: list[str]) -> None:
-    """Extras are those of pyproject.toml, options those of pip that the pages use."""
-    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    """Packages and extras are those of pyproject.toml, options those of pip that the pages use."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = project["optional-dependencies"]
+    needed = {re.match(r"[\w-]+", package)[0] for package in project["dependencies"]}
     check(rest[0] in ("install", "wheel", "list"), text, f"no rule knows pip {rest[0]}")
     for word in rest[1:]:
         package = re.fullmatch(r"(\.|turbojax)(?:\[([\w,]+)\])?", word)
-        check(word in ("-e", "--no-deps") or package is not None, text, f"{word} is no package of ours")
+        known = word in ("-e", "--no-deps") or word in needed or package is not None
+        check(known, text, f"{word} is neither this package nor one that it needs")
         named = package[2].split(",") if package and package[2] else []
         check(set(named) <= set(extras), text, f"there is no extra {word}")
 
