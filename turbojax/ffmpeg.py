@@ -174,7 +174,8 @@ def enlarge(pipe: IO[bytes]) -> None:
 
 def reason(messages: bytes, status: int) -> str:
     """What ffmpeg says of its end, on one line."""
-    text = textwrap.shorten(messages.decode(errors="replace"), 300, placeholder=" ...")
+    text = re.sub(r"\[[^]\n]* @ 0x[0-9a-f]+\] ", "", messages.decode(errors="replace"))  # where in its memory
+    text = textwrap.shorten(text, 300, placeholder=" ...")
     return text or ("ffmpeg ended early" if status >= 0 else f"ffmpeg was ended by {signal.Signals(-status).name}")
 
 

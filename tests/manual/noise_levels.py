@@ -22,12 +22,12 @@ import numpy as np
 from absl import app, flags
 from tqdm import tqdm
 
+from turbojax.files import whole_file
 from turbojax.models.vae import WanVAE, encode
 from turbojax.shapes import MODEL
 from turbojax.shapes.render import render
 from turbojax.shapes.scene import Scene, Thing, random_scene
 from turbojax.train.autoencoder import as_pixels
-from turbojax.video import whole_file
 from turbojax.weights.files import find_components
 from turbojax.weights.plain import load_vae
 
