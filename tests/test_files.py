@@ -10,7 +10,17 @@ import pytest
 
 from turbojax import files
 from turbojax.errors import UserError
-from turbojax.files import make_folder, remove_stale, sole_user, user_cache, user_path, whole_file, whole_folder
+from turbojax.files import (
+    check_file,
+    check_folder,
+    make_folder,
+    remove_stale,
+    sole_user,
+    user_cache,
+    user_path,
+    whole_file,
+    whole_folder,
+)
 
 PART, OLD = ".x.turbojax-0123abcd.part", ".x.turbojax-0123abcd.old"
 
@@ -33,8 +43,10 @@ def test_home(monkeypatch, tmp_path):
     assert user_cache() == tmp_path / "cache" / "turbojax"
     monkeypatch.delenv("XDG_CACHE_HOME")
     assert user_cache() == tmp_path / ".cache" / "turbojax"
-    with pytest.raises(UserError, match=r"home folder in '~nobody-here/x' is not known; .* or ./~nobody-here/x"):
+    with pytest.raises(UserError, match=r"'~nobody-here/x' names no home folder that is known; .* or ./~nobody-here/x"):
         user_path("~nobody-here/x")
+    monkeypatch.chdir(tmp_path)
+    assert user_path(user_path("./~nobody-here/x")) == tmp_path / "~nobody-here" / "x"
     with pytest.raises(UserError, match="NUL"):
         user_path("x\0.mp4")
 
@@ -46,7 +58,7 @@ def test_no_home(monkeypatch):
     monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
     with pytest.raises(UserError, match=r"no home folder is known .* set HOME, or XDG_CACHE_HOME=FOLDER"):
         user_cache()
-    with pytest.raises(UserError, match="home folder in '~/x' is not known"):
+    with pytest.raises(UserError, match="'~/x' names no home folder that is known"):
         user_path("~/x")
 
 
@@ -84,6 +96,28 @@ def test_what_is_no_file_is_not_replaced(tmp_path):
         make_folder(tmp_path / "elsewhere" / "x")
     with pytest.raises(UserError, match="cannot be written: File name too long"), whole_file(tmp_path / ("x" * 300)):
         pass
+
+
+def test_what_can_be_written_is_known_before(tmp_path, monkeypatch):
+    written(tmp_path / "file")
+    (tmp_path / "folder").mkdir()
+    assert check_file(tmp_path / "new" / "deep" / "x.json").name == "x.json"
+    for name in ("folder", "file/x", "file/new/x", "x" * 300):
+        with pytest.raises(UserError, match=f"{name}' cannot be written: "):
+            check_file(tmp_path / name)
+    with pytest.raises(UserError, match="file' cannot be made: File exists"):
+        check_folder(tmp_path / "file")
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
+    assert check_folder(tmp_path / "new" / "deep") == tmp_path / "new" / "deep"
+
+    def read_only(*arguments, **options):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(Path, "touch", read_only)  # root may write to folders of any mode
+    for check in (check_file, check_folder):
+        with pytest.raises(UserError, match="cannot be written: Read-only file system"):
+            check(tmp_path / "new" / "x")
+    assert names(tmp_path) == ["file"]
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):

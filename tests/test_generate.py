@@ -139,13 +139,13 @@ GENERATE_MISTAKES: dict[str, tuple[list[str], str]] = {
         "'x.pth' is neither a file, a folder",
     ),
     "two ways at once": ([*WITH_DEMO, "--plan", "--interactive"], "--plan, --interactive and --prompts_file exclude"),
-    "missing prompts": ([*WITH_DEMO, "--prompts_file=nothing.txt"], "the prompts 'nothing.txt' cannot be read"),
+    "missing prompts": ([*WITH_DEMO, "--prompts_file=nothing.txt"], "nothing.txt does not exist"),
     "no prompts": ([*WITH_DEMO, "--prompts_file=FOLDER/empty.pth"], "empty.pth' has no prompt"),
     "ablate without a grid": ([ABLATE, DEMO], "no grid; give for instance --grid sla_topk=0.05"),
     "ablate what is no setting": ([ABLATE, DEMO, "--grid", "seed=1,2", "sla_topc=1"], "perhaps sla_topk"),
     "ablate what cannot be": ([ABLATE, DEMO, "--grid", "sigma_max=80,1", "--out=FOLDER/out"], "sigma_max=1.0 must be"),
     "ablate with two references": ([ABLATE, DEMO, "--grid=ode=on", "--reference=seed=1,2"], "has 2 values of seed"),
-    "prompt's seed": ([*WITH_DEMO, "--config.seed=-1"], "seed=-1 must be in 0..4294967295"),
+    "prompt's seed": ([*WITH_DEMO, "--config.seed=-1"], "seed=-1 must be in 0..18446744073709551615"),
 }
 WEIGHTS_MISTAKES = {
     "html": "html.pth looks like an HTML page, not a checkpoint",

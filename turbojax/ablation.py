@@ -15,7 +15,7 @@ from tqdm import tqdm
 from turbojax.ablation_report import Row, psnr, write_report
 from turbojax.config import changed, parse_value
 from turbojax.errors import UserError
-from turbojax.files import make_folder, make_parent, whole_file
+from turbojax.files import check_folder, whole_file
 from turbojax.generate import LOAD_SETTINGS, Studio, call_settings
 from turbojax.records import Records, fingerprint
 from turbojax.video import check_path
@@ -85,8 +85,9 @@ def ablate(
     compared = [cell | reference for cell in cells]
     for cell in (*cells, *compared):
         call_settings(changed(config, num_samples=1, **cell))
-    make_parent(check_path(folder / "videos" / "video.mp4"))
-    make_folder(folder / "frames")
+    folder = check_folder(folder)
+    check_folder(folder / "frames")
+    check_folder(check_path(folder / "videos" / "video.mp4").parent)
     finished, studio = Records(folder / "cells.jsonl"), Studio()
     work = list({str(cell): cell for cell in (*cells, *compared)}.values())
     records: dict[str, dict[str, Any]] = {}

@@ -14,7 +14,9 @@ from ml_collections import ConfigDict
 from turbojax.cache import use_compilation_cache
 from turbojax.config import SETTINGS, Setting, check_names
 from turbojax.errors import UserError
+from turbojax.files import user_path
 from turbojax.memory import short_of_memory
+from turbojax.signals import ending_in_order, exit_code
 
 USAGE = 2
 CONFIGS = Path(__file__).with_name("configs")  # in the checkout a link to configs/, in a wheel a copy
@@ -44,16 +46,21 @@ def run(
             if len(arguments) > 1:
                 raise UserError(f"unexpected argument {arguments[1]!r}; flags start with --, see --help")
             use_compilation_cache()
-            main()
+            with ending_in_order():
+                main()
         except UserError as error:
             fail(error)
         except (MemoryError, jax.errors.JaxRuntimeError) as error:
             if not short_of_memory(error):
                 raise
             fail(UserError(f"memory is not enough for this; set {less_memory}"))
-        except KeyboardInterrupt:
+        except OSError as error:  # no closer place has said what it means
+            logging.debug("%s", error, exc_info=True)
+            what = f"{error.filename!r}" if error.filename else "a file"
+            fail(UserError(f"{what} cannot be used: {error.strerror or error}; mend that, or name another place"))
+        except KeyboardInterrupt as stop:
             print("stopped", file=sys.stderr)
-            sys.exit(130)
+            sys.exit(exit_code(stop))
 
     app.run(guarded, flags_parser=functools.partial(parse, flag_values=flag_values, lists=lists, settings=settings))
 
@@ -143,7 +150,7 @@ def find_config(path: str) -> Path:
     """A file of settings, or NAME or configs/NAME.py, which outside the checkout is the one in the package."""
     packaged = CONFIGS / f"{Path(path).stem}.py"
     named = path in (packaged.stem, f"configs/{packaged.name}")
-    for file in (Path(path), packaged):
+    for file in (user_path(path), packaged):
         if file.is_file() and (file is not packaged or named):
             return file
     names = sorted(file.stem for file in CONFIGS.glob("*.py"))

@@ -25,14 +25,14 @@ _OLD = re.compile(r"\.(?P<name>.+)\.turbojax-[0-9a-f]{8}\.old")
 
 def user_path(path: str | os.PathLike) -> Path:
     """The path that a user names, with ~ expanded; raises UserError where there is no such home folder."""
-    if "\0" in os.fspath(path):
-        raise UserError(f"{os.fspath(path)!r} is no path: it has a NUL character; leave that out")
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as error:
-        raise UserError(
-            f"the home folder in {str(path)!r} is not known; give the whole path, or ./{path} if ~ is part of a name"
-        ) from error
+    text = os.fspath(path)
+    if "\0" in text:
+        raise UserError(f"{text!r} is no path: it has a NUL character; leave that out")
+    found = os.path.expanduser(text)
+    if found.startswith("~"):
+        raise UserError(f"{text!r} names no home folder that is known; give the whole path, or ./{text} for that name")
+    named = Path(found)  # which takes ./~ for ~
+    return named.absolute() if str(named).startswith("~") else named
 
 
 def user_cache() -> Path:
@@ -61,6 +61,35 @@ def make_parent(path: Path) -> None:
     make_folder(path.parent)
 
 
+def check_file(path: str | os.PathLike) -> Path:
+    """The path of a file that is to be written after some work; raises UserError where it cannot be written."""
+    path = user_path(path)
+    with _one_sentence(path):
+        _check_regular(path)
+    check_parent(path)
+    return path
+
+
+def check_folder(folder: str | os.PathLike) -> Path:
+    """A folder that is to be written to after some work; it is made. Raises UserError where it cannot be written to."""
+    folder = user_path(folder)
+    make_folder(folder)
+    check_parent(folder / "file")
+    return folder
+
+
+def check_parent(path: Path) -> None:
+    """Tries whether something can be made beside `path`, or in the first folder above that is there.
+
+    Leaves nothing; raises UserError where it cannot.
+    """
+    with _one_sentence(path):
+        folder = next(parent for parent in _behind_links(path).absolute().parents if parent.exists())
+        part, descriptor = _new_part(folder / path.name, folder=False)
+        os.close(descriptor)
+        _remove(part)
+
+
 @contextlib.contextmanager
 def whole_file(path: Path, *, durable: bool = False) -> Iterator[Path]:
     """Yields a path to write to, which takes the name `path` when the block ends well and is removed otherwise.
@@ -70,8 +99,7 @@ def whole_file(path: Path, *, durable: bool = False) -> Iterator[Path]:
     """
     path = _behind_links(path)
     with _part_of(path, folder=False) as (part, lock):
-        if path.exists() and not path.is_file():
-            raise UserError(f"{str(path)!r} cannot be written: it is no regular file; give another name")
+        _check_regular(path)
         yield part
         if durable:
             os.fsync(lock)
@@ -88,8 +116,7 @@ def whole_files(paths: Sequence[Path]) -> Iterator[list[Path]]:
     paths = [_behind_links(path) for path in paths]
     with _part_of(paths[0], folder=True) as (folder, _):
         for path in paths:
-            if path.exists() and not path.is_file():
-                raise UserError(f"{str(path)!r} cannot be written: it is no regular file; give another name")
+            _check_regular(path)
         parts = [folder / path.name for path in paths]
         yield parts
         for part, path in zip(parts, paths, strict=True):
@@ -260,10 +287,19 @@ def _lock(descriptor: int) -> bool | None:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
+    if not path.is_dir() or path.is_symlink():
         path.unlink(missing_ok=True)
+        return
+    try:
+        shutil.rmtree(path)
+    except KeyboardInterrupt:  # a stop is no reason to leave gigabytes; a second one is
+        shutil.rmtree(path, ignore_errors=True)
+        raise
+
+
+def _check_regular(path: Path) -> None:
+    if path.exists() and not path.is_file():
+        raise UserError(f"{str(path)!r} cannot be written: it is no regular file; give another name")
 
 
 def _behind_links(path: Path) -> Path:

@@ -16,7 +16,7 @@ from turbojax.decoding import check_tiling
 from turbojax.demo import DEMOS, demo_folder
 from turbojax.diffusion import RCM, expert_split
 from turbojax.errors import UserError
-from turbojax.files import make_parent
+from turbojax.files import check_file
 from turbojax.image import read_image
 from turbojax.kernels.int8 import QuantConfig
 from turbojax.memory import Plan, parse
@@ -82,7 +82,7 @@ def components(config: ConfigDict) -> dict[str, Any]:
 
 def generate(config: ConfigDict) -> list[Path]:
     """Loads the pipeline, makes the videos and returns the files written."""
-    make_parent(check_path(config.output))
+    check_file(check_path(config.output))
     settings = call_settings(config)
     tell_limits(config)
     return call(load_pipeline(config, prepare=settings), settings, output=config.output, fps=config.fps).files

@@ -21,7 +21,7 @@ from absl import logging
 from tqdm import tqdm
 
 from turbojax.errors import CheckpointError, UserError, quoted
-from turbojax.files import sole_user
+from turbojax.files import sole_user, user_path
 from turbojax.json_reader import Object, String, parse_json
 from turbojax.models import vae as vae_model
 from turbojax.models.umt5 import encode_text
@@ -81,10 +81,10 @@ def find_clips(folder: str | os.PathLike, captions: str | os.PathLike | None = N
 
     Raises UserError if there are none, or a line of the list has no file or caption.
     """
-    folder = Path(folder)
+    folder = user_path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder of videos")
-    lists = [Path(captions)] if captions else [folder / name for name in LISTS if (folder / name).is_file()]
+    lists = [user_path(captions)] if captions else [folder / name for name in LISTS if (folder / name).is_file()]
     clips = listed_clips(folder, lists[0]) if lists else captioned_clips(folder)
     if not clips:
         raise UserError(
@@ -217,7 +217,7 @@ def make_shards(
     Raises UserError if the folder holds data of other settings or is being written by another process, no clip could be
     read, or a model gives NaN.
     """
-    output = Path(output)
+    output = user_path(output)
     with own_folder(output, index):
         tell_cut(clips, text)
         for line in text.cut([index.negative_prompt]):

@@ -15,10 +15,11 @@ from tqdm import tqdm
 
 from turbojax.config import SETTINGS, changed, did_you_mean, parse_value
 from turbojax.errors import UserError
-from turbojax.files import make_parent, user_path
+from turbojax.files import check_file, user_path
 from turbojax.generate import Studio, call_settings, read_pictures
 from turbojax.memory import short_of_memory
 from turbojax.records import Records, fingerprint
+from turbojax.signals import Terminated
 from turbojax.text_files import read_text, split_lines
 from turbojax.video import check_path, numbered
 
@@ -49,7 +50,7 @@ def interactive(
     """
     with suppress(ImportError):
         import readline  # noqa: F401  # gives `input` earlier lines by the arrow keys
-    make_parent(check_path(config.output))
+    check_file(check_path(config.output))
     studio = Studio()
     write("Type a prompt, or /help.")
     while True:
@@ -65,6 +66,8 @@ def interactive(
                 write(f"{', '.join(map(str, result.files))}, {sum(result.timings.values()):.1f} s")
         except EOFError:
             return
+        except Terminated:
+            raise
         except KeyboardInterrupt:
             write("\nstopped; /quit ends the session")
         except UnicodeDecodeError:
@@ -93,7 +96,7 @@ def command(config: ConfigDict, line: str) -> str:
     changes = size(text) if name == "size" else {name: parse_value(name, text)}
     new = changed(config, **changes)
     call_settings(new)
-    make_parent(check_path(new.output))
+    check_file(check_path(new.output))
     config.update(changes)
     return ", ".join(f"{name} = {value}" for name, value in changes.items())
 
@@ -126,8 +129,7 @@ def batch(config: ConfigDict, prompts_file: str | Path) -> list[Path]:
     count as no prompt.
     """
     prompts = read_prompts(user_path(prompts_file))
-    output = check_path(config.output)
-    make_parent(output)
+    output = check_file(check_path(config.output))
     pictures = {name: picture.tobytes() for name, picture in read_pictures(config).items()}
     call_settings(config)
     finished, studio = Records(output.with_suffix(".jsonl")), Studio()

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 
 from turbojax.errors import UserError
 from turbojax.ffmpeg import check_decoder, check_encoder, mp4_encoder, read_frames
-from turbojax.files import whole_files
+from turbojax.files import user_path, whole_files
 
 # Width and height in pixels, as Wan and TurboDiffusion use them.
 SIZES: dict[str, dict[str, tuple[int, int]]] = {
@@ -49,7 +49,7 @@ def video_size(resolution: str, aspect_ratio: str) -> tuple[int, int]:
 
 def check_path(path: str | os.PathLike) -> Path:
     """The path of a video to be written; raises UserError where none can be, for mp4 after encoding two frames."""
-    path = Path(path)
+    path = user_path(path)
     if path.suffix.lower() not in FORMATS:
         raise UserError(f"output {str(path)!r} has no video format; end it in {', '.join(FORMATS)}")
     if path.is_dir():
@@ -80,7 +80,7 @@ def save_video(video: np.ndarray, path: str | os.PathLike, fps: int = 16) -> lis
     check_shape(video.shape, video.dtype)
     with open_video(path, video.shape, fps) as append:
         append(video)
-    return files_of(Path(path), len(video))
+    return files_of(user_path(path), len(video))
 
 
 @contextmanager
@@ -181,7 +181,7 @@ def read_video(path: str | os.PathLike, *, num_frames: int, height: int, width: 
     Frames are the nearest in time to those of the file. They are resized to cover height x width pixels and cut around
     their centre. Raises UserError for a file that cannot be read or is too short.
     """
-    path = Path(path)
+    path = user_path(path)
     if not path.is_file():
         raise UserError(f"{path} {'is no regular file' if path.exists() else 'does not exist'}")
     check_decoder()

@@ -250,7 +250,7 @@ def test_a_failure_while_writing_leaves_nothing(source, tmp_path, monkeypatch, k
 def test_an_output_that_cannot_be(source, tmp_path):
     (tmp_path / "file").write_text("")
     for name, kind in (("x.safetensors", "safetensors"), ("x", "orbax")):
-        assert "cannot be made" in refused(source, tmp_path / "file" / name, format=kind)
+        assert "cannot be written" in refused(source, tmp_path / "file" / name, format=kind)
 
 
 def test_what_it_is_to_be_run_with(tmp_path, output):

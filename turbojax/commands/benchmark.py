@@ -47,6 +47,7 @@ from turbojax import (
 )
 from turbojax.benchmark_report import report
 from turbojax.demo import demo_picture
+from turbojax.files import check_file, user_path
 from turbojax.kernels.int8 import QUANT_SCHEMES
 from turbojax.models.tokenizer import Tokenizer
 from turbojax.models.vae import VAEConfig
@@ -83,6 +84,8 @@ OUT = flags.DEFINE_string("out", None, "JSON file to write; printed only if not 
 
 
 def main() -> None:
+    if OUT.value:
+        check_file(OUT.value)  # before minutes of measuring
     if jax.default_backend() != "gpu" and CASE.value not in ("tangent", "file", "tiles"):
         raise UserError("benchmarks need a GPU; none was found (pip install -e '.[cuda12]')")
     width, height = video_size(RESOLUTION.value, "16:9")
@@ -165,7 +168,7 @@ def save(result: dict[str, Any]) -> dict[str, Any]:
     own = (CASE, MODEL, RESOLUTION, FRAMES, STEPS, ATTENTION, TOPK, LAYERS, RECIPE, QUANT, MEMORY)
     whole = {"case": CASE.value, "settings": {flag.name: flag.value for flag in own}, "result": result}
     if OUT.value:
-        benchmark.save(whole, Path(OUT.value))
+        benchmark.save(whole, user_path(OUT.value))
     return whole
 
 

@@ -15,7 +15,6 @@ prompts and the same noise.
 """
 
 import json
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -23,7 +22,8 @@ import jax.numpy as jnp
 from absl import flags
 
 from turbojax import UserError, cli
-from turbojax.files import make_folder, make_parent, whole_file
+from turbojax.files import check_file, check_folder, user_path, whole_file
+from turbojax.sampling import check_seed
 from turbojax.shapes import MODEL
 from turbojax.shapes.evaluate import GUIDED, NETWORKS, QUICK, VARIANTS, contact_sheet, evaluate, held_out_tasks, table
 from turbojax.shapes.judge import train_judge
@@ -56,15 +56,13 @@ def main() -> None:
     for name, value in (("prompts", PROMPTS.value), ("batch", BATCH.value)):
         if value < 1:
             raise UserError(f"{name}={value} must be at least 1")
-    if TEACHER.value and not Path(TEACHER.value).is_file():
+    if TEACHER.value and not user_path(TEACHER.value).is_file():
         raise UserError(f"--teacher={TEACHER.value} is no file; scripts/train_shapes.py makes one")
     named = {"all": list(VARIANTS), "quick": list(QUICK)}
     chosen = NAMES.value or ("all" if FOLDER.value else "quick")
     names = named.get(chosen) or [name.strip() for name in chosen.split(";")]
-    output, sheets = Path(OUTPUT.value), Path(SHEETS.value) if SHEETS.value else None
-    make_parent(output)
-    if sheets:
-        make_folder(sheets)
+    check_seed(SEED.value)
+    output, sheets = check_file(OUTPUT.value), check_folder(SHEETS.value) if SHEETS.value else None
     size = {"num_frames": FRAMES.value, "height": HEIGHT.value, "width": WIDTH.value}
     tasks = held_out_tasks(PROMPTS.value, seed=SEED.value)
     judge = train_judge(size=min(HEIGHT.value, WIDTH.value))
@@ -78,11 +76,11 @@ def main() -> None:
         "judge": {"accuracy": judge.accuracy, "tested": judge.tested},
         "rows": [],
     }
-    folder, dtype = Path(FOLDER.value or MODEL.parent), jnp.dtype(DTYPE.value)
+    folder, dtype = user_path(FOLDER.value or MODEL.parent), jnp.dtype(DTYPE.value)
     options: dict[str, Any] = {"size": size, "dtype": dtype, "seed": SEED.value, "batch": BATCH.value}
     options["guided"] = content["teacher"]
     if TEACHER.value:
-        options["networks"] = NETWORKS | {"teacher": str(Path(TEACHER.value).absolute())}
+        options["networks"] = NETWORKS | {"teacher": str(user_path(TEACHER.value).absolute())}
     for row, videos in evaluate(names, tasks, folder, judge, **options):
         content["rows"].append(row)
         with whole_file(output) as temporary:  # after each, so that a stop loses little

@@ -21,7 +21,7 @@ from absl import flags, logging
 
 from turbojax import UserError, cli
 from turbojax.ffmpeg import check_decoder
-from turbojax.files import user_path
+from turbojax.files import check_folder
 from turbojax.make_shards import find_clips, load_encoders, make_shards
 from turbojax.models.vae import VAEConfig
 from turbojax.sampling import latent_shape
@@ -62,8 +62,9 @@ def main() -> None:
     height = height if HEIGHT.value is None else HEIGHT.value
     latent_shape(VAEConfig.wan2_1(), FRAMES.value, height, width)  # what can be told before minutes of loading
     check_fps(FPS.value)
+    check_folder(OUTPUT.value)
     check_decoder()
-    clips = find_clips(user_path(VIDEOS.value), CAPTIONS.value)
+    clips = find_clips(VIDEOS.value, CAPTIONS.value)
     given = {"vae": VAE.value, "text_encoder": TEXT_ENCODER.value, "tokenizer": TOKENIZER.value}
     weights = str(MODEL) if WEIGHTS.value == "demo" else WEIGHTS.value
     where = find_components(open_repository(weights) if weights else None, given)

@@ -19,7 +19,7 @@ from absl import flags, logging
 from ml_collections import ConfigDict
 
 from turbojax import UserError, cli
-from turbojax.files import user_path
+from turbojax.files import check_folder
 
 try:
     from turbojax.shapes.stages import STAGES, Job, check_shipped, take
@@ -51,7 +51,7 @@ def main() -> None:
         raise UserError(f"there is no stage {unknown[0]}; choose among {','.join(STAGES)}")
     for name in SHIPPED.value:
         check_shipped(name)
-    folder = user_path(FOLDER.value)
+    folder = check_folder(FOLDER.value)
     for name in STAGE_NAMES.value:
         if (folder / STAGES[name].last).exists():
             logging.info("%s is done", name)

@@ -19,6 +19,7 @@ import sentencepiece
 import tokenizers
 
 from turbojax.errors import CheckpointError, UserError
+from turbojax.files import user_path
 from turbojax.text_files import check_text
 
 FILES = ("tokenizer.json", "spiece.model")  # in the order of preference
@@ -46,7 +47,7 @@ class Tokenizer:
 
         Raises CheckpointError if there is none or it cannot be read.
         """
-        file = find_file(Path(path))
+        file = find_file(user_path(path))
         try:
             return from_json(file) if file.suffix == ".json" else from_sentencepiece(file)
         except CheckpointError:

@@ -20,7 +20,7 @@ from absl import logging
 from PIL import Image
 
 from turbojax.errors import UserError
-from turbojax.files import make_parent, whole_file
+from turbojax.files import check_folder, whole_file
 from turbojax.image import read_image
 from turbojax.video import check_path
 
@@ -37,8 +37,8 @@ class Entry(NamedTuple):
 
 class Album:
     def __init__(self, folder: Path):
-        self.folder = folder.absolute()
-        make_parent(check_path(self.folder / "video.mp4"))
+        self.folder = check_folder(folder).absolute()
+        check_path(self.folder / "video.mp4")
 
     def new_path(self) -> Path:
         """Where the next video goes; sorted by name, videos are sorted by time."""

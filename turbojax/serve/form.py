@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 from turbojax.config import changed, parse_value
 from turbojax.demo import demo_folder
 from turbojax.errors import UserError
+from turbojax.files import user_path
 from turbojax.generate import call_settings
 from turbojax.video import SIZES
 
@@ -80,4 +81,4 @@ def image_of(config: ConfigDict) -> Path | None:
     """The picture that the form shows at first."""
     if config.image == "demo":
         return demo_folder() / "image.png"
-    return Path(config.image) if config.image else None
+    return user_path(config.image) if config.image else None

@@ -37,7 +37,7 @@ import numpy as np
 from absl import logging
 
 from turbojax.errors import CheckpointError, UserError
-from turbojax.files import whole_file
+from turbojax.files import user_path, whole_file
 from turbojax.json_reader import Array, Enum, FileName, Integer, Object, String, parse_json, read_json
 from turbojax.models.umt5 import TEXT_LEN
 from turbojax.weights.io import file_metadata, read_tensors, write_safetensors
@@ -191,7 +191,7 @@ def open_shards(folder: str | os.PathLike) -> Shards:
 
     Raises UserError if there are no shards, CheckpointError if one is missing, cut off or foreign.
     """
-    folder = Path(folder)
+    folder = user_path(folder)
     if not (folder / INDEX).exists():
         raise UserError(f"{folder} holds no {INDEX}, so no training data; write some with scripts/make_shards.py")
     index, files = read_index(folder)

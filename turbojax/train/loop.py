@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from turbojax import sharding
 from turbojax.errors import UserError
-from turbojax.files import sole_user, user_path, whole_file
+from turbojax.files import check_folder, sole_user, user_path, whole_file
 from turbojax.models.vae import WanVAE
 from turbojax.models.wan import WanConfig
 from turbojax.shapes.examples import Batches, examples
@@ -71,7 +71,7 @@ def train(config: ConfigDict) -> Path:
     """
     check_settings(config)
     recipe = make_recipe(config)
-    workdir = user_path(config.workdir)
+    workdir = check_folder(config.workdir)
     alone = sole_user(workdir) if jax.process_index() == 0 else contextlib.nullcontext()
     with alone:
         if isinstance(recipe, Autoencoding):
@@ -259,9 +259,9 @@ def with_shardings(state: TrainState) -> TrainState:
 
 @contextlib.contextmanager
 def stop_requests(max_minutes: float = 0.0) -> Iterator[threading.Event]:
-    """An event that SIGTERM and Ctrl-C set, so that the step in hand is finished and saved; the next stops at once.
+    """An event that Ctrl-C, SIGTERM and SIGHUP set, so that the step in hand is finished and saved.
 
-    max_minutes: it sets itself after that long; 0 for never.
+    The next signal stops at once. max_minutes: it sets itself after that long; 0 for never.
     """
     stop = threading.Event()
 
@@ -278,8 +278,9 @@ def stop_requests(max_minutes: float = 0.0) -> Iterator[threading.Event]:
             timer.daemon = True
             timer.start()
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                undo.callback(signal.signal, number, signal.signal(number, request))
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
+                    undo.callback(signal.signal, number, signal.signal(number, request))
         yield stop
 
 

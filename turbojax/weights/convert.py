@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from turbojax.diffusion.schedules import rcm_times
 from turbojax.errors import UserError
-from turbojax.files import user_path, whole_folder
+from turbojax.files import check_parent, remove_stale, user_path, whole_folder
 from turbojax.models.wan import WanConfig
 from turbojax.weights.files import CONVERTED
 from turbojax.weights.io import read_tensors, save_orbax, write_pth, write_safetensors
@@ -119,6 +119,8 @@ def check_output(output: Path, *, format: str, names: str, overwrite: bool) -> N
         raise UserError(f"format={format!r} is unknown; choose {', '.join(FORMATS)}")
     if names not in NAMES:
         raise UserError(f"names={names!r} are unknown; choose {', '.join(NAMES)}")
+    remove_stale(output.parent)  # which gives a folder its name again that another conversion, killed, took away
+    check_parent(output)
     if output.exists() and not overwrite:
         raise UserError(f"{output} already exists; choose another output or allow it with --overwrite")
     if format != "orbax" and (output.suffix != f".{format}" or output.is_dir()):

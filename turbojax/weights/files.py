@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from turbojax.errors import CheckpointError, UserError
-from turbojax.files import user_path
+from turbojax.files import remove_stale, user_path
 from turbojax.weights.io import PTH_SUFFIXES
 
 # Has the VAE, the text encoder and the tokenizer that all Wan 2.1 models and Wan 2.2 A14B share.
@@ -79,6 +79,7 @@ class Repository(NamedTuple):
 def open_repository(path_or_repo: str | Path) -> Repository:
     """A folder, the folder of a file, or a Hugging Face repository "owner/name"."""
     path = user_path(path_or_repo)
+    remove_stale(path.parent)  # of a converted folder that lost its name when its conversion was killed
     if path.is_file():
         path = path.parent
     if path.is_dir():

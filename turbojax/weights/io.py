@@ -12,6 +12,7 @@ import re
 import sys
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,7 +22,7 @@ import numpy as np
 from absl import logging
 
 from turbojax.errors import CheckpointError, quoted
-from turbojax.files import whole_file
+from turbojax.files import user_path, whole_file
 from turbojax.json_reader import FileName, Map, Object, read_json
 from turbojax.weights import pth, safetensors
 from turbojax.weights.mapped import AGAIN, map_file
@@ -44,7 +45,7 @@ def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
     Raises CheckpointError if the file is missing, damaged, not a checkpoint, or a pickle that asks for more
     than tensors.
     """
-    path = Path(path)
+    path = user_path(path)
     with _one_sentence(path):
         path = checkpoint_file(path)
         if path.name.endswith(INDEX_SUFFIX):
@@ -160,7 +161,7 @@ def write_safetensors(
     Raises CheckpointError if the tensors are not exactly those, UserError if the file cannot be written.
     """
     header = safetensors.make_header(specs, metadata)
-    with whole_file(Path(path), durable=True) as part, part.open("wb") as file:
+    with whole_file(user_path(path), durable=True) as part, part.open("wb") as file:
         file.write(header)
         expected = iter(specs.items())
         for name, value in tensors:
@@ -183,7 +184,7 @@ def write_pth(path: str | os.PathLike, tensors: Iterable[tuple[str, np.ndarray]]
     torch.load(path, weights_only=True) gives an OrderedDict of CPU tensors. Raises CheckpointError for a
     repeated name or a dtype PyTorch lacks, UserError if the file cannot be written.
     """
-    with whole_file(Path(path), durable=True) as part, part.open("wb") as file:
+    with whole_file(user_path(path), durable=True) as part, part.open("wb") as file:
         pth.write(file, tensors)
 
 
@@ -214,14 +215,20 @@ def save_orbax(path: str | os.PathLike, tree: Any) -> None:
     Raises CheckpointError if `path` exists or cannot be written.
     """
     ocp = orbax()
-    target = Path(os.path.abspath(path))  # Orbax takes no relative paths
+    target = user_path(path).absolute()  # Orbax takes no relative paths
     if target.exists():
         raise CheckpointError(f"{path} already exists; remove it or choose another path")
-    try:
-        # One file a chunk: OCDBT, and chunks as large as their array, take two more copies of it in memory.
-        chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
+    # One file a chunk: OCDBT, and chunks as large as their array, take two more copies of it in memory.
+    chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
+
+    def save() -> None:
         with ocp.PyTreeCheckpointer(use_ocdbt=False) as checkpointer:
             checkpointer.save(target, tree, save_args=chunks)
+
+    try:
+        # In the main thread Ctrl-C may be lost in Orbax' event loop, or leave writers behind that nobody waits for.
+        with ThreadPoolExecutor(1, thread_name_prefix="orbax") as thread:
+            thread.submit(save).result()
     except (OSError, ValueError) as error:  # TensorStore's are ValueErrors
         raise CheckpointError(f"{path} cannot be written: {reason(error)}") from error
 
@@ -233,7 +240,7 @@ def load_orbax(path: str | os.PathLike, abstract_tree: Any) -> Any:
     CheckpointError if there is no such checkpoint, it is damaged, or a name, shape or dtype differs.
     """
     ocp = orbax()
-    target = Path(os.path.abspath(path))
+    target = user_path(path).absolute()
     if not (target / "_CHECKPOINT_METADATA").exists():
         raise CheckpointError(f"{path} is not an Orbax checkpoint folder")
 
@@ -264,7 +271,7 @@ def check_orbax(folder: Path, specs: Mapping[str, ShapeDtype]) -> None:
 
 def file_metadata(path: str | os.PathLike) -> dict[str, str]:
     """The text entries in the header of a safetensors file; empty for other files."""
-    path = Path(path)
+    path = user_path(path)
     if path.suffix != ".safetensors":
         return {}
     with _one_sentence(path):

@@ -18,6 +18,7 @@ from absl import logging
 from tqdm import tqdm
 
 from turbojax.errors import CheckpointError, UserError
+from turbojax.files import user_path
 from turbojax.kernels import int8
 from turbojax.models.streaming import Streamed
 from turbojax.models.wan import WanConfig, WanModel
@@ -67,8 +68,8 @@ def open_wan(path: str | os.PathLike) -> WanCheckpoint:
     Raises CheckpointError with all missing, unknown and misshapen names.
     """
     if is_converted(path):
-        return open_converted(Path(path))
-    path = checkpoint_file(Path(path))
+        return open_converted(user_path(path))
+    path = checkpoint_file(user_path(path))
     header = read_header(path)
     heads = header.get("num_heads") or published_num_heads(path)
     try:
@@ -130,7 +131,7 @@ def with_options(
 
 def is_converted(path: str | os.PathLike) -> bool:
     """Whether this is a folder that `scripts/convert.py --format=orbax` wrote."""
-    return (Path(path) / CONVERTED).is_file()
+    return (user_path(path) / CONVERTED).is_file()
 
 
 def load_wan(
@@ -166,7 +167,7 @@ def load_wan(
     skeleton = wan_skeleton(with_options(checkpoint.config, **options))
     as_stored = isinstance(checkpoint.tensors, Stacks) and skeleton.specs == checkpoint.tensors.skeleton.specs
     if as_stored and not (changes or streamed):
-        model = skeleton.fill(load_arrays(Path(path), skeleton))
+        model = skeleton.fill(load_arrays(user_path(path), skeleton))
         log_quantization(checkpoint.config, model.config)
         return model
     return build_wan(checkpoint, changes, streamed=streamed, **options)
