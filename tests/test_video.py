@@ -201,7 +201,7 @@ def test_encoding_waits_for_nobody():
     go, written = threading.Event(), []
 
     def write(piece):
-        go.wait(10)
+        assert go.wait(300)
         written.append(piece)
         if piece == "bad":
             raise OSError("bad")

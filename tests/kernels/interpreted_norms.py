@@ -21,6 +21,30 @@ def launcher(monkeypatch):
     monkeypatch.setattr(triton_call, "override", interpreter.launch)
 
 
+class Recorded:
+    """In a kernel's place: notes that it ran."""
+
+    def __init__(self):
+        self.launches = 0
+
+    def __getitem__(self, grid):
+        return self
+
+    def __call__(self, *tensors):
+        self.launches += 1
+
+
+def test_a_kernel_has_run_when_its_call_returns():
+    """Also one whose argument took long: what is changed afterwards, it has not seen."""
+    kernel = Recorded()
+    settings = dict(out_shape=(jax.ShapeDtypeStruct((8,), jnp.float32),), grid=(1,), num_warps=1, num_stages=1)
+    slow = jax.jit(lambda x: jax.lax.fori_loop(0, 300, lambda _, x: jnp.tanh(x @ x), x)[0, :8])
+    launch = jax.jit(lambda x: triton_call.triton_call(kernel, x, **settings))
+    outputs = [launch(slow(jnp.ones((256, 256)))) for _ in range(2)]
+    assert kernel.launches == 2
+    jax.block_until_ready(outputs)
+
+
 def arrays(batch: int, grid: tuple[int, int, int], heads: int, head_dim: int):
     keys = jax.random.split(jax.random.key(heads), 2)
     length, width = grid[0] * grid[1] * grid[2], heads * head_dim

@@ -14,6 +14,10 @@ from triton.runtime import interpreter
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1 before kernels are imported"
 
+# A kernel has run when its call returns: one that waited for its arguments in the background would read what a test
+# changes afterwards. Set before the first array.
+jax.config.update("jax_cpu_enable_async_dispatch", False)
+
 TYPES = {
     np.dtype(np.int8): tl.int8,
     np.dtype(np.int32): tl.int32,
