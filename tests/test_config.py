@@ -9,7 +9,8 @@ import pytest
 from ml_collections import ConfigDict
 
 from turbojax import UserError, demo
-from turbojax.config import SETTINGS, base_config, describe_settings
+from turbojax.config import SETTINGS, base_config, changed, describe_settings, parse_value
+from turbojax.generate import call_settings
 from turbojax.models.vae import VAEConfig
 from turbojax.networks import MODELS
 from turbojax.sampling import latent_shape, make_sampler
@@ -148,3 +149,39 @@ def test_demo_is_whole_or_not_there(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "write_demo", be_second)
     assert [path.name for path in demo.demo_folder().iterdir()] == ["theirs"]
     assert os.listdir(tmp_path / "turbojax") == [f"demo-i2v-{demo.VERSION}"]
+
+
+HOSTILE = ["-1", "nan", "inf", "-inf", "1e400", "1" + "0" * 30, "9" * 300, "", "x", "\0"]
+
+
+ZERO = ("seed", "sample_index", "boundary", "guidance_scale", "lora_strength", "ode", "quant_linear", "adaptive_size")
+ZERO += ("cache_prompts",)
+PATHS = ("image_encoder", "vae", "text_encoder", "tokenizer", "lora", "lora_high", "lora_low", "output")
+POSSIBLE = {(name, "") for name in ("image", "last_image", "quant_scheme")} | {
+    *((name, text) for name in ("sigma_max",) for text in ("1" + "0" * 30, "9" * 300)),
+    ("lora_strength", "-1"),
+}
+
+
+@pytest.mark.parametrize("sampler", ["rcm", "euler", "unipc"])
+@pytest.mark.parametrize(
+    "name", [setting.name for setting in SETTINGS if setting.name not in ("prompt", "negative_prompt", "weights")]
+)
+def test_values_that_no_setting_can_have_are_refused_before_anything_is_loaded(name, sampler, tmp_path):
+    sizes = dict(height=32, width=48, num_frames=5, num_inference_steps=4, weights="random")
+    config = base_config(**sizes, sampler=sampler, output=str(tmp_path / "x.mp4"))
+    for text in ["0", *HOSTILE] if name not in ZERO else HOSTILE:
+        if (name, text) in POSSIBLE or name in PATHS:
+            continue
+        with pytest.raises(UserError) as error:
+            call_settings(changed(config, **{name: parse_value(name, text)}))
+        assert "\n" not in str(error.value)
+        assert any(part in str(error.value) for part in (name, "num_steps=0", f"{text!r} is no path"))
+        assert len(str(error.value)) < 800  # what was typed, twice at most
+
+
+@pytest.mark.parametrize("name", ["guidance_scale", "shift", "num_frames", "num_samples", "fps"])
+def test_the_pipelines_call_refuses_them_too(demo_pipe, name):
+    for value in (float("nan"), -1, 10**30, "x", None):
+        with pytest.raises(UserError, match=f"^{name} is .* and must be a"):
+            demo_pipe("a cat", **{name: value})

@@ -4,13 +4,15 @@ Files in configs/ change a few of them. Those of training are in `turbojax.train
 """
 
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
 
-from turbojax.errors import UserError
+from turbojax.errors import UserError, quoted
+from turbojax.json_reader import Integer, Mismatch, Nullable, Number, Schema
 
 PROMPT = (
     "A stylish woman walks down a Tokyo street filled with warm glowing neon and animated city signage. She wears "
@@ -78,6 +80,19 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("cache_prompts", True, "keep text embeddings in the user's cache; a known prompt needs no text encoder"),
 )
 
+# What numbers may be, before other checks say more; 0 where those have a better sentence for it.
+RANGES: dict[str, Schema] = {
+    "num_samples": Integer(0, 1000),
+    "height": Nullable(Integer(0, 2**14)),
+    "width": Nullable(Integer(0, 2**14)),
+    "num_frames": Integer(0, 2**12),
+    "fps": Integer(0, 1000),
+    "num_inference_steps": Integer(0, 1000),
+    "guidance_scale": Number(0, 1000),
+    "shift": Number(0, 1000, above=True),
+    "lora_strength": Number(-100, 100),
+}
+
 
 def base_config(settings: Sequence[Setting] = SETTINGS, **changes: Any) -> ConfigDict:
     """All settings with their defaults, `changes` on top; locked, so that an unknown name is an error."""
@@ -95,6 +110,23 @@ def changed(config: ConfigDict, **changes: Any) -> ConfigDict:
     copy = config.copy_and_resolve_references()
     copy.update(changes)
     return copy
+
+
+def check_ranges(values: Mapping[str, Any], ranges: Mapping[str, Schema] = RANGES) -> None:
+    """Raises UserError for a value that its range does not allow."""
+    for name, value in values.items():
+        if name in ranges:
+            try:
+                ranges[name].check(as_json(value), name)
+            except Mismatch as error:
+                raise UserError(str(error)) from error
+
+
+def as_json(value: Any) -> Any:
+    """A setting as the schemas of JSON know it: lists for tuples, Python's numbers for NumPy's."""
+    if isinstance(value, np.generic):
+        return value.item()
+    return list(map(as_json, value)) if isinstance(value, tuple) else value
 
 
 def check_names(names: Iterable[str], settings: Sequence[Setting] = SETTINGS) -> None:
@@ -115,7 +147,7 @@ def parse_value(name: str, text: str, settings: Sequence[Setting] = SETTINGS) ->
     try:
         return SWITCHES[text.lower()] if kind is bool else kind(text)
     except (ValueError, KeyError) as error:
-        raise UserError(f"{name}={text!r} is no {KINDS[kind]}") from error
+        raise UserError(f"{name}={quoted(text)} is no {KINDS[kind]}") from error
 
 
 def did_you_mean(name: str, known: Sequence[str]) -> str:

@@ -11,13 +11,13 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from turbojax.condition import takes_images
-from turbojax.config import changed
+from turbojax.config import changed, check_ranges
 from turbojax.decoding import check_tiling
 from turbojax.demo import DEMOS, demo_folder
 from turbojax.diffusion import RCM, expert_split
 from turbojax.errors import UserError
 from turbojax.files import check_file
-from turbojax.image import read_image
+from turbojax.image import check_colour, read_image
 from turbojax.kernels.int8 import QuantConfig
 from turbojax.memory import Plan, parse
 from turbojax.models.tokenizer import Tokenizer
@@ -156,6 +156,7 @@ def tell_limits(config: ConfigDict) -> None:
 
 def check_settings(config: ConfigDict) -> tuple[int, int]:
     """Width and height; raises UserError for what can be told before minutes of loading."""
+    check_ranges(config)
     width, height = video_size(config.resolution, config.aspect_ratio)
     width = width if config.width is None else config.width
     height = height if config.height is None else config.height
@@ -163,6 +164,9 @@ def check_settings(config: ConfigDict) -> tuple[int, int]:
     sigma_max = RCM.sigma_max if config.sigma_max is None else config.sigma_max
     steps = {"num_steps": config.num_inference_steps, "sigma_max": sigma_max, "shift": config.shift}
     expert_split(make_sampler(config.sampler, **steps).times, config.boundary)
+    RCM(num_steps=1, sigma_max=sigma_max)  # other samplers do not look at it
+    known_network(config.model)  # likewise, where there are weights
+    check_colour(config.background)
     check_network(config)
     loras(config)
     check_text("prompt", config.prompt)

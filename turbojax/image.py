@@ -48,15 +48,22 @@ def read_image(source: ImageSource, *, background: str = "white") -> np.ndarray:
     Colours are those of sRGB, into which an ICC profile is converted; one that does not fit or is damaged is passed
     over with a warning. Raises UserError for what is missing, damaged, too large or no image.
     """
-    try:
-        colour = ImageColor.getrgb(background)[:3]
-    except ValueError as error:
-        raise UserError(f"{background=} is no colour; give a name such as white, or #rrggbb") from error
+    colour = check_colour(background)
     if isinstance(source, str | os.PathLike):
         return from_file(source, colour)
     if isinstance(source, Image.Image):
         return from_pil(source, colour)
     return from_pil(as_pil(np.asarray(source)), colour)
+
+
+def check_colour(background: str) -> tuple[int, ...]:
+    """Red, green and blue of a colour by name or as "#rrggbb"; raises UserError for what is none."""
+    try:
+        return ImageColor.getrgb(background)[:3]
+    except ValueError as error:
+        raise UserError(
+            f"background={quoted(background)} is no colour; give a name such as white, or #rrggbb"
+        ) from error
 
 
 def from_file(source: str | os.PathLike, background: tuple[int, ...]) -> np.ndarray:

@@ -9,14 +9,13 @@ A stage needs the weights that are then on the device, known from shapes, and th
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import jax
 
-from turbojax.errors import UserError
+from turbojax.errors import UserError, quoted
 from turbojax.models import streaming
 from turbojax.models.wan import EMBEDDINGS
 from turbojax.temporaries import Parts, Residency, Temporaries, Work, compiled, estimate, size_of
@@ -32,6 +31,7 @@ from turbojax.weights.skeleton import (
 
 GB = 1e9
 MODES = ("auto", "resident", "stream")
+MOST_GB = 1e6
 ROOM = 0.95  # of the device that is planned: predictions may be 5 % low
 # Of a limit that was named, where XLA has told the temporaries. Measured peaks were up to 1.5 % above such predictions.
 ROOM_OF_NAMED = 0.98
@@ -229,8 +229,8 @@ def parse(memory: str | float, limit: int | None) -> tuple[str, int | None]:
         size = float(memory)
     except ValueError:
         size = 0.0
-    if not 0 < size < math.inf:
-        raise UserError(f"memory={memory!r} is unknown; choose {', '.join(MODES)} or the card's GB, such as 12")
+    if not 0 < size <= MOST_GB:
+        raise UserError(f"memory={quoted(memory)} is unknown; choose {', '.join(MODES)} or the card's GB, such as 12")
     return "auto", int(size * GB)
 
 

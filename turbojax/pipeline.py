@@ -27,6 +27,7 @@ from turbojax import guard
 from turbojax.ahead import Programs
 from turbojax.calls import Call, plan_call
 from turbojax.condition import image_inputs, read_images, video_shape
+from turbojax.config import check_ranges
 from turbojax.decoding import TilingName, check_tiling, decode, needs_tiling
 from turbojax.diffusion import Sampler
 from turbojax.errors import UserError
@@ -338,6 +339,9 @@ class TurboVideoPipeline:
         returns NaN.
         """
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        numbers = {"num_frames": num_frames, "height": height, "width": width, "num_samples": num_samples, "fps": fps}
+        scales = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "shift": shift}
+        check_ranges(numbers | scales)
         check_number(prompts, num_samples)
         check_seed(seed)
         check_tiling(vae_tiling)

@@ -8,10 +8,10 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from turbojax.config import Setting, base_config
+from turbojax.config import Setting, base_config, check_ranges
 from turbojax.diffusion.samplers import Sampler
 from turbojax.errors import UserError
-from turbojax.json_reader import AnyOf, Array, Boolean, Enum, Integer, Mismatch, Nullable, Number, Schema, String
+from turbojax.json_reader import AnyOf, Array, Boolean, Enum, Integer, Nullable, Number, Schema, String
 from turbojax.models.vae import VAEConfig, check_video
 from turbojax.sampling import make_sampler
 from turbojax.train.autoencoder import Autoencoding
@@ -225,11 +225,7 @@ def check_settings(config: ConfigDict) -> None:
     for name in ("workdir", "data", "weights"):
         if not config[name]:
             raise UserError(f"no {name}; give --config.{name}=, see --help")
-    for name, schema in RANGES.items():
-        try:
-            schema.check(as_json(config[name]), name)
-        except Mismatch as error:
-            raise UserError(str(error)) from error
+    check_ranges(config, RANGES)
     if config.recipe == "vae":
         if config.data != "shapes":
             raise UserError(f"data={config.data}: an autoencoder learns from drawn videos; take --config.data=shapes")
@@ -251,11 +247,6 @@ def make_video_sampler(config: ConfigDict) -> Sampler:
     return make_sampler(
         config.sampler, num_steps=config.num_inference_steps, sigma_max=config.sigma_max, shift=config.shift
     )
-
-
-def as_json(value: Any) -> Any:
-    """A setting as the schemas of JSON know it: lists for tuples."""
-    return list(map(as_json, value)) if isinstance(value, tuple) else value
 
 
 def check_crops(config: ConfigDict) -> None:
