@@ -264,7 +264,7 @@ def test_no_prompts(config, tmp_path, content, error):
 def test_foreign_record(config, tmp_path):
     (tmp_path / "prompts.txt").write_text("a cat")
     (tmp_path / "video.jsonl").write_text("[1]\n")
-    with pytest.raises(UserError, match=r"video\.jsonl is no record of finished work"):
+    with pytest.raises(UserError, match=r"video\.jsonl, line 1: .* it is no record of finished work"):
         session.batch(config, tmp_path / "prompts.txt")
 
 

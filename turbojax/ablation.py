@@ -17,6 +17,7 @@ from turbojax.config import changed, parse_value
 from turbojax.errors import UserError
 from turbojax.files import check_folder, whole_file
 from turbojax.generate import LOAD_SETTINGS, Studio, call_settings
+from turbojax.json_reader import Array, FileName, Map, Number, Schema
 from turbojax.records import Records, fingerprint
 from turbojax.video import check_path
 
@@ -27,6 +28,9 @@ INCOMPARABLE = (
     *("prompt", "image", "last_image", "background", "adaptive_size", "seed"),
     *("resolution", "aspect_ratio", "height", "width", "num_frames", "fps"),
 )
+
+# Of a record: the video and some of its frames, and what it took.
+MEASURED: dict[str, Schema] = {"files": Array(FileName(folders=True), 2), "seconds": Map(Number(0, 1e9))}
 
 
 def parse_settings(texts: Sequence[str]) -> dict[str, list[Any]]:
@@ -88,7 +92,7 @@ def ablate(
     folder = check_folder(folder)
     check_folder(folder / "frames")
     check_folder(check_path(folder / "videos" / "video.mp4").parent)
-    finished, studio = Records(folder / "cells.jsonl"), Studio()
+    finished, studio = Records(folder / "cells.jsonl", MEASURED), Studio()
     work = list({str(cell): cell for cell in (*cells, *compared)}.values())
     records: dict[str, dict[str, Any]] = {}
     for cell in tqdm(work, desc="Cells", unit="cell", disable=None):

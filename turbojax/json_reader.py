@@ -30,6 +30,8 @@ MOST_CHARACTERS = 2**16  # of a string
 # A string with its escapes, or what is left of one that does not end; possessive, so that time stays linear.
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 
+_NO_NAME = re.compile(r"[\x00-\x1f\x7f\\]")  # of a file: characters that steer, and another system's separator
+
 
 class Mismatch(ValueError):
     """A value that its schema does not allow; the text goes behind the file's name."""
@@ -45,6 +47,14 @@ class Schema(Protocol):
 
 def refuse(value: Any, field: str, expected: str) -> NoReturn:
     raise Mismatch(f"{field or 'it'} is {quoted(value)} and must be {expected}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Anything:
+    """Any value of JSON, for what is only kept."""
+
+    def check(self, value: Any, field: str) -> Any:
+        return value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,8 +107,8 @@ class FileName:
     folders: bool = False
 
     def check(self, value: Any, field: str) -> str:
-        parts = value.split("/") if type(value) is str and len(value) < 1024 and value.isprintable() else [".."]
-        if {"", ".", ".."} & set(parts) or "\\" in value or (len(parts) > 1 and not self.folders):
+        parts = value.split("/") if type(value) is str and len(value) < 1024 else [".."]
+        if {"", ".", ".."} & set(parts) or _NO_NAME.search(value) or (len(parts) > 1 and not self.folders):
             refuse(value, field, "a path below the file's own folder" if self.folders else "a file's name, no path")
         return value
 
@@ -155,11 +165,11 @@ class Array:
 
 @dataclasses.dataclass(frozen=True)
 class Object:
-    """Fields by their names. others: fields that are neither required nor optional are refused, or left out."""
+    """Fields by their names. others: the schema of all fields that are neither required nor optional."""
 
     required: Mapping[str, Schema]
     optional: Mapping[str, Schema] = dataclasses.field(default_factory=dict)
-    others: Literal["refused", "left out"] = "refused"
+    others: Literal["refused", "left out"] | Schema = "refused"
 
     def check(self, value: Any, field: str) -> dict[str, Any]:
         if type(value) is not dict:
@@ -169,6 +179,8 @@ class Object:
             raise Mismatch(f"{within(field, missing[0])} is missing")
         if self.others == "refused" and (unknown := [name for name in value if name not in schemas]):
             raise Mismatch(f"{field or 'it'} has the unknown field {quoted(unknown[0])}")
+        if not isinstance(self.others, str):
+            schemas = dict.fromkeys(value, self.others) | schemas
         return {name: schemas[name].check(own, within(field, name)) for name, own in value.items() if name in schemas}
 
 

@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from turbojax.errors import UserError
 from turbojax.files import whole_file
+from turbojax.json_reader import Anything, Array, FileName, Nullable, Object, Schema, String, read_json_lines
+
+FIELDS: Mapping[str, Schema] = {"key": String(64), "files": Array(FileName(folders=True), 1)}
 
 
 def fingerprint(settings: Mapping[str, Any]) -> str:
@@ -22,15 +24,13 @@ class Records:
     Records have a checksum of their files: a piece whose files have been changed or replaced is not finished.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, fields: Mapping[str, Schema] | None = None):
+        """fields: those that a record has besides, where they are read; what else it has is kept."""
         self.path = path
-        try:
-            lines = path.read_text().splitlines() if path.exists() else []
-            self._records = {record["key"]: record for record in map(json.loads, lines)}
-            if not all(isinstance(name, str) for record in self._records.values() for name in record["files"]):
-                raise ValueError
-        except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-            raise UserError(f"{path} is no record of finished work; move it away, or name another output") from error
+        schema = Object({**FIELDS, **(fields or {})}, {"sha256": Nullable(String(64))}, others=Anything())
+        way_out = "it is no record of finished work: move it away, or name another output"
+        lines = read_json_lines(path, schema, way_out=way_out) if path.exists() else ()
+        self._records = {record["key"]: record for record in lines}
 
     def get(self, key: str) -> dict[str, Any] | None:
         """The record of a piece whose files are all there, and as they were made."""

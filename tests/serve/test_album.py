@@ -1,5 +1,7 @@
 """Videos with their settings: read as they were written, and no torn one shown."""
 
+import json
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -38,3 +40,26 @@ def test_only_finished_videos_are_shown(tmp_path):
     assert album.latest(0) == []
     with pytest.raises(UserError, match="cannot be read"):
         album.get(damaged.video.stem)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"settings": {"image": None}}, r"settings\.prompt is missing"),
+        ({"settings": {"prompt": ["a"]}}, r"settings\.prompt is \['a'\] and must be text"),
+        ({"settings": {"prompt": "a", "image": "../../etc/passwd"}}, r"settings\.image is '\.\./"),
+        ({"settings": {"prompt": "a", "seed": {"a": 1}}}, r"settings\.seed is {'a': 1} and must be text, a number"),
+        ({"seconds": {"diffusion": "fast"}}, r"seconds\['diffusion'\] is 'fast'"),
+        ({"weights": None}, "weights is None"),
+        ({"more": 1}, "unknown field 'more'"),
+        ("[" * 100_000, "nested 100000 deep"),
+    ],
+)
+def test_damaged_settings(tmp_path, change, message):
+    album = Album(tmp_path)
+    record = add(album, seed=2**64 - 1).video.with_suffix(".json")
+    found = json.loads(record.read_text())
+    record.write_text(change if isinstance(change, str) else json.dumps(found | change))
+    with pytest.raises(UserError, match=message):
+        album.get(record.stem)
+    assert album.latest(3) == []

@@ -17,7 +17,7 @@ def job(tmp_path, monkeypatch):
     for name in (ENCODER, TOKENIZER, VAE):
         (model / name).parent.mkdir(parents=True, exist_ok=True)
         (model / name).write_text(name)
-    story = {"quality": {"text": {"shape": 1.0}, "vae": {"psnr": 30.5}}, "curves": {"vae": [{"step": 1, "loss": 2.5}]}}
+    story = {"quality": {"text": {"shape": 1}, "vae": {"psnr": 30.5}}, "curves": {"vae": [{"step": 1.0, "loss": 2.5}]}}
     (model / "training.json").write_text(json.dumps(story))
     monkeypatch.setattr(stages, "MODEL", model)
     return Job(tmp_path / "run", "full", lambda stage: ConfigDict())

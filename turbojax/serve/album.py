@@ -22,7 +22,20 @@ from PIL import Image
 from turbojax.errors import UserError
 from turbojax.files import check_folder, whole_file
 from turbojax.image import read_image
+from turbojax.json_reader import AnyOf, Boolean, FileName, Integer, Map, Nullable, Number, Object, String, read_json
 from turbojax.video import check_path
+
+SETTING = AnyOf(
+    "text, a number, true, false or null",
+    *(Nullable(String()), Boolean(), Integer(-(2**63), 2**64), Number(-1e9, 1e9)),
+)
+RECORD = Object(
+    {
+        "settings": Object({"prompt": String()}, {"image": Nullable(FileName())}, others=SETTING),
+        "weights": String(),
+        "seconds": Map(Number(0, 1e9)),
+    }
+)
 
 
 class Entry(NamedTuple):
@@ -70,16 +83,13 @@ class Album:
     def get(self, name: str) -> Entry:
         """A video by its file's name without extension; raises UserError where it is not there, or not readable."""
         record, video = self.folder / f"{name}.json", self.folder / f"{name}.mp4"
-        try:
-            found = json.loads(record.read_text())
-            settings, weights, seconds = dict(found["settings"]), str(found["weights"]), dict(found["seconds"])
-        except (OSError, ValueError, LookupError, TypeError) as error:
-            raise UserError(f"the settings of {name} cannot be read; the file {record} is gone or damaged") from error
+        found = read_json(record, RECORD, way_out="the video's settings cannot be read", error=UserError)
+        settings = found["settings"]
         if not video.is_file():
             raise UserError(f"the video {video} is gone")
         if settings.get("image"):
-            settings["image"] = str(self.folder / Path(settings["image"]).name)
-        return Entry(video, video.with_suffix(".jpg"), settings, weights, seconds)
+            settings["image"] = str(self.folder / settings["image"])
+        return Entry(video, video.with_suffix(".jpg"), settings, found["weights"], found["seconds"])
 
     def latest(self, count: int) -> list[Entry]:
         """The newest videos, newest first; a damaged one is left out with a warning."""

@@ -166,8 +166,8 @@ def stages(entry: Entry) -> str:
 def details(entry: Entry) -> str:
     """A video's settings as Markdown; the prompt as code, so that nothing in it is markup."""
     s = entry.settings
-    shown = {"resolution": s["resolution"], "frames": s["num_frames"], "steps": s["num_inference_steps"]}
-    shown |= {name: s[name] for name in NAMES[7:] if s[name] not in (None, "", AS_STARTED)}
+    shown = {"resolution": s.get("resolution"), "frames": s.get("num_frames"), "steps": s.get("num_inference_steps")}
+    shown |= {name: s[name] for name in NAMES[7:] if s.get(name) not in (None, "", AS_STARTED)}
     fence = "`" * 8
     return f"{fence}text\n{s['prompt']}\n{fence}\n" + " · ".join(f"{name} {value}" for name, value in shown.items())
 
@@ -284,7 +284,7 @@ def build(server: Server) -> gr.Blocks:
         def again(name: str):
             with messages():
                 settings = server.album.get(name).settings
-                return [str(settings[field]) if field == "seed" else settings[field] for field in NAMES]
+                return [str(settings.get(field)) if field == "seed" else settings.get(field) for field in NAMES]
 
         hidden: dict[str, Any] = dict(api_visibility="private", show_progress="hidden")
         views = [video, shown, about, download, reuse]

@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 from turbojax.errors import UserError
 from turbojax.files import make_folder, make_parent, whole_file
+from turbojax.json_reader import Array, Map, Number, Object, read_json
 from turbojax.make_shards import load_encoders
 from turbojax.shapes import MODEL, SHIPPED_SIGMA_MAX, SHIPPED_TOPK
 from turbojax.shapes.networks import TEXT_ENCODERS
@@ -38,6 +39,9 @@ TRAINED = ("vae", "image", "teacher", "sla", "rcm", "merged")
 SHIPPED = {"text": (ENCODER, TOKENIZER), "vae": (VAE,)}  # files of a stage that others need
 TRANSFORMER = "transformer.safetensors"
 STORY = "training.json"
+NUMBER = Number(-1e12, 1e12)
+NUMBERS = Map(NUMBER)
+STORIES = Object({"quality": Map(NUMBERS), "curves": Map(Array(Object({"step": NUMBER}, others=NUMBER)))})
 MOST_BYTES = 12_000_000  # of all that is shipped
 POINTS = 100  # of a curve that is shipped
 
@@ -133,7 +137,10 @@ def ship(job: Job) -> None:
     copy(job.folder / "text" / ENCODER, folder / ENCODER)
     convert(job.folder / "vae" / VAE, folder / VAE, dtype=dtype, overwrite=True)
     curves = {stage: thinned(job.folder / stage / CURVES) for stage in TRAINED}
-    quality = {stage: json.loads((job.folder / stage / "quality.json").read_text()) for stage in ("vae", "text")}
+    again = "run the stage again"
+    quality = {
+        stage: read_json(job.folder / stage / "quality.json", NUMBERS, way_out=again) for stage in ("vae", "text")
+    }
     write_json(folder / STORY, {"quality": quality, "curves": curves}, indent=None)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
     logging.info("%s holds %.2f MB", folder, size / 1e6)
@@ -150,12 +157,13 @@ def take(stage: str, job: Job) -> None:
     """Takes a stage's result, its quality and its curve from what is shipped."""
     check_shipped(stage)
     folder = job.folder / stage
-    story = json.loads((MODEL / STORY).read_text())
+    story = read_json(MODEL / STORY, STORIES, way_out="install the package again")
     make_folder(folder)
     write_json(folder / "quality.json", story["quality"][stage])
     if curve := story["curves"].get(stage):
         with whole_file(folder / CURVES) as temporary:
-            temporary.write_text("".join(f"{json.dumps(point)}\n" for point in curve))
+            points = (point | {"step": round(point["step"])} for point in curve)
+            temporary.write_text("".join(f"{json.dumps(point)}\n" for point in points))
     for name in reversed(SHIPPED[stage]):  # the last file of a stage is the first of these
         copy(MODEL / name, folder / name)
 

@@ -3,7 +3,6 @@
 Names are those that Wan, TurboDiffusion and diffusers publish; see docs/checkpoints.md.
 """
 
-import json
 import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -12,7 +11,7 @@ from typing import NamedTuple
 
 from turbojax.errors import CheckpointError, UserError
 from turbojax.files import remove_stale, user_path
-from turbojax.weights.io import PTH_SUFFIXES
+from turbojax.weights.io import PTH_SUFFIXES, read_index
 
 # Has the VAE, the text encoder and the tokenizer that all Wan 2.1 models and Wan 2.2 A14B share.
 SHARED_REPOSITORY = "Wan-AI/Wan2.1-T2V-1.3B"
@@ -231,11 +230,7 @@ def fetch(repository: Repository, name: str) -> Path:
         if other.endswith("/config.json") or other == "config.json":
             repository.get(other)
     if name.endswith(".index.json"):
-        try:
-            shards = sorted(set(json.loads(path.read_text())["weight_map"].values()))
-        except (ValueError, LookupError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"{path} is no index of a sharded checkpoint; download it again") from error
-        for shard in shards:
+        for shard in sorted(set(read_index(path).values())):
             if (sibling := f"{folder}/{shard}".lstrip("/")) in beside:
                 repository.get(sibling)
     return path.parent if path.name == CONVERTED else path

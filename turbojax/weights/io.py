@@ -114,9 +114,14 @@ def _checked(path: Path, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray
     return tensors
 
 
+def read_index(index: Path) -> dict[str, str]:
+    """The file of each tensor, by an index of shards, which lie beside it; raises CheckpointError."""
+    return read_json(index, INDEX, way_out=AGAIN)["weight_map"]
+
+
 def _read_sharded(index: Path) -> dict[str, np.ndarray]:
     map_file(index)  # words what is no checkpoint at all
-    shard_of = read_json(index, INDEX, way_out=AGAIN)["weight_map"]
+    shard_of = read_index(index)
     shards = sorted(set(shard_of.values()))
     if missing := [shard for shard in shards if not (index.parent / shard).exists()]:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
