@@ -3,6 +3,7 @@
 import ml_dtypes
 import numpy as np
 
+from tests.golden_io import Incomplete, numbered
 from turbojax.weights.merge import Merged
 
 
@@ -17,9 +18,12 @@ def recompute(config: dict, t: dict[str, np.ndarray]) -> dict[str, tuple[np.ndar
         }
 
     out = {}
+    written = numbered(t, r"out\.w([^.]+(?:\.\d+)?)\.")
     for weight in config["w"]:
+        if weight not in written.values():
+            raise Incomplete(f"no key holds results of its weight {weight:g}")
         merged = Merged(state("base"), state("diff_base"), state("diff_target"), weight=weight)
-        prefix = f"out.w{weight:g}.".replace("0.5", "0p5")
+        prefix = next(f"out.w{text}." for text, value in written.items() if value == weight)
         if {prefix + name for name in merged} != {key for key in config["dtypes"] if key.startswith(prefix)}:
             continue
         for name, value in merged.items():

@@ -11,17 +11,16 @@ def recompute(config: dict, t: dict[str, np.ndarray]) -> dict[str, tuple[np.ndar
     """Every `out.*` key with our own value and its absolute tolerance, 1e-5."""
     x, fast = jnp.asarray(t["in.x"]), jnp.asarray(t["in.fast_x"])
     weight, bias = t["w.weight"], t["w.bias"]
-    fast_weight, fast_bias = jnp.asarray(t["w.fast_weight"]), jnp.asarray(t["w.fast_bias"])
     eps = config["eps"]
     out = {f"out.rms_eps{e:g}": norms.rms_norm(x, jnp.asarray(weight), eps=e) for e in eps["rms"]}
     out["out.layernorm"] = norms.layer_norm(x, eps=eps["layernorm"])
     out["out.layernorm_affine"] = norms.layer_norm(x, jnp.asarray(weight), jnp.asarray(bias), eps=eps["layernorm"])
-    out["out.fast_rmsnorm"] = norms.rms_norm(fast, fast_weight, eps=eps["fast"])
+    out["out.fast_rmsnorm"] = norms.rms_norm(fast, jnp.asarray(t["w.fast_weight"]), eps=eps["fast"])
     true_norm = norms.layer_norm(fast, eps=eps["fast"])
     out["out.plain_layernorm_of_fast_x"] = true_norm
-    padded = true_norm * padding_error(t["in.fast_x"], config["fast_padded_dim"], eps["fast"])
+    padded = np.asarray(true_norm) * padding_error(t["in.fast_x"], config["fast_padded_dim"], eps["fast"])
     out["out.fast_layernorm"] = padded
-    out["out.fast_layernorm_affine"] = padded * fast_weight[None] + fast_bias[None]
+    out["out.fast_layernorm_affine"] = padded * t["w.fast_weight"] + t["w.fast_bias"]
     out |= rotary(config, t)
     return {name: (np.asarray(out[name]), 1e-5) for name in t if name in out}
 

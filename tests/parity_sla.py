@@ -1,16 +1,18 @@
 """Recomputes the fixture of sparse-linear attention: maps, both branches, gradients."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tests.golden_io import number
 from turbojax.kernels import sla
 
 # Absolute tolerances by the end of the key; other keys get 1e-5 of their largest value.
 TOLERANCES = {
     "sparse_map": 0.0,
     "lut_sorted": 0.0,
-    "sparse_map_q64_k128_topk067": 0.0,
     "o": 5e-6,
     "o_s": 5e-6,
     "o_l": 5e-6,
@@ -20,6 +22,7 @@ TOLERANCES = {
     "dproj_weight": 1e-4,
     "dproj_bias": 1e-4,
 }
+OTHER_MAP = re.compile(r"sparse_map_q(\d+)_k(\d+)_topk(\d+(?:p\d+)?)")
 
 
 def recompute(config: dict, t: dict[str, np.ndarray]) -> dict[str, tuple[np.ndarray, float]]:
@@ -29,17 +32,21 @@ def recompute(config: dict, t: dict[str, np.ndarray]) -> dict[str, tuple[np.ndar
         for key, value in case_values(name, case, t).items():
             full = f"out.{name}.{key}"
             if full in t:
-                out[full] = np.asarray(value), TOLERANCES.get(key, 1e-5 * float(np.abs(t[full]).max()))
+                kind = "sparse_map" if OTHER_MAP.fullmatch(key) else key
+                out[full] = np.asarray(value), TOLERANCES.get(kind, 1e-5 * float(np.abs(t[full]).max()))
     return out
 
 
 def case_values(name: str, case: dict, t: dict[str, np.ndarray]) -> dict[str, jax.Array]:
     inputs = [t[f"in.{name}.{key}"] for key in ("q", "k", "v", "do")]
     weights = [t[f"w.{name}.proj_l.{key}"] for key in ("weight", "bias")]
-    return jax.jit(lambda *arrays: values(case, *arrays))(*inputs, *weights)  # compiled at once, to save time
+    prefix = f"out.{name}."
+    maps = [key.removeprefix(prefix) for key in t if key.startswith(prefix)]
+    maps = [key for key in maps if OTHER_MAP.fullmatch(key)]
+    return jax.jit(lambda *arrays: values(case, maps, *arrays))(*inputs, *weights)  # compiled at once, to save time
 
 
-def values(case: dict, q, k, v, do, weight, bias) -> dict[str, jax.Array]:
+def values(case: dict, maps: list[str], q, k, v, do, weight, bias) -> dict[str, jax.Array]:
     blocks = {"block_q": case["BLKQ"], "block_k": case["BLKK"]}
 
     def attention(q, k, v, weight, bias):
@@ -47,7 +54,6 @@ def values(case: dict, q, k, v, do, weight, bias) -> dict[str, jax.Array]:
 
     o, gradient = jax.vjp(attention, q, k, v, weight, bias)
     table = sla.block_table(q, k, topk=case["topk"], **blocks)
-    other = sla.block_table(q, k, topk=0.67, block_q=64, block_k=128)
     names = ("dq", "dk", "dv", "dproj_weight", "dproj_bias")
     return dict(zip(names, gradient(do), strict=True)) | {
         "o": o,
@@ -56,8 +62,16 @@ def values(case: dict, q, k, v, do, weight, bias) -> dict[str, jax.Array]:
         "pooled_score": sla.pooled_scores(q, k, **blocks),
         "lut_sorted": table,
         "sparse_map": as_map(table, -(-k.shape[1] // case["BLKK"])),
-        "sparse_map_q64_k128_topk067": as_map(other, -(-k.shape[1] // 128)),
+        **{key: other_map(q, k, key) for key in maps},
     }
+
+
+def other_map(q, k, key: str) -> jax.Array:
+    """The map of the blocks and the share that the key names: 067 is 0.67."""
+    block_q, block_k, share = OTHER_MAP.fullmatch(key).groups()
+    topk = number(share if "p" in share else f"{share[0]}.{share[1:] or 0}")
+    table = sla.block_table(q, k, topk=topk, block_q=int(block_q), block_k=int(block_k))
+    return as_map(table, -(-k.shape[1] // int(block_k)))
 
 
 def as_map(table: jax.Array, key_blocks: int) -> jax.Array:

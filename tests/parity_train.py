@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from tests.golden_io import Incomplete, only
 from tests.parity_wan import build, channels_first, channels_last, parts
 from turbojax.diffusion import schedules
 from turbojax.train import losses, times, trigflow
@@ -57,12 +58,27 @@ def gradients(gradient: Any, t: dict[str, np.ndarray], prefix: str) -> Values:
 
 
 def distribution(settings: dict) -> times.Times:
-    if settings.get("kind") == "UniformShift":
+    kind = settings.get("kind", "LogNormal")
+    if kind == "UniformShift":
         return times.UniformShift(settings["shift"])
+    if kind != "LogNormal":
+        raise Incomplete(f"its distribution of times, {kind!r}, is neither LogNormal nor UniformShift")
     return times.LogNormal(settings["p_mean"], settings["p_std"])
 
 
+def guidance_of(case: dict, config: dict) -> float:
+    """A case's own guidance, or that of the fixture."""
+    own = [case[name] for name in ("guidance", "teacher_guidance") if name in case]
+    return own[0] if own else config["teacher_guidance"]
+
+
+def negative_text(t: dict[str, np.ndarray], guidance: float) -> jax.Array | None:
+    """The negative prompt, which a teacher without guidance does not see."""
+    return jnp.asarray(t["in.text_uncond"]) if guidance > 1 else None
+
+
 def recompute_sla(config: dict, t: dict[str, np.ndarray]) -> Recomputed:
+    check_constants(config)
     state, student = network(config, t, "student")
     teacher_state, teacher = network(config, t, "teacher")
     x0, eps, text = channels_last(t["in.x0"]), channels_last(t["in.eps"]), jnp.asarray(t["in.text"])
@@ -84,20 +100,25 @@ def recompute_sla(config: dict, t: dict[str, np.ndarray]) -> Recomputed:
     return with_tolerances(config, {f"out.{key}": x for key, x in values.items()} | block_maps(aux["xt"]))
 
 
+def check_constants(config: dict) -> None:
+    only(config, "t_scaling_factor", 1000.0)
+
+
 def recompute_scm(config: dict, t: dict[str, np.ndarray]) -> Recomputed:
+    check_constants(config)
     state, student = network(config, t, "student")
     teacher_state, teacher = network(config, t, "teacher")
     x0, eps = channels_last(t["in.x0"]), channels_last(t["in.eps"])
-    text, negative = jnp.asarray(t["in.text"]), jnp.asarray(t["in.text_uncond"])
+    text = jnp.asarray(t["in.text"])
     time = distribution(config["p_G"]).trig(jnp.asarray(t["in.normal_G"][:, 0]))
 
     def case_values(case: dict) -> tuple[Values, Any]:
-        guidance = case.get("teacher_guidance", config["teacher_guidance"])
-        guided = trigflow.guided(teacher(teacher_state), negative, guidance)
+        guidance = guidance_of(case, config)
+        guided = trigflow.guided(teacher(teacher_state), negative_text(t, guidance), guidance)
         settings = {
             "warmup": Phases(tangent_warmup=case["tangent_warmup"]).warmup_ratio(case["iteration"]),
-            "tangent": TANGENTS[case["fd_type"]],
-            "step": case.get("fd_size", 0.0),
+            "tangent": tangent_of(case["fd_type"]),
+            "step": case["fd_size"] if case["fd_type"] else 0.0,
             "scale": config["loss_scale"],
         }
 
@@ -113,21 +134,32 @@ def recompute_scm(config: dict, t: dict[str, np.ndarray]) -> Recomputed:
         return aux, gradient
 
     out: Values = {}
+    common = None  # what cases of exact tangents and the fixture's guidance share
     for name, case in config["cases"].items():
         values, gradient = case_values(case)
         out |= {f"out.{name}.{key}": x for key, x in (values | gradients(gradient, t, f"out.{name}.")).items()}
-        if case["fd_type"] == 0 and "teacher_guidance" not in case:
+        if case["fd_type"] == 0 and guidance_of(case, config) == config["teacher_guidance"]:
             common = values
+    if common is None:
+        common, _ = case_values({"fd_type": 0, "iteration": 0, "tangent_warmup": 0})
     xt, ratio = common["xt"], jnp.cos(time) * jnp.sin(time)
     common |= {"time": time[:, None], "t_time": ratio[:, None], "time_rf": schedules.rf_from_trig(time)[:, None]}
     common["x0_theta"] = trigflow.denoise(student(state), xt, time, text)
     common["F_teacher_cond"] = trigflow.velocity(teacher(teacher_state), xt, time, text)
-    common["F_teacher_uncond"] = trigflow.velocity(teacher(teacher_state), xt, time, negative)
+    if "in.text_uncond" in t:
+        negative = jnp.asarray(t["in.text_uncond"])
+        common["F_teacher_uncond"] = trigflow.velocity(teacher(teacher_state), xt, time, negative)
     inputs, tangents = jax.jvp(network_inputs, (xt, time), (common["t_xt"], ratio))
     common["t_net_in"], common["t_net_time"] = tangents[0], tangents[1][:, None]
     common["net_out"], common["t_net_out"] = jax.jvp(lambda *a: student(state)(*a, text), inputs, tangents)
     out |= {f"out.{key}": x for key, x in common.items()}
     return with_tolerances(config, out | wrapper_values(t["in.wrapper.t"]))
+
+
+def tangent_of(fd_type: int) -> losses.Tangent:
+    if fd_type not in range(len(TANGENTS)):
+        raise Incomplete(f"fd_type={fd_type} is none of 0, 1, 2")
+    return TANGENTS[fd_type]
 
 
 def network_inputs(x: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -144,12 +176,19 @@ def wrapper_values(t: np.ndarray) -> Values:
     return out | {"out.wrapper.rf_time": schedules.rf_from_trig(t)}
 
 
+def fixed_times(config: dict, batch: int) -> jax.Array:
+    """The times of a simulation as in sampling; those in the middle may be the fixture's own."""
+    fixed = times.fixed_simulation_times(batch)
+    own = jnp.asarray(config.get("backward_timesteps", fixed[1:, 0]), jnp.float32)[:, None]
+    return jnp.concatenate((fixed[:1], jnp.broadcast_to(own, (len(own), batch))))
+
+
 def recompute_dmd(config: dict, t: dict[str, np.ndarray]) -> Recomputed:
     state, student = network(config, t, "student")
     teacher_state, teacher = network(config, t, "teacher")
     fake_state, fake = network(config, t, "fake")
     text = jnp.asarray(t["in.text"])
-    guided = trigflow.guided(teacher(teacher_state), jnp.asarray(t["in.text_uncond"]), config["teacher_guidance"])
+    longest = max((case.get("n", 1) for case in config["cases"].values()), default=1)
 
     def simulate(state, noise, steps, n):
         frozen = student(jax.lax.stop_gradient(state))
@@ -159,13 +198,17 @@ def recompute_dmd(config: dict, t: dict[str, np.ndarray]) -> Recomputed:
 
     def trajectory(noise, steps):
         """The noise, the state after each step noised again, at last the sample."""
-        n, most = len(noise), config["max_simulation_steps_fake"]
-        padded, padded_steps = (jnp.resize(x, (most, *x.shape[1:])) for x in (noise, steps))  # one compilation for all
+        n = len(noise)
+        padded, padded_steps = (jnp.resize(x, (longest, *x.shape[1:])) for x in (noise, steps))  # one compilation
         states = [sample(state, padded, padded_steps, k) for k in range(1, n + 1)]
         noised = [trigflow.diffuse(states[k - 1], noise[k], steps[k]) for k in range(1, n)]
         return jnp.stack([noise[0], *noised, states[-1]])
 
     def case_values(case: dict, draws: Values, x0=None, eps=None, noise=None) -> tuple[Values, Any]:
+        def guided() -> trigflow.Velocity:
+            guidance = guidance_of(case, config)
+            return trigflow.guided(teacher(teacher_state), negative_text(t, guidance), guidance)
+
         if case["step"] == "dcm":
             grid = {"total": config["dcm_total_steps"], "shift": config["dcm_timestep_shift"]}
             steps = times.discrete_times(draws["u"], case["skip"], **grid)
@@ -173,16 +216,18 @@ def recompute_dmd(config: dict, t: dict[str, np.ndarray]) -> Recomputed:
             def discrete(state):
                 frozen = student(jax.lax.stop_gradient(state))
                 scale = config["loss_scale"]
-                return losses.discrete_consistency(student(state), frozen, guided, x0, eps, steps, text, scale=scale)
+                return losses.discrete_consistency(student(state), frozen, guided(), x0, eps, steps, text, scale=scale)
 
             (_, aux), gradient = jax.value_and_grad(discrete, has_aux=True)(state)
             renamed = {"x0_pred": aux["x0_student"], "F_teacher_last": aux["F_teacher"]}
             return aux | renamed | {"trig_t": steps[..., None]}, gradient
 
         p_D, n = distribution(case["p_D"]), case["n"]
-        steps = times.fixed_simulation_times(2)[:n]
-        if not case["fix"]:
+        steps = fixed_times(config, noise.shape[1])[:n]
+        if not case["fix"] and n > 1:
             steps = times.drawn_simulation_times(p_D.trig(draws["draw_t"]))
+        if len(steps) != n or len(noise) != n:
+            raise Incomplete(f"{len(steps)} times and {len(noise)} draws of noise are not its n={n} steps")
         values = {"x_traj": trajectory(noise, steps), "t_traj": jnp.pad(steps, ((0, 1), (0, 0)))[..., None]}
         if case["step"] == "bwd":
             return values, None
@@ -190,12 +235,14 @@ def recompute_dmd(config: dict, t: dict[str, np.ndarray]) -> Recomputed:
 
         def matching(state):
             return losses.distribution_matching(
-                simulate(state, noise, steps, n), fake(fake_state), guided, eps, time, text
+                simulate(state, noise, steps, n), fake(fake_state), guided(), eps, time, text
             )
 
         def critic(fake_state):
             return losses.fake_score(values["x_traj"][-1], fake(fake_state), eps, time, text)
 
+        if case["step"] not in ("dmd", "critic"):
+            raise Incomplete(f"its step {case['step']!r} is none of bwd, dcm, dmd and critic")
         loss, learner = (matching, state) if case["step"] == "dmd" else (critic, fake_state)
         (_, aux), gradient = jax.value_and_grad(loss, has_aux=True)(learner)
         if case["step"] == "dmd":

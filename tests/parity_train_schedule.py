@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from tests.golden_io import Incomplete, Parameters, numbered
 from tests.parity_train import Recomputed, Values, with_tolerances
 from turbojax.diffusion import schedules
 from turbojax.train import schedule, times
@@ -16,7 +17,7 @@ def recompute(config: dict, t: dict[str, np.ndarray]) -> Recomputed:
     values["lr_multiplier"] = [[rate(step) for step in t["in.lr_step"]] for rate in rates]
     for name, case in config["adamw"].items():
         inputs = {key.removeprefix(f"in.{name}."): jnp.asarray(x) for key, x in t.items() if f"in.{name}." in key}
-        values |= {f"{name}.{key}": x for key, x in adamw(case, **inputs).items()}
+        values |= {f"{name}.{key}": x for key, x in adamw(case, Parameters(inputs)).items()}
     return with_tolerances(config, {f"out.{key}": x for key, x in values.items()})
 
 
@@ -25,16 +26,23 @@ def time_values(config: dict, t: dict[str, np.ndarray]) -> Values:
     drawn = {
         f"lognormal{i}": (times.LogNormal(c["p_mean"], c["p_std"]), normal) for i, c in enumerate(config["lognormal"])
     }
-    drawn |= {f"uniform_shift{shift:g}": (times.UniformShift(shift), uniform) for shift in config["uniform_shift"]}
+    written = numbered(t, r"out\.uniform_shift(.*)\.(?:rf|trig)$")
+    drawn |= {f"uniform_shift{text}": (times.UniformShift(shift), uniform) for text, shift in written.items()}
+    if missing := set(config["uniform_shift"]) - set(written.values()):
+        raise Incomplete(f"no key holds results of its uniform_shift {min(missing):g}")
     out: Values = {f"{name}.rf": p.rf(draw) for name, (p, draw) in drawn.items()}
     out |= {f"{name}.trig": p.trig(draw) for name, (p, draw) in drawn.items()}
     return out | {
         "rf_to_trig": schedules.trig_from_rf(t["in.rf"]),
         "rf_to_trig_float32_input": schedules.trig_from_rf(jnp.asarray(t["in.rf"], jnp.float32)),
         "trig_to_rf": schedules.rf_from_trig(t["in.trig"]),
-        "shift3": schedules.shift_time(t["in.rf"], 3.0),
-        "shift5": schedules.shift_time(t["in.rf"], 5.0),
+        **{f"shift{text}": shifted(t["in.rf"], shift) for text, shift in numbered(t, r"out\.shift(.*)$").items()},
     }
+
+
+def shifted(rf: np.ndarray, shift: float) -> jax.Array:
+    """Times of a shift; one that is not positive leaves them."""
+    return times.UniformShift(shift).rf(rf)
 
 
 def ema_values(config: dict, t: dict[str, np.ndarray]) -> Values:
@@ -46,8 +54,11 @@ def ema_values(config: dict, t: dict[str, np.ndarray]) -> Values:
     return {
         "ema_exponent": [schedule.ema_exponent(rate) for rate in rates],
         "ema_beta": [[schedule.ema_beta(i, rate=rate) for i in t["in.iteration"]] for rate in rates],
-        "ema_beta_shift25": [schedule.ema_beta(i, rate=rates[-1], shift=25) for i in t["in.iteration"]],
         "ema_weights": averages,
+        **{
+            f"ema_beta_shift{text}": [schedule.ema_beta(i, rate=rates[-1], shift=int(by)) for i in t["in.iteration"]]
+            for text, by in numbered(t, r"out\.ema_beta_shift(.*)$").items()
+        },
     }
 
 
@@ -76,10 +87,10 @@ def learning_rate(warm_up_steps: int, cycle_lengths: float, f_start: float, f_ma
     return schedule.LearningRate(f_max, warm_up_steps, start=f_start / f_max, end=f_min / f_max, cycle=cycle_lengths)
 
 
-def adamw(case: dict, a, b, grad_a, grad_b, lr) -> Values:
-    """The weights after each step of optax's AdamW at the recorded rates."""
+def adamw(case: dict, inputs: dict[str, jax.Array]) -> Values:
+    """The weights after each step of optax's AdamW at the recorded rates; NAME has its gradients in grad_NAME."""
     b1, b2 = case["betas"]
-    rates = jnp.asarray(lr, jnp.float32)
+    rates = jnp.asarray(inputs["lr"], jnp.float32)
     optimizer = optax.adamw(lambda n: rates[n], b1, b2, eps=case["eps"], weight_decay=case["weight_decay"])
 
     def step(carry, gradients):
@@ -88,7 +99,8 @@ def adamw(case: dict, a, b, grad_a, grad_b, lr) -> Values:
         weights = optax.apply_updates(weights, updates)
         return (weights, state), weights
 
-    weights = {"a": a, "b": b}
+    names = [name.removeprefix("grad_") for name in inputs if name.startswith("grad_")]
+    weights, gradients = ({name: inputs[kind + name] for name in names} for kind in ("", "grad_"))
     with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
-        _, after_each = jax.lax.scan(step, (weights, optimizer.init(weights)), {"a": grad_a, "b": grad_b})
+        _, after_each = jax.lax.scan(step, (weights, optimizer.init(weights)), gradients)
     return after_each

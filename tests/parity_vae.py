@@ -9,8 +9,7 @@ from turbojax.models.vae import VAEConfig, WanVAE, decode, encode
 from turbojax.weights.rules import Entry, assign
 from turbojax.weights.vae import detect_vae_config, vae_rules
 
-LATENTS, DECODED = 2e-5, 1e-4
-TOLERANCE = {"f9.decoded_unclamped": 5e-5, "z1.decoded_unclamped": 2e-5}
+LATENTS, DECODED = 2e-5, (2e-5, 2.5e-5)  # the latter least, and of the largest value
 
 
 def build(tensors: dict[str, np.ndarray], config: VAEConfig | None = None) -> WanVAE:
@@ -52,7 +51,7 @@ def channels_first(video: jax.Array) -> np.ndarray:
 def recompute(config: dict, t: dict[str, np.ndarray]) -> dict[str, tuple[np.ndarray, float]]:
     """Every `out.*` of the fixture: our value and the absolute tolerance."""
     wanted = {key for key in t if key.startswith("out.")}
-    cases = sorted({*config.get("cases", {}), *(key.split(".")[1] for key in wanted)})
+    cases = sorted(config.get("cases") or {key.split(".")[1] for key in wanted})
     out: dict[str, tuple[np.ndarray, float]] = {}
     with (
         jax.default_matmul_precision("highest"),
@@ -70,5 +69,6 @@ def recompute(config: dict, t: dict[str, np.ndarray]) -> dict[str, tuple[np.ndar
             else:
                 latent = t[f"in.{case}.latent"]
             frames = channels_first(decode(vae, channels_last(latent)))
-            out[f"out.{case}.decoded_unclamped"] = frames, TOLERANCE.get(f"{case}.decoded_unclamped", DECODED)
+            least, relative = DECODED
+            out[f"out.{case}.decoded_unclamped"] = frames, max(least, relative * float(np.abs(frames).max()))
     return {key: value for key, value in out.items() if key in wanted}
