@@ -8,6 +8,7 @@ import pytest
 
 from turbojax import TurboVideoPipeline, UserError, generate, session
 from turbojax.config import base_config, changed, parse_value
+from turbojax.records import Records
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:os\.fork\(\) was called")
 
@@ -219,6 +220,12 @@ def test_videos_of_a_session_are_not_overwritten(batch, config, tmp_path):
     (tmp_path / "video_0003_0001.mp4").write_text("a sample")
     assert batch("a cat", "a bird", "a wolf", "a fox") == numbers(2, 4, 5, 6)
     assert typed(config, "a cow")[0].startswith(f"{tmp_path}/video_0007.mp4")
+
+
+def test_a_record_without_a_checksum_finishes_nothing(tmp_path):
+    (tmp_path / "x.jsonl").write_text('{"key": "k", "files": ["gone.mp4"]}\n{"key": "l", "files": ["there.mp4"]}\n')
+    (tmp_path / "there.mp4").touch()
+    assert (Records(tmp_path / "x.jsonl").get("k"), Records(tmp_path / "x.jsonl").get("l")) == (None, None)
 
 
 def test_a_video_that_was_replaced_is_not_taken_for_the_prompts(batch, tmp_path):

@@ -5,6 +5,7 @@ import hashlib
 import os
 import platform
 import re
+from contextlib import suppress
 from pathlib import Path
 
 import jax
@@ -83,7 +84,8 @@ class ProgramCache(LRUCache):
             super().put(name, value + hashlib.sha256(value).digest())
         except OSError as error:
             self._tell("Compiled programs are not kept in %s: %s", self.path, error)
-            self._remove(name)
+            with suppress(OSError):
+                self._remove(name)
 
     def _name(self, key: str) -> str:
         return f"{key}-{processor()}"

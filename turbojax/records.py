@@ -35,7 +35,8 @@ class Records:
     def get(self, key: str) -> dict[str, Any] | None:
         """The record of a piece whose files are all there, and as they were made."""
         record = self._records.get(key)
-        return record if record and record.get("sha256") == self._checksum(record["files"]) else None
+        made = record and self._checksum(record["files"])
+        return record if record and made and made == record.get("sha256") else None
 
     def add(self, record: dict[str, Any]) -> None:
         """Adds a piece that is finished, in the place of an older one with its key."""
