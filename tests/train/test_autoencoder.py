@@ -143,8 +143,8 @@ def test_batches_of_crops():
         (((5, 88),), "do not fit"),
         (((4, 64),), "4"),
         (((5, 60),), "60"),
-        ((5, 64), "pairs"),
-        (((5, "x"),), "pairs"),
+        ((5, 64), r"crops\[0\] is 5 and must be a list of 2 items"),
+        (((5, "x"),), r"crops\[0\]\[1\] is 'x' and must be a whole number"),
     ],
 )
 def test_crops_that_cannot_be(tmp_path, crops, message):

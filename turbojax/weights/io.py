@@ -193,13 +193,16 @@ def write_pth(path: str | os.PathLike, tensors: Iterable[tuple[str, np.ndarray]]
         pth.write(file, tensors)
 
 
+_READ_OR_WRITE = re.compile('orbax|local file "')  # Orbax' and TensorStore's, of which the first failure is raised
+
+
 @functools.cache
 def orbax() -> ModuleType:
     """Orbax, without its reports: 25 lines a file, and tracebacks beside the error that it raises."""
     import orbax.checkpoint as ocp  # takes a second or more to import
 
     logging.get_absl_logger().addFilter(lambda record: "orbax" not in Path(record.pathname).parts)
-    standard_logging.getLogger("asyncio").addFilter(lambda record: "orbax" not in record.getMessage())
+    standard_logging.getLogger("asyncio").addFilter(lambda record: not _READ_OR_WRITE.search(record.getMessage()))
     hook = sys.unraisablehook
 
     def without_coroutines(unraisable: Any) -> None:
