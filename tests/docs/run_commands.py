@@ -1,7 +1,8 @@
 """Runs turbojax' commands and pieces of Python one after the other in one process, which loads each network once.
 
-Reads [[kind, word, ...], ...] as JSON from stdin and writes [[error or null, output], ...] as JSON to the file named;
-kinds: "run" and "parse" (a command line), "python" (code), "session" (a command line, and what is typed into it).
+Reads [[kind, words, environment], ...] as JSON from stdin and writes [[error or null, output], ...] as JSON to the
+file named. Kinds: "run" and "parse" (words are a command line, done or only read), "python" (one word, the code),
+"session" (a command line, and as its last word what is typed).
 """
 
 import contextlib
