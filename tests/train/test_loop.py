@@ -24,13 +24,15 @@ from turbojax.files import sole_user
 from turbojax.models.wan import WanConfig
 from turbojax.train.config import TRAIN_SETTINGS, train_config
 from turbojax.train.data import open_shards
-from turbojax.train.loop import check_data, train
+from turbojax.train.loop import check_data, export, train
 from turbojax.train.networks import open_networks
 from turbojax.train.recipes import Networks
 from turbojax.train.state import parameters
-from turbojax.train.toy import write_toy_shards
+from turbojax.train.toy import toy_config, write_toy_shards
 from turbojax.train.videos import prepare_videos
 from turbojax.weights.load import load_wan
+from turbojax.weights.random import random_module
+from turbojax.weights.skeleton import wan_skeleton
 
 ROOT = Path(__file__).parents[2]
 TRAIN = str(ROOT / "scripts" / "train.py")
@@ -272,6 +274,14 @@ def test_another_run_in_the_same_folder(workdir, settings, changes, message):
 def test_settings_that_cannot_be(settings, changes, message, tmp_path):
     with pytest.raises(UserError, match=message):
         train(train_config(**settings | {"workdir": str(tmp_path / "run")} | changes))
+
+
+def test_a_teacher_of_other_data(settings, tmp_path):
+    config = toy_config(text_dim=32)
+    params = parameters(random_module(wan_skeleton(config), what="teacher"))
+    teacher = export(tmp_path / "teacher.safetensors", config, params)
+    with pytest.raises(UserError, match="holds text of width 64 and the network takes 32"):
+        train(train_config(**settings | {"recipe": "sla", "teacher": str(teacher), "workdir": str(tmp_path / "run")}))
 
 
 def test_more_data_than_before(workdir, settings, tmp_path, caplog):

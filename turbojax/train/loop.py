@@ -84,7 +84,9 @@ def train_transformer(config: ConfigDict, recipe: Recipe, workdir: Path) -> Path
     mesh = sharding.make_mesh(data=config.data_parallel, fsdp=config.fsdp, sequence=config.sequence)
     shards = open_data(config, workdir)
     student, teacher = open_networks(config)
-    check_data(shards, student.config)
+    for network in (student, teacher):
+        if network:
+            check_data(shards, network.config)
 
     networks = Networks.of(student.config, (teacher or student).config)
     optimizers = make_optimizers(config, recipe)

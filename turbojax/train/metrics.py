@@ -85,6 +85,6 @@ def one_sentence(workdir: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"metrics cannot be written to {workdir}: {error.strerror or error}; make room, or give another workdir, "
-            "and run the same command again: it goes on from the newest checkpoint"
+            f"metrics cannot be written to {workdir}: {error.strerror or error}; make room and run the same "
+            "command again: it goes on from the newest checkpoint"
         ) from error
