@@ -1,6 +1,7 @@
 """Runs scripts with many command lines, each forked from one process that has imported everything.
 
-Importing takes seconds, forking none. Reads [[script, argument, ...], ...] as JSON from stdin and writes
+Importing takes seconds, forking none; the arguments are further modules to import. Reads
+[[script, argument, ...], ...] as JSON from stdin and writes
 [[exit code, stdout, stderr], ...] as JSON to stdout.
 """
 
@@ -40,7 +41,7 @@ def run(script: str, *arguments: str) -> tuple[int, str, str]:
 
 
 if __name__ == "__main__":
-    for module in IMPORTED:
+    for module in (*IMPORTED, *sys.argv[1:]):
         importlib.import_module(module)
     warnings.filterwarnings("ignore", message="os.fork")  # no JAX backend has been started in this process
     print(json.dumps([run(*case) for case in json.load(sys.stdin)]))

@@ -145,6 +145,7 @@ GENERATE_MISTAKES: dict[str, tuple[list[str], str]] = {
     "ablate what is no setting": ([ABLATE, DEMO, "--grid", "seed=1,2", "sla_topc=1"], "perhaps sla_topk"),
     "ablate what cannot be": ([ABLATE, DEMO, "--grid", "sigma_max=80,1", "--out=FOLDER/out"], "sigma_max=1.0 must be"),
     "ablate with two references": ([ABLATE, DEMO, "--grid=ode=on", "--reference=seed=1,2"], "has 2 values of seed"),
+    "evaluate's seed": ([str(ROOT / "scripts" / "evaluate.py"), "--seed=-1"], "seed=-1 must be in 0.."),
     "prompt's seed": ([*WITH_DEMO, "--config.seed=-1"], "seed=-1 must be in 0..18446744073709551615"),
 }
 WEIGHTS_MISTAKES = {

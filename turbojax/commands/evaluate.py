@@ -56,8 +56,9 @@ def main() -> None:
     for name, value in (("prompts", PROMPTS.value), ("batch", BATCH.value)):
         if value < 1:
             raise UserError(f"{name}={value} must be at least 1")
-    if TEACHER.value and not user_path(TEACHER.value).is_file():
-        raise UserError(f"--teacher={TEACHER.value} is no file; scripts/train_shapes.py makes one")
+    teacher = user_path(TEACHER.value).absolute() if TEACHER.value else None
+    if teacher and not teacher.is_file():
+        raise UserError(f"--teacher={teacher} is no file; scripts/train_shapes.py makes one")
     named = {"all": list(VARIANTS), "quick": list(QUICK)}
     chosen = NAMES.value or ("all" if FOLDER.value else "quick")
     names = named.get(chosen) or [name.strip() for name in chosen.split(";")]
@@ -79,8 +80,8 @@ def main() -> None:
     folder, dtype = user_path(FOLDER.value or MODEL.parent), jnp.dtype(DTYPE.value)
     options: dict[str, Any] = {"size": size, "dtype": dtype, "seed": SEED.value, "batch": BATCH.value}
     options["guided"] = content["teacher"]
-    if TEACHER.value:
-        options["networks"] = NETWORKS | {"teacher": str(user_path(TEACHER.value).absolute())}
+    if teacher:
+        options["networks"] = NETWORKS | {"teacher": str(teacher)}
     for row, videos in evaluate(names, tasks, folder, judge, **options):
         content["rows"].append(row)
         with whole_file(output) as temporary:  # after each, so that a stop loses little

@@ -12,6 +12,7 @@ works.
 """
 
 import functools
+import math
 import runpy
 import time
 
@@ -49,6 +50,9 @@ def main() -> None:
     start = time.monotonic()
     if unknown := [name for name in STAGE_NAMES.value + SHIPPED.value if name not in STAGES]:
         raise UserError(f"there is no stage {unknown[0]}; choose among {','.join(STAGES)}")
+    for name, value in (("steps", STEPS.value), ("minutes", MINUTES.value)):
+        if not 0 <= value < math.inf:
+            raise UserError(f"--{name}={value} must be a number from 0 on")
     for name in SHIPPED.value:
         check_shipped(name)
     folder = check_folder(FOLDER.value)

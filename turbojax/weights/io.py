@@ -225,7 +225,7 @@ def save_orbax(path: str | os.PathLike, tree: Any) -> None:
     ocp = orbax()
     target = user_path(path).absolute()  # Orbax takes no relative paths
     if target.exists():
-        raise CheckpointError(f"{path} already exists; remove it or choose another path")
+        raise CheckpointError(f"{target} already exists; remove it or choose another path")
     # One file a chunk: OCDBT, and chunks as large as their array, take two more copies of it in memory.
     chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
 
@@ -250,7 +250,7 @@ def load_orbax(path: str | os.PathLike, abstract_tree: Any) -> Any:
     ocp = orbax()
     target = user_path(path).absolute()
     if not (target / "_CHECKPOINT_METADATA").exists():
-        raise CheckpointError(f"{path} is not an Orbax checkpoint folder")
+        raise CheckpointError(f"{target} is not an Orbax checkpoint folder")
 
     def restore_args(leaf: Any) -> Any:
         if leaf.sharding is None:
