@@ -168,7 +168,6 @@ def check_settings(config: ConfigDict) -> tuple[int, int]:
     known_network(config.model)  # likewise, where there are weights
     check_colour(config.background)
     check_network(config)
-    loras(config)
     check_text("prompt", config.prompt)
     check_text("negative prompt", config.negative_prompt)
     check_number([config.prompt], config.num_samples)

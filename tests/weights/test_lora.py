@@ -310,13 +310,13 @@ def test_parts_that_are_not_read_are_refused_by_name(tmp_path, name):
 
 @pytest.mark.parametrize("strength", [float("nan"), float("inf"), -float("inf"), 1e4, "1", None])
 def test_a_strength_that_is_no_number(strength):
-    with pytest.raises(UserError, match=r"lora_strength=.* must be a number from -1000 to 1000"):
+    with pytest.raises(UserError, match=r"lora_strength=.* must be a number from -100 to 100"):
         LoRA("lora.safetensors", strength)
 
 
 def test_a_strength_is_checked_before_anything_is_loaded():
     config = base_config(weights="demo", lora="nowhere.safetensors", lora_strength=float("nan"))
-    with pytest.raises(UserError, match="lora_strength=nan must be a number"):
+    with pytest.raises(UserError, match="lora_strength is nan and must be a number from -100 to 100"):
         call_settings(config)
 
 

@@ -22,7 +22,16 @@ from turbojax.models.wan import WanConfig
 from turbojax.weights.files import CONVERTED
 from turbojax.weights.io import read_tensors, save_orbax, write_pth, write_safetensors
 from turbojax.weights.lazy import Watched, specs_of
-from turbojax.weights.load import ARRAYS, Pieces, WanCheckpoint, is_converted, open_wan, told_config, with_options
+from turbojax.weights.load import (
+    ARRAYS,
+    Pieces,
+    WanCheckpoint,
+    is_converted,
+    log_quantization,
+    open_wan,
+    told_config,
+    with_options,
+)
 from turbojax.weights.mapped import release
 from turbojax.weights.plain import open_umt5, open_vae
 from turbojax.weights.published import Layout, diffusers_layout, official_layout, wan_layout
@@ -77,7 +86,8 @@ def convert(
     names: of a transformer in a file: "turbodiffusion", "official" or "diffusers"; the latter two have neither SLA nor
       int8 weights.
     sla_topk, sigma_max: what a transformer is run with where a call names nothing else, for the header; None keeps what
-      the source says. A .pth file has no place for them.
+      the source says. A .pth file has no place for them: what the source says is told in a warning, to be given with
+      the file from then on, or refused where nothing can say it.
 
     Raises CheckpointError for files that do not fit and for bytes of a .pth file that do not have their CRC-32,
     UserError for settings that cannot be. What was there before is only replaced with overwrite=True, and only once
@@ -157,10 +167,13 @@ def write_transformer(
         raise UserError(f"names={names!r} have no place for int8 weights and SLA's proj_l; take names='turbodiffusion'")
     pieces = Pieces(checkpoint, config)
     if format == "orbax":
-        return write_orbax(output, config, pieces)
-    if dtype is None:
-        dtype = {entry: spec.dtype for entry, spec in specs_of(checkpoint.tensors).items()}
-    return write_wan(output, config, pieces, dtype=dtype, names=names, together=checkpoint.stacked)
+        summary = write_orbax(output, config, pieces)
+    else:
+        if dtype is None:
+            dtype = {entry: spec.dtype for entry, spec in specs_of(checkpoint.tensors).items()}
+        summary = write_wan(output, config, pieces, dtype=dtype, names=names, together=checkpoint.stacked)
+    log_quantization(checkpoint.config, config)
+    return summary
 
 
 def write_wan(

@@ -29,7 +29,7 @@ from turbojax.weights.rules import Entry, shorten
 Expert = Literal["high", "low"]
 Changes = dict[Entry, list[Change]]
 
-MOST_STRENGTH = 1000.0
+MOST_STRENGTH = 100.0
 _SECOND = "transformer_2."  # diffusers' name of the low-noise expert
 
 
