@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import gc
 import itertools
+import json
 import os
 import random
 import re
@@ -153,6 +154,19 @@ def test_a_flipped_bit_in_any_file(tmp_path, caplog, capfd):
     assert set(steps) == {3, 6}
     gc.collect()
     assert "Traceback" not in caplog.text + capfd.readouterr().err
+
+
+def test_an_earlier_version_wrote_no_checksums(tmp_path, caplog):
+    save(tmp_path, 3)
+    metadata = tmp_path / "3" / "_CHECKPOINT_METADATA"
+    items = json.loads(metadata.read_text())
+    shutil.rmtree(tmp_path / "3" / "checksums")
+    with pytest.raises(CheckpointError, match="damaged"):
+        restored_step(tmp_path)
+    del items["item_handlers"]["checksums"]
+    metadata.write_text(json.dumps(items))
+    assert restored_step(tmp_path) == 3
+    assert "without checksums" in caplog.text
 
 
 def test_all_damaged(tmp_path):

@@ -20,12 +20,14 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from turbojax.errors import CheckpointError
-from turbojax.json_reader import Object, read_json
+from turbojax.json_reader import Map, Object, String, read_json
 from turbojax.train.state import TrainState
 from turbojax.weights.io import CHUNK_BYTES, orbax, reason
 
 Manager = Any  # orbax.checkpoint.CheckpointManager, which takes a second to import
 TEXTS = ("position", "run", "checksums")
+METADATA = "_CHECKPOINT_METADATA"  # Orbax' own file
+ITEMS = Object({"item_handlers": Map(String())}, others="left out")  # of METADATA
 DAMAGED = "damaged-"  # what the names of damaged checkpoints begin with
 
 
@@ -142,16 +144,25 @@ def restore_newest(manager: Manager, like: TrainState, *, run: Mapping[str, Any]
 def read_checkpoint(manager: Manager, step: int, like: TrainState, *, run: Mapping[str, Any]) -> tuple[TrainState, Any]:
     """State and position of one checkpoint; raises WrongRunError, or anything at all where it is damaged."""
     ocp = orbax()
-    texts = manager.restore(step, args=ocp.args.Composite(**{name: ocp.args.JsonRestore() for name in TEXTS}))
-    for name in ("position", "run"):
+    has = read_json(Path(manager.directory) / str(step) / METADATA, ITEMS, way_out="Orbax needs it")["item_handlers"]
+    texts = manager.restore(
+        step, args=ocp.args.Composite(**{name: ocp.args.JsonRestore() for name in TEXTS if name in has})
+    )
+    checked = "checksums" in has
+    for name in ("position", "run") if checked else ():
         if json_checksum(texts[name]) != texts.checksums[name]:
             raise ValueError(f"its {name} is not what was written")
     check_same_run(manager.directory, texts.run, run)
     arguments = ocp.args.PyTreeRestore(like, restore_args=ocp.checkpoint_utils.construct_restore_args(like))
     state = manager.restore(step, args=ocp.args.Composite(state=arguments)).state
-    wanted, found = texts.checksums["state"], checksums(state)
-    if different := [name for name in found if found[name] != wanted.get(name)]:
-        raise ValueError(f"{different[0]} is not what was written")
+    if checked:
+        wanted, found = texts.checksums["state"], checksums(state)
+        if different := [name for name in found if found[name] != wanted.get(name)]:
+            raise ValueError(f"{different[0]} is not what was written")
+    else:
+        logging.warning(
+            "The checkpoint of step %d is of an earlier version, without checksums: it is not checked", step
+        )
     if int(state.step) != step:
         raise ValueError(f"it holds step {int(state.step)}")
     return state, texts.position
@@ -203,7 +214,7 @@ def unreadable(folder: Path) -> str:
     if odd:
         return f"{odd[0].relative_to(folder.parent)} is no file"
     try:
-        read_json(folder / "_CHECKPOINT_METADATA", Object({}, others="left out"), way_out="Orbax needs it")
+        read_json(folder / METADATA, Object({}, others="left out"), way_out="Orbax needs it")
     except CheckpointError as error:
         return str(error)
     return ""
