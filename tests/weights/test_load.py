@@ -381,7 +381,9 @@ def test_axes_too_few_or_too_many_are_misshapen(tmp_path, tensors):
 
 def test_a_doubled_parameter(tmp_path, tensors):
     twice = tensors | {"net.head.head.bias": tensors["head.head.bias"]}
-    twice = twice | {"blocks.0.self_attn.q.int8_weight": np.zeros((256, 256), np.int8)}
+    with pytest.raises(CheckpointError, match=r"holds 'head\.head\.bias' twice, once as 'net\.head\.head\.bias'"):
+        open_wan(save(tmp_path / "twice.pth", twice))
+    twice = tensors | {"blocks.0.self_attn.q.int8_weight": np.zeros((256, 256), np.int8)}
     with pytest.raises(CheckpointError, match=r"given twice: |missing"):
         open_wan(save(tmp_path / "twice.pth", twice))
 

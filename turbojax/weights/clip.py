@@ -70,7 +70,7 @@ def clip_tensors(tensors: Mapping[str, np.ndarray], num_layers: int) -> dict[str
         if (layer := _layer_of(name)) is not None and layer >= num_layers:
             continue
         if match := re.fullmatch(r"(.*\.attn\.)to_qkv(\.weight|\.bias)", name):
-            whole = tensor.size and len(tensor) % 3 == 0
+            whole = tensor.ndim and tensor.size and len(tensor) % 3 == 0
             parts = tensor.reshape(3, -1, *tensor.shape[1:]) if whole else (tensor,) * 3
             out |= {f"{match[1]}{part}{match[2]}": value for part, value in zip("qkv", parts, strict=True)}
         else:

@@ -84,7 +84,8 @@ def reason(error: BaseException) -> str:
     text = str(error).strip()
     if wrapped := re.search(r": ([^:]+) \[os_error_code", text):
         return wrapped[1]
-    return (text.splitlines() or [type(error).__name__])[0][:200]
+    line = (text.splitlines() or [type(error).__name__])[0][:200]
+    return line if line.isprintable() else ascii(line)[1:-1]
 
 
 def checkpoint_file(folder: Path) -> Path:

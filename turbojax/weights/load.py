@@ -17,7 +17,7 @@ import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from turbojax.errors import CheckpointError, UserError
+from turbojax.errors import CheckpointError, UserError, quoted
 from turbojax.files import user_path
 from turbojax.kernels import int8
 from turbojax.models.streaming import Streamed
@@ -83,8 +83,11 @@ def open_wan(path: str | os.PathLike) -> WanCheckpoint:
 
 def check_wan(tensors: Mapping[str, np.ndarray], *, num_heads: int | None, what: str) -> WanCheckpoint:
     """Names and shapes of a transformer's tensors, checked as a whole; see `open_wan`."""
-    tensors = {clean_name(name): tensor for name, tensor in tensors.items()}
-    rules = wan_rules(tensors, what=what)
+    cleaned: dict[str, np.ndarray] = {}
+    for name, tensor in tensors.items():
+        if cleaned.setdefault(clean_name(name), tensor) is not tensor:
+            raise CheckpointError(f"{what} holds {quoted(clean_name(name))} twice, once as {quoted(name)}; keep one")
+    tensors, rules = cleaned, wan_rules(cleaned, what=what)
     config = told_config(tensors, rules, num_heads=num_heads, what=what)
     found = assign(tensors, rules, wan_skeleton(config).entries(), what=what, published=wan_layout(config))
     return WanCheckpoint(config, found, what)

@@ -73,7 +73,8 @@ def count_layers(layers: Iterable[int]) -> int:
     between them, so that gaps are reported, but a number in a name costs nothing.
     """
     tensors_in = Counter(layers)
-    whole = [layer for layer, count in tensors_in.items() if 2 * count > max(tensors_in.values())]
+    most = max(tensors_in.values(), default=0)
+    whole = [layer for layer, count in tensors_in.items() if 2 * count > most]
     return min(1 + max(whole, default=-1), 2 * len(whole))
 
 
@@ -162,5 +163,7 @@ def describe(entry: Entry) -> str:
 
 def shorten(names: list[str]) -> str:
     rest = len(names) - MAX_LISTED
-    listed = (name if name.isprintable() and len(name) <= MAX_LENGTH else quoted(name) for name in names[:MAX_LISTED])
+    listed = (
+        name if name.isprintable() and 0 < len(name) <= MAX_LENGTH else quoted(name) for name in names[:MAX_LISTED]
+    )
     return ", ".join(listed) + (f" and {rest} more" if rest > 0 else "")

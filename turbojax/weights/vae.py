@@ -133,7 +133,11 @@ def detect_vae_config(tensors: Mapping[str, np.ndarray], **changes) -> VAEConfig
     changes: fields to set by hand, for instance dtype. Raises CheckpointError for any other kind of file.
     """
     rules = vae_rules(tensors)
-    shapes = {hit[0].target: t.shape for name, t in tensors.items() if t.size and (hit := rename(name, rules))}
+    shapes = {
+        hit[0].target: t.shape
+        for name, t in tensors.items()
+        if 0 not in (t.ndim, t.size) and (hit := rename(name, rules))
+    }
     block = re.compile(r"encoder\.downsamples\.(\d{1,3})\.(conv1|conv|time_conv)\.kernel")
     blocks: dict[int, dict[str, int]] = {}  # out channels of the convolutions in each block of the encoder
     for target, shape in shapes.items():
