@@ -14,13 +14,13 @@ import getpass
 import os
 import sys
 import threading
-from pathlib import Path
 
 from absl import flags, logging
 from ml_collections import config_flags
 
 from turbojax import UserError, cli
 from turbojax.config import describe_settings
+from turbojax.files import check_folder
 
 FLAGS = flags.FlagValues()
 CONFIG = config_flags.DEFINE_config_file(
@@ -34,11 +34,12 @@ OUT = flags.DEFINE_string("out", "outputs/web", "folder of the videos", flag_val
 
 def main() -> None:
     config = cli.read_config(CONFIG, example="configs/demo.py")
+    folder = check_folder(OUT.value)
     try:
         from turbojax.serve.page import Server, build, launch
     except ModuleNotFoundError as missing:
         raise UserError(f"the page needs {missing.name}; pip install 'turbojax[web]'") from missing
-    server = Server(config, Path(OUT.value))
+    server = Server(config, folder)
     auth = (USER.value, password()) if USER.value else None
     url = launch(build(server), server, host=HOST.value, port=PORT.value, auth=auth)
     if auth is None and HOST.value not in ("127.0.0.1", "localhost", "::1"):
