@@ -8,7 +8,7 @@ from flax import nnx
 
 from tests.closeness import relative_error
 from turbojax.errors import UserError
-from turbojax.kernels import int8
+from turbojax.kernels import dispatch, int8
 from turbojax.kernels.int8 import QUANT_SCHEMES, QuantConfig
 from turbojax.kernels.norms import modulated_norm
 from turbojax.models.layers import Dense, Int8Dense
@@ -100,22 +100,28 @@ def test_unknown_scheme_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("capability", "dtype", "sizes", "expected"),
+    ("capability", "dtype", "scheme", "sizes", "expected"),
     [
-        (None, jnp.bfloat16, (128, 256, 1536), "reference"),
-        ((7, 5), jnp.bfloat16, (128, 256, 1536), "reference"),
-        ((8, 0), jnp.bfloat16, (128, 256, 1536), "triton"),
-        ((8, 9), jnp.bfloat16, (128, 256, 1536), "triton"),
-        ((12, 0), jnp.bfloat16, (128, 256, 1536), "triton"),
-        ((9, 0), jnp.bfloat16, (75600, 5120, 13824), "mosaic"),
-        ((9, 0), jnp.bfloat16, (257, 5120, 5120), "triton"),
-        ((9, 0), jnp.bfloat16, (128, 264, 1536), "triton"),
-        ((9, 0), jnp.bfloat16, (128, 256, 512), "triton"),  # the small model's
-        ((9, 0), jnp.bfloat16, None, "triton"),
-        ((9, 0), jnp.float32, (128, 256, 1536), "reference"),
+        (None, jnp.bfloat16, "block128", (128, 256, 1536), "reference"),
+        ((7, 5), jnp.bfloat16, "block128", (128, 256, 1536), "reference"),
+        ((8, 0), jnp.bfloat16, "block128", (128, 256, 1536), "triton"),
+        ((8, 9), jnp.bfloat16, "block128", (128, 256, 1536), "triton"),
+        ((12, 0), jnp.bfloat16, "block128", (128, 256, 1536), "triton"),
+        ((9, 0), jnp.bfloat16, "block128", (75600, 5120, 13824), "mosaic"),
+        ((9, 0), jnp.bfloat16, "block128", (257, 5120, 5120), "triton"),
+        ((9, 0), jnp.bfloat16, "block128", (128, 264, 1536), "triton"),
+        ((9, 0), jnp.bfloat16, "block128", (128, 256, 512), "triton"),  # the small model's
+        ((9, 0), jnp.bfloat16, "block128_rows", (75600, 5120, 13824), "triton"),
+        ((9, 0), jnp.bfloat16, "channel", (75600, 5120, 13824), "mosaic"),
+        ((9, 0), jnp.float32, "block128", (128, 256, 1536), "reference"),
     ],
 )
-def test_choice_of_implementation(monkeypatch, capability, dtype, sizes, expected):
-    monkeypatch.setattr(int8, "compute_capability", lambda: capability)
-    assert int8.choose(None, dtype=dtype, sizes=sizes) == expected
-    assert int8.choose("triton", dtype=dtype) == "triton"
+def test_choice_of_implementation(monkeypatch, capability, dtype, scheme, sizes, expected):
+    monkeypatch.setattr(dispatch, "compute_capability", lambda: capability)
+    assert int8.choose_matmul(None, dtype, QUANT_SCHEMES[scheme], sizes) == expected
+    for name in ("mosaic", "triton"):
+        if expected in ("mosaic", name):  # where the Hopper kernel runs, Triton does, too
+            assert int8.choose_matmul(name, dtype, QUANT_SCHEMES[scheme], sizes) == name
+        else:
+            with pytest.raises(UserError, match=f"implementation='{name}' of the int8 matmul takes"):
+                int8.choose_matmul(name, dtype, QUANT_SCHEMES[scheme], sizes)

@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 from tests.kernels.ahead_of_time import BF16, F32, SHARED_MEMORY, usage
 from tests.kernels.interpreter_process import run_in_the_interpreter
 from turbojax.errors import UserError
-from turbojax.kernels import norms, norms_triton
+from turbojax.kernels import dispatch, norms, norms_triton
 
 
 def test_kernel_in_the_interpreter():
@@ -42,7 +42,7 @@ def test_kernel_compiles_within_limits(width, head_dim, capability):
 )
 def test_choice_of_implementation(monkeypatch, changes, takes):
     case = {"capability": None, "dtype": jnp.bfloat16, "head_dim": 128} | changes
-    monkeypatch.setattr(norms, "compute_capability", lambda: case["capability"])
+    monkeypatch.setattr(dispatch, "compute_capability", lambda: case["capability"])
     x, angles = jnp.zeros((1, 2, 256), case["dtype"]), jnp.zeros((2, case["head_dim"] // 2))
     assert norms.choose(None, x, (angles, angles)) == ("reference" if takes else "triton")
     if takes:

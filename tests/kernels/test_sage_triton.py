@@ -8,7 +8,7 @@ pytest.importorskip("triton")
 from tests.kernels.ahead_of_time import BF16, F32, INT8, INT32, SHARED_MEMORY, usage
 from tests.kernels.interpreter_process import run_in_the_interpreter
 from turbojax.errors import UserError
-from turbojax.kernels import sage, sage_triton, sla
+from turbojax.kernels import dispatch, sage, sage_triton, sla
 from turbojax.kernels.sage_triton import Tiles
 
 E4M3 = "*fp8e4nv"
@@ -69,8 +69,7 @@ def test_quantizer_compiles_within_limits(name, capability):
 def choose(
     capability, monkeypatch, implementation=None, *, dtype=jnp.bfloat16, dim=128, blocks=(64, 128), values="float8"
 ):
-    for module in (sage, sla):
-        monkeypatch.setattr(module, "compute_capability", lambda: capability)
+    monkeypatch.setattr(dispatch, "compute_capability", lambda: capability)
     q = jnp.zeros((1, 8, 1, dim), dtype)
     return sage.choose(implementation, q, block_q=blocks[0], block_k=blocks[1], values=values)
 

@@ -10,8 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from turbojax.errors import UserError
-from turbojax.kernels.dispatch import compute_capability, has_kernels
+from turbojax.kernels import dispatch
 
 Implementation = Literal["cudnn", "reference"]
 
@@ -29,22 +28,22 @@ def dot_product_attention(
     implementation: "cudnn" (last = 1 alone) or "reference"; None takes cuDNN where it can run. A named one runs or
       raises.
     """
-    if implementation is None:
-        implementation = "cudnn" if last == 1 and cudnn_takes(q) else "reference"
-    if implementation == "cudnn":
-        if last != 1:
-            raise UserError(f"cuDNN's attention takes keys one by one, not {last=}; choose 'reference'")
+    if dispatch.choose("dense attention", implementation, {"cudnn": cudnn_obstacle(q, last=last)}) == "cudnn":
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
-    if implementation == "reference":
-        return attention_reference(q, k, v, last=last)
-    raise UserError(f"{implementation=} is unknown; choose 'cudnn' or 'reference'")
+    return attention_reference(q, k, v, last=last)
 
 
-def cudnn_takes(q: jax.Array) -> bool:
-    """Whether cuDNN's flash attention can run on arrays like q on the default device."""
-    half = q.dtype in (jnp.bfloat16, jnp.float16)
-    small = q.shape[-1] <= CUDNN_HEAD_DIM and q.shape[-1] % 8 == 0
-    return half and small and has_kernels(compute_capability())
+def cudnn_obstacle(q: jax.Array, *, last: int = 1) -> str | None:
+    """Why cuDNN's flash attention cannot run on arrays like q, as what it takes instead; None if it can."""
+    if last != 1:
+        return f"keys one by one, not {last=}"
+    if takes := dispatch.no_kernels():
+        return takes
+    if q.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"bfloat16 or float16, not {q.dtype}"
+    if q.shape[-1] > CUDNN_HEAD_DIM or q.shape[-1] % 8:
+        return f"a head dim in eights up to {CUDNN_HEAD_DIM}, not {q.shape[-1]}"
+    return None
 
 
 def attention_reference(q: jax.Array, k: jax.Array, v: jax.Array, *, last: int = 1) -> jax.Array:

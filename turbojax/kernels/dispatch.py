@@ -1,6 +1,13 @@
-"""What the device can run."""
+"""What the device can run, and which implementation of an op does."""
+
+from collections.abc import Mapping
+from typing import Any
 
 import jax
+import jax.numpy as jnp
+
+from turbojax.errors import UserError
+from turbojax.kernels import triton_call
 
 Capability = tuple[int, int]
 KERNELS_FROM: Capability = (8, 0)  # Ampere: bfloat16 and int8 tensor cores, asynchronous copies
@@ -19,6 +26,35 @@ def compute_capability() -> Capability | None:
 def has_kernels(capability: Capability | None) -> bool:
     """Whether the project's kernels and cuDNN's attention run there; else XLA computes everything."""
     return capability is not None and capability >= KERNELS_FROM
+
+
+def choose(op: str, implementation: str | None, kernels: Mapping[str, str | None]) -> Any:
+    """The implementation that runs: the named one, or of None the first of the kernels that can, or else "reference".
+
+    op: what errors call it. kernels: fastest first; each with what it takes where it cannot run, None where it can.
+    Raises UserError for a name that is unknown, and where what is named cannot run.
+    """
+    if implementation not in (None, *kernels, "reference"):
+        known = ", ".join((*kernels, "reference"))
+        raise UserError(f"{implementation=} of {op} is unknown; choose {known} or None")
+    for name, takes in kernels.items():
+        if implementation == name and takes:
+            raise UserError(f"{implementation=} of {op} takes {takes}; None chooses another")
+        if implementation in (None, name) and not takes:
+            return name
+    return "reference"
+
+
+def no_kernels() -> str | None:
+    """What to take instead of this device, see `choose`; None where kernels run."""
+    return None if has_kernels(compute_capability()) else "an NVIDIA GPU of compute capability 8.0 or later"
+
+
+def triton_obstacle(dtype: Any) -> str | None:
+    """What our Triton kernels take instead of a dtype on this device, see `choose`; None where they run."""
+    if triton_call.override is None and (takes := no_kernels()):
+        return takes
+    return None if dtype == jnp.bfloat16 else f"bfloat16, not {jnp.dtype(dtype)}"
 
 
 def slow_gpu(capability: Capability | None) -> str | None:

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from turbojax.errors import UserError
-from turbojax.kernels.dispatch import compute_capability, has_kernels
+from turbojax.kernels import dispatch
 from turbojax.kernels.norms import Residual, modulated_norm
 from turbojax.kernels.triton_call import triton_call
 
@@ -84,28 +84,34 @@ class Quantized(NamedTuple):
     scale: jax.Array
 
 
-def choose(
-    implementation: Implementation | None, *, dtype, sizes: tuple[int, int, int] | None = None
+def choose(implementation: Implementation | None, dtype) -> Implementation:
+    """The implementation that runs on values of a dtype, where there is a Triton kernel: the named one, or None's."""
+    return dispatch.choose("the int8 linear layer", implementation, {"triton": dispatch.triton_obstacle(dtype)})
+
+
+def choose_matmul(
+    implementation: Implementation | None, dtype, quant: QuantConfig, sizes: tuple[int, int, int]
 ) -> Implementation:
-    """The implementation that runs: the named one, or the fastest one that can.
-
-    sizes: a matmul's M, N and K; without them the choice is between Triton and the reference.
-    """
-    if implementation is not None:
-        return implementation
-    capability = compute_capability()
-    if not has_kernels(capability) or dtype != jnp.bfloat16:
-        return "reference"
-    return "mosaic" if capability == (9, 0) and sizes and mosaic_takes(*sizes) else "triton"
+    """The same for a matmul of int8 with int8, its result in dtype; sizes: M, N and K."""
+    triton = dispatch.triton_obstacle(dtype)
+    mosaic = triton or mosaic_obstacle(quant, *sizes)
+    return dispatch.choose("the int8 matmul", implementation, {"mosaic": mosaic, "triton": triton})
 
 
-def mosaic_takes(m: int, n: int, k: int) -> bool:
-    """Whether the Hopper kernel's tiles fit: Mosaic drops rows behind the last full group of 8.
-
-    With no more features than it has in flight, nothing keeps a warp group from the next tile while the other still
-    reads this one's largest values.
-    """
-    return m % 8 == 0 and n % BLOCK == 0 and k > HOPPER_STAGES * BLOCK
+def mosaic_obstacle(quant: QuantConfig, m: int, n: int, k: int) -> str | None:
+    """Why the Hopper kernel cannot run besides, as what it takes instead; None if it can."""
+    if dispatch.compute_capability() != (9, 0):
+        return "a GPU of compute capability 9.0"
+    if quant.scheme == "block128" and quant.group == 1:
+        return "one scale a block of 128 rows, not one a row"
+    if m % 8:  # Mosaic drops rows behind the last full group of 8
+        return f"rows in eights, not {m}"
+    if n % BLOCK:
+        return f"out_features in multiples of {BLOCK}, not {n}"
+    # Else nothing keeps a warp group from the next tile while the other still reads this one's largest values.
+    if k <= HOPPER_STAGES * BLOCK:
+        return f"more than {HOPPER_STAGES * BLOCK} in_features, as many as it has in flight, not {k}"
+    return None
 
 
 def check_features(k: int) -> None:
@@ -166,7 +172,7 @@ def quantize(x: jax.Array, quant: QuantConfig, *, implementation: Implementation
     k = x.shape[-1]
     check_features(k)
     rows = x.reshape(-1, k)
-    if choose(implementation, dtype=x.dtype) == "reference":
+    if choose(implementation, x.dtype) == "reference":
         q, scale = quantize_rows(rows) if quant.scheme == "channel" else quantize_blocks(rows, group=quant.group)
     else:
         q, scale = quantize_triton(rows, quant)
@@ -226,7 +232,7 @@ def norm_quantize(
     x `[B, L, D]`, gain and shift float32 `[B or 1, 1, D]`. The kernel reads x twice and writes int8 once.
     """
     check_features(x.shape[-1])
-    if quant.scheme == "channel" or choose(implementation, dtype=x.dtype) == "reference":
+    if quant.scheme == "channel" or choose(implementation, x.dtype) == "reference":
         return quantize(modulated_norm(x, gain, shift, eps=eps), quant, implementation=implementation)
     from turbojax.kernels import int8_triton
 
@@ -282,9 +288,7 @@ def matmul(
     n, k = w_q.shape
     check_features(k)
     x_q = x.q.reshape(-1, k)
-    chosen = choose(implementation, dtype=dtype, sizes=(len(x_q), n, k))
-    if implementation is None and chosen == "mosaic" and quant.group == 1 and quant.scheme == "block128":
-        chosen = "triton"  # the Hopper kernel takes one scale a block of 128 rows
+    chosen = choose_matmul(implementation, dtype, quant, (len(x_q), n, k))
     if add_to is not None and (chosen == "reference" or not adds_in_kernel(add_to, quant)):
         y = matmul(x, w_q, w_scale, bias, quant, gelu=gelu, dtype=dtype, implementation=implementation)
         return add_to.plus(y)
@@ -329,10 +333,10 @@ def matmul_requantize(
     """
     n, k = w_q.shape
     x_q = x.q.reshape(-1, k)
-    chosen = choose(implementation, dtype=dtype, sizes=(len(x_q), n, k))
+    chosen = choose_matmul(implementation, dtype, quant, (len(x_q), n, k))
     if chosen == "reference" or quant.scheme == "channel" or quant.group == 1 or n % BLOCK:
         y = matmul(x, w_q, w_scale, bias, quant, gelu=gelu, dtype=dtype, implementation=implementation)
-        return quantize(y, quant, implementation=implementation)
+        return quantize(y, quant, implementation="reference" if chosen == "reference" else "triton")
     if chosen == "mosaic":
         from turbojax.kernels import int8_mosaic
 
@@ -444,7 +448,7 @@ def dequantizing_matmul(
     n, k = w_q.shape
     check_features(k)
     rows = x.reshape(-1, k)
-    if choose(implementation, dtype=x.dtype) == "reference":
+    if choose(implementation, x.dtype) == "reference":
         weight = dequantize_weight(w_q, w_scale)
         y = lax.dot_general(rows.astype(jnp.float32), weight, (((1,), (1,)), ((), ())))
         return finish(y, bias, gelu=gelu, dtype=x.dtype).reshape(*x.shape[:-1], n)

@@ -18,9 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from turbojax.errors import UserError
-from turbojax.kernels import triton_call
-from turbojax.kernels.dispatch import compute_capability, has_kernels
+from turbojax.kernels import dispatch
 
 Implementation = Literal["triton", "reference"]
 Table = tuple[jax.Array, jax.Array]
@@ -96,21 +94,11 @@ def rms_norm_rotate(
 
 def choose(implementation: Implementation | None, x: jax.Array, table: Table) -> Implementation:
     """The implementation that runs: the named one, or the kernel if it can."""
-    if implementation not in (None, "triton", "reference"):
-        raise UserError(f"{implementation=} is unknown; choose triton, reference or None")
-    if implementation == "reference":
-        return "reference"
     head_dim = 2 * table[0].shape[-1]
-    obstacle = None
-    if triton_call.override is None and not has_kernels(compute_capability()):
-        obstacle = "an NVIDIA GPU of compute capability 8.0 or later"
-    elif x.dtype != jnp.bfloat16:
-        obstacle = f"bfloat16, not {x.dtype}"
-    elif head_dim not in (64, 128):
-        obstacle = f"a head dim of 64 or 128, not {head_dim}"
-    if obstacle and implementation == "triton":
-        raise UserError(f"implementation='triton' of the rotary norm takes {obstacle}; None chooses another")
-    return "reference" if obstacle else "triton"
+    takes = dispatch.triton_obstacle(x.dtype)
+    if not takes and head_dim not in (64, 128):
+        takes = f"a head dim of 64 or 128, not {head_dim}"
+    return dispatch.choose("the rotary norm", implementation, {"triton": takes})
 
 
 def reference(x: jax.Array, weight: jax.Array, table: Table, eps: float) -> jax.Array:

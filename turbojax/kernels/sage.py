@@ -29,7 +29,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from turbojax.errors import UserError
-from turbojax.kernels.dispatch import compute_capability
+from turbojax.kernels import dispatch
 from turbojax.kernels.sla import Implementation, block_table, linear_branch, num_selected, triton_obstacle
 
 Values = Literal["exact", "float8", "float8_values"]
@@ -144,18 +144,13 @@ def choose(
     implementation: Implementation | None, q: jax.Array, *, block_q: int, block_k: int, values: Values
 ) -> Implementation:
     """The implementation that runs: the named one, or the fused one if it can; float8 never falls back on a GPU."""
-    if implementation not in (None, "triton", "reference"):
-        raise UserError(f"{implementation=} is unknown; choose triton, reference or None")
-    if implementation == "reference":
-        return "reference"
     obstacle = triton_obstacle(q, block_q=block_q, block_k=block_k)
-    if obstacle and implementation == "triton":
-        raise UserError(f"implementation='triton' of SageSLA takes {obstacle}; None chooses another")
-    capability = compute_capability()
-    if not obstacle and values != "exact" and capability is not None and capability < (8, 9):
+    chosen = dispatch.choose("SageSLA", implementation, {"triton": obstacle})
+    capability = dispatch.compute_capability()
+    if chosen == "triton" and values != "exact" and capability is not None and capability < (8, 9):
         has = ".".join(map(str, capability))
         raise UserError(f'sage_values="{values}" needs compute capability 8.9, not {has}; set sage_values="exact"')
-    return "reference" if obstacle else "triton"
+    return chosen
 
 
 def sage_sparse_linear_attention(

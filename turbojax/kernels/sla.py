@@ -20,8 +20,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from turbojax.errors import UserError
-from turbojax.kernels import triton_call
-from turbojax.kernels.dispatch import compute_capability, has_kernels
+from turbojax.kernels import dispatch
 
 Implementation = Literal["mosaic", "triton", "reference"]
 
@@ -33,26 +32,15 @@ BOUND = 60.0
 
 def choose(implementation: Implementation | None, q: jax.Array, *, block_q: int, block_k: int) -> Implementation:
     """The implementation that runs: the named one, or the fastest one that can; q `[B, L, N, H]`."""
-    if implementation not in (None, "mosaic", "triton", "reference"):
-        raise UserError(f"{implementation=} is unknown; choose mosaic, triton, reference or None")
-    if implementation == "reference":
-        return "reference"
-    obstacle = triton_obstacle(q, block_q=block_q, block_k=block_k)
-    mosaic_too = obstacle or mosaic_obstacle(q, block_q=block_q, block_k=block_k)
-    wanted = mosaic_too if implementation == "mosaic" else obstacle
-    if implementation and wanted:
-        raise UserError(f"{implementation=} of sparse-linear attention takes {wanted}; None chooses another")
-    if obstacle:
-        return "reference"
-    return "triton" if implementation == "triton" or mosaic_too else "mosaic"
+    triton = triton_obstacle(q, block_q=block_q, block_k=block_k)
+    mosaic = triton or mosaic_obstacle(q, block_q=block_q)
+    return dispatch.choose("sparse-linear attention", implementation, {"mosaic": mosaic, "triton": triton})
 
 
 def triton_obstacle(q: jax.Array, *, block_q: int, block_k: int) -> str | None:
     """Why the Triton kernels cannot run, as what they take instead; None if they can."""
-    if triton_call.override is None and not has_kernels(compute_capability()):
-        return "an NVIDIA GPU of compute capability 8.0 or later"
-    if q.dtype != jnp.bfloat16:
-        return f"bfloat16, not {q.dtype}"
+    if takes := dispatch.triton_obstacle(q.dtype):
+        return takes
     if q.shape[-1] not in (64, 128):
         return f"a head dim of 64 or 128, not {q.shape[-1]}"
     if (block_q, block_k) not in BLOCKS:
@@ -62,9 +50,9 @@ def triton_obstacle(q: jax.Array, *, block_q: int, block_k: int) -> str | None:
     return None
 
 
-def mosaic_obstacle(q: jax.Array, *, block_q: int, block_k: int) -> str | None:
+def mosaic_obstacle(q: jax.Array, *, block_q: int) -> str | None:
     """What the Hopper kernel takes besides, as `triton_obstacle`."""
-    if compute_capability() != (9, 0):
+    if dispatch.compute_capability() != (9, 0):
         return "a GPU of compute capability 9.0"
     if q.shape[1] % 8:  # Mosaic's tiled copies drop the rows behind the last full group of 8
         return f"lengths in eights, not {q.shape[1]}"
