@@ -9,6 +9,7 @@ import pytest
 
 from turbojax.models.umt5 import encode_text
 from turbojax.text import PromptCache, TextEncoder, fingerprint
+from turbojax.weights.io import read_tensors, write_safetensors
 
 BIRD, CAT = "a red bird in the sky", "a green cat on the street"
 
@@ -54,6 +55,18 @@ def test_prompts_that_are_cut_are_told(demo, caplog):
     assert text.cut([BIRD]) == []
     (line,) = [record.getMessage() for record in caplog.records if "is cut" in record.getMessage()]
     assert line.startswith("the prompt has 800 tokens, of which the text encoder reads 511: it is cut at '127 128 129")
+
+
+def test_a_token_table_of_zeros_is_told(demo, tmp_path, caplog):
+    stored = dict(read_tensors(demo / "models_t5_umt5-xxl-enc-bf16.pth"))
+    stored["token_embedding.weight"] = np.zeros_like(stored["token_embedding.weight"])
+    path = tmp_path / "x.safetensors"
+    write_safetensors(path, stored.items(), stored)
+    TextEncoder.from_files(path, demo / "google" / "umt5-xxl", dtype=jnp.float32, cache=False)([BIRD])
+    assert "the token table is all zero for 7 of 7 tokens; " in caplog.text
+    caplog.clear()
+    open_demo(demo, cache=False)([BIRD])
+    assert "token table" not in caplog.text
 
 
 def test_without_a_cache_nothing_is_written(demo, own_folder):

@@ -111,6 +111,9 @@ class TextEncoder:
             tokens = ids[mask > 0]
             embedding = self.cache.get(tokens, self.config) if self.cache else None
             if embedding is None:
+                if zero := int((~np.asarray(self.table[tokens] != 0).any(axis=1)).sum()):
+                    advice = "a download that was not finished looks like this, so download the text encoder again"
+                    logging.warning("the token table is all zero for %d of %d tokens; %s", zero, len(tokens), advice)
                 embedding = np.asarray(encode_text(self.encoder, self.table, ids[None], mask[None]))[0, : len(tokens)]
                 if self.cache:
                     self.cache.put(tokens, embedding)

@@ -15,6 +15,7 @@ from turbojax.weights.convert import convert
 from turbojax.weights.io import read_tensors
 from turbojax.weights.lazy import all_zero
 from turbojax.weights.load import load_wan
+from turbojax.weights.lora import LoRA, read_lora
 from turbojax.weights.merge import merge
 from turbojax.weights.plain import load_umt5, load_vae
 
@@ -92,6 +93,22 @@ def test_half_of_the_others(tmp_path, demo, caplog, name, load):
     assert told(caplog).startswith("half.safetensors: ")
     convert(demo / name, tmp_path / "whole.safetensors")
     assert not told(caplog)
+
+
+def test_a_lora(tmp_path, caplog):
+    """Its up may be zero, where training has not changed a module."""
+    tensors = {}
+    for name in ("blocks.0.self_attn.q", "blocks.1.self_attn.q"):
+        tensors[f"diffusion_model.{name}.lora_down.weight"] = np.ones((4, 256), np.float32)
+        tensors[f"diffusion_model.{name}.lora_up.weight"] = np.ones((256, 4), np.float32)
+    for half, message in (
+        ("up", ""),
+        ("down", "x.safetensors: 1 of 4 tensors are all zero, 25.0 % of the bytes: down of blocks.self_attn.q.weight["),
+    ):
+        name = f"diffusion_model.blocks.1.self_attn.q.lora_{half}.weight"
+        path = unfinished(tmp_path / "x.safetensors", tensors, [name])
+        read_lora(LoRA(path), small())
+        assert told(caplog).startswith(message) if message else not told(caplog)
 
 
 @pytest.mark.parametrize("format", ["safetensors", "pth", "orbax"])

@@ -53,16 +53,18 @@ class Watched(LazyTensors[K]):
         return tensor
 
     def warn(self, what: str) -> None:
-        """Warns of the tensors that were all zero, by name and with their share of the checkpoint's bytes."""
-        if not self.zeros:
-            return
+        """Warns of the tensors that were all zero, see `warn_of_zeros`."""
+        names = [name_of(key) for key in self.specs if key in self.zeros]
         total, zero = (sum(nbytes(self.specs[key]) for key in keys) for keys in (self.specs, self.zeros))
-        logging.warning(
-            "%s: %d of %d tensors are all zero, %.1f %% of the bytes: %s; a download that was not finished looks like "
-            "this, so download it again unless you know why",
-            *(what, len(self.zeros), len(self.specs), 100 * zero / total),
-            shorten([name_of(key) for key in self.specs if key in self.zeros]),
-        )
+        warn_of_zeros(what, names, tensors=len(self.specs), share=zero / max(total, 1))
+
+
+def warn_of_zeros(what: str, names: list[str], *, tensors: int, share: float) -> None:
+    """Warns of tensors that are all zero by name, how many of how many, and their share of the bytes; not of none."""
+    if names:
+        counts = f"{len(names)} of {tensors} tensors are all zero, {100 * share:.1f} % of the bytes"
+        advice = "a download that was not finished looks like this, so download it again unless you know why"
+        logging.warning("%s: %s: %s; %s", what, counts, shorten(names), advice)
 
 
 def name_of(key: Any) -> str:

@@ -23,8 +23,9 @@ from turbojax.errors import CheckpointError, UserError, quoted
 from turbojax.files import user_path
 from turbojax.models.wan import WanConfig
 from turbojax.weights.io import read_tensors
+from turbojax.weights.lazy import all_zero, nbytes, warn_of_zeros
 from turbojax.weights.lora_files import Change, LowRank, changes_of
-from turbojax.weights.rules import Entry, shorten
+from turbojax.weights.rules import Entry, describe, shorten
 
 Expert = Literal["high", "low"]
 Changes = dict[Entry, list[Change]]
@@ -96,5 +97,10 @@ def read_lora(lora: LoRA, config: WanConfig, *, expert: Expert | None = None) ->
     if left_out := sorted(others) + (sorted(second) if expert is None else []):
         logging.warning("%s: %d parts fit nowhere and are left out: %s", path.name, len(left_out), shorten(left_out))
     changing = {entry: change for entry, change in changes.items() if not change.changes_nothing()}
+    # Training begins with up at zero and down drawn, so up may have stayed there.
+    downs = {f"down of {describe(entry)}": c.down for entry, c in changes.items() if isinstance(c, LowRank)}
+    zeros = {name: down for name, down in downs.items() if all_zero(down)}
+    share = sum(map(nbytes, zeros.values())) / sum(map(nbytes, tensors.values()))
+    warn_of_zeros(path.name, list(zeros), tensors=len(tensors), share=share)
     logging.info("LoRA %s: %d parameters changed, strength %g", path.name, len(changing), lora.strength)
     return changing
