@@ -195,6 +195,11 @@ def test_keys_of_one_hash(tmp_path):
     quickly_refused(archive(tmp_path / "x.pth", b"}(" + keys + b"u"))
 
 
+def test_a_name_given_twice(tmp_path):
+    twice = b"}(" + (pickled("w") + pickled_tensor()) * 2 + b"u"
+    assert "'w' is given twice" in quickly_refused(archive(tmp_path / "x.pth", twice))
+
+
 @pytest.mark.parametrize("digits", [b"\x8b" + struct.pack("<i", 10**6) + b"\x7f" * 10**6, b"I" + b"9" * 10**6 + b"\n"])
 def test_integers_of_a_million_digits(tmp_path, digits):
     quickly_refused(archive(tmp_path / "x.pth", digits))

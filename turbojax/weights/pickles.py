@@ -191,7 +191,10 @@ def _update(stack: list[Any], items: list[Any]) -> None:
     # Hashing a deeply nested tuple can take for ever, and large integers can all have one hash.
     if not all(type(key) is str or (type(key) is int and key.bit_length() < 64) for key in items[::2]):
         raise TypeError("a dictionary key is not a string or a number of 64 bits")
-    stack[-1].update(zip(items[::2], items[1::2], strict=True))
+    for key, value in zip(items[::2], items[1::2], strict=True):
+        if key in stack[-1]:
+            raise ValueError(f"{quoted(key)} is given twice")
+        stack[-1][key] = value
 
 
 def _global(where: Path, module: Any, name: Any) -> Global:

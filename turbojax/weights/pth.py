@@ -22,8 +22,8 @@ from turbojax.errors import CheckpointError, quoted
 from turbojax.weights.pickles import DTYPES, STORAGES, Tensor, decode
 from turbojax.weights.zip_entries import AGAIN, Stored, read_entries
 
-# Keys under which training scripts commonly put the weights.
 MAX_SHARING = 4  # bytes of tensors for each of the file: some share their storage, such as tied embeddings
+# Keys under which training scripts commonly put the weights.
 WRAPPERS = ("state_dict", "model", "model_state", "module", "ema")
 
 
@@ -50,17 +50,19 @@ def _entries(where: Path, data: np.ndarray) -> tuple[bytes, dict[str, Stored]]:
     if len(pickles) != 1:
         raise CheckpointError(f"{where} is a zip file but not a PyTorch checkpoint: {len(pickles)} data.pkl in it")
     prefix = pickles[0].removesuffix("data.pkl")
-    byteorder = _read(where, data, entries[f"{prefix}byteorder"]) if f"{prefix}byteorder" in entries else b"little"
+    byteorder = (
+        _read(where, data, "byteorder", entries[f"{prefix}byteorder"]) if f"{prefix}byteorder" in entries else b"little"
+    )
     if byteorder != b"little":
         raise CheckpointError(f"{where} has byte order {quoted(byteorder)}; save it on a little-endian machine")
     folder = f"{prefix}data/"
     storages = {name.removeprefix(folder): stored for name, stored in entries.items() if name.startswith(folder)}
-    return _read(where, data, entries[pickles[0]]), storages
+    return _read(where, data, "data.pkl", entries[pickles[0]]), storages
 
 
-def _read(where: Path, data: np.ndarray, stored: Stored) -> bytes:
+def _read(where: Path, data: np.ndarray, name: str, stored: Stored) -> bytes:
     if not stored.check(data):
-        raise CheckpointError(f"{where} is damaged: its data.pkl does not have its CRC-32; {AGAIN}")
+        raise CheckpointError(f"{where} is damaged: its {name} does not have its CRC-32; {AGAIN}")
     return data[stored.start : stored.start + stored.size].tobytes()
 
 
