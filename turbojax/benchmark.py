@@ -312,7 +312,7 @@ def one_block(*, model: str, tokens: tuple[int, int, int], schemes: tuple[str | 
         @jax.jit
         def run(state, x, graph=graph, e0=e0, context=context):
             with without_attention():
-                return nnx.merge(graph, state)(x, e0, context)
+                return nnx.merge(graph, state)(x, e0, *context)
 
         weights = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state))
         memory = run.lower(state, x).compile().memory_analysis()

@@ -14,6 +14,7 @@ from turbojax.kernels.attention import dot_product_attention
 
 # Heads, tokens, topk: 1.3B and 14B at 480p, 14B at 720p, 81 frames; head dim 128.
 SHAPES = ((12, 32760, 0.10), (12, 32760, 0.15), (40, 32760, 0.10), (40, 75600, 0.10), (40, 75600, 0.15))
+IMPLEMENTATIONS: tuple[sla.Implementation, ...] = ("mosaic", "triton")
 TAKEN_APART = (SHAPES[0], SHAPES[3])
 DIM = 128
 GRIDS = {32760: (21, 30, 52), 75600: (21, 45, 80)}  # tokens by frames, rows and columns
@@ -38,7 +39,7 @@ def whole_op(heads: int, tokens: int, topk: float, *, parts: bool) -> dict[str, 
     q, k, *others = inputs
     long_key = [q, k.at[:, 0].multiply(16), *others]  # one of a head, so that norms do not bound its scores
     rows: dict[str, Any] = {"dense_ms": milliseconds(dot_product_attention, inputs[:3], calls=1)}
-    for implementation in ("mosaic", "triton"):
+    for implementation in IMPLEMENTATIONS:
         whole = functools.partial(sla.sparse_linear_attention, topk=topk, implementation=implementation)
         rows[f"sla_{implementation}_ms"] = milliseconds(whole, inputs)
         rows[f"sla_{implementation}_long_key_ms"] = milliseconds(whole, long_key)
@@ -131,7 +132,8 @@ def attention_backward(*, heads: int = 12, tokens: int = 32760, topk: float = 0.
     direction = jax.random.normal(jax.random.key(1), inputs[0].shape, jnp.bfloat16)
 
     def along(*inputs):
-        return jnp.vdot(sla.sparse_linear_attention(*inputs, topk=topk).astype(jnp.float32), direction)
+        out = sla.sparse_linear_attention(*inputs, topk=topk)
+        return jnp.vdot(out.astype(jnp.float32), direction.astype(jnp.float32))
 
     both = milliseconds(jax.grad(along, argnums=(0, 1, 2, 3, 4)), inputs)
     return {"forward_and_backward_ms": both, "forward_ms": milliseconds(along, inputs)}
@@ -171,10 +173,10 @@ def structured_inputs(heads: int, grid: tuple[int, int, int]) -> list[jax.Array]
         )  # q and k share their waves: tokens attend to their like
         frequency = 6 * jax.random.normal(keys[0], (3, heads * DIM))
         phase = 2 * jnp.pi * jax.random.uniform(keys[1], (heads * DIM,))
-        waves = jnp.sqrt(2.0) * jnp.sin(places @ frequency + phase)
+        waves = jnp.sqrt(2.0) * jnp.sin(places @ frequency + phase[None])
         noise = 0.1 * jax.random.normal(jax.random.key(20 + i), waves.shape)
         outliers = jnp.where(jnp.arange(DIM) % 40 == 7, 6.0, 1.0) if i < 2 else jnp.ones(DIM)
-        inputs.append(((waves + noise).reshape(1, -1, heads, DIM) * outliers).astype(jnp.bfloat16))
+        inputs.append(((waves + noise).reshape(1, -1, heads, DIM) * outliers[None, None, None]).astype(jnp.bfloat16))
     return inputs
 
 

@@ -17,8 +17,7 @@
 
 Cases: text_to_video (random weights at full size, prompt to mp4, cold and warm), image_to_video (likewise with an
 image), vae (decoding in chunks and tiles), file (settings of x264; on any device), tiles (errors of the VAE's; on any
-device),
-linear (int8 layers beside bfloat16), attention (dense, SLA and SageSLA with their parts, gradients and errors),
+device), linear (int8 layers beside bfloat16), attention (dense, SLA and SageSLA with parts, gradients and errors),
 block (one transformer block without attention), layer (a whole one, kernel by kernel), diffusion (that stage alone),
 memory (predicted against measured peaks and seconds a step), tangent (the forward derivative that sCM trains with, of
 --num_layers=N layers; on any device), train_step (of SLA fine-tuning, or --recipe=scm; with a profile), compile
@@ -30,6 +29,7 @@ Peak memory has no reset, so run one case a process.
 import json
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,16 +58,6 @@ from turbojax.video import check_path, video_size
 from turbojax.weights.load import with_options
 
 FLAGS = flags.FlagValues()
-CASE = flags.DEFINE_enum(
-    "case",
-    "text_to_video",
-    [
-        *("text_to_video", "image_to_video", "vae", "compile", "linear", "attention", "block", "layer", "diffusion"),
-        *("memory", "tangent", "train_step", "file", "tiles"),
-    ],
-    "what to measure",
-    flag_values=FLAGS,
-)
 MODEL = flags.DEFINE_string("model", "wan2.1-t2v-1.3b", "network, with random weights", flag_values=FLAGS)
 RESOLUTION = flags.DEFINE_string("resolution", "480p", "480p or 720p, 16:9", flag_values=FLAGS)
 FRAMES = flags.DEFINE_integer("num_frames", 81, "4 n + 1", flag_values=FLAGS)
@@ -83,82 +73,116 @@ MEMORY = flags.DEFINE_string(
 OUT = flags.DEFINE_string("out", None, "JSON file to write; printed only if not given", flag_values=FLAGS)
 
 
-def main() -> None:
-    if OUT.value:
-        check_file(OUT.value)  # before minutes of measuring
-    if jax.default_backend() != "gpu" and CASE.value not in ("tangent", "file", "tiles"):
-        raise UserError("benchmarks need a GPU; none was found (pip install -e '.[cuda12]')")
+WITHOUT_A_GPU = ("tangent", "file", "tiles")  # cases that measure something there
+
+
+def frame_size() -> dict[str, int]:
     width, height = video_size(RESOLUTION.value, "16:9")
-    size: dict[str, int] = {"num_frames": FRAMES.value, "height": height, "width": width}
-    options: dict[str, Any] = {
+    return {"height": height, "width": width}
+
+
+def size() -> dict[str, int]:
+    return {"num_frames": FRAMES.value, **frame_size()}
+
+
+def tokens() -> tuple[int, int, int]:
+    """Patches of the latents in time, height and width."""
+    return 1 + (FRAMES.value - 1) // 4, frame_size()["height"] // 16, frame_size()["width"] // 16
+
+
+def options() -> dict[str, Any]:
+    """Settings of the network."""
+    return {
         "attention_type": ATTENTION.value,
         "sla_topk": TOPK.value,
         "quant_linear": QUANT.value is not None,
         "quant_scheme": QUANT.value,
     }
-    tokens = (1 + (FRAMES.value - 1) // 4, height // 16, width // 16)
-    if CASE.value in ("text_to_video", "image_to_video"):
-        tokenizer = Tokenizer.from_path(WORDS)
-        with tempfile.TemporaryDirectory() as folder:
-            result = benchmark.whole_video(
-                tokenizer,
-                model=MODEL.value,
-                num_inference_steps=STEPS.value,
-                memory=MEMORY.value,
-                image=demo_picture() if CASE.value == "image_to_video" else None,
-                output=check_path(Path(folder) / "video.mp4"),
-                **size,
-                **options,
-            )
-    elif CASE.value == "memory":
-        result = benchmark_memory.memory(
+
+
+def whole_video(image: Any = None) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        return benchmark.whole_video(
             Tokenizer.from_path(WORDS),
             model=MODEL.value,
-            memory=MEMORY.value,
             num_inference_steps=STEPS.value,
-            options=options,
-            **size,
+            memory=MEMORY.value,
+            image=image,
+            output=check_path(Path(folder) / "video.mp4"),
+            **size(),
+            **options(),
         )
-    elif CASE.value == "file":
-        with tempfile.TemporaryDirectory() as folder:
-            result = benchmark_video.video_writing(Path(folder), **size)
-    elif CASE.value == "tiles":
-        result = benchmark_video.tiling_errors()
-    elif CASE.value == "vae":
-        result = benchmark.vae_decoding(height=height, width=width, chunks=(1, 2, 4))
-    elif CASE.value == "linear":
-        result = benchmark.linear_layers(schemes=tuple(QUANT_SCHEMES))
-    elif CASE.value == "attention":
-        result = benchmark_attention.attention(save)
-    elif CASE.value == "block":
-        result = benchmark.one_block(model=MODEL.value, tokens=tokens, schemes=(None, "block128", "channel"))
-    elif CASE.value == "layer":
-        config = with_options(MODELS[MODEL.value](num_layers=benchmark_step.LAYERS), **options)
-        result = benchmark_step.layer(config, tokens, compiler_options=benchmark_step.NO_COMMAND_BUFFERS)
-    elif CASE.value == "diffusion":
-        result = benchmark.diffusion(model=MODEL.value, num_inference_steps=STEPS.value, **size, **options)
-    elif CASE.value == "train_step":
-        from turbojax import benchmark_training  # needs the extra `train`
 
-        result = benchmark_training.train_step(
-            recipe=RECIPE.value,
-            config=MODELS[MODEL.value](sla_topk=TOPK.value, remat=True),
-            latents=latent_shape(VAEConfig.wan2_1(), FRAMES.value, height, width),
-        )
-    elif CASE.value == "tangent":
-        from turbojax import benchmark_training
 
-        result = benchmark_training.tangent(
-            model=MODEL.value,
-            layers=LAYERS.value,
-            **size,
-            attention_type=ATTENTION.value,
-            sla_topk=TOPK.value,
-        )
-    else:
-        jax.config.update("jax_enable_compilation_cache", False)
-        result = benchmark.compile_seconds(model=MODEL.value, layers=(LAYERS.value,), height=height, width=width)
-    measurement = benchmark.environment() | save(result)
+def memory() -> dict[str, Any]:
+    return benchmark_memory.memory(
+        Tokenizer.from_path(WORDS),
+        model=MODEL.value,
+        memory=MEMORY.value,
+        num_inference_steps=STEPS.value,
+        options=options(),
+        **size(),
+    )
+
+
+def file() -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        return benchmark_video.video_writing(Path(folder), **size())
+
+
+def layer() -> dict[str, Any]:
+    config = with_options(MODELS[MODEL.value](num_layers=benchmark_step.LAYERS), **options())
+    return benchmark_step.layer(config, tokens(), compiler_options=benchmark_step.NO_COMMAND_BUFFERS)
+
+
+def train_step() -> dict[str, Any]:
+    from turbojax import benchmark_training  # needs the extra `train`
+
+    return benchmark_training.train_step(
+        recipe=RECIPE.value,
+        config=MODELS[MODEL.value](sla_topk=TOPK.value, remat=True),
+        latents=latent_shape(VAEConfig.wan2_1(), FRAMES.value, **frame_size()),
+    )
+
+
+def tangent() -> dict[str, Any]:
+    from turbojax import benchmark_training
+
+    return benchmark_training.tangent(
+        model=MODEL.value, layers=LAYERS.value, **size(), attention_type=ATTENTION.value, sla_topk=TOPK.value
+    )
+
+
+def compilation() -> dict[str, Any]:
+    jax.config.update("jax_enable_compilation_cache", False)
+    return benchmark.compile_seconds(model=MODEL.value, layers=(LAYERS.value,), **frame_size())
+
+
+CASES: dict[str, Callable[[], dict[str, Any]]] = {
+    "text_to_video": whole_video,
+    "image_to_video": lambda: whole_video(demo_picture()),
+    "vae": lambda: benchmark.vae_decoding(**frame_size(), chunks=(1, 2, 4)),
+    "compile": compilation,
+    "linear": lambda: benchmark.linear_layers(schemes=tuple(QUANT_SCHEMES)),
+    "attention": lambda: benchmark_attention.attention(save),
+    "block": lambda: benchmark.one_block(model=MODEL.value, tokens=tokens(), schemes=(None, "block128", "channel")),
+    "layer": layer,
+    "diffusion": lambda: benchmark.diffusion(model=MODEL.value, num_inference_steps=STEPS.value, **size(), **options()),
+    "memory": memory,
+    "tangent": tangent,
+    "train_step": train_step,
+    "file": file,
+    "tiles": benchmark_video.tiling_errors,
+}
+CASE = flags.DEFINE_enum("case", "text_to_video", list(CASES), "what to measure", flag_values=FLAGS)
+
+
+def main() -> None:
+    if OUT.value:
+        check_file(OUT.value)  # before minutes of measuring
+    if jax.default_backend() != "gpu" and CASE.value not in WITHOUT_A_GPU:
+        raise UserError("benchmarks need a GPU; none was found (pip install -e '.[cuda12]')")
+    measurement = benchmark.environment() | save(CASES[CASE.value]())
     print(json.dumps(measurement, indent=1))
     print(report(measurement), file=sys.stderr)
 
