@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import NamedTuple
 
 from tests.docs.pages import ROOT
+from tests.fuzz.run import make_parser
 
 PROGRAMS = ("python", "python3", "pip", "%pip", "pytest", "mkdocs", "turbojax", "curl", ".")
 ENVIRONMENT = {"python3 -m venv .venv", ". .venv/bin/activate"}  # what CI makes an environment of its own with
@@ -74,6 +75,8 @@ def classified(words: list[str]) -> Command:
             check((ROOT / script).is_file(), text, f"there is no {script}")
         case ["turbojax", option]:
             check(option in ("--help", "--version"), text, f"turbojax has no {option}")
+        case ["python", "-m", "tests.fuzz", *rest]:
+            make_parser().parse_args(rest)
         case ["pip" | "%pip", *rest]:
             check_pip(text, rest)
         case ["pytest", *paths]:

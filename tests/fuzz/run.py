@@ -185,12 +185,16 @@ def memory_of(kind: str) -> int:
     return int(pages) * resource.getpagesize()
 
 
-def main() -> None:
+def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--inputs", default="20000", help="how many, or FIRST:END of their numbers")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--worker", action="store_true", help="used by the program itself")
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    arguments = make_parser().parse_args()
     first, _, end = arguments.inputs.rpartition(":")
     numbers = range(int(first or 0), int(end))
     if arguments.worker:
