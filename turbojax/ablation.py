@@ -89,9 +89,10 @@ def ablate(
     compared = [cell | reference for cell in cells]
     for cell in (*cells, *compared):
         call_settings(changed(config, num_samples=1, **cell))
+    check_path(folder / "videos" / "video.mp4")
     folder = check_folder(folder)
     check_folder(folder / "frames")
-    check_folder(check_path(folder / "videos" / "video.mp4").parent)
+    check_folder(folder / "videos")
     finished, studio = Records(folder / "cells.jsonl", MEASURED), Studio()
     work = list({str(cell): cell for cell in (*cells, *compared)}.values())
     records: dict[str, dict[str, Any]] = {}

@@ -62,8 +62,8 @@ def main() -> None:
     height = height if HEIGHT.value is None else HEIGHT.value
     latent_shape(VAEConfig.wan2_1(), FRAMES.value, height, width)  # what can be told before minutes of loading
     check_fps(FPS.value)
-    check_folder(OUTPUT.value)
     check_decoder()
+    check_folder(OUTPUT.value)
     clips = find_clips(VIDEOS.value, CAPTIONS.value)
     given = {"vae": VAE.value, "text_encoder": TEXT_ENCODER.value, "tokenizer": TOKENIZER.value}
     weights = str(MODEL) if WEIGHTS.value == "demo" else WEIGHTS.value

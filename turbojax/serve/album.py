@@ -50,8 +50,8 @@ class Entry(NamedTuple):
 
 class Album:
     def __init__(self, folder: Path):
+        check_path(Path(folder) / "video.mp4")
         self.folder = check_folder(folder).absolute()
-        check_path(self.folder / "video.mp4")
 
     def new_path(self) -> Path:
         """Where the next video goes; sorted by name, videos are sorted by time."""
