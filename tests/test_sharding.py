@@ -1,5 +1,6 @@
 """Sharding: on 8 simulated devices, and on those of two processes; without a mesh nothing happens."""
 
+import faulthandler
 import json
 import os
 import socket
@@ -25,6 +26,7 @@ def devices(count: int, **changes: str) -> dict[str, str]:
 
 
 def test_eight_devices():
+    faulthandler.cancel_dump_traceback_later()  # the limit of one test's time is that of each of them
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/eight_devices.py"],
         cwd=ROOT,

@@ -1,5 +1,6 @@
 """Runs a file of tests with the Triton interpreter, which a process has from its start or not at all."""
 
+import faulthandler
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ FOLDER = Path(__file__).parent
 
 def run_in_the_interpreter(file: str) -> None:
     """The tests of one file beside this one; raises AssertionError with what pytest says where any fails."""
+    faulthandler.cancel_dump_traceback_later()  # the limit of one test's time is that of each of them
     result = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", FOLDER / file],
         cwd=FOLDER.parents[1],
