@@ -6,9 +6,10 @@ import re
 import pytest
 from ml_collections import ConfigDict
 
+from turbojax.config import as_json
 from turbojax.errors import UserError
 from turbojax.json_reader import Boolean, Integer, Number
-from turbojax.train.config import RANGES, TRAIN_SETTINGS, as_json, check_settings, train_config
+from turbojax.train.config import RANGES, TRAIN_SETTINGS, check_settings, train_config
 
 GIVEN = {"workdir": "run", "data": "data", "weights": "random"}
 NUMBERS = [name for name, schema in RANGES.items() if isinstance(schema, Integer | Number)]

@@ -194,7 +194,7 @@ def write_pth(path: str | os.PathLike, tensors: Iterable[tuple[str, np.ndarray]]
         pth.write(file, tensors)
 
 
-_READ_OR_WRITE = re.compile('orbax|local file "')  # Orbax' and TensorStore's, of which the first failure is raised
+_READ_OR_WRITE = re.compile("orbax|TensorStore|local file")  # theirs, of which the first failure is raised
 
 
 @functools.cache
