@@ -9,6 +9,7 @@ import functools
 import json
 import os
 import queue
+import re
 import resource
 import shutil
 import signal
@@ -107,8 +108,6 @@ def reports(numbers: range, seed: int, errors: Any):
             if "ready" in report:
                 ready = True
                 continue
-            if "stop" in report:  # it asks to be started again
-                break
             last = report["number"]
             yield report
         worker.kill()
@@ -123,7 +122,7 @@ def work(numbers: range, *, seed: int) -> None:
 
     hostile = dict(enumerate(all_files()))
     limit = resource.getrlimit(resource.RLIMIT_AS)[1]
-    resource.setrlimit(resource.RLIMIT_AS, (memory_of("size") + 4 * 2**30, limit))  # the machine's other programs
+    resource.setrlimit(resource.RLIMIT_AS, (size_of_addresses() + 4 * 2**30, limit))  # the machine's other programs
     signal.signal(signal.SIGPROF, out_of_time)
     with tempfile.TemporaryDirectory() as temporary:
         print(json.dumps({"ready": True}), flush=True)
@@ -136,16 +135,14 @@ def work(numbers: range, *, seed: int) -> None:
             report = measured(functools.partial(READERS[kind], folder), size=sum(map(len, files.values())))
             print(json.dumps({"number": number, "kind": kind} | report), flush=True)
             shutil.rmtree(folder)
-            if report["outcome"] == "memory":  # the peak stands: later ones could not be seen
-                print(json.dumps({"stop": True}), flush=True)
-                return
 
 
 def measured(read: Any, *, size: int) -> dict[str, Any]:
     """How reading went, in seconds of the processor and bytes of memory."""
     from turbojax.errors import UserError
 
-    before, peak, start = memory_of("resident"), highest(), time.process_time()
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before, start = peak(), time.process_time()
     outcome, detail = "read", ""
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
@@ -164,7 +161,7 @@ def measured(read: Any, *, size: int) -> dict[str, Any]:
         outcome, detail = "traceback", "".join(traceback.format_exception(error)[-3:])[-1500:]
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
-    memory = highest() - before if highest() > peak else 0  # a lower one than before leaves no trace
+    memory = peak() - before
     if memory > 4 * size + MEMORY and outcome in ("read", "refused"):
         outcome, detail = "memory", f"{memory / 2**20:.0f} MiB for {size} bytes: {detail[:200]}"
     return {"outcome": outcome, "detail": detail, "seconds": time.process_time() - start, "memory": memory}
@@ -174,15 +171,15 @@ def out_of_time(signum: int, frame: Any) -> None:
     raise OutOfTimeError
 
 
-def highest() -> int:
-    """Bytes of memory that this process ever had."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def peak() -> int:
+    """The most bytes of memory that this process had; not by getrusage, which begins with what its parent had."""
+    (kilobytes,) = re.findall(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    return int(kilobytes) * 1024
 
 
-def memory_of(kind: str) -> int:
-    """Bytes of this process: "size" of its addresses, or "resident"."""
-    pages = Path("/proc/self/statm").read_text().split()[("size", "resident").index(kind)]
-    return int(pages) * resource.getpagesize()
+def size_of_addresses() -> int:
+    """Bytes of addresses that this process has."""
+    return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 
 
 def make_parser() -> argparse.ArgumentParser:
