@@ -44,13 +44,8 @@ def program() -> str:
 
 def check_encoder() -> None:
     """Encodes two frames in memory, once for each program; raises UserError with the ways out where that fails."""
-    try:
-        try_encoder(program())
-    except OSError as error:
-        raise UserError(
-            f"mp4 cannot be written: {error.strerror or error}; end the output in .gif or .png, or set "
-            "IMAGEIO_FFMPEG_EXE to an ffmpeg with libx264"
-        ) from error
+    ways_out = "end the output in .gif or .png, or set IMAGEIO_FFMPEG_EXE to an ffmpeg with libx264"
+    check(try_encoder, "mp4 cannot be written", ways_out)
 
 
 @functools.cache
@@ -65,13 +60,15 @@ def try_encoder(path: str) -> None:
 
 def check_decoder() -> None:
     """Raises UserError where there is no ffmpeg that starts."""
+    check(try_decoder, "videos cannot be read", "pip install imageio-ffmpeg, or set IMAGEIO_FFMPEG_EXE to an ffmpeg")
+
+
+def check(trial: Callable[[str], None], consequence: str, ways_out: str) -> None:
+    """Tries the program; raises UserError with its reason, what cannot be done without it, and the ways out."""
     try:
-        try_decoder(program())
+        trial(program())
     except OSError as error:
-        raise UserError(
-            f"videos cannot be read: {error.strerror or error}; pip install imageio-ffmpeg, or set "
-            "IMAGEIO_FFMPEG_EXE to an ffmpeg"
-        ) from error
+        raise UserError(f"{consequence}: {error.strerror or error}; {ways_out}") from error
 
 
 @functools.cache
