@@ -170,7 +170,7 @@ def enlarge(pipe: IO[bytes]) -> None:
 
 
 def reason(messages: bytes, status: int) -> str:
-    """What ffmpeg says of its end, on one line."""
+    """Returns ffmpeg's messages at its end, on one line."""
     text = re.sub(r"\[[^]\n]* @ 0x[0-9a-f]+\] ", "", messages.decode(errors="replace"))  # where in its memory
     text = textwrap.shorten(text, 300, placeholder=" ...")
     return text or ("ffmpeg ended early" if status >= 0 else f"ffmpeg was ended by {signal.Signals(-status).name}")

@@ -116,7 +116,7 @@ def what_it_is(path: Path) -> str:
 
 
 def brief(error: Exception) -> str:
-    """What Pillow says on one line; it may quote the file."""
+    """Returns Pillow's message on one line; it may quote the file."""
     return textwrap.shorten(str(error), 200, placeholder=" ...")
 
 

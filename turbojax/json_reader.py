@@ -201,7 +201,7 @@ class Map:
 
 @dataclasses.dataclass(frozen=True, init=False)
 class AnyOf:
-    """What one of the schemas allows, the first that does; expected: their sum in words, for the error."""
+    """A value that one of the schemas allows; expected: all of them in words, for the error."""
 
     expected: str
     schemas: tuple[Schema, ...]
@@ -244,7 +244,7 @@ def read_json(
     error: type[UserError] = CheckpointError,
     most_bytes: int = MOST_BYTES,
 ) -> Any:
-    """What a file of JSON holds, checked against its schema.
+    """Reads a file of JSON, checked against its schema.
 
     way_out: ends the sentence of an error, such as "download it again". error: its class.
 
@@ -263,7 +263,7 @@ def read_json_lines(
     error: type[UserError] = UserError,
     most_bytes: int = 2**26,
 ) -> Iterator[Any]:
-    """What each line of a file holds, as `read_json` reads it; empty lines are left out, errors name the line."""
+    """Reads each line of a file, as `read_json` does; empty lines are left out, errors name the line."""
     content = read_regular(path, way_out=way_out, error=error, most_bytes=most_bytes)
     for number, line in enumerate(re.split(rb"\r\n|\n|\r", content.removeprefix(b"\xef\xbb\xbf")), start=1):
         if line.strip():

@@ -47,7 +47,7 @@ def latent_shape(config: VAEConfig, num_frames: int, height: int, width: int) ->
 
 
 def beyond_training(num_frames: int) -> str | None:
-    """What to expect of more frames than the models were trained on, in a line; None for as many or fewer."""
+    """Says what to expect of more frames than the models were trained on; None for as many or fewer."""
     if num_frames <= TRAINED_FRAMES:
         return None
     return (

@@ -34,7 +34,7 @@ def dot_product_attention(
 
 
 def cudnn_obstacle(q: jax.Array, *, last: int = 1) -> str | None:
-    """Why cuDNN's flash attention cannot run on arrays like q, as what it takes instead; None if it can."""
+    """Names what cuDNN's flash attention takes instead of arrays like q; None where it takes them."""
     if last != 1:
         return f"keys one by one, not {last=}"
     if takes := dispatch.no_kernels():

@@ -1,4 +1,4 @@
-"""What the device can run, and which implementation of an op does."""
+"""Capabilities of the device, and the choice of an op's implementation."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -46,12 +46,12 @@ def choose(op: str, implementation: str | None, kernels: Mapping[str, str | None
 
 
 def no_kernels() -> str | None:
-    """What to take instead of this device, see `choose`; None where kernels run."""
+    """Names the device to take instead of this one, see `choose`; None where kernels run."""
     return None if has_kernels(compute_capability()) else "an NVIDIA GPU of compute capability 8.0 or later"
 
 
 def triton_obstacle(dtype: Any) -> str | None:
-    """What our Triton kernels take instead of a dtype on this device, see `choose`; None where they run."""
+    """Names what our Triton kernels take instead of a dtype or device, see `choose`; None where they run."""
     if triton_call.override is None and (takes := no_kernels()):
         return takes
     return None if dtype == jnp.bfloat16 else f"bfloat16, not {jnp.dtype(dtype)}"

@@ -99,7 +99,7 @@ def choose_matmul(
 
 
 def mosaic_obstacle(quant: QuantConfig, m: int, n: int, k: int) -> str | None:
-    """Why the Hopper kernel cannot run besides, as what it takes instead; None if it can."""
+    """Names what the Hopper kernel takes besides, where it cannot run; None if it can."""
     if dispatch.compute_capability() != (9, 0):
         return "a GPU of compute capability 9.0"
     if quant.scheme == "block128" and quant.group == 1:

@@ -74,7 +74,7 @@ class Tokenizer:
         return ids, mask
 
     def cut(self, text: str, length: int = 512) -> str | None:
-        """How long a prompt is that is cut, and the words from where it is; None for one that fits."""
+        """Describes a prompt that is cut: its length, and the words from there on; None for one that fits."""
         text, most = clean(text), length - 1
         count = len(self.encode(text))
         if count <= most:

@@ -209,7 +209,7 @@ def array_checksums(tree: Any) -> jax.Array:
 
 
 def unreadable(folder: Path) -> str:
-    """Why Orbax must not look at a checkpoint: it would wait for ever, or give up on all of them; "" if it may."""
+    """Says why Orbax must not look at a checkpoint (it would wait for ever, or give up on all); "" if it may."""
     odd = [path for path in folder.rglob("*") if not (path.is_file() or path.is_dir())]
     if odd:
         return f"{odd[0].relative_to(folder.parent)} is no file"

@@ -207,7 +207,7 @@ def orbax() -> ModuleType:
     hook = sys.unraisablehook
 
     def without_coroutines(unraisable: Any) -> None:
-        """Of many reads or writes at once the first that fails is raised; the others are told by the collector."""
+        """Drops reports of reads and writes that failed beside the first, which is raised."""
         code = getattr(unraisable.object, "cr_code", None)
         of_orbax = code is not None and "orbax" in Path(code.co_filename).parts
         if not of_orbax and str(unraisable.exc_value) != "Event loop is closed":

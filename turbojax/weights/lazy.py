@@ -72,12 +72,12 @@ def name_of(key: Any) -> str:
 
 
 def may_not_be_zero(name: str) -> bool:
-    """Whether a parameter of zeros alone is no part of a trained network; biases, and SLA's projection, may be."""
+    """Tells whether no trained network has this parameter all zero; biases and SLA's projection may be."""
     return ".proj_l." not in name and not name.partition("[")[0].endswith(".bias")
 
 
 def all_zero(tensor: np.ndarray) -> bool:
-    """Whether every number is zero; reads no further than to the first thousand where one of them is not."""
+    """Tells whether every number is zero; reads no further than the first thousand where one of them is not."""
     if not tensor.size or np.any(tensor.flat[:1024]):
         return False
     return not np.any(tensor.reshape(-1).view(np.uint8) if tensor.flags.c_contiguous else tensor)

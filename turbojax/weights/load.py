@@ -192,7 +192,7 @@ def build_wan(
 
 
 def log_quantization(stored: WanConfig, config: WanConfig, changes: Changes | None = None) -> None:
-    """What was done to the linear layers, by the names of the int8 schemes; changes: of LoRAs."""
+    """Logs what was done to the linear layers, by the names of the int8 schemes; changes: of LoRAs."""
     if stored.quant is None and config.quant is None:
         return
     specs = wan_skeleton(config).specs

@@ -67,7 +67,7 @@ def rename(name: str, rules: Iterable[Rule]) -> tuple[Entry, Rule] | None:
 
 
 def count_layers(layers: Iterable[int]) -> int:
-    """How many layers a checkpoint has, from the layer of each of its tensors.
+    """Counts a checkpoint's layers, from the layer of each of its tensors.
 
     A layer counts if it has more than half as many tensors as the fullest. Up to as many again are counted as missing
     between them, so that gaps are reported, but a number in a name costs nothing.
@@ -79,7 +79,7 @@ def count_layers(layers: Iterable[int]) -> int:
 
 
 def of_kind(dtype: Any, wanted: Any) -> bool:
-    """Whether numbers of one dtype can stand for those of another: int8 codes are int8, all else is floating point."""
+    """Tells whether a dtype can stand for the wanted one: int8 codes are int8, all else is floating point."""
     return dtype == np.int8 if wanted == np.int8 else bool(jnp.issubdtype(dtype, jnp.floating))
 
 

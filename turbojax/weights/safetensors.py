@@ -79,7 +79,7 @@ def parse(where: Path, data: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def make_header(specs: Mapping[str, ShapeDtype], metadata: Mapping[str, str] | None) -> bytes:
-    """What a file of tensors with these shapes and dtypes begins with; they follow in this order without a gap."""
+    """Makes the header of a file of tensors with these shapes and dtypes, which follow in this order without a gap."""
     codes = {dtype: code for code, dtype in DTYPES.items()}
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0

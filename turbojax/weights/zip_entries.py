@@ -35,7 +35,7 @@ class Stored(NamedTuple):
     crc: int
 
     def check(self, data: np.ndarray) -> bool:
-        """Whether the bytes have their CRC-32; reads them all."""
+        """Tells whether the bytes have their CRC-32; reads them all."""
         found, step = 0, 2**24
         for at in range(self.start, self.start + self.size, step):
             found = zlib.crc32(data[at : min(at + step, self.start + self.size)].data, found)
@@ -43,7 +43,7 @@ class Stored(NamedTuple):
 
 
 class _Listed(NamedTuple):
-    """What the directory says of an entry."""
+    """An entry as the directory lists it."""
 
     name: str
     offset: int
