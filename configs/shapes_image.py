@@ -6,7 +6,7 @@ A frame takes a ninth of a video's work, and says as much of how a digit looks. 
 outputs/shapes/image_data, that scripts/train_shapes.py --stages=text,vae,image_data makes.
 """
 
-from turbojax.shapes.settings import FOLDER, flow_matching
+from turbojax.shapes_training.settings import FOLDER, flow_matching
 
 
 def get_config(size: str = "full"):

@@ -7,7 +7,7 @@ frames flash up. Noise levels are those from which few steps start. Needs output
 scripts/train_shapes.py --stages=merged makes first.
 """
 
-from turbojax.shapes.settings import FOLDER, MERGED, RCM, shapes_config
+from turbojax.shapes_training.settings import FOLDER, MERGED, RCM, shapes_config
 
 
 def get_config(size: str = "full"):

@@ -5,7 +5,7 @@
 The published recipe with what a small network bears: higher learning rates, and half of the steps the student's.
 """
 
-from turbojax.shapes.settings import TEACHER, shapes_config
+from turbojax.shapes_training.settings import TEACHER, shapes_config
 
 
 def get_config(size: str = "full"):

@@ -5,7 +5,7 @@
 128 x 128 pixels are 64 tokens a latent frame, so a block of 64 keys is one frame, and a quarter is two of nine.
 """
 
-from turbojax.shapes.settings import TEACHER, shapes_config
+from turbojax.shapes_training.settings import TEACHER, shapes_config
 
 
 def get_config(size: str = "full"):

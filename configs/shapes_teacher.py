@@ -7,7 +7,7 @@ Noise levels are those at which shape, colour and motion of a video are decided
 that scripts/train_shapes.py --stages=text,vae,image_data,data,image makes.
 """
 
-from turbojax.shapes.settings import IMAGE, flow_matching
+from turbojax.shapes_training.settings import IMAGE, flow_matching
 
 
 def get_config(size: str = "full"):

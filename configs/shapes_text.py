@@ -7,7 +7,7 @@ It has settings of its own: steps, captions of a step, and the peak of the learn
 
 from ml_collections import ConfigDict
 
-from turbojax.shapes.settings import FOLDER, check_size
+from turbojax.shapes_training.settings import FOLDER, check_size
 
 
 def get_config(size: str = "full"):

@@ -6,7 +6,7 @@
 scripts/train_shapes.py runs this and all that follows. The second form shows on a CPU in a minute that the way works.
 """
 
-from turbojax.shapes.settings import shapes_config
+from turbojax.shapes_training.settings import shapes_config
 
 # Of about the same number of pixels: from many frames of little to one frame of all.
 CROPS = ((5, 48), (9, 40), (5, 48), (17, 32), (5, 48), (1, 128))

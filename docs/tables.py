@@ -11,12 +11,12 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from turbojax.calls import plan_call
 from turbojax.kernels.int8 import QuantConfig
-from turbojax.memory import GB, Plan
-from turbojax.networks import MODELS, TWO_EXPERTS, published_parts
-from turbojax.pipeline import abstract_call
-from turbojax.video import video_size
+from turbojax.media.video import video_size
+from turbojax.memory.planner import GB, Plan
+from turbojax.models.published import MODELS, TWO_EXPERTS, published_parts
+from turbojax.pipeline.compile import plan_call
+from turbojax.pipeline.pipeline import abstract_call
 
 DOCS = Path(__file__).parent
 BENCHMARKS = DOCS.parent / "benchmarks"

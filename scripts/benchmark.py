@@ -1,6 +1,6 @@
 """turbojax benchmark, from the checkout: see --help and turbojax/commands/benchmark.py."""
 
-from turbojax.commands.benchmark import run
+from turbojax.app.commands.benchmark import run
 
 if __name__ == "__main__":
     run()

@@ -1,6 +1,6 @@
 """turbojax convert, from the checkout: see --help and turbojax/commands/convert.py."""
 
-from turbojax.commands.convert import run
+from turbojax.app.commands.convert import run
 
 if __name__ == "__main__":
     run()

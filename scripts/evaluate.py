@@ -1,6 +1,6 @@
 """turbojax evaluate, from the checkout: see --help and turbojax/commands/evaluate.py."""
 
-from turbojax.commands.evaluate import run
+from turbojax.app.commands.evaluate import run
 
 if __name__ == "__main__":
     run()

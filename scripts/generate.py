@@ -1,6 +1,6 @@
 """turbojax generate, from the checkout: see --help and turbojax/commands/generate.py."""
 
-from turbojax.commands.generate import run
+from turbojax.app.commands.generate import run
 
 if __name__ == "__main__":
     run()

@@ -1,6 +1,6 @@
 """turbojax make_shards, from the checkout: see --help and turbojax/commands/make_shards.py."""
 
-from turbojax.commands.make_shards import run
+from turbojax.app.commands.make_shards import run
 
 if __name__ == "__main__":
     run()

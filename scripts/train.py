@@ -1,6 +1,6 @@
 """turbojax train, from the checkout: see --help and turbojax/commands/train.py."""
 
-from turbojax.commands.train import run
+from turbojax.app.commands.train import run
 
 if __name__ == "__main__":
     run()

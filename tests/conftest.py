@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from turbojax import TurboVideoPipeline
-from turbojax.demo import write_demo
+from turbojax.shapes.demo import write_demo
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -15,7 +15,7 @@ import traceback
 import warnings
 from pathlib import Path
 
-IMPORTED = ("turbojax.session", "turbojax.weights.convert", "turbojax.cli", "ml_collections.config_flags")
+IMPORTED = ("turbojax.app.session", "turbojax.weights.convert", "turbojax.app.cli", "ml_collections.config_flags")
 
 
 def run(script: str, *arguments: str) -> tuple[int, str, str]:

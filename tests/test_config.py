@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 from ml_collections import ConfigDict
 
-from turbojax import UserError, demo
+from turbojax import UserError
+from turbojax.app.generate import call_settings
 from turbojax.config import SETTINGS, base_config, changed, describe_settings, parse_value
-from turbojax.generate import call_settings
+from turbojax.media.video import check_path, video_size
+from turbojax.models.published import MODELS
 from turbojax.models.vae import VAEConfig
-from turbojax.networks import MODELS
-from turbojax.sampling import latent_shape, make_sampler
+from turbojax.pipeline.denoise import latent_shape, make_sampler
+from turbojax.shapes import demo
 from turbojax.train.config import TRAIN_SETTINGS, check_settings, make_recipe
-from turbojax.video import check_path, video_size
 
 FILES = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 TEXT = FILES[0].with_name("shapes_text.py")  # has settings of its own

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from tests import two_processes
+from tests.multidevice import two_processes
 from turbojax import sharding
 from turbojax.errors import UserError
 
@@ -28,7 +28,7 @@ def devices(count: int, **changes: str) -> dict[str, str]:
 def test_eight_devices():
     faulthandler.cancel_dump_traceback_later()  # the limit of one test's time is that of each of them
     result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/eight_devices.py"],
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/multidevice/eight_devices.py"],
         cwd=ROOT,
         env=devices(8, TRITON_INTERPRET="1"),
         capture_output=True,
@@ -44,7 +44,7 @@ def test_two_processes():
         address = f"localhost:{free.getsockname()[1]}"
     processes = [
         subprocess.Popen(
-            [sys.executable, "-m", "tests.two_processes"],
+            [sys.executable, "-m", "tests.multidevice.two_processes"],
             cwd=ROOT,
             env=devices(4, JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES="2", JAX_PROCESS_ID=str(i)),
             stdout=subprocess.PIPE,

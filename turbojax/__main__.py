@@ -1,6 +1,6 @@
 """python -m turbojax: the console command."""
 
-from turbojax.commands import main
+from turbojax.app.commands import main
 
 if __name__ == "__main__":
     main()

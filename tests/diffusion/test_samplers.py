@@ -8,7 +8,7 @@ import pytest
 from jax.extend import core as jex_core
 
 from tests.golden_io import GOLDEN, load
-from tests.parity_sampler import fixture_velocity, recompute
+from tests.parity.sampler import fixture_velocity, recompute
 from turbojax.diffusion import RCM, Euler, UniPC, expert_split, guide
 from turbojax.errors import UserError
 

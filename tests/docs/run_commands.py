@@ -16,8 +16,8 @@ import traceback
 from pathlib import Path
 from unittest import mock
 
-from turbojax import commands, generate
-from turbojax.generate import LOAD_SETTINGS
+from turbojax.app import commands, generate
+from turbojax.app.generate import LOAD_SETTINGS
 from turbojax.train.config import make_recipe
 
 load_pipeline = generate.load_pipeline
@@ -47,9 +47,9 @@ def only_parse(module) -> None:
 def command(words: list[str], *, parse: bool = False) -> None:
     """A command line in this process; raises SystemExit where it ends with another exit code than 0."""
     name = words[1] if len(words) > 1 else ""
-    sys.modules.pop(f"turbojax.commands.{name}", None)  # flags keep their values
+    sys.modules.pop(f"turbojax.app.commands.{name}", None)  # flags keep their values
     if parse:
-        module = importlib.import_module(f"turbojax.commands.{name}")
+        module = importlib.import_module(f"turbojax.app.commands.{name}")
         module.main = functools.partial(only_parse, module)
     with mock.patch.object(sys, "argv", list(words)):
         try:

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 from PIL import Image
 
-from turbojax.demo import demo_configs, demo_picture, write_demo, write_encoders
+from turbojax.media.video import save_video
+from turbojax.shapes.demo import demo_configs, demo_picture, write_demo, write_encoders
 from turbojax.train.toy import write_toy_shards
-from turbojax.video import save_video
 from turbojax.weights.io import write_pth, write_safetensors
-from turbojax.weights.published import generated, official_layout, wan_layout
+from turbojax.weights.layouts import generated, official_layout, wan_layout
 
 TURBO, BASE = "TurboDiffusion/TurboWan2.1-T2V-1.3B-480P", "Wan-AI/Wan2.1-T2V-1.3B"
 

@@ -19,7 +19,7 @@ import pytest
 from tests.docs.commands import PROGRAMS, Command, commands, small
 from tests.docs.pages import PAGES, ROOT, blocks, code, indented
 from tests.docs.sandbox import fill
-from turbojax.commands import NAMES
+from turbojax.app.commands import NAMES
 from turbojax.config import SETTINGS, parse_value
 from turbojax.train.config import TRAIN_SETTINGS
 
@@ -188,7 +188,7 @@ def test_every_change_of_python_is_used():
 def test_settings_and_flags_of_sentences(page):
     names = {setting.name for setting in (*SETTINGS, *TRAIN_SETTINGS)}
     own = {setting.name for setting in SETTINGS}
-    modules = [importlib.import_module(f"turbojax.commands.{name}") for name in NAMES]
+    modules = [importlib.import_module(f"turbojax.app.commands.{name}") for name in NAMES]
     flags = {flag for module in modules for flag in module.FLAGS} | {"help"}
     for words in code(page):
         for name, value in re.findall(r"--config\.([a-z_]\w*)=([^\s`]*)", words):

@@ -10,10 +10,10 @@ import pytest
 from PIL import Image
 
 from tests.docs.pages import ROOT, blocks
-from turbojax import generate
-from turbojax.cli import CONFIGS
-from turbojax.demo import demo_picture
-from turbojax.serve.page import Server, build, launch
+from turbojax.app import generate
+from turbojax.app.cli import CONFIGS
+from turbojax.app.web.page import Server, build, launch
+from turbojax.shapes.demo import demo_picture
 
 pytestmark = [
     pytest.mark.filterwarnings(r"ignore:os\.fork\(\) was called"),

@@ -19,7 +19,7 @@ from turbojax.models.umt5 import UMT5Config
 from turbojax.models.vae import VAEConfig
 from turbojax.models.wan import WanConfig
 from turbojax.weights import pth, safetensors
-from turbojax.weights.published import clip_layout, diffusers_layout, generated, umt5_layout, vae_layout, wan_layout
+from turbojax.weights.layouts import clip_layout, diffusers_layout, generated, umt5_layout, vae_layout, wan_layout
 
 Tensors = dict[str, np.ndarray]
 

@@ -14,10 +14,10 @@ from tests.fuzz.hostile import Files
 from turbojax.train.data import open_shards
 from turbojax.weights import safetensors
 from turbojax.weights.convert import convert
+from turbojax.weights.encoders import open_clip, open_umt5, open_vae
 from turbojax.weights.io import read_tensors
 from turbojax.weights.load import open_wan
 from turbojax.weights.lora import LoRA, read_lora
-from turbojax.weights.plain import open_clip, open_umt5, open_vae
 from turbojax.weights.settings import read_configuration
 from turbojax.weights.skeleton import wan_skeleton
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.parity_sage import operand_order
+from tests.parity.sage import operand_order
 from turbojax.kernels import sage, sla
 from turbojax.kernels.dispatch import compute_capability
 

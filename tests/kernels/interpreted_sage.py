@@ -14,7 +14,7 @@ import pytest
 from tests.closeness import relative_error
 from tests.golden_io import GOLDEN, load
 from tests.kernels import interpreter
-from tests.parity_sage import FORMS, as_rows, operand_order
+from tests.parity.sage import FORMS, as_rows, operand_order
 from turbojax.errors import UserError
 from turbojax.kernels import sage, sage_triton, sla, triton_call
 

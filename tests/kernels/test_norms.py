@@ -1,6 +1,6 @@
 """The rotary norm: its choice of implementation, its kernel in the interpreter and compiled ahead of time.
 
-What it computes: tests/parity_norms.py.
+What it computes: tests/parity/norms.py.
 """
 
 import jax.numpy as jnp

@@ -21,12 +21,12 @@ WEIGHTS = "TurboWan2.1-T2V-1.3B-480P"
 def make_files(folder: Path) -> None:
     import jax.numpy as jnp
 
-    from turbojax.demo import write_encoders
     from turbojax.models.umt5 import UMT5Config
     from turbojax.models.vae import VAEConfig
     from turbojax.models.wan import WanConfig
+    from turbojax.shapes.demo import write_encoders
     from turbojax.weights.io import write_pth
-    from turbojax.weights.published import generated, wan_layout
+    from turbojax.weights.layouts import generated, wan_layout
 
     folder.mkdir()
     write_encoders(folder, VAEConfig.wan2_1(), UMT5Config.xxl())
@@ -57,7 +57,7 @@ def main(folder: Path, out: Path) -> None:
         "full_cache": video_seconds(folder, "A dog surfing a wave at sunset"),
     }
     sizes = {file.name: file.stat().st_size for file in folder.iterdir() if file.is_file()}
-    from turbojax import benchmark  # not before: it would take the card's memory
+    from turbojax.bench import benchmark  # not before: it would take the card's memory
 
     what = "int8 (block128), SageSLA 0.1, 480p, 81 frames, 4 steps; the files just written, so in the page cache"
     command = "python tests/manual/first_video.py FOLDER"

@@ -35,7 +35,7 @@ def generate(file: Path) -> None:
     from turbojax.kernels.int8 import QuantConfig
     from turbojax.models.wan import WanConfig
     from turbojax.weights.io import write_pth
-    from turbojax.weights.published import generated, wan_layout
+    from turbojax.weights.layouts import generated, wan_layout
 
     quant = QuantConfig() if file.stem == "quant" else None
     config = WanConfig.t2v_1_3b(attention_type="sla", quant=quant, num_layers=1 if file.stem == "small" else 30)
@@ -75,7 +75,7 @@ def main(folder: Path, out: Path) -> None:
         sizes = {file.name: file.stat().st_size for file in folder.iterdir() if file.is_file()}
     finally:
         shutil.rmtree(folder)
-    from turbojax import benchmark  # not before: a process begins with the peak of the one that starts it
+    from turbojax.bench import benchmark  # not before: a process begins with the peak of the one that starts it
 
     result = {"machine": f"CPU, {os.cpu_count()} cores", "largest_tensor_bytes": 9216 * 1536 * 2}
     benchmark.save(result | {"file_bytes": sizes, "steps": steps}, out)

@@ -15,11 +15,11 @@ from absl import app, flags
 from flax import nnx
 from jax.experimental import topologies
 
-from turbojax import benchmark_step
+from turbojax.bench import layer
+from turbojax.media.video import video_size
 from turbojax.models.layers import rotary_table
+from turbojax.models.published import MODELS
 from turbojax.models.wan import Context, WanConfig, WanModel
-from turbojax.networks import MODELS
-from turbojax.video import video_size
 from turbojax.weights.load import with_options
 
 MODEL = flags.DEFINE_string("model", "wan2.1-t2v-14b", "network")
@@ -85,7 +85,7 @@ def main(_) -> None:
     pretend(device)
     width, height = video_size(RESOLUTION.value, "16:9")
     text = compiled_layers(config, (21, height // 16, width // 16), device)
-    rows = [benchmark_step.table_row(kernel, 0.0, config) for kernel in benchmark_step.layer_kernels(text)]
+    rows = [layer.table_row(kernel, 0.0, config) for kernel in layer.layer_kernels(text)]
     for row in sorted(rows, key=lambda row: -row["bytes"]):
         print(f"{row['bytes'] / 1e9:8.3f} GB {row['floor_ms']:7.3f} ms  {row['kernel']:32s} {row['what']}")
     moved, floor = (sum(row[name] for row in rows) for name in ("bytes", "floor_ms"))

@@ -4,7 +4,7 @@
 
 Needs jax's CUDA plugin (jax 0.11 or later) and jax-triton; takes ten minutes on two cores. Kernels are lowered as on a
 card. Without one XLA cannot search for the fastest matmul and is told to take cuBLAS, as it does on an H100; what the
-search itself takes (`temporaries.tried`) is left out of both numbers. Not run by pytest.
+search itself takes (`estimates.tried`) is left out of both numbers. Not run by pytest.
 """
 
 import argparse
@@ -20,14 +20,15 @@ os.environ["XLA_FLAGS"] = "--xla_gpu_enable_triton_gemm=false"
 import jax
 from jax.experimental import topologies
 
-from turbojax import benchmark, temporaries
+from turbojax.bench import benchmark
+from turbojax.media.video import video_size
+from turbojax.memory import estimates
+from turbojax.memory.estimates import Residency, compiled, estimate
+from turbojax.models.published import MODELS, ModelConfigs
 from turbojax.models.umt5 import UMT5Config
 from turbojax.models.vae import VAEConfig
-from turbojax.networks import MODELS
-from turbojax.pipeline import abstract_call
-from turbojax.sampling import sampler_program
-from turbojax.temporaries import Parts, Residency, compiled, estimate
-from turbojax.video import video_size
+from turbojax.pipeline.denoise import sampler_program
+from turbojax.pipeline.pipeline import abstract_call
 from turbojax.weights.load import with_options
 from turbojax.weights.skeleton import wan_skeleton
 
@@ -58,7 +59,7 @@ STREAMED = Residency(text_streamed=True, vae_tiled=True, transformer_streamed=Tr
 def compare(model: str, size: str, quant_scheme: str | None, **options) -> dict[str, dict[str, dict[str, int]]]:
     """Bytes of temporaries by stage, resident and streamed (with the VAE in tiles)."""
     config = with_options(MODELS[model](), quant_linear=quant_scheme is not None, quant_scheme=quant_scheme, **options)
-    parts = Parts(config, VAEConfig.wan2_1(), UMT5Config.xxl())
+    parts = ModelConfigs(config, VAEConfig.wan2_1(), UMT5Config.xxl())
     width, height = video_size(size, "16:9")
     call = abstract_call(parts, {"width": width, "height": height})
     program = lambda: sampler_program(call.sampler, (0, 4), wan_skeleton(config).abstract(), call.arguments)[1]()  # noqa: E731
@@ -81,7 +82,7 @@ def main() -> None:
     results = {}
     with (
         jax.default_device(topology.devices[0]),
-        mock.patch.object(temporaries, "tried", return_value=0),
+        mock.patch.object(estimates, "tried", return_value=0),
         mock.patch.object(jax, "devices", return_value=[card]),
         mock.patch.object(jax, "default_backend", return_value="gpu"),
         mock.patch.object(launcher.triton_kernel_call_lib, "get_compute_capability", return_value=90),

@@ -28,8 +28,8 @@ from turbojax.shapes import MODEL
 from turbojax.shapes.render import render
 from turbojax.shapes.scene import Scene, Thing, random_scene
 from turbojax.train.autoencoder import as_pixels
+from turbojax.weights.encoders import load_vae
 from turbojax.weights.files import find_components
-from turbojax.weights.plain import load_vae
 
 OUTPUT = flags.DEFINE_string("output", "outputs/noise_levels.json", "file to write")
 SCENES = flags.DEFINE_integer("scenes", 1000, "how many")

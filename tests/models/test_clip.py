@@ -14,8 +14,8 @@ from tests.closeness import relative_error
 from tests.weights.checkpoints import save
 from turbojax.errors import CheckpointError, UserError
 from turbojax.models.clip import PIXEL_MEAN, PIXEL_STD, CLIPConfig, CLIPVision, cubic_taps, encode_image, prepare
-from turbojax.weights.plain import load_clip
-from turbojax.weights.published import clip_layout, generated
+from turbojax.weights.encoders import load_clip
+from turbojax.weights.layouts import clip_layout, generated
 
 SMALL = CLIPConfig(dim=160, mlp_dim=192, num_heads=2, num_layers=2, image_size=42, patch=14, dtype=jnp.float32)
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from tests.golden_io import GOLDEN, load
-from tests.parity_vae import fixture_vae
+from tests.parity.vae import fixture_vae
 from turbojax import UserError
 from turbojax.models.tiling import Tiling, cut, decode_tiled, encode_tiled, passing
 from turbojax.models.vae import WanVAE, decode, encode

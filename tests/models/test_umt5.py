@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from tests.golden_io import GOLDEN, load
-from tests.parity_umt5 import build, recompute
+from tests.parity.umt5 import build, recompute
 from turbojax.errors import CheckpointError, UserError
 from turbojax.models import umt5
 from turbojax.models.umt5 import UMT5Config, UMT5Encoder, embed_tokens, encode_text

@@ -11,7 +11,7 @@ from flax import nnx
 
 from tests.closeness import relative_error
 from tests.golden_io import GOLDEN, load
-from tests.parity_vae import build, fixture_vae, recompute, weights_of
+from tests.parity.vae import build, fixture_vae, recompute, weights_of
 from turbojax.errors import CheckpointError, UserError
 from turbojax.models import vae as vae_module
 from turbojax.models.vae import (

@@ -12,13 +12,13 @@ from flax import nnx
 
 from tests.closeness import relative_error
 from tests.weights.checkpoints import small, turbo
-from turbojax import sampling
 from turbojax.diffusion import RCM
 from turbojax.errors import UserError
 from turbojax.kernels import attention, sla
 from turbojax.models import wan
 from turbojax.models.layers import time_sinusoid
 from turbojax.models.wan import WanConfig, WanModel, patch_grid, patchify, unpatchify
+from turbojax.pipeline import denoise
 from turbojax.weights.load import build_wan, check_wan
 from turbojax.weights.skeleton import wan_skeleton
 
@@ -133,7 +133,7 @@ def test_constant_work_is_outside_the_steps():
     graph, state = nnx.split(nnx.eval_shape(lambda: WanModel(config, rngs=nnx.Rngs(0))))
     spec = jax.ShapeDtypeStruct
     latents, text = spec((1, 21, 60, 104, 16), jnp.float32), spec((1, 512, 4096), jnp.bfloat16)
-    run = functools.partial(sampling.sample, graph, RCM(4), (0, 4))
+    run = functools.partial(denoise.sample, graph, RCM(4), (0, 4))
     key = jax.eval_shape(lambda: jax.random.key(0))
     arguments = state, latents, text, text, spec((), jnp.float32), key, None, None, {}
     all_steps = list(equations(jax.make_jaxpr(run)(*arguments).jaxpr))
@@ -243,7 +243,7 @@ def test_sla_of_one_block_of_keys_chooses_it():
     np.testing.assert_array_equal(few, many)
 
 
-# Parts of the network.
+# ModelConfigs of the network.
 
 
 @pytest.mark.parametrize("patch", [(1, 2, 2), (2, 2, 3)])

@@ -8,20 +8,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from turbojax.commands.train_shapes import settings
+from turbojax.app.commands.train_shapes import settings
+from turbojax.pipeline.text import TextEncoder
 from turbojax.shapes import MODEL, SHIPPED_SIGMA_MAX, SHIPPED_TOPK
-from turbojax.shapes.evaluate import NETWORKS, QUICK, evaluate, held_out_tasks
 from turbojax.shapes.scene import caption, random_scene
-from turbojax.shapes.stages import MOST_BYTES, TRANSFORMER, Job, learn_merged
 from turbojax.shapes.text import LENGTH
-from turbojax.text import TextEncoder
+from turbojax.shapes_training.evaluate import NETWORKS, QUICK, evaluate, held_out_tasks
+from turbojax.shapes_training.stages import MOST_BYTES, TRANSFORMER, Job, learn_merged
 from turbojax.train.config import train_config
 from turbojax.train.loop import export, train
 from turbojax.train.state import parameters
 from turbojax.train.toy import write_toy_shards
+from turbojax.weights.encoders import load_vae
 from turbojax.weights.files import find_components
 from turbojax.weights.load import load_wan
-from turbojax.weights.plain import load_vae
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 GIVEN = dict.fromkeys(("vae", "text_encoder", "tokenizer"), MODEL)

@@ -20,8 +20,8 @@ from turbojax.train.loop import train
 from turbojax.train.metrics import CURVES, read_curves
 from turbojax.train.networks import AUTOENCODERS
 from turbojax.train.state import parameters
+from turbojax.weights.encoders import load_vae
 from turbojax.weights.io import read_tensors
-from turbojax.weights.plain import load_vae
 from turbojax.weights.random import random_module
 from turbojax.weights.skeleton import vae_skeleton
 

@@ -17,7 +17,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from tests.test_generate import run_all
+from tests.app.test_generate import run_all
 from tests.train.test_metrics import scalars
 from turbojax.errors import CheckpointError, UserError
 from turbojax.files import sole_user

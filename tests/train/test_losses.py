@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from tests.golden_io import GOLDEN, load
-from tests.parity_wan import build
+from tests.parity.wan import build
 from turbojax.diffusion import schedules
 from turbojax.errors import UserError
 from turbojax.kernels import attention

@@ -12,7 +12,7 @@ from flax import nnx
 
 from turbojax.models.wan import WanConfig
 from turbojax.weights.io import write_pth, write_safetensors
-from turbojax.weights.published import generated, wan_layout
+from turbojax.weights.layouts import generated, wan_layout
 
 Tensors = dict[str, np.ndarray]
 

@@ -10,11 +10,11 @@ from tests.weights.checkpoints import save, small, turbo
 from turbojax.errors import CheckpointError
 from turbojax.kernels.int8 import QuantConfig
 from turbojax.models.clip import CLIPConfig
+from turbojax.weights.encoders import open_clip, open_umt5, open_vae
 from turbojax.weights.io import read_tensors
+from turbojax.weights.layouts import clip_layout, generated
 from turbojax.weights.load import open_wan
 from turbojax.weights.lora import LoRA, read_lora
-from turbojax.weights.plain import open_clip, open_umt5, open_vae
-from turbojax.weights.published import clip_layout, generated
 from turbojax.weights.rules import count_layers
 
 CLIP = CLIPConfig(dim=160, mlp_dim=96, num_heads=2, num_layers=2, image_size=28, patch=14)

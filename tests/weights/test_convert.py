@@ -14,13 +14,13 @@ from tests.weights.checkpoints import diffusers, official, save, save_shards, sm
 from turbojax.errors import CheckpointError, UserError
 from turbojax.kernels.int8 import QUANT_SCHEMES, quantize_blocks
 from turbojax.models.wan import WanConfig
-from turbojax.sampling import first_noise_level
+from turbojax.pipeline.denoise import first_noise_level
 from turbojax.weights import convert as module
 from turbojax.weights.convert import convert
+from turbojax.weights.encoders import load_umt5, load_vae
 from turbojax.weights.io import file_metadata, read_tensors
+from turbojax.weights.layouts import generated, wan_layout
 from turbojax.weights.load import WanCheckpoint, check_wan, load_wan
-from turbojax.weights.plain import load_umt5, load_vae
-from turbojax.weights.published import generated, wan_layout
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 

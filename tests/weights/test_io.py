@@ -15,13 +15,7 @@ from safetensors.numpy import save_file
 
 from turbojax.errors import CheckpointError, UserError
 from turbojax.weights import pickles, pth, safetensors
-from turbojax.weights.io import (
-    load_orbax,
-    read_tensors,
-    save_orbax,
-    write_pth,
-    write_safetensors,
-)
+from turbojax.weights.io import load_orbax, read_tensors, save_orbax, write_pth, write_safetensors
 
 
 def example_tensors():

@@ -12,12 +12,12 @@ from tests.weights.checkpoints import save, small, turbo
 from turbojax.errors import CheckpointError
 from turbojax.kernels.int8 import QuantConfig
 from turbojax.weights.convert import convert
+from turbojax.weights.encoders import load_umt5, load_vae
 from turbojax.weights.io import read_tensors
 from turbojax.weights.lazy import all_zero
 from turbojax.weights.load import load_wan
 from turbojax.weights.lora import LoRA, read_lora
 from turbojax.weights.merge import merge
-from turbojax.weights.plain import load_umt5, load_vae
 
 VAE, UMT5 = "Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth"
 

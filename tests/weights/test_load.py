@@ -20,10 +20,10 @@ from turbojax.kernels.int8 import QuantConfig
 from turbojax.models.umt5 import UMT5Config, UMT5Encoder
 from turbojax.models.vae import VAEConfig, WanVAE
 from turbojax.models.wan import WanConfig, WanModel
-from turbojax.weights import convert, published
+from turbojax.weights import convert, layouts
+from turbojax.weights.encoders import check_plain, load_umt5, load_vae
 from turbojax.weights.io import read_tensors
 from turbojax.weights.load import check_wan, load_wan, open_wan
-from turbojax.weights.plain import check_plain, load_umt5, load_vae
 from turbojax.weights.skeleton import Skeleton, wan_skeleton
 from turbojax.weights.umt5 import umt5_rules
 from turbojax.weights.vae import vae_rules
@@ -173,7 +173,7 @@ def skeleton_of_zeros(layout) -> dict[str, np.ndarray]:
     ids=["1.3B", "1.3B sla", "14B", "I2V 14B", "I2V A14B sla", "1.3B sla int8"],
 )
 def test_full_size_layouts_fill_every_parameter_once(config, count):
-    layout = published.wan_layout(config)
+    layout = layouts.wan_layout(config)
     assert len(layout) == count
     checkpoint = check_wan(skeleton_of_zeros(layout), num_heads=None, what="full size")
     assert checkpoint.config == config
@@ -182,8 +182,8 @@ def test_full_size_layouts_fill_every_parameter_once(config, count):
 
 def test_full_size_layouts_of_the_others():
     for module, config, rules, layout, count in (
-        (UMT5Encoder, UMT5Config.xxl(), umt5_rules, published.umt5_layout, 241),
-        (WanVAE, VAEConfig.wan2_1(), vae_rules, published.vae_layout, 194),
+        (UMT5Encoder, UMT5Config.xxl(), umt5_rules, layouts.umt5_layout, 241),
+        (WanVAE, VAEConfig.wan2_1(), vae_rules, layouts.vae_layout, 194),
     ):
         skeleton = Skeleton.of(lambda module=module, config=config: module(config, rngs=nnx.Rngs(0)))
         tensors = skeleton_of_zeros(layout(config))
@@ -347,7 +347,7 @@ def test_one_error_lists_everything(tmp_path, tensors, missing, misshapen, unkno
     assert f"; 1 unknown: {unknown}; 1 misshapen: {misshapen} [" in message
 
 
-FULL_SIZE = published.wan_layout(WanConfig.t2v_1_3b(attention_type="sla"))
+FULL_SIZE = layouts.wan_layout(WanConfig.t2v_1_3b(attention_type="sla"))
 
 
 @pytest.mark.parametrize("misshapen", [name for name in FULL_SIZE if re.match(r"blocks\.0\.|(?!blocks)", name)])
@@ -533,4 +533,4 @@ def test_unknown_options(file):
 
 def test_entries_count_layers():
     entries = wan_skeleton(small()).entries()
-    assert len(entries) == len(published.wan_layout(small()))
+    assert len(entries) == len(layouts.wan_layout(small()))

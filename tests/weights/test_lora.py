@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from tests.weights.checkpoints import DIFFUSERS, parameters, save, small, turbo
+from turbojax.app.generate import call_settings
 from turbojax.config import base_config
 from turbojax.errors import CheckpointError, UserError
-from turbojax.generate import call_settings
 from turbojax.weights import convert
 from turbojax.weights.load import load_wan
 from turbojax.weights.lora import LoRA, read_lora

@@ -7,16 +7,16 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from tests.test_generate import ROOT, run_all
+from tests.app.test_generate import ROOT, run_all
 from tests.weights.checkpoints import diffusers, official, save, save_shards, small, training, turbo
 from turbojax.errors import CheckpointError, UserError
 from turbojax.kernels.int8 import QuantConfig, quantize_blocks
 from turbojax.models.wan import WanConfig
 from turbojax.weights.convert import convert
 from turbojax.weights.io import read_tensors
+from turbojax.weights.layouts import generated, wan_layout
 from turbojax.weights.load import load_wan
 from turbojax.weights.merge import Merged, merge
-from turbojax.weights.published import generated, wan_layout
 
 SCRIPT = str(ROOT / "scripts" / "merge.py")
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)

@@ -20,15 +20,7 @@ from turbojax.kernels.int8 import QuantConfig, Quantized
 from turbojax.kernels.norms import Residual, Table, modulated_norm
 from turbojax.kernels.sage import VALUES, Values, sage_sparse_linear_attention
 from turbojax.kernels.sla import sparse_linear_attention
-from turbojax.models.layers import (
-    MLP,
-    Dense,
-    Int8Dense,
-    LayerNorm,
-    RMSNorm,
-    rotary_table,
-    time_sinusoid,
-)
+from turbojax.models.layers import MLP, Dense, Int8Dense, LayerNorm, RMSNorm, rotary_table, time_sinusoid
 from turbojax.sharding import over_heads, scan_layers
 
 AttentionType = Literal["original", "sla", "sagesla"]

@@ -23,9 +23,8 @@ from turbojax.models.layers import Dense
 from turbojax.models.tokenizer import Tokenizer, build
 from turbojax.models.umt5 import UMT5Config, UMT5Encoder
 from turbojax.shapes.scene import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, Scene, caption, random_scene
-from turbojax.weights.export import published_tensors
 from turbojax.weights.io import write_safetensors
-from turbojax.weights.published import umt5_layout
+from turbojax.weights.layouts import published_tensors, umt5_layout
 from turbojax.weights.umt5 import UMT5_OFFICIAL
 
 ENCODER = "models_t5_umt5-xxl-enc-bf16.safetensors"

@@ -18,9 +18,8 @@ from turbojax.models.vae import VAEConfig, WanVAE
 from turbojax.train.recipes import STUDENT_ALONE, Batch, Loss, Networks, Numbers, Phase, Weights, normal, summary
 from turbojax.train.schedule import Phases
 from turbojax.train.state import in_compute_dtype
-from turbojax.weights.export import published_tensors
 from turbojax.weights.io import write_safetensors
-from turbojax.weights.published import vae_layout
+from turbojax.weights.layouts import published_tensors, vae_layout
 from turbojax.weights.skeleton import Skeleton
 from turbojax.weights.vae import VAE_OFFICIAL
 

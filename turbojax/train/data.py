@@ -83,7 +83,7 @@ class Index:
     latents: shape [t, h, w, c] of one video's latents; text_dim: width of the text embedding.
     dtype: of latents and text, "bfloat16" or "float32".
     num_frames, height, width, fps: of the videos, in frames, pixels and frames a second.
-    vae, text_encoder: which weights made them, as `turbojax.make_shards.identity` tells it.
+    vae, text_encoder: which weights made them, as `turbojax.train.make_shards.identity` tells it.
     negative_prompt: what `Shards.negative` is the embedding of.
     shard_size: samples a shard, at most.
     """

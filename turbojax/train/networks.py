@@ -11,17 +11,17 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from turbojax.errors import UserError
+from turbojax.models.published import MODELS
 from turbojax.models.vae import VAEConfig
 from turbojax.models.wan import WanConfig
-from turbojax.networks import MODELS
 from turbojax.shapes.networks import AUTOENCODERS, WANS
 from turbojax.sharding import state_shardings
 from turbojax.train.initial import transparent
 from turbojax.train.state import Params, parameters
 from turbojax.train.toy import smooth_in_time, toy_config
+from turbojax.weights.encoders import load_vae
 from turbojax.weights.files import find_components, transformer_path
 from turbojax.weights.load import load_wan, with_options
-from turbojax.weights.plain import load_vae
 from turbojax.weights.random import random_module
 from turbojax.weights.safetensors import ShapeDtype
 from turbojax.weights.skeleton import Skeleton, vae_skeleton, wan_skeleton

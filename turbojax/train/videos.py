@@ -11,17 +11,17 @@ from flax import nnx
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from turbojax.decoding import decode
 from turbojax.errors import UserError
-from turbojax.sampling import sample
+from turbojax.media.video import check_path, save_video
+from turbojax.pipeline.decode import decode
+from turbojax.pipeline.denoise import sample
+from turbojax.pipeline.text import TextEncoder
 from turbojax.shapes import MODEL
-from turbojax.text import TextEncoder
 from turbojax.train.config import make_video_sampler
 from turbojax.train.data import Shards
 from turbojax.train.state import Params, in_compute_dtype
-from turbojax.video import check_path, save_video
+from turbojax.weights.encoders import load_vae
 from turbojax.weights.files import find_components
-from turbojax.weights.plain import load_vae
 from turbojax.weights.skeleton import Skeleton
 
 MakeVideos = Callable[[int, Params], list[Path]]

@@ -19,8 +19,10 @@ from turbojax.diffusion.schedules import rcm_times
 from turbojax.errors import UserError
 from turbojax.files import check_parent, remove_stale, user_path, whole_folder
 from turbojax.models.wan import WanConfig
+from turbojax.weights.encoders import open_umt5, open_vae
 from turbojax.weights.files import CONVERTED
 from turbojax.weights.io import read_tensors, save_orbax, write_pth, write_safetensors
+from turbojax.weights.layouts import Layout, diffusers_layout, official_layout, wan_layout
 from turbojax.weights.lazy import Watched, specs_of
 from turbojax.weights.load import (
     ARRAYS,
@@ -33,8 +35,6 @@ from turbojax.weights.load import (
     with_options,
 )
 from turbojax.weights.mapped import release
-from turbojax.weights.plain import open_umt5, open_vae
-from turbojax.weights.published import Layout, diffusers_layout, official_layout, wan_layout
 from turbojax.weights.rules import Entry, Rule, rename
 from turbojax.weights.settings import check_told, header_of, untold, write_configuration
 from turbojax.weights.skeleton import is_stacked, wan_skeleton

@@ -1,6 +1,6 @@
 """From checkpoint files to transformers: checked as a whole against the network's shapes, then read a tensor at a time.
 
-Options quantize, dequantize and merge LoRAs on the way. `turbojax.weights.place` says where the parameters go.
+Options quantize, dequantize and merge LoRAs on the way. `turbojax.weights.parameters` says where the parameters go.
 """
 
 import dataclasses
@@ -20,14 +20,14 @@ from tqdm import tqdm
 from turbojax.errors import CheckpointError, UserError, quoted
 from turbojax.files import user_path
 from turbojax.kernels import int8
-from turbojax.models.streaming import Streamed
+from turbojax.models.offload import Streamed
 from turbojax.models.wan import WanConfig, WanModel
 from turbojax.weights.files import CONVERTED
 from turbojax.weights.io import check_orbax, checkpoint_file, load_orbax, read_tensors
+from turbojax.weights.layouts import wan_layout
 from turbojax.weights.lazy import LazyTensors, Watched
 from turbojax.weights.lora import Changes, Expert, LoRA, merge, read_loras
-from turbojax.weights.place import all_finite, place
-from turbojax.weights.published import wan_layout
+from turbojax.weights.parameters import all_finite, place
 from turbojax.weights.rules import Entry, Rule, assign, describe, relaid, rename
 from turbojax.weights.settings import published_num_heads, read_configuration, read_header, with_header
 from turbojax.weights.skeleton import Skeleton, wan_skeleton
@@ -154,7 +154,7 @@ def load_wan(
 
     quant_linear: True quantizes a bfloat16 checkpoint while it loads, False dequantizes an int8 one.
     quant_scheme: a name of `int8.QUANT_SCHEMES`; "block128" unless the checkpoint has another.
-    streamed: leave the blocks in host memory, see `turbojax.models.streaming`.
+    streamed: leave the blocks in host memory, see `turbojax.models.offload`.
     loras: merged in float32, before quantization. expert: which of two networks this is, as far as they are concerned.
     """
     options: dict[str, Any] = dict(

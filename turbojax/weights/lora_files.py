@@ -18,7 +18,7 @@ from turbojax.errors import CheckpointError, quoted
 from turbojax.json_reader import Boolean, Integer, Map, Nullable, Number, Object, Schema, parse_json, read_json
 from turbojax.models.wan import WanConfig
 from turbojax.weights.io import file_metadata
-from turbojax.weights.published import diffusers_layout, wan_layout
+from turbojax.weights.layouts import diffusers_layout, wan_layout
 from turbojax.weights.rules import Entry, Rule, of_kind, relaid, rename, shorten
 from turbojax.weights.wan import DIFFUSERS, OFFICIAL, clean_name
 

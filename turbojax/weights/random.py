@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from turbojax.weights.load import describe
-from turbojax.weights.place import place
+from turbojax.weights.parameters import place
 from turbojax.weights.rules import Entry
 from turbojax.weights.skeleton import Skeleton
 
@@ -18,7 +18,7 @@ from turbojax.weights.skeleton import Skeleton
 def random_module(skeleton: Skeleton, *, seed: int = 0, what: str = "random weights", streamed: bool = False) -> Any:
     """A module with generated parameters, made on the device a layer at a time; the same seed gives the same values.
 
-    streamed: leave the blocks in host memory, see `turbojax.models.streaming`.
+    streamed: leave the blocks in host memory, see `turbojax.models.offload`.
     """
     specs = skeleton.entries()
     key = jax.random.key(seed)

@@ -9,7 +9,7 @@ import jax
 from flax import nnx
 
 from turbojax.models.clip import CLIPConfig, CLIPVision
-from turbojax.models.streaming import HostBlocks, Streamed, is_streamed
+from turbojax.models.offload import HostBlocks, Streamed, is_streamed
 from turbojax.models.umt5 import UMT5Config, UMT5Encoder
 from turbojax.models.vae import VAEConfig, WanVAE
 from turbojax.models.wan import WanConfig, WanModel

@@ -1,0 +1,196 @@
+"""Measures turbojax and writes JSON: device, versions, command, date and figures.
+
+    python scripts/benchmark.py --case=text_to_video --model=wan2.1-t2v-1.3b --out=benchmarks/t2v.json
+    python scripts/benchmark.py --case=image_to_video --model=wan2.2-i2v-a14b --quant_scheme=block128
+    python scripts/benchmark.py --case=vae
+    python scripts/benchmark.py --case=file
+    python scripts/benchmark.py --case=compile --model=wan2.1-t2v-14b
+    python scripts/benchmark.py --case=linear
+    python scripts/benchmark.py --case=attention
+    python scripts/benchmark.py --case=block --model=wan2.1-t2v-14b --resolution=720p
+    python scripts/benchmark.py --case=layer --model=wan2.1-t2v-14b --resolution=720p --attention_type=sagesla \
+        --quant_scheme=block128
+    python scripts/benchmark.py --case=tangent --model=wan2.1-t2v-1.3b --num_layers=2 --num_frames=1
+    python scripts/benchmark.py --case=train_step --recipe=sla --out=benchmarks/train_step_sla.json
+    python scripts/benchmark.py --case=diffusion --model=wan2.1-t2v-14b --resolution=720p --quant_scheme=block128
+    python scripts/benchmark.py --case=memory --quant_scheme=block128 --memory=stream
+
+Cases: text_to_video (random weights at full size, prompt to mp4, cold and warm), image_to_video (likewise with an
+image), vae (decoding in chunks and tiles), file (settings of x264; on any device), tiles (errors of the VAE's; on any
+device), linear (int8 layers beside bfloat16), attention (dense, SLA and SageSLA with parts, gradients and errors),
+block (one transformer block without attention), layer (a whole one, kernel by kernel), diffusion (that stage alone),
+memory (predicted against measured peaks and seconds a step), tangent (the forward derivative that sCM trains with, of
+--num_layers=N layers; on any device), train_step (of SLA fine-tuning, or --recipe=scm; with a profile), compile
+(seconds for --num_layers=N; a second one in the same process would find its kernels tuned).
+A table, with peers' figures beside ours where the card is theirs, goes to standard error, JSON to standard output.
+Peak memory has no reset, so run one case a process.
+"""
+
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from absl import flags
+
+from turbojax.app import cli
+from turbojax.bench import attention, benchmark, video
+from turbojax.bench import layer as layers
+from turbojax.bench import memory as planned
+from turbojax.bench.report import report
+from turbojax.errors import UserError
+from turbojax.files import check_file, user_path
+from turbojax.kernels.int8 import QUANT_SCHEMES
+from turbojax.media.video import check_path, video_size
+from turbojax.models.published import MODELS
+from turbojax.models.tokenizer import Tokenizer
+from turbojax.models.vae import VAEConfig
+from turbojax.pipeline.denoise import latent_shape
+from turbojax.shapes import WORDS
+from turbojax.shapes.demo import demo_picture
+from turbojax.weights.load import with_options
+
+FLAGS = flags.FlagValues()
+MODEL = flags.DEFINE_string("model", "wan2.1-t2v-1.3b", "network, with random weights", flag_values=FLAGS)
+RESOLUTION = flags.DEFINE_string("resolution", "480p", "480p or 720p, 16:9", flag_values=FLAGS)
+FRAMES = flags.DEFINE_integer("num_frames", 81, "4 n + 1", flag_values=FLAGS)
+STEPS = flags.DEFINE_integer("num_inference_steps", 4, "1 to 4", flag_values=FLAGS)
+ATTENTION = flags.DEFINE_string("attention_type", "original", "original, sla or sagesla", flag_values=FLAGS)
+TOPK = flags.DEFINE_float("sla_topk", 0.1, "share of key blocks", flag_values=FLAGS)
+LAYERS = flags.DEFINE_integer("num_layers", 40, "layers, of the cases compile and tangent", flag_values=FLAGS)
+RECIPE = flags.DEFINE_enum("recipe", "sla", ["sla", "scm"], "of the case train_step", flag_values=FLAGS)
+QUANT = flags.DEFINE_enum("quant_scheme", None, list(QUANT_SCHEMES), "int8 linear layers", flag_values=FLAGS)
+MEMORY = flags.DEFINE_string(
+    "memory", "auto", "auto, resident, stream or GB to plan for, of whole videos and memory", flag_values=FLAGS
+)
+OUT = flags.DEFINE_string("out", None, "JSON file to write; printed only if not given", flag_values=FLAGS)
+
+
+WITHOUT_A_GPU = ("tangent", "file", "tiles")  # cases that measure something there
+
+
+def frame_size() -> dict[str, int]:
+    width, height = video_size(RESOLUTION.value, "16:9")
+    return {"height": height, "width": width}
+
+
+def size() -> dict[str, int]:
+    return {"num_frames": FRAMES.value, **frame_size()}
+
+
+def tokens() -> tuple[int, int, int]:
+    """Patches of the latents in time, height and width."""
+    return 1 + (FRAMES.value - 1) // 4, frame_size()["height"] // 16, frame_size()["width"] // 16
+
+
+def options() -> dict[str, Any]:
+    """Settings of the network."""
+    return {
+        "attention_type": ATTENTION.value,
+        "sla_topk": TOPK.value,
+        "quant_linear": QUANT.value is not None,
+        "quant_scheme": QUANT.value,
+    }
+
+
+def whole_video(image: Any = None) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        return benchmark.whole_video(
+            Tokenizer.from_path(WORDS),
+            model=MODEL.value,
+            num_inference_steps=STEPS.value,
+            memory=MEMORY.value,
+            image=image,
+            output=check_path(Path(folder) / "video.mp4"),
+            **size(),
+            **options(),
+        )
+
+
+def memory() -> dict[str, Any]:
+    return planned.memory(
+        Tokenizer.from_path(WORDS),
+        model=MODEL.value,
+        memory=MEMORY.value,
+        num_inference_steps=STEPS.value,
+        options=options(),
+        **size(),
+    )
+
+
+def file() -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as folder:
+        return video.video_writing(Path(folder), **size())
+
+
+def layer() -> dict[str, Any]:
+    config = with_options(MODELS[MODEL.value](num_layers=layers.LAYERS), **options())
+    return layers.layer(config, tokens(), compiler_options=layers.NO_COMMAND_BUFFERS)
+
+
+def train_step() -> dict[str, Any]:
+    from turbojax.bench import training  # needs the extra `train`
+
+    return training.train_step(
+        recipe=RECIPE.value,
+        config=MODELS[MODEL.value](sla_topk=TOPK.value, remat=True),
+        latents=latent_shape(VAEConfig.wan2_1(), FRAMES.value, **frame_size()),
+    )
+
+
+def tangent() -> dict[str, Any]:
+    from turbojax.bench import training
+
+    return training.tangent(
+        model=MODEL.value, layers=LAYERS.value, **size(), attention_type=ATTENTION.value, sla_topk=TOPK.value
+    )
+
+
+def compilation() -> dict[str, Any]:
+    jax.config.update("jax_enable_compilation_cache", False)
+    return benchmark.compile_seconds(model=MODEL.value, layers=(LAYERS.value,), **frame_size())
+
+
+CASES: dict[str, Callable[[], dict[str, Any]]] = {
+    "text_to_video": whole_video,
+    "image_to_video": lambda: whole_video(demo_picture()),
+    "vae": lambda: benchmark.vae_decoding(**frame_size(), chunks=(1, 2, 4)),
+    "compile": compilation,
+    "linear": lambda: benchmark.linear_layers(schemes=tuple(QUANT_SCHEMES)),
+    "attention": lambda: attention.attention(save),
+    "block": lambda: benchmark.one_block(model=MODEL.value, tokens=tokens(), schemes=(None, "block128", "channel")),
+    "layer": layer,
+    "diffusion": lambda: benchmark.diffusion(model=MODEL.value, num_inference_steps=STEPS.value, **size(), **options()),
+    "memory": memory,
+    "tangent": tangent,
+    "train_step": train_step,
+    "file": file,
+    "tiles": video.tiling_errors,
+}
+CASE = flags.DEFINE_enum("case", "text_to_video", list(CASES), "what to measure", flag_values=FLAGS)
+
+
+def main() -> None:
+    if OUT.value:
+        check_file(OUT.value)  # before minutes of measuring
+    if jax.default_backend() != "gpu" and CASE.value not in WITHOUT_A_GPU:
+        raise UserError("benchmarks need a GPU; none was found (pip install -e '.[cuda12]')")
+    measurement = benchmark.environment() | save(CASES[CASE.value]())
+    print(json.dumps(measurement, indent=1))
+    print(report(measurement), file=sys.stderr)
+
+
+def save(result: dict[str, Any]) -> dict[str, Any]:
+    """The result with what was measured; into --out where that is given."""
+    own = (CASE, MODEL, RESOLUTION, FRAMES, STEPS, ATTENTION, TOPK, LAYERS, RECIPE, QUANT, MEMORY)
+    whole = {"case": CASE.value, "settings": {flag.name: flag.value for flag in own}, "result": result}
+    if OUT.value:
+        benchmark.save(whole, user_path(OUT.value))
+    return whole
+
+
+def run() -> None:
+    cli.run(main, flag_values=FLAGS, help_text=__doc__ or "")

@@ -1,0 +1,42 @@
+"""Trains: a teacher by flow matching, SLA fine-tuning, or rCM distillation to 1 to 4 steps.
+
+    python scripts/train.py --config=configs/train_toy.py
+    python scripts/train.py --config=configs/train_sla.py --config.data=DATA --config.weights=Wan-AI/Wan2.1-T2V-1.3B
+
+Started again with the same settings it goes on from its newest checkpoint. Every setting can be changed as
+--config.NAME=VALUE:
+"""
+
+from absl import flags
+from ml_collections import config_flags
+
+from turbojax.app import cli
+from turbojax.config import describe_settings
+from turbojax.sharding import initialize_distributed
+
+try:
+    from turbojax.train.config import TRAIN_SETTINGS
+    from turbojax.train.loop import train
+except ModuleNotFoundError as missing:
+    cli.fail(ModuleNotFoundError(f"training needs {missing.name}; pip install 'turbojax[train]'"))
+
+FLAGS = flags.FlagValues()
+CONFIG = config_flags.DEFINE_config_file(
+    "config", None, "file of settings, see configs/train_*.py", lock_config=True, flag_values=FLAGS
+)
+
+
+def main() -> None:
+    config = cli.read_config(CONFIG, example="configs/train_toy.py", settings=TRAIN_SETTINGS)
+    initialize_distributed()
+    train(config)
+
+
+def run() -> None:
+    cli.run(
+        main,
+        flag_values=FLAGS,
+        help_text=(__doc__ or "") + "\n" + describe_settings(TRAIN_SETTINGS),
+        settings=TRAIN_SETTINGS,
+        less_memory="remat=True, a higher accumulation, or fsdp or sequence to share it among devices",
+    )

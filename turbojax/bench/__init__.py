@@ -1,0 +1,1 @@
+"""Measurements: of ops, layers, videos, training and memory."""

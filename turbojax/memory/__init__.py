@@ -1,0 +1,1 @@
+"""What fits on the device, and what stays in host memory."""

@@ -1,0 +1,218 @@
+"""What the programs of a call allocate on the device beside weights, in bytes.
+
+On a GPU it is XLA's own memory analysis of the compiled programs (`compiled`), elsewhere an estimate (`estimate`).
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from turbojax.kernels.attention import SCORES_IN_MEMORY
+from turbojax.models import offload, umt5
+from turbojax.models import vae as vae_model
+from turbojax.models.image_condition import encoding_bytes, image_shapes, takes_images
+from turbojax.models.published import ModelConfigs
+from turbojax.models.tiling import compile_tiles, tile_sides
+from turbojax.models.umt5 import TEXT_LEN
+from turbojax.models.vae import VAEConfig
+from turbojax.models.wan import WanConfig, kept_keys
+from turbojax.weights.skeleton import umt5_skeleton, vae_skeleton, wan_skeleton
+
+
+class Work(NamedTuple):
+    """What decides the temporaries of a call: latents `[t, h, w, c]` of one video, their number, and settings."""
+
+    latents: tuple[int, int, int, int]
+    batch: int = 1
+    guided: bool = False
+    vae_tiling: str = "auto"
+
+    @property
+    def latent_bytes(self) -> int:
+        return 4 * self.batch * math.prod(self.latents)
+
+    def pixels(self, config: VAEConfig) -> tuple[int, int]:
+        """Height and width."""
+        return config.spatial_factor * self.latents[1], config.spatial_factor * self.latents[2]
+
+    def tokens(self, config: WanConfig) -> int:
+        """Of all videos, twice with guidance."""
+        return self.batch * (1 + self.guided) * math.prod(self.latents[:3]) // config.patch_features
+
+
+@dataclasses.dataclass(frozen=True)
+class Residency:
+    """Where weights are, and whether the VAE decodes whole frames; all of it on the device if nothing is set."""
+
+    idle_in_host: bool = False  # VAE, image encoder and embeddings, while others run
+    text_streamed: bool = False
+    vae_tiled: bool = False
+    in_turn: bool = False  # of two transformers one is on the device at a time
+    transformer_streamed: bool = False
+
+    @property
+    def embeddings_wait(self) -> bool:
+        """Whether the transformer's embeddings are in host memory; a streamed one computes them in each step."""
+        return self.idle_in_host and not self.transformer_streamed
+
+
+class Temporaries(NamedTuple):
+    text: int
+    diffusion: int
+    vae: int
+    image: int = 0
+
+
+def estimate(parts: ModelConfigs, work: Work, where: Residency) -> Temporaries:
+    """Temporaries without a GPU, by what is alive at the programs' largest moment.
+
+    L tokens, D width, F ffn width:
+
+      text        6 arrays of scores `[heads, 512, 512]` in float32
+      diffusion   the table of the rotary embedding, the latents, and the larger of
+                    attention: `ATTENTION_ARRAYS` arrays `[L, D]` and keys of the text that are kept
+                    ffn: the hidden state `[L, F]`, int8 with block scales, both int8 and bfloat16 with channel scales,
+                         beside 2 to 3.5 arrays `[L, D]` and these keys, which share a place with channel scales
+                    what XLA tries matmuls with, see `tried`
+      image       the VAE encoding an image, `turbojax.models.image_condition.encoding_bytes`
+      vae         `vae.decoding_bytes`, in tiles of one tile; the middle block works on whole frames before
+
+    Fitted to XLA's analysis for an H100, checked against measured peaks, see docs/performance.md.
+    """
+    c = parts.transformer
+    item, tokens = jnp.dtype(c.dtype).itemsize, work.tokens(c)
+    array = tokens * c.dim * item
+    hidden = tokens * c.ffn_dim
+    keys = 0 if where.transformer_streamed else kept_keys(c, work.batch * (1 + work.guided) * c.text_len)
+    if c.quant is None:
+        arrays, ffn = 6.5, item * hidden + 3.5 * array + keys
+    elif c.quant.scheme == "block128" and not c.quant.weight_only:
+        arrays, ffn = ATTENTION_ARRAYS[c.attention_type], hidden + 3 * array + keys
+    else:
+        arrays, ffn = ATTENTION_ARRAYS[c.attention_type], (1 + item) * hidden + array + max(array, keys)
+    table = tokens * c.head_dim * jnp.dtype(jnp.float32).itemsize
+    diffusion = max(int(max(arrays * array + keys, ffn)) + table + work.latent_bytes, tried(c, work))
+    text = 6 * 4 * parts.text.num_heads * TEXT_LEN**2
+    return Temporaries(text, diffusion, decoding(parts.vae, work, where.vae_tiled), encoding(parts, work))
+
+
+@functools.lru_cache
+def encoding(parts: ModelConfigs, work: Work) -> int:
+    """The VAE's share in image to video."""
+    if not takes_images(parts.transformer):
+        return 0
+    return encoding_bytes(vae_skeleton(parts.vae).abstract(), *work.pixels(parts.vae))
+
+
+# Arrays `[L, D]` alive at once with int8 layers: the stream, q, k, v, a result, and SageSLA's codes.
+ATTENTION_ARRAYS = {"original": 5.0, "sla": 5.1, "sagesla": 4.5}
+
+
+def tried(config: WanConfig, work: Work) -> int:
+    """What XLA's search for the fastest matmul allocates, beside the weights, when a program is compiled.
+
+    Its operands and two results, the one to check and the one to compare with, each between 16 MiB of guard bytes, and
+    cuBLAS's 32 MiB. int8 layers have kernels of their own and are not searched.
+    """
+    if config.quant is not None:
+        return 0
+    tokens, item = work.tokens(config), jnp.dtype(config.dtype).itemsize
+    numbers = tokens * config.dim + config.ffn_dim * config.dim + 2 * tokens * config.ffn_dim
+    return item * numbers + (4 * 16 + 32) * 2**20
+
+
+@functools.lru_cache
+def decoding(config: VAEConfig, work: Work, tiled: bool) -> int:
+    """Estimate of the VAE; in tiles the middle block's features of the whole clip are there, too, and its scores."""
+    vae = vae_skeleton(config).abstract()
+    t, h, w, _ = work.latents
+    if not tiled:
+        return vae_model.decoding_bytes(vae, h, w)
+    features = t * h * w * config.dim * config.dim_mult[-1] * jnp.dtype(config.dtype).itemsize
+    scores = 3 * 4 * min((h * w) ** 2, SCORES_IN_MEMORY)
+    return max(vae_model.decoding_bytes(vae, *tile_sides((h, w))), 2 * features + scores)
+
+
+def compiled(
+    parts: ModelConfigs, work: Work, compile_sampler: Callable[[bool], Any]
+) -> Callable[[Residency], Temporaries]:
+    """Temporaries by XLA's analysis of the programs, each compiled for the first device when first asked for.
+
+    compile_sampler: as `turbojax.memory.planner.plan` takes it.
+    """
+    c, t5 = parts.transformer, parts.text
+
+    @functools.cache
+    def text(streamed: bool) -> int:
+        mask = jax.ShapeDtypeStruct((1, TEXT_LEN), jnp.int32)
+        embedded = jax.ShapeDtypeStruct((1, TEXT_LEN, t5.dim), t5.dtype)
+        skeleton = umt5_skeleton(t5)
+        if streamed:
+            return of_streamed(skeleton.abstract_streamed(), embedded, mask)
+        return of_program(umt5.run_encoder.lower(*nnx.split(skeleton.abstract()), embedded, mask).compile())
+
+    @functools.cache
+    def diffusion(streamed: bool, embeddings_wait: bool) -> int:
+        n = work.batch * (1 + work.guided)
+        latents = jax.ShapeDtypeStruct((n, *work.latents), jnp.float32)
+        embedding = jax.ShapeDtypeStruct((n, TEXT_LEN, c.text_dim), c.dtype)
+        if streamed:
+            times = jax.ShapeDtypeStruct((n,), jnp.float32)
+            images = image_shapes(c, parts.vae, latents.shape)
+            network = of_streamed(wan_skeleton(c).abstract_streamed(), latents, times, embedding, **images)
+        else:
+            network = of_program(compile_sampler(embeddings_wait))
+        return max(network + tree_bytes((latents, embedding)), tried(c, work))
+
+    @functools.cache
+    def vae(tiled: bool) -> int:
+        compile_vae = compile_tiles if tiled else vae_model.compile_decoding
+        programs = compile_vae(vae_skeleton(parts.vae).abstract(), (1, *work.latents), as_uint8=True)
+        return max(of_program(program) + argument_bytes(program) for program in programs)
+
+    return lambda where: Temporaries(
+        text(where.text_streamed),
+        diffusion(where.transformer_streamed, where.embeddings_wait),
+        vae(where.vae_tiled),
+        encoding(parts, work),
+    )
+
+
+def of_streamed(model: offload.Streamed, *inputs: jax.ShapeDtypeStruct, **more: jax.ShapeDtypeStruct) -> int:
+    """Of the largest of the three programs of a streamed model, with what the others leave for it."""
+    first = offload.begin.lower(model.graph, model.state, inputs, more)
+    x, context, rest = jax.eval_shape(functools.partial(offload.begin, model.graph), model.state, inputs, more)
+    blocks, index = model.blocks, jax.ShapeDtypeStruct((), jnp.int32)
+    block = offload.run_block.lower(blocks.graph, blocks.resident, blocks.layers[0], index, x, context)
+    last = offload.end.lower(model.graph, model.state, x, rest)
+    return max(
+        of_program(first.compile()),
+        tree_bytes((x, context, rest)) + of_program(block.compile()),
+        tree_bytes((x, rest)) + of_program(last.compile()),
+    )
+
+
+def of_program(program: Any) -> int:
+    """What a compiled program allocates beside its arguments."""
+    memory = program.memory_analysis()
+    return memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+
+
+def argument_bytes(program: Any) -> int:
+    """A program's arguments but the first, the weights."""
+    arguments, _ = program.args_info
+    return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(arguments[1:]))
+
+
+def tree_bytes(tree: Any) -> int:
+    return sum(map(size_of, jax.tree.leaves(tree)))
+
+
+def size_of(spec: Any) -> int:
+    return spec.size * spec.dtype.itemsize

@@ -1,0 +1,202 @@
+"""Two networks that share the steps of one video, Wan 2.2's experts for high and for low noise, on one device.
+
+Where both fit, or are streamed, they stay. Otherwise they take turns on the device, and the other one is in pinned host
+memory: as much of it as there is room for travels while the first one computes, the rest at the change.
+"""
+
+import itertools
+import time
+from typing import Any
+
+import jax
+from absl import logging
+from flax import nnx
+
+from turbojax.diffusion import Sampler, expert_split
+from turbojax.errors import UserError
+from turbojax.memory.planner import memory_stats
+from turbojax.models.offload import Placed, Streamed, embeddings_away, in_host_memory, memory, placed, to_host
+from turbojax.models.wan import WanConfig, WanModel
+from turbojax.weights.lora import Expert
+
+Model = WanModel | Streamed
+NAMES: tuple[Expert, ...] = ("high", "low")  # in the order of their steps
+SLACK = 2**30  # bytes of the device left free beside what is known to be needed
+BOUNDARY = 0.9  # rectified-flow time at which Wan 2.2 image to video changes experts
+
+
+class Network:
+    """A network whose parameters are on the device, in pinned host memory, or in both.
+
+    Those that are in host memory from the start, see `turbojax.models.offload`, stay there.
+    """
+
+    def __init__(self, model: WanModel):
+        self.config = model.config
+        self.graph, state = nnx.split(model)
+        leaves, self.structure = jax.tree.flatten(state)
+        self.device: list[Any] = leaves
+        self.host: list[Any] = [None] * len(leaves)
+        self.moving = [i for i, leaf in enumerate(leaves) if not in_host_memory(leaf)]
+
+    @property
+    def model(self) -> WanModel:
+        """The network, which must be here."""
+        assert all(leaf is not None for leaf in self.device)
+        return nnx.merge(self.graph, jax.tree.unflatten(self.structure, self.device))
+
+    def copy_to_host(self) -> None:
+        """So that leaving costs nothing."""
+        for i in self.moving:
+            self._to_host(i)
+
+    def leave(self) -> None:
+        """Frees the device's memory."""
+        for i in self.moving:
+            self._leave(i)
+
+    def fetch(self, room: int) -> None:
+        """Starts to copy parameters to the device, up to `room` bytes of them, and does not wait."""
+        for i, leaf in enumerate(self.host):
+            if self.device[i] is None and leaf.nbytes <= room:
+                self.device[i] = jax.device_put(leaf, memory(None))
+                room -= leaf.nbytes
+
+    def take_the_place_of(self, other: "Network | None", *, keep: bool) -> None:
+        """Comes to the device and sends the other away, a parameter at a time: the device never holds both.
+
+        keep: leave the parameters in host memory, too, so that this network's leaving will cost nothing.
+        """
+        for i in self.moving:
+            if other:
+                other._leave(i)
+            if self.device[i] is None:
+                self.device[i] = jax.device_put(self.host[i], memory(None))
+            if not keep and self.host[i] is not None:
+                self.device[i].block_until_ready()
+                self.host[i].delete()
+                self.host[i] = None
+        jax.block_until_ready(self.device)
+
+    def _to_host(self, i: int) -> None:
+        if self.host[i] is None:
+            self.host[i] = to_host(self.device[i]).block_until_ready()
+
+    def _leave(self, i: int) -> None:
+        if self.device[i] is not None:
+            self._to_host(i)
+            self.device[i].delete()
+            self.device[i] = None
+
+
+class Experts:
+    """The network of all steps, or Wan 2.2's two: "high" for the noise levels from `boundary` on, "low" below it.
+
+    in_turn: one is on the device at a time. Host memory then keeps both if they are int8, so that a change is one copy,
+    else only the one that is away. embeddings_wait: embeddings of text and time are in host memory, see
+    `turbojax.models.offload`. limit: bytes of the device that may be taken, None for all.
+    """
+
+    def __init__(
+        self,
+        *,
+        names: tuple[Expert, ...] = NAMES,
+        boundary: float = BOUNDARY,
+        in_turn: bool = False,
+        embeddings_wait: bool = False,
+        limit: int | None = None,
+    ):
+        self.names, self.boundary, self.in_turn, self.limit = names, boundary, in_turn, limit
+        self.embeddings_wait = embeddings_wait
+        self._models: dict[Expert, Model] = {}  # where all stay
+        self._networks: dict[Expert, Network] = {}  # where they take turns
+        self._here: Network | None = None
+
+    @classmethod
+    def of(cls, model: Model) -> "Experts":
+        """A single network for all steps."""
+        experts = cls(names=("high",))
+        experts.add("high", model)
+        return experts
+
+    def add(self, name: Expert, model: Model) -> None:
+        """Adds a network that was loaded, those needed later first: where they take turns these leave at once."""
+        if (self._models or self._networks) and self.config != model.config:
+            raise UserError("the two experts are of different kinds; give both plain or both quantized files")
+        if isinstance(model, WanModel):
+            model = self.arranged(model)
+        if not self.in_turn:
+            self._models[name] = model
+            return
+        assert isinstance(model, WanModel)
+        network = self._networks[name] = Network(model)
+        if self.keeps:
+            network.copy_to_host()
+        if name == self.names[0]:
+            self._here = network
+        else:
+            network.leave()
+
+    def arranged(self, network: WanModel) -> WanModel:
+        """A network, which may be abstract, with its embeddings where these networks have theirs."""
+        return embeddings_away(network) if self.embeddings_wait else network
+
+    @property
+    def config(self) -> WanConfig:
+        """Of all of them."""
+        return next(iter((self._models or self._networks).values())).config
+
+    @property
+    def streamed(self) -> bool:
+        return any(isinstance(model, Streamed) for model in self._models.values())
+
+    @property
+    def keeps(self) -> bool:
+        """Whether host memory holds both networks where they take turns; never two of full precision."""
+        return self.config.quant is not None
+
+    def parts(self, sampler: Sampler) -> list[tuple[Expert, tuple[int, int]]]:
+        """Which network makes which steps [start, stop)."""
+        n = sampler.num_steps
+        if len(self.names) == 1:
+            return [(self.names[0], (0, n))]
+        k = expert_split(sampler.times, self.boundary)
+        steps: list[tuple[Expert, tuple[int, int]]] = [("high", (0, k)), ("low", (k, n))]
+        return [(name, part) for name, part in steps if part[0] < part[1]]
+
+    def bring(self, name: Expert) -> Model:
+        """The network, on the device; waits for it. Nothing that uses the other one may still run."""
+        if not self.in_turn:
+            return self._models[name]
+        network = self._networks[name]
+        if self._here is not network:
+            start = time.perf_counter()
+            network.take_the_place_of(self._here, keep=self.keeps)
+            self._here = network
+            logging.info("The %s-noise expert came to the device in %.2f s", name, time.perf_counter() - start)
+        return network.model
+
+    def prefetch(self, name: Expert, room: int) -> None:
+        """Starts to copy a network that is away, as much of it as fits in `room` bytes of the device."""
+        if self.in_turn:
+            self._networks[name].fetch(room)
+
+    def make_room(self) -> None:
+        """Behind the last step: frees the device if that costs nothing, as the next video begins with the other one."""
+        if self.in_turn and self.keeps and self._here:
+            self._here.leave()
+            self._here = None
+
+    def placed(self) -> Placed:
+        """All arrays of the networks on the device and in host memory."""
+        parts = [placed(model) for model in self._models.values()]
+        parts += [Placed.of((network.device, network.host)) for network in self._networks.values()]
+        return Placed(*(list(itertools.chain(*arrays)) for arrays in zip(*parts, strict=True)))
+
+    def room_beside(self, program: jax.stages.Compiled) -> int:
+        """Bytes of the device that are free now and are not needed while the program runs; 0 where nothing tells."""
+        stats, needs = memory_stats(), program.memory_analysis()
+        if "bytes_limit" not in stats or needs is None:
+            return 0
+        limit = min(stats["bytes_limit"], self.limit or stats["bytes_limit"])
+        return max(0, limit - stats["bytes_in_use"] - needs.temp_size_in_bytes - needs.output_size_in_bytes - SLACK)

@@ -1,0 +1,168 @@
+"""What an image-to-video network is given of its images: a mask and latents, for all frames of the video.
+
+The clip to encode is the image, then grey (0) up to the end, or up to a last image. B is 1 here: one condition serves
+all samples. Latents are `b t h w c`. Source: TurboDiffusion, inference/wan2.2_i2v_infer.py.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from turbojax.errors import UserError
+from turbojax.media.image import ImageSource, adaptive_size, read_image, resize, to_unit
+from turbojax.models.clip import CLIPVision, clip_dtype, encode_image
+from turbojax.models.vae import Cache, VAEConfig, WanVAE, check_video
+from turbojax.models.wan import CLIP_TOKENS, WanConfig
+
+# Bytes in use while encoding, for each of the cache: XLA's count for an H100, 1.5, and the frames between two stages.
+WORKING_SET = 1.7
+
+
+def image_inputs(
+    vae: WanVAE, clip: CLIPVision | None, images: Sequence[np.ndarray], *, num_frames: int, width: int, height: int
+) -> dict[str, jax.Array]:
+    """`y`, and `clip` where there is an image encoder.
+
+    images: uint8 `[H, W, 3]` of any size, for the first frame or for the first and the last.
+    """
+    frames = [to_unit(resize(image, width, height)) for image in images]
+    inputs = {"y": condition(vae, frames[0], num_frames=num_frames, last_image=frames[1] if frames[1:] else None)}
+    if clip is not None:
+        inputs["clip"] = jnp.concatenate([encode_image(clip, image) for image in images], axis=1)
+    return inputs
+
+
+def image_shapes(config: WanConfig, vae: VAEConfig, shape: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of `image_inputs`, B times for latents `[B, t, h, w, c]`; empty for networks without images."""
+    shapes: dict[str, tuple] = {}
+    if takes_images(config):
+        shapes["y"] = (*shape[1:-1], vae.temporal_factor + vae.z_dim), jnp.float32
+    if config.clip_dim:
+        shapes["clip"] = (config.clip_images * CLIP_TOKENS, config.clip_dim), clip_dtype(config.dtype)
+    return {name: jax.ShapeDtypeStruct((shape[0], *own), dtype) for name, (own, dtype) in shapes.items()}
+
+
+def takes_images(config: WanConfig) -> bool:
+    """Whether a network makes videos from images."""
+    return config.in_channels != config.out_channels
+
+
+def read_images(
+    config: WanConfig, image: ImageSource | None, last_image: ImageSource | None, background: str
+) -> list[np.ndarray]:
+    """The images of a call, uint8 `[H, W, 3]`: none, one, or the first and the last frame's.
+
+    Raises UserError where they are not what the network takes.
+    """
+    if not takes_images(config):
+        if image is not None or last_image is not None:
+            raise UserError("this transformer makes videos from text alone; leave out the image, or take another one")
+        return []
+    if image is None:
+        raise UserError("this transformer makes videos from images; give image=, or a text-to-video checkpoint")
+    if config.clip_dim and (last_image is None) != (config.clip_images == 1):
+        takes = "a first and a last image" if config.clip_images > 1 else "a first image only"
+        raise UserError(f"this transformer takes {takes}; give {'both' if last_image is None else 'no last_image'}")
+    sources = [image] if last_image is None else [image, last_image]
+    return [read_image(source, background=background) for source in sources]
+
+
+def video_shape(width: int, height: int, images: Sequence[np.ndarray], *, adaptive: bool) -> tuple[int, int]:
+    """Width and height of a video: as given, or in the first image's shape at that area."""
+    return adaptive_size(images[0].shape[1::-1], (width, height)) if images and adaptive else (width, height)
+
+
+def condition(vae: WanVAE, image: np.ndarray, *, num_frames: int, last_image: np.ndarray | None = None) -> jax.Array:
+    """Mask and latents, float32 `[1, 1 + n, h/8, w/8, 4 + z_dim]`, the network's `y`.
+
+    image, last_image: `[h, w, 3]` in [-1, 1]. num_frames: 1 + 4n.
+    """
+    latents = encode_still(vae, image, num_frames=num_frames, last_image=last_image)
+    return jnp.concatenate((mask(latents.shape, vae.config, last=last_image is not None), latents), axis=-1)
+
+
+def mask(shape: tuple[int, ...], config: VAEConfig, *, last: bool) -> jax.Array:
+    """1 where a frame is given, a channel for each of a latent's frames (4 times the first one), in float32."""
+    given = np.zeros((*shape[:-1], config.temporal_factor), np.float32)
+    given[:, 0] = 1
+    if last:
+        given[:, -1, ..., -1] = 1
+    return jnp.asarray(given)
+
+
+Frame = jax.Array  # `[1, 1, h, w, c]`, what the encoder's stages hand on
+
+
+@functools.partial(jax.jit, static_argnames=("graph", "first", "stage"), donate_argnames="cache")
+def encode_stage(
+    graph, state, frames: Sequence[Frame], cache: Cache | None, *, first: bool, stage: int
+) -> tuple[Frame, Cache]:
+    """A stage of the encoder, from as many frames as it makes one of; cache None before all else."""
+    vae, x = nnx.merge(graph, state), jnp.concatenate(frames, axis=1)
+    cache = vae.init_encode_cache(x.shape[0], *x.shape[2:4]) if cache is None else cache
+    return vae.encode_chunk(x, cache, first=first, stage=stage)
+
+
+def encoding_bytes(vae: WanVAE, height: int, width: int) -> int:
+    """Device memory that `encode_still` takes besides the weights, for an image of this size in pixels."""
+    cache = jax.eval_shape(lambda: vae.init_encode_cache(1, height, width))
+    return int(WORKING_SET * sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(cache)))
+
+
+def compile_still(vae: WanVAE, height: int, width: int) -> None:
+    """Compiles what `encode_still` runs for an image of this size; vae may be abstract."""
+    graph, state = nnx.split(vae)
+    cache = None
+    for first in (True, False):
+        frame: Any = jax.ShapeDtypeStruct((1, 1, height, width, 3), vae.config.dtype)
+        for stage, (stride, _) in enumerate(stages_of(vae)):
+            frames = [frame] * (1 if first else stride)
+            lowered = encode_stage.lower(graph, state, frames, cache, first=first, stage=stage)
+            lowered.compile()
+            frame, cache = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), lowered.out_info)
+
+
+def encode_still(vae: WanVAE, image: np.ndarray, *, num_frames: int, last_image: np.ndarray | None = None) -> jax.Array:
+    """Latents of the clip of an image and grey frames, as `turbojax.models.vae.encode` gives them, for less work.
+
+    The encoder looks back only, so some time after the image each of its stages gives the same frame over and over.
+    From there on the stage is passed over and its result used again: of 80 grey frames the first stage computes 11,
+    the second 22, the third 22 of 40, and only the smallest resolution all 20.
+    """
+    check_video((1, num_frames, *image.shape), vae.config)
+    first, grey = (jnp.asarray(a, vae.config.dtype)[None, None] for a in (image, np.zeros_like(image)))
+    made = [first, *[grey] * (num_frames - 1)]
+    if last_image is not None:
+        if image.shape != last_image.shape or num_frames == 1:
+            raise UserError("a last image needs the size of the first, and more than one frame")
+        made[-1] = jnp.asarray(last_image, vae.config.dtype)[None, None]
+    graph, state = nnx.split(vae)
+    cache = None
+    for stage, (stride, settled) in enumerate(stages_of(vae)):
+        groups = [made[:1], *(made[i : i + stride] for i in range(1, len(made), stride))]
+        made = []
+        for i, group in enumerate(groups):
+            ends = last_image is not None and i == len(groups) - 1
+            if i <= settled or ends:
+                frame, cache = encode_stage(graph, state, group, cache, first=i == 0, stage=stage)
+            made.append(frame)
+    return jnp.concatenate(made, axis=1)
+
+
+def stages_of(vae: WanVAE) -> list[tuple[int, int]]:
+    """For each stage of the encoder, how many frames make one, and the frame from which on all are the same."""
+    encoder, stages = vae.encoder, []
+    frame = encoder.conv_in.settled(1)
+    for i, part in enumerate(encoder.stages):
+        stride = 1
+        for block in (encoder.blocks[j] for j in part):
+            frame, stride = block.settled(frame), stride * block.stride
+        if i == len(encoder.stages) - 1:
+            frame = encoder.conv_out.settled(frame)
+        stages.append((stride, frame))
+    return stages

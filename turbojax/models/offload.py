@@ -1,0 +1,166 @@
+"""Weights in host memory: blocks that stream through the device, and modules that only some stages need.
+
+A layer's large arrays lie in pinned host memory and are copied while the layer before it is computed; all that is small
+stays on the device, stacked over the layers. Results are those of the resident model.
+
+The VAE and the image encoder lie in host memory as numpy arrays and come to the device for their own stage. The
+transformer's embeddings of text and time run before its steps: they lie in pinned host memory, and the compiled sampler
+begins with a copy of them, whose place its steps use again.
+"""
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from turbojax.models.wan import EMBEDDINGS, WanModel
+
+Module = TypeVar("Module", bound=nnx.Module)
+STREAMED_BYTES = 2**16  # arrays of a layer from this size on are streamed: its matrices
+LAYERS_ON_DEVICE = 3  # one that is computed, one that is there for the next, one that arrives
+
+
+def is_streamed(spec: Any) -> bool:
+    """Whether one layer's array of this shape and dtype is streamed."""
+    return spec.size * spec.dtype.itemsize >= STREAMED_BYTES
+
+
+def to_host(array: Any) -> Any:
+    """The array, or its shape and dtype, in pinned host memory, which the device's copy engine reads by itself."""
+    pinned = memory("pinned_host")
+    if isinstance(array, jax.ShapeDtypeStruct):
+        return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=pinned)
+    return jax.device_put(array, pinned)
+
+
+def in_host_memory(array: jax.Array | np.ndarray) -> bool:
+    return isinstance(array, np.ndarray) or array.sharding.memory_kind == "pinned_host"
+
+
+def memory(kind: str | None) -> jax.sharding.Sharding:
+    """Memory of the first device; None for its own."""
+    return jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind=kind)
+
+
+@dataclasses.dataclass(frozen=True)
+class HostBlocks:
+    """Stacked blocks, split: `graph` of one, `resident` stacked `[layers, ...]` on the device, `layers` on the host."""
+
+    graph: nnx.GraphDef
+    resident: nnx.State
+    layers: tuple[nnx.State, ...]
+
+    def __call__(self, x: jax.Array, context: tuple) -> jax.Array:
+        """x through the blocks, `block(x, *context)` each, in place of `scan_blocks`. Takes x's memory.
+
+        The copy of a layer is asked for before the layer ahead of it is, because copies may wait for all computation
+        asked for so far; a layer's memory is free for the next but two when it has been computed.
+        """
+        running: collections.deque[jax.Array] = collections.deque()
+        arriving = self.fetch(0)
+        for i in range(len(self.layers)):
+            if len(running) == LAYERS_ON_DEVICE - 1:
+                running.popleft().block_until_ready()
+            layer, arriving = arriving, self.fetch(i + 1)
+            x, done = run_block(self.graph, self.resident, layer, jnp.int32(i), x, context)
+            running.append(done)
+        while len(running) > LAYERS_ON_DEVICE - 2:
+            running.popleft().block_until_ready()
+        return x
+
+    def fetch(self, i: int) -> nnx.State | None:
+        """Starts the copy of a layer to the device."""
+        return jax.device_put(self.layers[i], memory(None)) if i < len(self.layers) else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Streamed:
+    """A model with streamed blocks; called like the model, but not under a trace.
+
+    graph, state: the model without its blocks, split.
+    """
+
+    config: Any
+    graph: nnx.GraphDef
+    state: nnx.State
+    blocks: HostBlocks
+
+    def __call__(self, *inputs: jax.Array, **more: jax.Array) -> jax.Array:
+        x, context, rest = begin(self.graph, self.state, inputs, more)
+        return end(self.graph, self.state, self.blocks(x, context), rest)
+
+
+class Placed(NamedTuple):
+    """Arrays on the device and in host memory."""
+
+    device: list[jax.Array]
+    host: list[jax.Array | np.ndarray]
+
+    @classmethod
+    def of(cls, arrays: Any) -> "Placed":
+        """Of a pytree."""
+        leaves = jax.tree.leaves(arrays)
+        return cls([a for a in leaves if not in_host_memory(a)], [a for a in leaves if in_host_memory(a)])
+
+
+def placed(model: nnx.Module | Streamed) -> Placed:
+    """A model's arrays."""
+    if isinstance(model, Streamed):
+        return Placed.of((model.state, model.blocks.resident, model.blocks.layers))
+    return Placed.of(nnx.state(model))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def begin(graph: nnx.GraphDef, state: nnx.State, inputs: tuple, more: dict[str, jax.Array]) -> tuple:
+    return nnx.merge(graph, state).begin(*inputs, **more)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def end(graph: nnx.GraphDef, state: nnx.State, x: jax.Array, rest: tuple) -> jax.Array:
+    return nnx.merge(graph, state).end(x, rest)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
+def run_block(
+    graph: nnx.GraphDef, resident: nnx.State, layer: nnx.State, index: jax.Array, x: jax.Array, context: tuple
+) -> tuple[jax.Array, jax.Array]:
+    """One block; the second result is there to be waited for, when the first has been given away."""
+    own = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, index, keepdims=False), resident)
+    x = nnx.merge(graph, own, layer)(x, *context)
+    return x, x[(0,) * x.ndim]
+
+
+def away(model: Module) -> Module:
+    """The module with its parameters as numpy arrays."""
+    graph, state = nnx.split(model)
+    return nnx.merge(graph, jax.device_get(state))
+
+
+def here(model: Module) -> Module:
+    """The module with its parameters on the device; copies of those that were away are freed with it."""
+    graph, state = nnx.split(model)
+    return nnx.merge(graph, jax.device_put(state))
+
+
+def embeddings_away(network: WanModel) -> WanModel:
+    """The network, which may be abstract, with its embeddings in pinned host memory."""
+    graph, state = nnx.split(network)
+    return nnx.merge(graph, of_embeddings(to_host, state))
+
+
+def embeddings_here(state: Any) -> Any:
+    """A network's state under a trace, with its embeddings on the device wherever they come from."""
+    return of_embeddings(lambda array: jax.device_put(array, jax.memory.Space.Device), state)
+
+
+def of_embeddings(change: Callable[[Any], Any], state: Any) -> Any:
+    """A network's state with its embeddings changed."""
+    changed = lambda path, leaf: change(leaf) if path[0].key in EMBEDDINGS else leaf  # noqa: E731
+    return jax.tree_util.tree_map_with_path(changed, state)

@@ -1,0 +1,271 @@
+"""From noise to latents: sizes, samplers, and the steps by a transformer that is on the device or streamed to it.
+
+B batch; latents `[B, 1 + (frames - 1) / 4, height / 8, width / 8, 16]`.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from flax import nnx
+
+from turbojax.diffusion import RCM, Euler, Sampler, Schedule, UniPC, guide, normal, unembedded
+from turbojax.errors import UserError
+from turbojax.models.image_condition import takes_images
+from turbojax.models.offload import Streamed, embeddings_here
+from turbojax.models.vae import VAEConfig
+from turbojax.models.wan import TimeEmbedding, WanConfig, WanModel, patch_grid
+from turbojax.weights.skeleton import wan_skeleton
+
+SamplerName = Literal["rcm", "euler", "unipc"]
+SAMPLERS: tuple[str, ...] = ("rcm", "euler", "unipc")
+TRAINED_FRAMES = 81  # of Wan's and TurboDiffusion's models
+
+
+def latent_shape(config: VAEConfig, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
+    """Latents `[t, h, w, c]` of a video; raises UserError for sizes that no latents have."""
+    step = 2 * config.spatial_factor  # patches of the transformer are 2 x 2 latents
+    for name, size in (("height", height), ("width", width)):
+        if size < step or size % step:
+            low = max(step, size // step * step)
+            raise UserError(f"{name}={size} must be a multiple of {step}; nearest: {low}, {low + step}")
+    if num_frames < 1 or (num_frames - 1) % config.temporal_factor:
+        low = max(0, (num_frames - 1) // config.temporal_factor) * config.temporal_factor + 1
+        raise UserError(
+            f"{num_frames=} must be 1 more than a multiple of {config.temporal_factor}; "
+            f"nearest: {low}, {low + config.temporal_factor}"
+        )
+    t = 1 + (num_frames - 1) // config.temporal_factor
+    return t, height // config.spatial_factor, width // config.spatial_factor, config.z_dim
+
+
+def beyond_training(num_frames: int) -> str | None:
+    """Says what to expect of more frames than the models were trained on; None for as many or fewer."""
+    if num_frames <= TRAINED_FRAMES:
+        return None
+    return (
+        f"{num_frames=} is more than the {TRAINED_FRAMES} that the models were trained on: expect motion that repeats, "
+        "returns or drifts, and time and memory that grow faster than the frames"
+    )
+
+
+def check_seed(seed: int) -> None:
+    if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**64:
+        raise UserError(f"{seed=} must be in 0..{2**64 - 1}")
+
+
+def check_sample_index(index: int, shape: Sequence[int]) -> None:
+    """shape: of the latents, `[B, t, h, w, c]`; their places in the seed's noise are numbered in 32 bits."""
+    most = 2**32 // math.prod(shape[1:]) - shape[0]
+    if not isinstance(index, int | np.integer) or not 0 <= index <= most:
+        raise UserError(f"sample_index={index} must be in 0..{most} for videos of this size")
+
+
+def make_sampler(name: str, *, num_steps: int, sigma_max: float, ode: bool = False, shift: float = 5.0) -> Sampler:
+    """rCM for distilled models, Euler or UniPC for others (which start at their own noise level, 5000)."""
+    if name == "rcm":
+        return RCM(num_steps, sigma_max, ode)
+    if name == "euler":
+        return Euler(num_steps, shift)
+    if name == "unipc":
+        return UniPC(num_steps, shift)
+    raise UserError(f"sampler={name!r} is unknown; choose {', '.join(SAMPLERS)}")
+
+
+# A network as a sampler's steps call it, velocity(x, time), and the function that makes time of timesteps.
+Steps = tuple[Callable[[jax.Array, Any], jax.Array], Callable[[jax.Array], Any]]
+
+
+def resident(graph: Any, state: Any, latents: jax.Array, text: jax.Array, images: dict[str, jax.Array]) -> Steps:
+    """The steps of a split transformer, under a trace; what they share is computed before."""
+    state = embeddings_here(state)
+    network: WanModel = nnx.merge(graph, state)
+    context = network.prepare(text, patch_grid(latents, network.config.patch), clip=images.get("clip"))
+
+    def velocity(x: jax.Array, time: TimeEmbedding) -> jax.Array:
+        network: WanModel = nnx.merge(graph, state)  # a module belongs to the trace that it was made in
+        every = TimeEmbedding(*(jnp.broadcast_to(a[None], (len(x), *a.shape)) for a in time))
+        return network.velocity(x, every, context, y=images.get("y"))
+
+    return velocity, network.embed_time
+
+
+def streamed(
+    network: Streamed,
+    before_step: Callable[[], None],
+    latents: jax.Array,
+    text: jax.Array,
+    images: dict[str, jax.Array],
+) -> Steps:
+    """The steps of a transformer whose blocks come from host memory, without a trace."""
+
+    def velocity(x: jax.Array, timestep: jax.Array) -> jax.Array:
+        before_step()
+        return network(x, jnp.full(len(x), timestep), text, **images)
+
+    return velocity, unembedded
+
+
+def sample(graph: Any, sampler: Sampler, steps: tuple[int, int], state: Any, *arguments: Any) -> jax.Array:
+    """`denoise` by a split transformer, to be compiled: one scan over the steps."""
+    return denoise(functools.partial(resident, graph, state), sampler, steps, *arguments)
+
+
+def denoise(
+    begin: Callable[..., Steps],
+    sampler: Sampler,
+    steps: tuple[int, int],
+    latents: jax.Array,
+    text: jax.Array,
+    negative: jax.Array | None,
+    guidance_scale: jax.Array,
+    key: jax.Array,
+    noise: jax.Array | None,
+    schedule: Schedule | None,
+    images: dict[str, jax.Array],
+    *,
+    scan: bool = True,
+) -> jax.Array:
+    """Latents `[B, t, h, w, c]` before and after steps [start, stop), by text `[B, 512, D]`.
+
+    begin: `resident` or, with scan=False, `streamed`, of a transformer. negative: embedding of the negative prompt,
+    None without guidance. schedule: of a sampler of this kind, None for this one's own. images: what the network
+    takes of images, see `turbojax.models.image_condition`; one serves the whole batch.
+    """
+    batch = latents.shape[0]
+    texts = text if negative is None else jnp.concatenate((text, negative))
+    images = {name: jnp.broadcast_to(a, (len(texts), *a.shape[1:])) for name, a in images.items()}
+    network, embed = begin(latents, texts, images)
+
+    def velocity(x: jax.Array, time: Any) -> jax.Array:
+        if negative is None:
+            return network(x, time)
+        both = network(jnp.concatenate((x, x)), time)
+        return guide(both[:batch], both[batch:], guidance_scale)
+
+    start, stop = steps
+    options: dict[str, Any] = dict(start=start, stop=stop, embed=embed, scan=scan)
+    return sampler.sample(velocity, latents, key=key, noise=noise, schedule=schedule, **options)
+
+
+def with_topk(transformer: Any, sla_topk: float | None) -> Any:
+    """The transformer, streamed or not, with another sla_topk; the weights are shared."""
+    config = transformer.config
+    if sla_topk is None or sla_topk == config.sla_topk:
+        return transformer
+    if config.attention_type == "original":
+        raise UserError(f"{sla_topk=} has no effect on attention_type='original'; load with attention_type='sla'")
+    skeleton = wan_skeleton(dataclasses.replace(config, sla_topk=sla_topk))
+    if isinstance(transformer, Streamed):
+        return skeleton.restructured(transformer)
+    return nnx.merge(skeleton.graph, nnx.state(transformer))
+
+
+def sampler_arguments(
+    sampler: Sampler,
+    shape: tuple[int, ...],
+    text: jax.Array,
+    *,
+    negative: jax.Array | None,
+    guidance_scale: float,
+    seed: int,
+    sample_index: int,
+    latents: jax.Array | None,
+    noise: jax.Array | None,
+    images: dict[str, jax.Array],
+) -> tuple:
+    """What `sample` takes besides the network; options as the pipeline's call takes them."""
+    if sample_index:
+        draws = sampler.num_steps if isinstance(sampler, RCM) and not sampler.ode else 0
+        own, own_noise, step_key = draw_later(seed_words(seed), shape, np.uint32(sample_index), draws)
+        state = sampler.initial(own if latents is None else jnp.asarray(latents))
+        noise = own_noise if noise is None else noise
+    else:
+        state, step_key = first_state(sampler, shape, seed)
+        state = state if latents is None else sampler.initial(jnp.asarray(latents))
+    noise = None if noise is None else jnp.asarray(noise)
+    timesteps, numbers = sampler.schedule()
+    schedule = timesteps, tuple(a.astype(state.dtype) for a in numbers)  # on the host: no programs for small numbers
+    return state, text, negative, np.asarray(guidance_scale, np.float32), step_key, noise, schedule, images
+
+
+def first_state(sampler: Sampler, shape: tuple[int, ...], seed: int) -> tuple[jax.Array, jax.Array]:
+    """The state before the first step, from a seed's noise, and the key of the steps."""
+    noise, step_key = draw(seed_words(seed), shape)
+    return sampler.initial(noise), step_key
+
+
+def seed_words(seed: int) -> np.ndarray:
+    """The high and the low half of a seed, uint32 `[2]`."""
+    return np.array([int(seed) >> 32, int(seed) & 0xFFFFFFFF], np.uint32)
+
+
+def keys_of(seed: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The keys of the latents and of the steps; of a seed of 32 bits, those of `jax.random.key(seed)`."""
+    first_key, step_key = jax.random.split(jax.random.wrap_key_data(seed, impl="threefry2x32"))
+    return first_key, step_key
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def draw(seed: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """Standard normal float32 of this shape, and the key of the steps."""
+    first_key, step_key = keys_of(seed)
+    return normal(first_key, shape), step_key
+
+
+@functools.partial(jax.jit, static_argnums=(1, 3))
+def draw_later(
+    seed: jax.Array, shape: tuple[int, ...], sample: jax.Array, steps: int
+) -> tuple[jax.Array, jax.Array | None, jax.Array]:
+    """The latents of a seed's batch from a sample on, `shape`, their noise `[steps, *shape]`, and the key of the steps.
+
+    They are those parts of what `draw` and the sampler draw for a batch that has these samples: JAX numbers the places
+    of a draw, and the bits of place i are those of the key folded with i.
+    """
+    first_key, step_key = keys_of(seed)
+    start = sample * np.uint32(math.prod(shape[1:]))
+    places = start + jnp.arange(math.prod(shape), dtype=jnp.uint32)
+
+    def normal_there(key: jax.Array) -> jax.Array:
+        high, low = jax.random.key_data(jax.vmap(jax.random.fold_in, (None, 0))(key, places)).T
+        mantissa = (high ^ low) >> 9 | np.uint32(0x3F800000)
+        below_one = jax.lax.bitcast_convert_type(mantissa, jnp.float32) - np.float32(1)
+        least = np.nextafter(np.float32(-1), np.float32(0))
+        uniform = jnp.maximum(least, below_one * (np.float32(1) - least) + least)
+        return (np.float32(np.sqrt(2)) * jax.lax.erf_inv(uniform)).reshape(shape)
+
+    step_keys = [jax.random.fold_in(step_key, i) for i in range(steps)]
+    noise = jnp.stack([normal_there(key) for key in step_keys]) if steps else None
+    return normal_there(first_key), noise, step_key
+
+
+def sampler_program(
+    sampler: Sampler, steps: tuple[int, int], transformer: WanModel, arguments: tuple
+) -> tuple[Hashable, Callable[[], Any]]:
+    """Name of the compiled `sample` for these settings and shapes, and the function that compiles it.
+
+    Samplers of a kind share it: their times are among the arguments. Neither the transformer nor the arguments need be
+    more than shapes.
+    """
+    graph, state = nnx.split(transformer)
+    sampler = sampler.kind
+    shapes = jax.tree.map(lambda a: (a.shape, a.dtype), arguments)
+    name = (sampler, steps, transformer.config, jax.tree.structure(shapes), tuple(jax.tree.leaves(shapes)))
+
+    def build() -> Any:
+        logging.info("Compiling the sampler: %s, steps %d to %d", type(sampler).__name__, steps[0] + 1, steps[1])
+        return jax.jit(sample, static_argnums=(0, 1, 2)).lower(graph, sampler, steps, state, *arguments).compile()
+
+    return name, build
+
+
+def first_noise_level(config: WanConfig, sigma_max: float | None) -> float:
+    """rCM's first noise level; None takes what the checkpoint says, or what the published networks are run with."""
+    published = 200.0 if takes_images(config) else 80.0
+    return next(level for level in (sigma_max, config.sigma_max, published) if level is not None)

@@ -1,0 +1,502 @@
+"""From a prompt, or an image and a prompt, to a video: the pipeline and the functions it is made of.
+
+    pipe = TurboVideoPipeline.from_pretrained("TurboWan2.1-T2V-1.3B-480P.pth")
+    result = pipe("A cat surfing a wave at sunset", seed=1)
+    pipe.save_video(result.videos[0], "cat.mp4")
+
+B batch; video is `b t h w c`, latents `[B, 1 + (frames - 1) / 4, height / 8, width / 8, 16]`.
+"""
+
+import dataclasses
+import functools
+import inspect
+import itertools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from flax import nnx
+
+from turbojax.config import check_ranges
+from turbojax.diffusion import Sampler
+from turbojax.errors import UserError
+from turbojax.kernels.dispatch import compute_capability, slow_gpu
+from turbojax.media import video_checks
+from turbojax.media.image import ImageSource
+from turbojax.media.video import check_fps, check_path, files_of, numbered, open_video, save_video
+from turbojax.memory.estimates import Residency
+from turbojax.memory.experts import BOUNDARY, Experts
+from turbojax.memory.planner import Plan, out_of_memory, parse, way_out
+from turbojax.models.clip import CLIPVision
+from turbojax.models.image_condition import image_inputs, read_images, video_shape
+from turbojax.models.offload import Placed, Streamed, here, placed
+from turbojax.models.published import ModelConfigs
+from turbojax.models.tokenizer import Tokenizer
+from turbojax.models.vae import WanVAE
+from turbojax.models.wan import WanConfig, WanModel
+from turbojax.pipeline.compile import Call, Programs, plan_call
+from turbojax.pipeline.decode import TilingName, check_tiling, decode, needs_tiling
+from turbojax.pipeline.denoise import (
+    SamplerName,
+    beyond_training,
+    check_sample_index,
+    check_seed,
+    denoise,
+    first_noise_level,
+    latent_shape,
+    make_sampler,
+    sampler_arguments,
+    sampler_program,
+    streamed,
+    with_topk,
+)
+from turbojax.pipeline.loading import Loaded, load_published, load_random
+from turbojax.pipeline.text import TextEncoder
+from turbojax.pipeline.timing import Progress, Stopwatch, untold
+from turbojax.weights.lora import LoRA
+from turbojax.weights.skeleton import wan_skeleton
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoOutput:
+    """videos: uint8 `[B, T, H, W, 3]`; latents: float32, what was decoded; timings: seconds by stage; files written.
+
+    warnings: lines on what may not be as it was meant, which the log has, too.
+    """
+
+    videos: np.ndarray
+    latents: jax.Array
+    timings: dict[str, float]
+    files: list[Path] = dataclasses.field(default_factory=list)
+    warnings: list[str] = dataclasses.field(default_factory=list)
+
+
+def check_number(prompts: Sequence[str], num_samples: int) -> None:
+    if not prompts or num_samples < 1:
+        raise UserError(f"{len(prompts)} prompts and {num_samples=} ask for no video; give at least one of each")
+
+
+def told(*lines: str | None) -> list[str]:
+    """The lines that there are, after the log has been given them."""
+    warnings = [line for line in lines if line]
+    for line in warnings:
+        logging.warning("%s", line)
+    return warnings
+
+
+def abstract_call(parts: ModelConfigs, settings: Mapping[str, Any]) -> Call:
+    """settings: of `TurboVideoPipeline.__call__`, whose defaults stand for the others."""
+    call = inspect.signature(TurboVideoPipeline.__call__).bind(None, **{"prompt": "", **settings})
+    call.apply_defaults()
+    return Call.of(parts, call.arguments)
+
+
+def explaining_memory(call: Callable) -> Callable:
+    """A call of a pipeline that says what to change where the device's memory is not enough."""
+
+    @functools.wraps(call)
+    def explained(pipe: "TurboVideoPipeline", *arguments: Any, **settings: Any) -> Any:
+        def advice() -> str:
+            bound = inspect.signature(call).bind(pipe, *arguments, **settings).arguments
+            del bound["self"]
+            return way_out(pipe.plan(**bound, exact=False), pipe.parts)
+
+        with out_of_memory(advice):
+            return call(pipe, *arguments, **settings)
+
+    return explained
+
+
+def bytes_by_dtype(arrays: Any) -> dict[str, int]:
+    totals: dict[str, int] = {}
+    for array in jax.tree.leaves(arrays):
+        name = jnp.dtype(array.dtype).name
+        totals[name] = totals.get(name, 0) + array.size * array.dtype.itemsize
+    return totals
+
+
+class TurboVideoPipeline:
+    """Text encoder, transformer (one, or two experts), VAE and image encoder, loaded once and used for many videos."""
+
+    def __init__(
+        self,
+        transformer: WanModel | Streamed | Experts,
+        vae: WanVAE,
+        text: TextEncoder,
+        *,
+        clip: CLIPVision | None = None,
+        programs: Programs | None = None,
+    ):
+        self.experts = transformer if isinstance(transformer, Experts) else Experts.of(transformer)
+        self.vae, self.text, self.clip = vae, text, clip
+        c = self.config
+        if c.text_dim != text.config.dim:
+            raise UserError(
+                f"the text encoder gives {text.config.dim} features and the transformer takes "
+                f"{c.text_dim}; give the text encoder that belongs to it"
+            )
+        if c.clip_dim != (clip.config.dim if clip else None):
+            raise UserError(f"the transformer takes image tokens of width {c.clip_dim}; give its image encoder")
+        self.load_seconds = 0.0
+        self.memory: str | float = "auto"
+        self._clock = Stopwatch()
+        self._programs = programs or Programs()
+
+    @property
+    def config(self) -> WanConfig:
+        """The transformer's; experts have the same."""
+        return self.experts.config
+
+    @property
+    def transformer(self) -> WanModel | Streamed:
+        """The transformer, or the expert for high noise; brought to the device if it was not there."""
+        return self.experts.bring("high")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_repo: str | Path,
+        *,
+        vae: str | Path | None = None,
+        text_encoder: str | Path | None = None,
+        tokenizer: str | Path | None = None,
+        image_encoder: str | Path | None = None,
+        loras: Sequence[LoRA] = (),
+        boundary: float = BOUNDARY,
+        quant_linear: bool | None = None,
+        quant_scheme: str | None = None,
+        attention_type: str | None = None,
+        sla_topk: float | None = None,
+        sage_values: str | None = None,
+        dtype: Any = jnp.bfloat16,
+        cache_prompts: bool = True,
+        memory: str | float = "auto",
+        prepare: Mapping[str, Any] | None = None,
+    ) -> "TurboVideoPipeline":
+        """Loads published or converted checkpoints; None follows what the checkpoint says.
+
+        path_or_repo: a transformer file, a folder or a Hugging Face repository; of two experts, either one's file finds
+          the other. What it does not hold (TurboDiffusion's repositories have the transformer alone) comes from vae,
+          text_encoder and tokenizer, or else from Wan-AI/Wan2.1-T2V-1.3B; image_encoder (CLIP, for Wan 2.1 image to
+          video) from Wan-AI/Wan2.1-I2V-14B-480P.
+        loras: merged while loading, before quantization; see `turbojax.weights.lora`.
+        boundary: the rectified-flow time at which experts change, from high noise to low.
+        quant_linear: True for int8 linear layers in the blocks, quantizing while loading where the file is not.
+        quant_scheme: a name of `turbojax.kernels.int8.QUANT_SCHEMES`, "block128" unless the checkpoint has another.
+        attention_type: "original", "sla" or "sagesla". sla_topk: share of key blocks that the latter two attend to.
+        sage_values: how SageSLA multiplies with v, see `turbojax.kernels.sage`.
+        cache_prompts: keep text embeddings in the user's cache folder. The text encoder is checked here and loaded at
+          the first prompt that is not there.
+        memory: "auto" keeps on the device what fits beside a call with the settings of `prepare`, or the default ones;
+          "resident" everything; "stream" leaves transformers and text encoder in host memory and copies them a layer
+          ahead; a number is the limit in GB to plan for, as "auto", which may also keep one of two experts in host
+          memory at a time, see `turbojax.memory.experts`. Without a GPU "auto" is "resident".
+        prepare: settings of the first call, such as `dict(height=720, width=1280)`; what it runs is compiled while the
+          weights load.
+
+        Raises UserError or CheckpointError with one sentence for what cannot be found or does not fit.
+        """
+        start = time.perf_counter()
+        loaded = load_published(
+            path_or_repo,
+            {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer, "image_encoder": image_encoder},
+            functools.partial(abstract_call, settings=prepare or {}),
+            ahead=prepare is not None,
+            memory=memory,
+            loras=loras,
+            boundary=boundary,
+            cache_prompts=cache_prompts,
+            quant_linear=quant_linear,
+            quant_scheme=quant_scheme,
+            attention_type=attention_type,
+            sla_topk=sla_topk,
+            sage_values=sage_values,
+            dtype=dtype,
+        )
+        return cls._of(loaded, start, memory)
+
+    @classmethod
+    def random(
+        cls,
+        model: str,
+        tokenizer: Tokenizer,
+        *,
+        quant_linear: bool | None = None,
+        quant_scheme: str | None = None,
+        attention_type: str | None = None,
+        sla_topk: float | None = None,
+        sage_values: str | None = None,
+        dtype: Any = jnp.bfloat16,
+        seed: int = 0,
+        memory: str | float = "auto",
+        prepare: Mapping[str, Any] | None = None,
+    ) -> "TurboVideoPipeline":
+        """The full-size network with generated weights, for benchmarks: it makes noise, not videos.
+
+        Options as `from_pretrained` takes them.
+        """
+        start = time.perf_counter()
+        loaded = load_random(
+            model,
+            tokenizer,
+            functools.partial(abstract_call, settings=prepare or {}),
+            ahead=prepare is not None,
+            memory=memory,
+            seed=seed,
+            quant_linear=quant_linear,
+            quant_scheme=quant_scheme,
+            attention_type=attention_type,
+            sla_topk=sla_topk,
+            sage_values=sage_values,
+            dtype=dtype,
+        )
+        return cls._of(loaded, start, memory)
+
+    @classmethod
+    def _of(cls, loaded: Loaded, start: float, memory: str | float) -> "TurboVideoPipeline":
+        """start: when loading began."""
+        with loaded.programs.needed():
+            pipe = cls(loaded.experts, loaded.vae, loaded.text, clip=loaded.clip, programs=loaded.programs)
+        pipe.memory = memory
+        jax.block_until_ready((pipe.experts.placed(), placed(pipe.vae)))
+        pipe.load_seconds = time.perf_counter() - start
+        if slow := slow_gpu(compute_capability()):
+            logging.warning(slow)
+        c = pipe.config
+        logging.info(
+            "Loaded %s in %.1f s: %d layers of width %d, %s linear layers, %s attention",
+            loaded.name,
+            pipe.load_seconds,
+            c.num_layers,
+            c.dim,
+            f"int8 ({c.quant.scheme})" if c.quant else jnp.dtype(c.dtype).name,
+            c.attention_type + ("" if c.attention_type == "original" else f" (topk {c.sla_topk})"),
+        )
+        return pipe
+
+    @explaining_memory
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        image: ImageSource | None = None,
+        last_image: ImageSource | None = None,
+        background: str = "white",
+        adaptive_size: bool = True,
+        negative_prompt: str | None = None,
+        num_frames: int = 81,
+        height: int = 480,
+        width: int = 832,
+        num_inference_steps: int = 4,
+        guidance_scale: float = 1.0,
+        sampler: SamplerName = "rcm",
+        sigma_max: float | None = None,
+        ode: bool = False,
+        shift: float = 5.0,
+        sla_topk: float | None = None,
+        seed: int = 0,
+        num_samples: int = 1,
+        sample_index: int = 0,
+        latents: jax.Array | None = None,
+        noise: jax.Array | None = None,
+        output: str | Path | None = None,
+        fps: int = 16,
+        vae_tiling: TilingName = "auto",
+        progress: Progress = untold,
+    ) -> VideoOutput:
+        """Makes num_samples videos of each prompt.
+
+        image: the first frame (a path, an array or a PIL image) for networks that make videos from images; last_image:
+          the last frame, for those that take one. background shows through where they are transparent.
+        adaptive_size: with an image, the video has its shape and the area of height x width; False squeezes the image.
+        num_frames: 4 n + 1, up to 81 as trained; height, width: pixels, multiples of 16.
+        num_inference_steps: 1 to 4 for "rcm", about 50 for "euler" and "unipc".
+        guidance_scale: other than 1 runs the network for the negative prompt too (undistilled models).
+        sigma_max: first noise level of rCM, None for 80, with an image 200; ode: deterministic steps.
+        shift: of Euler's and UniPC's times.
+        sla_topk: another share of key blocks for this call; compiles once for each value.
+        latents: standard normal `[B, t, h, w, c]` in place of the seed's; noise: `[steps, B, t, h, w, c]` likewise for
+          the noise that rCM's SDE adds. B counts the samples of the first prompt, then those of the second.
+        output: a file to write while decoding, with fps frames a second, as `save_video` does; several videos are
+          numbered, clip_0000.mp4, clip_0001.mp4, ...
+        vae_tiling: decode in tiles that pass into each other, with less memory and more time: "on", "off", or "auto"
+          where whole frames would not fit.
+        seed: 0 to 2**64 - 1; the same one gives the same videos. It draws the noise of one batch, the samples of the
+          first prompt, then those of the second: the prompts of a list get different noise.
+        sample_index: the place in that batch of the first video that is made, so that sample i of prompt k can be made
+          alone, up to rounding: that prompt, the same seed, num_samples=1, sample_index = k * (samples a prompt) + i.
+        progress: called with a stage's name and the share of it that is done, as stages begin, after decoded chunks and
+          before the steps of a streamed transformer. What it raises ends the call; no file is left then.
+
+        Raises UserError for impossible sizes and settings, for files that cannot be written, and where the network
+        returns NaN.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        numbers = {"num_frames": num_frames, "height": height, "width": width, "num_samples": num_samples, "fps": fps}
+        scales = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "shift": shift}
+        check_ranges(numbers | scales)
+        check_number(prompts, num_samples)
+        check_seed(seed)
+        check_tiling(vae_tiling)
+        pictures = read_images(self.config, image, last_image, background)
+        width, height = video_shape(width, height, pictures, adaptive=adaptive_size)
+        sigma_max = first_noise_level(self.config, sigma_max)
+        steps = make_sampler(sampler, num_steps=num_inference_steps, sigma_max=sigma_max, ode=ode, shift=shift)
+        guided = guidance_scale != 1.0
+        shape = (len(prompts) * num_samples, *latent_shape(self.vae.config, num_frames, height, width))
+        for name, value, expected in (
+            ("latents", latents, shape),
+            ("noise", noise, (num_inference_steps, *shape)),
+        ):
+            if value is not None and value.shape != expected:
+                raise UserError(f"{name} has the shape {value.shape} and must have {expected}")
+
+        check_sample_index(sample_index, shape)
+        outputs = [] if output is None else [numbered(check_path(output), i, shape[0]) for i in range(shape[0])]
+        check_fps(fps)
+        unguided = "negative_prompt has no effect with guidance_scale=1" if negative_prompt and not guided else None
+        warnings = told(beyond_training(num_frames), unguided)
+        warnings += self.text.cut([*prompts, negative_prompt or ""] if guided else prompts)  # told when they are read
+
+        self._clock.take()  # what a call that failed has left
+        self._clock.progress = progress
+        with self._clock.stage("compile"):
+            self._programs.wait("text")
+        with self._clock.stage("text"):
+            text = jax.device_put(np.repeat(self.text(prompts), num_samples, axis=0))
+            negative = None
+            if guided:
+                negative = jax.device_put(np.repeat(self.text([negative_prompt or ""]), shape[0], axis=0))
+        images: dict[str, jax.Array] = {}
+        if pictures:
+            with self._clock.stage("compile"):
+                self._programs.wait("image")
+            with self._clock.stage("image"):
+                sizes = dict(num_frames=num_frames, width=width, height=height)
+                images = self._image_inputs(pictures, **sizes)
+        with self._clock.stage("compile"):
+            self._programs.wait("noise")
+            arguments = sampler_arguments(
+                steps,
+                shape,
+                text,
+                negative=negative,
+                guidance_scale=guidance_scale,
+                seed=seed,
+                sample_index=sample_index,
+                latents=latents,
+                noise=noise,
+                images=images,
+            )
+        clean = self._sample(steps, sla_topk, arguments)
+        host = np.asarray(clean)
+        if not np.isfinite(host).all():
+            raise UserError("the network returned NaN or infinity; check the checkpoint, or try dtype float32")
+        with self._clock.stage("compile"):
+            self._programs.wait("vae")
+        self.experts.make_room()
+        with self._clock.stage("vae"):
+            vae = here(self.vae)
+        tiled = needs_tiling(vae, *shape[2:4], vae_tiling, limit=parse(self.memory, None)[1])
+        videos = self._decode(vae, host, outputs, fps, tiled=tiled)
+        warnings += told(*video_checks.warnings(videos))
+        written = [file for path in outputs for file in files_of(path, num_frames)]
+        return VideoOutput(videos, clean, self._clock.take(), written, warnings)
+
+    def _image_inputs(self, pictures: Sequence[np.ndarray], **sizes: int) -> dict[str, jax.Array]:
+        """`image_inputs` by networks that are on the device while it runs."""
+        clip = here(self.clip) if self.clip else None
+        return jax.block_until_ready(image_inputs(here(self.vae), clip, pictures, **sizes))
+
+    def _sample(self, sampler: Sampler, sla_topk: float | None, arguments: tuple) -> jax.Array:
+        """The steps by the networks that make them; compiled once for each part, configuration and shape."""
+        parts = self.experts.parts(sampler)
+        programs: list[Any] = [None] * len(parts)
+        if not self.experts.streamed:
+            network = with_topk(self.experts.arranged(wan_skeleton(self.config).abstract()), sla_topk)
+            with self._clock.stage("compile"):
+                programs = [self._programs.get(*sampler_program(sampler, p, network, arguments)) for _, p in parts]
+        latents, *rest = arguments
+        for i, ((name, steps), program) in enumerate(zip(parts, programs, strict=True)):
+            with self._clock.stage("experts") if self.experts.in_turn else nullcontext():
+                transformer = with_topk(self.experts.bring(name), sla_topk)
+                if self.experts.in_turn and i + 1 < len(parts):
+                    self.experts.prefetch(parts[i + 1][0], self.experts.room_beside(program))
+            with self._clock.stage("diffusion"):
+                if isinstance(transformer, Streamed):
+                    shares = iter(np.arange(*steps) / sampler.num_steps)
+                    begin = functools.partial(streamed, transformer, functools.partial(self._step, shares))
+                    latents = denoise(begin, sampler, steps, latents, *rest, scan=False)
+                else:
+                    latents = program(nnx.state(transformer), latents, *rest)
+                latents.block_until_ready()
+        return latents
+
+    def _step(self, shares: Iterator[float]) -> None:
+        """Tells the progress before a step."""
+        self._clock.progress("diffusion", float(next(shares)))
+
+    def _decode(
+        self, vae: WanVAE, latents: np.ndarray, outputs: Sequence[Path], fps: int, *, tiled: bool
+    ) -> np.ndarray:
+        """Latents `[B, t, h, w, c]` to uint8 videos `[B, T, H, W, 3]`, written to the outputs as their frames come."""
+        c = vae.config
+        _, t, h, w, _ = latents.shape
+        shape = (1 + (t - 1) * c.temporal_factor, h * c.spatial_factor, w * c.spatial_factor, 3)
+        videos = np.empty((len(latents), *shape), np.uint8)
+        done = 0
+        for latent, video, output in itertools.zip_longest(latents, videos, outputs):
+            writing = open_video(output, shape, fps) if output else nullcontext(None)
+            with self._clock.stage("file"), writing as append, self._clock.stage("vae"):
+                start = 0
+                for frames in decode(vae, latent, tiled=tiled):
+                    video[start : start + len(frames)] = frames
+                    start += len(frames)
+                    done += len(frames)
+                    if append:
+                        append(frames)
+                    self._clock.progress("vae", done / (len(videos) * shape[0]))
+        return videos
+
+    @property
+    def parts(self) -> ModelConfigs:
+        """The configurations of the networks."""
+        clip = self.clip.config if self.clip else None
+        return ModelConfigs(self.config, self.vae.config, self.text.config, clip, len(self.experts.names))
+
+    def plan(self, *, memory: str | float | None = None, exact: bool = True, **settings: Any) -> Plan:
+        """What a call with these settings will need of the device, stage by stage; print it.
+
+        memory: as `from_pretrained` takes it, for what that would choose; None for the weights where they are.
+        exact: on a GPU, compile the call's programs (half a minute) instead of estimating.
+        Raises UserError for impossible sizes and settings.
+        """
+        residency = None
+        if memory is None:
+            memory = self.memory
+            residency = Residency(
+                idle_in_host=bool(placed(self.vae).host),
+                text_streamed=self.text.streamed,
+                in_turn=self.experts.in_turn,
+                transformer_streamed=self.experts.streamed,
+            )
+        return plan_call(self.parts, abstract_call(self.parts, settings), memory, residency=residency, exact=exact)
+
+    def memory_report(self) -> dict[str, dict[str, int]]:
+        """Bytes by component and dtype, measured from the arrays; "host" has the token table and what is not on it."""
+        encoder = self.text.encoder if self.text.loaded else None
+        modules = {"vae": self.vae, "text_encoder": encoder, "image_encoder": self.clip}
+        where = {"transformer": self.experts.placed()}
+        where |= {name: placed(module) if module else Placed([], []) for name, module in modules.items()}
+        report = {name: bytes_by_dtype(arrays.device) for name, arrays in where.items()}
+        return report | {"host": bytes_by_dtype((self.text.table, *(arrays.host for arrays in where.values())))}
+
+    def save_video(self, video: np.ndarray, path: str | Path, fps: int = 16) -> list[Path]:
+        """Writes one video, uint8 `[T, H, W, 3]`, as .mp4, .gif or numbered .png; see `media.video.save_video`."""
+        return save_video(video, path, fps)

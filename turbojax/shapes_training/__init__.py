@@ -1,0 +1,1 @@
+"""How the small model of the world of shapes is trained and judged."""
