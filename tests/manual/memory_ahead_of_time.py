@@ -62,7 +62,7 @@ def compare(model: str, size: str, quant_scheme: str | None, **options) -> dict[
     parts = ModelConfigs(config, VAEConfig.wan2_1(), UMT5Config.xxl())
     width, height = video_size(size, "16:9")
     call = abstract_call(parts, {"width": width, "height": height})
-    program = lambda: sampler_program(call.sampler, (0, 4), wan_skeleton(config).abstract(), call.arguments)[1]()  # noqa: E731
+    program = lambda _: sampler_program(call.sampler, (0, 4), wan_skeleton(config).abstract(), call.arguments)[1]()  # noqa: E731
     measure = compiled(parts, call.work, program)
     result = {}
     for name, where in (("resident", Residency()), ("streamed", STREAMED)):

@@ -11,7 +11,6 @@ Names of cases, sizes, settings and tolerances are the fixture's: any folder of 
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from tests.golden_io import Incomplete, load

@@ -12,9 +12,9 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from tests.parity import compare
 from tests.closeness import relative_error
 from tests.golden_io import GOLDEN, load
+from tests.parity import compare
 from tests.parity.wan import build, channels_first, channels_last, inputs
 
 FILES = sorted(GOLDEN.glob("*.safetensors"))

@@ -16,8 +16,9 @@ import pytest
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from tests.parity import compare, train as parity_train
 from tests.golden_io import GOLDEN, Incomplete, load, number
+from tests.parity import compare
+from tests.parity import train as parity_train
 
 
 @pytest.fixture(autouse=True)
