@@ -7,13 +7,8 @@ VAE, text encoder and tokenizer of huggingface.co/Wan-AI/Wan2.1-T2V-1.3B.
 Expect the video of configs/wan14b.py with 14.5 GB of transformer weights.
 """
 
-from turbojax.config import base_config
+from turbojax.config import changed, load_config
 
 
 def get_config():
-    return base_config(
-        model="wan2.1-t2v-14b",
-        weights="TurboDiffusion/TurboWan2.1-T2V-14B-720P",
-        resolution="720p",
-        quant_linear=True,
-    )
+    return changed(load_config("wan14b"), quant_linear=True)

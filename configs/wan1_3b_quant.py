@@ -8,8 +8,8 @@ quantized while it loads.
 Expect the video of configs/wan1_3b.py with half the memory for the transformer's weights.
 """
 
-from turbojax.config import base_config
+from turbojax.config import changed, load_config
 
 
 def get_config():
-    return base_config(model="wan2.1-t2v-1.3b", weights="TurboDiffusion/TurboWan2.1-T2V-1.3B-480P", quant_linear=True)
+    return changed(load_config("wan1_3b"), quant_linear=True)

@@ -9,14 +9,8 @@ Expect a 5 second video in the shape of the image, at the area of 1280 x 720. Ea
 Where they do not fit together, the second comes from host memory when the first is done.
 """
 
-from turbojax.config import base_config
+from turbojax.config import changed, load_config
 
 
 def get_config():
-    return base_config(
-        model="wan2.2-i2v-a14b",
-        weights="TurboDiffusion/TurboWan2.2-I2V-A14B-720P",
-        resolution="720p",
-        sigma_max=200.0,
-        quant_linear=True,
-    )
+    return changed(load_config("wan22_i2v"), quant_linear=True)

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from turbojax import UserError
 from turbojax.app.generate import call_settings
-from turbojax.config import SETTINGS, base_config, changed, describe_settings, parse_value
+from turbojax.config import SETTINGS, base_config, changed, describe_settings, load_config, parse_value
 from turbojax.media.video import check_path, video_size
 from turbojax.models.published import MODELS
 from turbojax.models.vae import VAEConfig
@@ -52,6 +52,16 @@ def test_docstring_is_the_command(file):
         assert re.search(r"\bTurboWan[\w.-]+\.pth\b", text)
         assert "huggingface.co/Wan-AI/Wan2.1-T2V-1.3B" in text.replace("\n", " ")
         assert ("quant" in file.stem) == ("-quant.pth" in text)
+
+
+def test_variant_states_what_it_changes():
+    int8, base = load_config("wan14b_480p_quant"), load_config("wan14b")
+    assert int8.is_locked
+    assert {name: value for name, value in int8.items() if value != base[name]} == {
+        "weights": "TurboDiffusion/TurboWan2.1-T2V-14B-480P",
+        "resolution": "480p",
+        "quant_linear": True,
+    }
 
 
 @files

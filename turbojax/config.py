@@ -4,7 +4,9 @@ Files in configs/ change a few of them. Those of training are in `turbojax.train
 """
 
 import difflib
+import runpy
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +15,9 @@ from ml_collections.config_dict import placeholder
 
 from turbojax.errors import UserError, quoted
 from turbojax.json_reader import Integer, Mismatch, Nullable, Number, Schema
+
+PACKAGE = Path(__file__).parent
+CONFIGS = PACKAGE / "configs" if (PACKAGE / "configs").is_dir() else PACKAGE.parent / "configs"  # wheel, checkout
 
 PROMPT = (
     "A stylish woman walks down a Tokyo street filled with warm glowing neon and animated city signage. She wears "
@@ -103,6 +108,11 @@ def base_config(settings: Sequence[Setting] = SETTINGS, **changes: Any) -> Confi
     config.lock()
     config.update(changes)
     return config
+
+
+def load_config(name: str, *arguments: Any) -> ConfigDict:
+    """Returns what get_config(*arguments) of configs/NAME.py does; a variant of that file states only its changes."""
+    return runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"](*arguments)
 
 
 def changed(config: ConfigDict, **changes: Any) -> ConfigDict:

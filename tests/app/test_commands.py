@@ -14,11 +14,11 @@ import pytest
 
 from turbojax import UserError
 from turbojax.app import cli, commands
+from turbojax.config import CONFIGS
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:os\.fork\(\) was called")
 
 ROOT = Path(__file__).parents[2]
-CONFIGS = sorted(path.name for path in (ROOT / "configs").glob("*.py"))
 SMALL = ["--config.height=32", "--config.width=48", "--config.num_frames=5", "--config.num_inference_steps=1"]
 BUILD = "from hatchling.build import build_wheel; build_wheel('dist')"
 
@@ -66,7 +66,7 @@ def test_unknown_command(monkeypatch, capsys):
 def test_configurations_by_name(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     for path in ("demo", "configs/demo.py"):
-        assert cli.find_config(path) == cli.CONFIGS / "demo.py"
+        assert cli.find_config(path) == CONFIGS / "demo.py"
     for path in ("other/demo.py", "demo.py", "nothing"):
         with pytest.raises(UserError, match=rf"--config={path} is no file; give one, or a name: demo, "):
             cli.find_config(path)
@@ -75,7 +75,7 @@ def test_configurations_by_name(monkeypatch, tmp_path):
     own.write_text("")
     assert cli.find_config("configs/demo.py") == own
     for given in (["--config=train_toy:sla"], ["--config", "train_toy:sla"]):
-        assert cli.find_configs(given, ()) == [f"--config={cli.CONFIGS / 'train_toy.py'}:sla"]
+        assert cli.find_configs(given, ()) == [f"--config={CONFIGS / 'train_toy.py'}:sla"]
 
 
 def test_stages_of_the_small_model_find_their_settings():
@@ -106,7 +106,7 @@ def test_wheel_holds_the_package_and_the_configurations(wheel):
         return {str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix in kinds}
 
     packed = {name.removeprefix("turbojax/") for name in files(wheel)}
-    assert packed == files(ROOT / "turbojax") | {f"configs/{name}" for name in CONFIGS}
+    assert packed == files(ROOT / "turbojax") | {f"configs/{path.name}" for path in CONFIGS.glob("*.py")}
     (entry_points,) = wheel.glob("*.dist-info/entry_points.txt")
     assert "turbojax = turbojax.app.commands:main" in entry_points.read_text()
 
@@ -117,3 +117,10 @@ def test_video_without_the_checkout(wheel, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert len(imageio.mimread(tmp_path / "outputs" / "demo.mp4")) == 5
+
+
+def test_variant_without_the_checkout(wheel, tmp_path):
+    code = "from turbojax.config import *; print(load_config('wan14b_quant').quant_linear, CONFIGS)"
+    environment = os.environ | {"PYTHONPATH": str(wheel)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.stdout.split() == ["True", str(wheel / "turbojax" / "configs")], done.stderr

@@ -2,7 +2,6 @@
 
 import json
 import re
-import runpy
 import shutil
 import subprocess
 
@@ -11,8 +10,8 @@ from PIL import Image
 
 from tests.docs.pages import ROOT, blocks
 from turbojax.app import generate
-from turbojax.app.cli import CONFIGS
 from turbojax.app.web.page import Server, build, launch
+from turbojax.config import load_config
 from turbojax.shapes.demo import demo_picture
 
 pytestmark = [
@@ -29,7 +28,7 @@ FIRST, UPLOAD, CANCEL, LOGIN = [block.text for block in blocks(ROOT / "docs" / "
 def serve(demo_pipe, tmp_path_factory):
     """Serves the page of configs/demo.py with tiny networks, for all or to a name and a password; gives its address."""
     served = []
-    config = runpy.run_path(str(CONFIGS / "demo.py"))["get_config"]()
+    config = load_config("demo")
 
     def serve(auth=None):
         server = Server(config, tmp_path_factory.mktemp("videos"))

@@ -12,15 +12,13 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict
 
 from turbojax.app.signals import ending_in_order, exit_code
-from turbojax.config import SETTINGS, Setting, check_names
+from turbojax.config import CONFIGS, SETTINGS, Setting, check_names
 from turbojax.errors import UserError
 from turbojax.files import user_path
 from turbojax.memory.planner import short_of_memory
 from turbojax.pipeline.program_cache import use_compilation_cache
 
 USAGE = 2
-PACKAGE = Path(__file__).parents[1]
-CONFIGS = next(filter(Path.is_dir, (PACKAGE / "configs", PACKAGE.parent / "configs")))  # of a wheel, of the checkout
 LESS_MEMORY = "memory=stream, quant_linear=True, a smaller resolution, or fewer num_frames or num_samples"
 
 

@@ -13,13 +13,13 @@ works.
 
 import functools
 import math
-import runpy
 import time
 
 from absl import flags, logging
 from ml_collections import ConfigDict
 
 from turbojax.app import cli
+from turbojax.config import load_config
 from turbojax.errors import UserError
 from turbojax.files import check_folder
 
@@ -41,7 +41,7 @@ STEPS = flags.DEFINE_float("steps", 1.0, "share of each stage's steps", flag_val
 
 def settings(stage: str, *, size: str, steps: float) -> ConfigDict:
     """What configs/shapes_STAGE.py says."""
-    config = runpy.run_path(str(cli.CONFIGS / f"shapes_{stage}.py"))["get_config"](size)
+    config = load_config(f"shapes_{stage}", size)
     name = "steps" if stage == "text" else "num_steps"
     config[name] = max(1, round(config[name] * steps))
     return config
