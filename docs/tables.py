@@ -14,7 +14,7 @@ from typing import Any
 from turbojax.kernels.int8 import QuantConfig
 from turbojax.media.video import video_size
 from turbojax.memory.planner import GB, Plan
-from turbojax.models.published import MODELS, TWO_EXPERTS, published_parts
+from turbojax.models.published import MODELS, TWO_EXPERTS, published_configs
 from turbojax.pipeline.compile import plan_call
 from turbojax.pipeline.pipeline import abstract_call
 
@@ -24,10 +24,10 @@ BENCHMARKS = DOCS.parent / "benchmarks"
 CARDS = (8, 12, 16, 24, 32, 40, 48, 80)  # GiB
 NETWORKS = {"1.3B": "wan2.1-t2v-1.3b", "14B": "wan2.1-t2v-14b", "A14B": "wan2.2-i2v-a14b"}
 LETTERS = {
-    "idle_in_host": "I",
+    "idle_offloaded": "I",
     "text_streamed": "T",
     "vae_tiled": "V",
-    "in_turn": "E",
+    "swap_experts": "E",
     "transformer_streamed": "S",
 }
 
@@ -48,11 +48,11 @@ def cards(share: float) -> list[str]:
     for name, model in NETWORKS.items():
         for resolution in ("480p", "720p"):
             for precision, quant in (("int8", QuantConfig()), ("bfloat16", None)):
-                parts = published_parts(MODELS[model](attention_type="sla", quant=quant), two=model in TWO_EXPERTS)
+                configs = published_configs(MODELS[model](attention_type="sla", quant=quant), two=model in TWO_EXPERTS)
                 width, height = video_size(resolution, "16:9")
-                call = abstract_call(parts, {"width": width, "height": height})
+                call = abstract_call(configs, {"width": width, "height": height})
                 limits = [share * card * 2**30 / GB for card in CARDS]
-                plans = [plan_call(parts, call, limit, exact=False) for limit in limits]
+                plans = [plan_call(configs, call, limit, exact=False) for limit in limits]
                 rows.append([f"{name}, {resolution}, {precision}", *map(choice, plans)])
     return table(["", *(f"{card} GB" for card in CARDS)], rows)
 

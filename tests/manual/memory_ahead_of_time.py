@@ -4,7 +4,7 @@
 
 Needs jax's CUDA plugin (jax 0.11 or later) and jax-triton; takes ten minutes on two cores. Kernels are lowered as on a
 card. Without one XLA cannot search for the fastest matmul and is told to take cuBLAS, as it does on an H100; what the
-search itself takes (`estimates.tried`) is left out of both numbers. Not run by pytest.
+search itself takes (`estimates.autotuning_bytes`) is left out of both numbers. Not run by pytest.
 """
 
 import argparse
@@ -59,14 +59,14 @@ STREAMED = Residency(text_streamed=True, vae_tiled=True, transformer_streamed=Tr
 def compare(model: str, size: str, quant_scheme: str | None, **options) -> dict[str, dict[str, dict[str, int]]]:
     """Bytes of temporaries by stage, resident and streamed (with the VAE in tiles)."""
     config = with_options(MODELS[model](), quant_linear=quant_scheme is not None, quant_scheme=quant_scheme, **options)
-    parts = ModelConfigs(config, VAEConfig.wan2_1(), UMT5Config.xxl())
+    configs = ModelConfigs(config, VAEConfig.wan2_1(), UMT5Config.xxl())
     width, height = video_size(size, "16:9")
-    call = abstract_call(parts, {"width": width, "height": height})
+    call = abstract_call(configs, {"width": width, "height": height})
     program = lambda _: sampler_program(call.sampler, (0, 4), wan_skeleton(config).abstract(), call.arguments)[1]()  # noqa: E731
-    measure = compiled(parts, call.work, program)
+    measure = compiled(configs, call.workload, program)
     result = {}
     for name, where in (("resident", Residency()), ("streamed", STREAMED)):
-        found, guess = measure(where)._asdict(), estimate(parts, call.work, where)._asdict()
+        found, guess = measure(where)._asdict(), estimate(configs, call.workload, where)._asdict()
         result[name] = {stage: {"analysis": found[stage], "estimate": guess[stage]} for stage in found}
     return result
 
@@ -82,7 +82,7 @@ def main() -> None:
     results = {}
     with (
         jax.default_device(topology.devices[0]),
-        mock.patch.object(estimates, "tried", return_value=0),
+        mock.patch.object(estimates, "autotuning_bytes", return_value=0),
         mock.patch.object(jax, "devices", return_value=[card]),
         mock.patch.object(jax, "default_backend", return_value="gpu"),
         mock.patch.object(launcher.triton_kernel_call_lib, "get_compute_capability", return_value=90),

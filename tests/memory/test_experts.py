@@ -28,7 +28,8 @@ def numbers(model: WanModel) -> list[np.ndarray]:
 def places(experts: Experts) -> dict[str, int]:
     """Bytes on the device and in host memory."""
     return {
-        place: sum(a.nbytes for a in jax.tree.leaves(arrays)) for place, arrays in experts.placed()._asdict().items()
+        place: sum(a.nbytes for a in jax.tree.leaves(arrays))
+        for place, arrays in experts.arrays_by_memory()._asdict().items()
     }
 
 
@@ -40,7 +41,7 @@ def assert_equal(ours: list, theirs: list):
 @pytest.mark.parametrize("config", [PLAIN, INT8], ids=["float", "int8"])
 @pytest.mark.parametrize("room", [0, 200_000, 2**40], ids=["no_room", "some_room", "room"])
 def test_one_at_a_time(config, room):
-    experts = Experts(in_turn=True)
+    experts = Experts(swap_experts=True)
     expected = {}
     for name, seed in (("low", 1), ("high", 2)):
         model = network(config, seed)
@@ -50,7 +51,7 @@ def test_one_at_a_time(config, room):
     one = sum(leaf.nbytes for leaf in expected["high"])
     both_on_host = config.quant is not None
     for name, following in (("high", "low"), ("low", "high"), ("high", "low"), ("low", "low")):
-        model = experts.bring(name)
+        model = experts.activate(name)
         assert_equal(numbers(model), expected[name])
         assert places(experts) == {"device": one, "host": 2 * one if both_on_host else one}
         experts.prefetch(following, room)
@@ -59,9 +60,9 @@ def test_one_at_a_time(config, room):
         assert (extra == one) == (room > one and following != name)
         assert_equal(numbers(model), expected[name])
     del model
-    experts.make_room()
+    experts.release()
     assert places(experts)["device"] == (0 if both_on_host else one)
-    assert_equal(numbers(experts.bring("low")), expected["low"])
+    assert_equal(numbers(experts.activate("low")), expected["low"])
 
 
 def test_both_stay():
@@ -70,17 +71,17 @@ def test_both_stay():
     experts.add("low", low)
     experts.add("high", high)
     for name, model in (("high", high), ("low", low), ("high", high)):
-        assert_equal(numbers(experts.bring(name)), numbers(model))
+        assert_equal(numbers(experts.activate(name)), numbers(model))
     assert places(experts)["host"] == 0
 
 
 def test_steps():
-    assert Experts.of(network(PLAIN, 1)).parts(RCM(4, 200.0)) == [("high", (0, 4))]
+    assert Experts.of(network(PLAIN, 1)).step_ranges(RCM(4, 200.0)) == [("high", (0, 4))]
     experts = Experts()
-    assert experts.parts(RCM(4, 200.0)) == [("high", (0, 2)), ("low", (2, 4))]
-    assert experts.parts(RCM(1, 200.0)) == [("high", (0, 1))]
-    assert experts.parts(RCM(1, 1.0)) == [("low", (0, 1))]
-    assert Experts(boundary=0.8).parts(RCM(4, 200.0)) == [("high", (0, 3)), ("low", (3, 4))]
+    assert experts.step_ranges(RCM(4, 200.0)) == [("high", (0, 2)), ("low", (2, 4))]
+    assert experts.step_ranges(RCM(1, 200.0)) == [("high", (0, 1))]
+    assert experts.step_ranges(RCM(1, 1.0)) == [("low", (0, 1))]
+    assert Experts(boundary=0.8).step_ranges(RCM(4, 200.0)) == [("high", (0, 3)), ("low", (3, 4))]
 
 
 def test_different_kinds():

@@ -9,9 +9,17 @@ import pytest
 from turbojax import UserError
 from turbojax.kernels.int8 import QuantConfig
 from turbojax.memory import planner
-from turbojax.memory.estimates import Residency, Temporaries, Work, compiled, estimate, tried
-from turbojax.memory.planner import Sizes, Streamable, gigabytes, loading_advice, out_of_memory, plan, way_out
-from turbojax.models.published import ModelConfigs, published_parts
+from turbojax.memory.estimates import Residency, TemporaryMemory, Workload, autotuning_bytes, compiled, estimate
+from turbojax.memory.planner import (
+    StreamableBytes,
+    WeightBytes,
+    gigabytes,
+    loading_advice,
+    out_of_memory,
+    plan,
+    suggestion,
+)
+from turbojax.models.published import ModelConfigs, published_configs
 from turbojax.models.umt5 import UMT5Config
 from turbojax.models.vae import VAEConfig
 from turbojax.models.wan import WanConfig
@@ -19,11 +27,11 @@ from turbojax.shapes.demo import demo_configs
 from turbojax.weights.skeleton import wan_skeleton
 
 SMALL, LARGE, INT8 = WanConfig.t2v_1_3b(), WanConfig.t2v_14b(), WanConfig.t2v_14b(quant=QuantConfig())
-WORK = {"480p": Work((21, 60, 104, 16)), "720p": Work((21, 90, 160, 16))}
+WORKLOADS = {"480p": Workload((21, 60, 104, 16)), "720p": Workload((21, 90, 160, 16))}
 MODELS = {"1.3B": SMALL, "14B": LARGE, "14B int8": INT8}
 
 
-def parts(config: WanConfig) -> ModelConfigs:
+def configs(config: WanConfig) -> ModelConfigs:
     return ModelConfigs(config, VAEConfig.wan2_1(), UMT5Config.xxl())
 
 
@@ -41,7 +49,7 @@ def test_weights_are_those_loaded_on_a_card():
         (LARGE, 38129806592, None),
         (INT8, None, 14612364544),
     ):
-        sizes = Sizes(parts(config))
+        sizes = WeightBytes(configs(config))
         transformer, text = sizes.transformer.kept(False), sizes.text.kept(False)
         if everything:
             assert near(transformer + text + sizes.vae, everything, 0.005)
@@ -51,8 +59,8 @@ def test_weights_are_those_loaded_on_a_card():
 
 def test_the_estimate_is_near_a_measured_peak():
     """diffusion of 14B at 720p with int8 layers, the weights in it."""
-    weights = Sizes(parts(INT8)).transformer.kept(False)
-    assert near(weights + estimate(parts(INT8), WORK["720p"], Residency()).diffusion, 18556204288, 0.01)
+    weights = WeightBytes(configs(INT8)).transformer.kept(False)
+    assert near(weights + estimate(configs(INT8), WORKLOADS["720p"], Residency()).diffusion, 18556204288, 0.01)
 
 
 @pytest.mark.parametrize(
@@ -71,35 +79,37 @@ def test_the_estimate_is_near_a_measured_peak():
     ids=str,
 )
 def test_estimates_are_near_xla_s_analysis(config, size, expected):
-    found = estimate(parts(config), WORK[size], Residency()).diffusion
-    if found == tried(config, WORK[size]):  # what trying matmuls takes is not in a program's analysis
+    found = estimate(configs(config), WORKLOADS[size], Residency()).diffusion
+    if found == autotuning_bytes(config, WORKLOADS[size]):  # what trying matmuls takes is not in a program's analysis
         assert found > expected * 1e9
     else:
         assert near(found, expected * 1e9, 0.05)
 
 
-def test_temporaries_grow_with_the_call():
-    one = estimate(parts(INT8), WORK["480p"], Residency())
-    for more in (WORK["480p"]._replace(batch=2), WORK["480p"]._replace(guided=True)):
-        two = estimate(parts(INT8), more, Residency())
+def test_temporary_memory_grow_with_the_call():
+    one = estimate(configs(INT8), WORKLOADS["480p"], Residency())
+    for more in (WORKLOADS["480p"]._replace(batch=2), WORKLOADS["480p"]._replace(guided=True)):
+        two = estimate(configs(INT8), more, Residency())
         assert near(two.diffusion, 2 * one.diffusion, 0.01)
         assert two.vae == one.vae  # a video at a time
 
 
 def test_tiles_take_less_the_larger_the_video():
-    shares = [estimate(parts(SMALL), work, Residency(vae_tiled=True)).vae for work in WORK.values()]
-    whole = [estimate(parts(SMALL), work, Residency()).vae for work in WORK.values()]
+    shares = [estimate(configs(SMALL), workload, Residency(vae_tiled=True)).vae for workload in WORKLOADS.values()]
+    whole = [estimate(configs(SMALL), workload, Residency()).vae for workload in WORKLOADS.values()]
     assert shares[0] < 0.35 * whole[0]
     assert shares[1] < 0.15 * whole[1]
 
 
 def test_tiling_is_the_call_s():
     """Not where it is switched off, whatever it costs; always where it is on."""
-    on, off = (plan(parts(INT8), WORK["720p"]._replace(vae_tiling=tiling), memory=24) for tiling in ("on", "off"))
+    on, off = (
+        plan(configs(INT8), WORKLOADS["720p"]._replace(vae_tiling=tiling), memory=24) for tiling in ("on", "off")
+    )
     assert (names(on.residency), names(off.residency)) == ("text vae", "transformer")
-    off = plan(parts(INT8), WORK["720p"]._replace(vae_tiling="off"), memory=8)
+    off = plan(configs(INT8), WORKLOADS["720p"]._replace(vae_tiling="off"), memory=8)
     assert "set vae_tiling=on, or a smaller resolution" in off.reasons[-1]
-    loaded = plan(parts(INT8), WORK["720p"], memory=24, residency=Residency(text_streamed=True))
+    loaded = plan(configs(INT8), WORKLOADS["720p"], memory=24, residency=Residency(text_streamed=True))
     assert names(loaded.residency) == "text vae"
 
 
@@ -139,7 +149,7 @@ def names(where: Residency) -> str:
 @pytest.mark.parametrize(("model", "size"), CHOICES, ids=str)
 def test_what_goes_where(model, size):
     for card, expected in CHOICES[model, size].items():
-        found = plan(parts(MODELS[model]), WORK[size], memory=card)
+        found = plan(configs(MODELS[model]), WORKLOADS[size], memory=card)
         assert (names(found.residency) if found.fits else None) == expected, card
         assert found.limit == card * 10**9
 
@@ -150,10 +160,10 @@ def test_18_gb(monkeypatch):
     As the card's own memory, of which 5 % stay free, 18 GB are too little for that.
     """
     vae = {True: 1_096_411_896, False: 8_619_483_184}
-    analysis = {tiled: Temporaries(110_119_202, 3_455_843_760, size) for tiled, size in vae.items()}
+    analysis = {tiled: TemporaryMemory(110_119_202, 3_455_843_760, size) for tiled, size in vae.items()}
     monkeypatch.setattr(planner, "compiled", lambda *arguments: lambda where: analysis[where.vae_tiled])
-    large = parts(dataclasses.replace(INT8, attention_type="sagesla"))
-    find = functools.partial(plan, large, WORK["720p"], compile_sampler=lambda embeddings_wait: None)
+    large = configs(dataclasses.replace(INT8, attention_type="sagesla"))
+    find = functools.partial(plan, large, WORKLOADS["720p"], compile_sampler=lambda embeddings_offloaded: None)
     for named in (18, "18"):
         found = find(memory=named)
         assert names(found.residency) == "idle text vae"
@@ -161,7 +171,7 @@ def test_18_gb(monkeypatch):
         assert found.peak == found.largest.total < 17.6e9
         assert found.usable == 17_640_000_000
     idle = {stage.name: stage for stage in found.stages}
-    sizes = Sizes(large)
+    sizes = WeightBytes(large)
     blocks = sizes.transformer.kept(False) - sizes.embeddings
     assert near(sizes.embeddings, 464_097_280, 1e-9)
     assert idle["diffusion"].weights == blocks + sizes.text.kept(True)
@@ -170,7 +180,7 @@ def test_18_gb(monkeypatch):
 
 
 def test_streaming_takes_three_layers():
-    streamable = Streamable.of(wan_skeleton(INT8))
+    streamable = StreamableBytes.of(wan_skeleton(INT8))
     total = sum(spec.size * spec.dtype.itemsize for spec in wan_skeleton(INT8).specs.values())
     assert streamable.kept(False) == streamable.in_use(False) == total
     assert streamable.in_use(True) == streamable.kept(True) + 3 * streamable.layer
@@ -188,19 +198,19 @@ def test_modes_and_unknown_devices():
         ("stream", 80 * 10**9, streamed),
         ("80", 10**9, resident),
     ):
-        assert plan(parts(INT8), WORK["480p"], memory=mode, limit=limit).residency == expected
+        assert plan(configs(INT8), WORKLOADS["480p"], memory=mode, limit=limit).residency == expected
     given = Residency(text_streamed=True)
-    assert plan(parts(INT8), WORK["480p"], limit=80 * 10**9, residency=given).residency == given
+    assert plan(configs(INT8), WORKLOADS["480p"], limit=80 * 10**9, residency=given).residency == given
 
 
 @pytest.mark.parametrize("value", ["much", "0", "-3", "nan", "inf", ""])
 def test_bad_values(value):
     with pytest.raises(UserError, match="is unknown; choose auto, resident, stream or the card's GB, such as 12"):
-        plan(parts(INT8), WORK["480p"], memory=value)
+        plan(configs(INT8), WORKLOADS["480p"], memory=value)
 
 
 def test_table():
-    lines = str(plan(parts(INT8), WORK["480p"], memory=24)).splitlines()
+    lines = str(plan(configs(INT8), WORKLOADS["480p"], memory=24)).splitlines()
     assert [line.split()[0] for line in lines[:5]] == ["GB", "load", "text", "diffusion", "vae"]
     assert lines[4].split() == ["vae", "14.8", "4.0", "18.8", "peak"]
     assert lines[5] == "The card's memory: 24.0 GB. Temporaries: an estimate."
@@ -210,7 +220,7 @@ def test_table():
 
 
 def test_where_nothing_fits():
-    found = plan(parts(LARGE), WORK["720p"]._replace(batch=4), memory=12)
+    found = plan(configs(LARGE), WORKLOADS["720p"]._replace(batch=4), memory=12)
     assert not found.fits
     assert names(found.residency) == "idle text vae transformer"
     assert found.reasons[-1].startswith("diffusion needs ")
@@ -220,15 +230,15 @@ def test_where_nothing_fits():
 
 
 def test_ways_out():
-    resident = plan(parts(LARGE), WORK["480p"], memory="resident", limit=24 * 10**9)
-    assert "set memory=stream, or quant_linear=True" in way_out(resident, parts(LARGE))
-    fitting = plan(parts(INT8), WORK["480p"], memory="resident", limit=80 * 10**9)
-    assert "does another program use it?" in way_out(fitting, parts(INT8))
-    unknown = plan(parts(INT8), WORK["480p"], memory="resident")
-    assert way_out(unknown, parts(INT8)).startswith(
+    resident = plan(configs(LARGE), WORKLOADS["480p"], memory="resident", limit=24 * 10**9)
+    assert "set memory=stream, or quant_linear=True" in suggestion(resident, configs(LARGE))
+    fitting = plan(configs(INT8), WORKLOADS["480p"], memory="resident", limit=80 * 10**9)
+    assert "does another program use it?" in suggestion(fitting, configs(INT8))
+    unknown = plan(configs(INT8), WORKLOADS["480p"], memory="resident")
+    assert suggestion(unknown, configs(INT8)).startswith(
         "memory is not enough: vae needs about 28.0 GB; set vae_tiling=on, or memory=stream"
     )
-    assert loading_advice(parts(LARGE)).endswith("load 28.6 GB of weights; set quant_linear=True, or memory=stream")
+    assert loading_advice(configs(LARGE)).endswith("load 28.6 GB of weights; set quant_linear=True, or memory=stream")
 
 
 def test_out_of_memory():
@@ -242,27 +252,30 @@ def test_out_of_memory():
 # Compiled programs: here those of a CPU, so only that all of them are asked for.
 
 
-def test_temporaries_of_compiled_programs():
+def test_temporary_memory_of_compiled_programs():
     small = ModelConfigs(*demo_configs())
     sampler = jax.jit(lambda x: x + 1).lower(jax.ShapeDtypeStruct((1000, 1000), "float32")).compile()
     asked = []
 
-    def compile_sampler(embeddings_wait: bool):
-        asked.append(embeddings_wait)
+    def compile_sampler(embeddings_offloaded: bool):
+        asked.append(embeddings_offloaded)
         return sampler
 
-    measure = compiled(small, Work((2, 4, 6, 16)), compile_sampler)
+    measure = compiled(small, Workload((2, 4, 6, 16)), compile_sampler)
     resident, streamed = (
         measure(Residency()),
         measure(Residency(text_streamed=True, vae_tiled=True, transformer_streamed=True)),
     )
-    assert isinstance(resident, Temporaries)
+    assert isinstance(resident, TemporaryMemory)
     assert resident.diffusion > 4e6
     assert all(sizes > 0 for sizes in (*resident[:3], *streamed[:3]))
     assert resident.image == 0  # it makes videos from text
-    assert planner.plan(small, Work((2, 4, 6, 16)), limit=10**9, compile_sampler=compile_sampler).exact
+    assert planner.plan(small, Workload((2, 4, 6, 16)), limit=10**9, compile_sampler=compile_sampler).exact
     assert asked == [False, False]
-    waiting = measure(Residency(idle_in_host=True)), measure(Residency(idle_in_host=True, transformer_streamed=True))
+    waiting = (
+        measure(Residency(idle_offloaded=True)),
+        measure(Residency(idle_offloaded=True, transformer_streamed=True)),
+    )
     assert waiting[0] == resident
     assert waiting[1].diffusion == streamed.diffusion  # a streamed transformer computes its embeddings in each step
     assert asked == [False, False, True]
@@ -270,18 +283,18 @@ def test_temporaries_of_compiled_programs():
 
 def test_two_experts():
     """Image to video at 720p, int8: both under 36 GB, one at a time under 24, streamed under 14; CLIP counts, too."""
-    experts = published_parts(WanConfig.i2v_a14b(quant=QuantConfig(), attention_type="sagesla"), two=True)
+    experts = published_configs(WanConfig.i2v_a14b(quant=QuantConfig(), attention_type="sagesla"), two=True)
     chosen = {}
     for limit in (80, 36, 24, 14):
-        found = plan(experts, WORK["720p"], limit=limit * 10**9)
+        found = plan(experts, WORKLOADS["720p"], limit=limit * 10**9)
         assert found.fits
         chosen[limit] = found.residency
     assert chosen[80] == Residency()
-    moved = {limit: (where.in_turn, where.transformer_streamed) for limit, where in chosen.items()}
+    moved = {limit: (where.swap_experts, where.transformer_streamed) for limit, where in chosen.items()}
     assert moved == {80: (False, False), 36: (False, False), 24: (True, False), 14: (False, True)}
-    one = published_parts(WanConfig.i2v_14b(quant=QuantConfig()), two=False)
-    assert Sizes(one).clip == 2 * 611_086_080 + 2 * 2 * 1280 * (2 * 31 + 1)  # norms are in float32
-    assert "image" in {stage.name for stage in plan(one, WORK["720p"]).stages}
+    one = published_configs(WanConfig.i2v_14b(quant=QuantConfig()), two=False)
+    assert WeightBytes(one).clip == 2 * 611_086_080 + 2 * 2 * 1280 * (2 * 31 + 1)  # norms are in float32
+    assert "image" in {stage.name for stage in plan(one, WORKLOADS["720p"]).stages}
 
 
 def test_a_small_model_needs_some_memory():

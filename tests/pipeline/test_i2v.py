@@ -14,7 +14,7 @@ from turbojax import TurboVideoPipeline, UserError
 from turbojax.diffusion import RCM
 from turbojax.media.image import resize, to_unit
 from turbojax.memory.estimates import Residency
-from turbojax.memory.planner import GB, ROOM, Sizes
+from turbojax.memory.planner import GB, USABLE_SHARE, WeightBytes
 from turbojax.models.clip import CLIPConfig
 from turbojax.models.image_condition import condition, video_shape
 from turbojax.pipeline import pipeline
@@ -84,17 +84,17 @@ def test_output(pipe, picture, tmp_path):
     assert output.is_file()
 
 
-@pytest.mark.parametrize("idle_in_host", [False, True], ids=["in_turn", "in_turn, idle in host"])
-def test_experts_in_turn(pipe, folder, picture, undecoded, idle_in_host):
+@pytest.mark.parametrize("idle_offloaded", [False, True], ids=["swap_experts", "swap_experts, idle offloaded"])
+def test_swapped_experts(pipe, folder, picture, undecoded, idle_offloaded):
     """A limit that both do not fit in: the plan says so, results are the same, and the device holds one of them."""
     options = dict(image=picture, **SIZE)
-    one, sizes = total(pipe, "transformer") // 2, Sizes(pipe.parts)
-    waiting = sizes.embeddings if idle_in_host else 0
-    limit = pipe.plan(**options).peak - one - (sizes.vae if idle_in_host else 0)
+    one, sizes = total(pipe, "transformer") // 2, WeightBytes(pipe.configs)
+    waiting = sizes.embeddings if idle_offloaded else 0
+    limit = pipe.plan(**options).peak - one - (sizes.vae if idle_offloaded else 0)
     load = functools.partial(TurboVideoPipeline.from_pretrained, folder, dtype=jnp.float32, prepare=options)
-    moving = load(memory=(limit + 1) / ROOM / GB)
-    assert moving.experts.in_turn
-    assert moving.plan(**options).residency == Residency(idle_in_host=idle_in_host, in_turn=True)
+    moving = load(memory=(limit + 1) / USABLE_SHARE / GB)
+    assert moving.experts.swap_experts
+    assert moving.plan(**options).residency == Residency(idle_offloaded=idle_offloaded, swap_experts=True)
     assert "One of the two experts" in str(moving.plan(**options))
     assert total(moving, "transformer") == one - waiting
     for seed in (1, 2):
@@ -102,7 +102,7 @@ def test_experts_in_turn(pipe, folder, picture, undecoded, idle_in_host):
         np.testing.assert_array_equal(ours.latents, theirs.latents)
         assert "experts" in ours.timings
         assert total(moving, "transformer") == one - waiting
-    vae = sizes.vae if idle_in_host else 0
+    vae = sizes.vae if idle_offloaded else 0
     assert total(moving, "host") == one + waiting + vae + moving.text.table.nbytes
 
 
@@ -180,7 +180,7 @@ def test_lora_into_one_expert(pipe, folder, picture, undecoded, tmp_path):
     for expert in ("high", "low"):
         changed = TurboVideoPipeline.from_pretrained(folder, dtype=jnp.float32, loras=[LoRA(path, 0.5, expert)])
         for name in ("high", "low"):
-            before, after = (p.experts.bring(name).blocks.cross_attn.o.weight[...][1] for p in (pipe, changed))
+            before, after = (p.experts.activate(name).blocks.cross_attn.o.weight[...][1] for p in (pipe, changed))
             np.testing.assert_allclose(after - before, 0.5 * up @ down if name == expert else 0 * before, atol=1e-4)
         assert np.abs(changed(PROMPT, image=picture, **SIZE).latents - plain).max() > 1e-3
 
@@ -223,8 +223,8 @@ def test_clip(clip_pipe, picture, undecoded):
 
 def test_clip_waits_in_host_memory(clip_pipe, load_clip_pipe, picture, undecoded):
     options = dict(image=picture, **SIZE)
-    waiting = load_clip_pipe(memory=(clip_pipe.plan(**options).peak - 1) / ROOM / GB, prepare=options)
-    assert waiting.plan(**options).residency == Residency(idle_in_host=True)
+    waiting = load_clip_pipe(memory=(clip_pipe.plan(**options).peak - 1) / USABLE_SHARE / GB, prepare=options)
+    assert waiting.plan(**options).residency == Residency(idle_offloaded=True)
     np.testing.assert_array_equal(*(p(PROMPT, seed=3, **options).latents for p in (waiting, clip_pipe)))
     assert [total(waiting, name) for name in ("vae", "image_encoder")] == [0, 0]
 

@@ -14,7 +14,7 @@ from turbojax import CheckpointError, TurboVideoPipeline, UserError, VideoOutput
 from turbojax.diffusion import normal
 from turbojax.media.video import save_video
 from turbojax.memory.estimates import Residency
-from turbojax.memory.planner import GB, ROOM, Sizes
+from turbojax.memory.planner import GB, USABLE_SHARE, WeightBytes
 from turbojax.models import published
 from turbojax.models.vae import decoding_bytes
 from turbojax.pipeline import loading, pipeline
@@ -296,10 +296,10 @@ def test_streamed_weights_give_the_same_videos(demo, options):
 def test_what_is_idle_in_host_memory_gives_the_same_videos(demo, demo_pipe, run):
     """Chosen first where a limit is short; before and after a call the device has neither VAE nor embeddings."""
     settings = {"num_inference_steps": STEPS, **SIZE}
-    short = (demo_pipe.plan(**settings).peak - 1) / ROOM / GB
+    short = (demo_pipe.plan(**settings).peak - 1) / USABLE_SHARE / GB
     waiting = TurboVideoPipeline.from_pretrained(demo, dtype=jnp.float32, memory=short, prepare=settings)
-    plan, sizes = waiting.plan(**settings), Sizes(demo_pipe.parts)
-    assert plan.residency == Residency(idle_in_host=True)
+    plan, sizes = waiting.plan(**settings), WeightBytes(demo_pipe.configs)
+    assert plan.residency == Residency(idle_offloaded=True)
     stages = {stage.name: stage for stage in plan.stages}
     for _ in range(2):
         on_device = {name: total(by_dtype) for name, by_dtype in waiting.memory_report().items()}

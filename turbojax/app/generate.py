@@ -26,7 +26,7 @@ from turbojax.models.wan import WanConfig
 from turbojax.pipeline.decode import check_tiling
 from turbojax.pipeline.denoise import check_sample_index, check_seed, latent_shape, make_sampler
 from turbojax.pipeline.pipeline import TurboVideoPipeline, VideoOutput, check_number
-from turbojax.pipeline.plan import find_parts, plan_unloaded
+from turbojax.pipeline.plan import find_configs, plan_unloaded
 from turbojax.pipeline.timing import Progress, untold
 from turbojax.shapes import WORDS
 from turbojax.shapes.demo import DEMOS, demo_folder
@@ -73,7 +73,7 @@ def plan(config: ConfigDict, *, exact: bool | None = True) -> Plan:
 def makes_from_images(config: ConfigDict) -> bool:
     """Whether the network takes an image; of weights, names and shapes are read."""
     options = {name: value for name, value in network_options(config).items() if name != "memory"}
-    return takes_images(find_parts(weights_of(config), **components(config), **options).transformer)
+    return takes_images(find_configs(weights_of(config), **components(config), **options).transformer)
 
 
 def components(config: ConfigDict) -> dict[str, Any]:

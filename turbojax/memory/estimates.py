@@ -25,7 +25,7 @@ from turbojax.models.wan import WanConfig, kept_keys
 from turbojax.weights.skeleton import umt5_skeleton, vae_skeleton, wan_skeleton
 
 
-class Work(NamedTuple):
+class Workload(NamedTuple):
     """What decides the temporaries of a call: latents `[t, h, w, c]` of one video, their number, and settings."""
 
     latents: tuple[int, int, int, int]
@@ -50,27 +50,32 @@ class Work(NamedTuple):
 class Residency:
     """Where weights are, and whether the VAE decodes whole frames; all of it on the device if nothing is set."""
 
-    idle_in_host: bool = False  # VAE, image encoder and embeddings, while others run
+    idle_offloaded: bool = False  # VAE, image encoder and embeddings, while others run
     text_streamed: bool = False
     vae_tiled: bool = False
-    in_turn: bool = False  # of two transformers one is on the device at a time
+    swap_experts: bool = False  # of two transformers one is on the device at a time
     transformer_streamed: bool = False
 
+    @classmethod
+    def from_mode(cls, mode: str) -> "Residency":
+        """Returns what "stream" or "resident" asks for; for "auto", the residency that is fastest where it fits."""
+        return cls(text_streamed=mode == "stream", transformer_streamed=mode == "stream")
+
     @property
-    def embeddings_wait(self) -> bool:
-        """Whether the transformer's embeddings are in host memory; a streamed one computes them in each step."""
-        return self.idle_in_host and not self.transformer_streamed
+    def embeddings_offloaded(self) -> bool:
+        """True if the transformer's embeddings are in host memory; a streamed one computes them in each step."""
+        return self.idle_offloaded and not self.transformer_streamed
 
 
-class Temporaries(NamedTuple):
+class TemporaryMemory(NamedTuple):
     text: int
     diffusion: int
     vae: int
     image: int = 0
 
 
-def estimate(parts: ModelConfigs, work: Work, where: Residency) -> Temporaries:
-    """Temporaries without a GPU, by what is alive at the programs' largest moment.
+def estimate(configs: ModelConfigs, workload: Workload, where: Residency) -> TemporaryMemory:
+    """Temporary memory without a GPU, by what is alive at the programs' largest moment.
 
     L tokens, D width, F ffn width:
 
@@ -79,17 +84,17 @@ def estimate(parts: ModelConfigs, work: Work, where: Residency) -> Temporaries:
                     attention: `ATTENTION_ARRAYS` arrays `[L, D]` and keys of the text that are kept
                     ffn: the hidden state `[L, F]`, int8 with block scales, both int8 and bfloat16 with channel scales,
                          beside 2 to 3.5 arrays `[L, D]` and these keys, which share a place with channel scales
-                    what XLA tries matmuls with, see `tried`
+                    XLA's autotuning of matmuls, see `autotuning_bytes`
       image       the VAE encoding an image, `turbojax.models.image_condition.encoding_bytes`
       vae         `vae.decoding_bytes`, in tiles of one tile; the middle block works on whole frames before
 
     Fitted to XLA's analysis for an H100, checked against measured peaks, see docs/performance.md.
     """
-    c = parts.transformer
-    item, tokens = jnp.dtype(c.dtype).itemsize, work.tokens(c)
+    c = configs.transformer
+    item, tokens = jnp.dtype(c.dtype).itemsize, workload.tokens(c)
     array = tokens * c.dim * item
     hidden = tokens * c.ffn_dim
-    keys = 0 if where.transformer_streamed else kept_keys(c, work.batch * (1 + work.guided) * c.text_len)
+    keys = 0 if where.transformer_streamed else kept_keys(c, workload.batch * (1 + workload.guided) * c.text_len)
     if c.quant is None:
         arrays, ffn = 6.5, item * hidden + 3.5 * array + keys
     elif c.quant.scheme == "block128" and not c.quant.weight_only:
@@ -97,24 +102,26 @@ def estimate(parts: ModelConfigs, work: Work, where: Residency) -> Temporaries:
     else:
         arrays, ffn = ATTENTION_ARRAYS[c.attention_type], (1 + item) * hidden + array + max(array, keys)
     table = tokens * c.head_dim * jnp.dtype(jnp.float32).itemsize
-    diffusion = max(int(max(arrays * array + keys, ffn)) + table + work.latent_bytes, tried(c, work))
-    text = 6 * 4 * parts.text.num_heads * TEXT_LEN**2
-    return Temporaries(text, diffusion, decoding(parts.vae, work, where.vae_tiled), encoding(parts, work))
+    diffusion = max(int(max(arrays * array + keys, ffn)) + table + workload.latent_bytes, autotuning_bytes(c, workload))
+    text = 6 * 4 * configs.text.num_heads * TEXT_LEN**2
+    return TemporaryMemory(
+        text, diffusion, decoding(configs.vae, workload, where.vae_tiled), encoding(configs, workload)
+    )
 
 
 @functools.lru_cache
-def encoding(parts: ModelConfigs, work: Work) -> int:
+def encoding(configs: ModelConfigs, workload: Workload) -> int:
     """The VAE's share in image to video."""
-    if not takes_images(parts.transformer):
+    if not takes_images(configs.transformer):
         return 0
-    return encoding_bytes(vae_skeleton(parts.vae).abstract(), *work.pixels(parts.vae))
+    return encoding_bytes(vae_skeleton(configs.vae).abstract(), *workload.pixels(configs.vae))
 
 
 # Arrays `[L, D]` alive at once with int8 layers: the stream, q, k, v, a result, and SageSLA's codes.
 ATTENTION_ARRAYS = {"original": 5.0, "sla": 5.1, "sagesla": 4.5}
 
 
-def tried(config: WanConfig, work: Work) -> int:
+def autotuning_bytes(config: WanConfig, workload: Workload) -> int:
     """What XLA's search for the fastest matmul allocates, beside the weights, when a program is compiled.
 
     Its operands and two results, the one to check and the one to compare with, each between 16 MiB of guard bytes, and
@@ -122,16 +129,16 @@ def tried(config: WanConfig, work: Work) -> int:
     """
     if config.quant is not None:
         return 0
-    tokens, item = work.tokens(config), jnp.dtype(config.dtype).itemsize
+    tokens, item = workload.tokens(config), jnp.dtype(config.dtype).itemsize
     numbers = tokens * config.dim + config.ffn_dim * config.dim + 2 * tokens * config.ffn_dim
     return item * numbers + (4 * 16 + 32) * 2**20
 
 
 @functools.lru_cache
-def decoding(config: VAEConfig, work: Work, tiled: bool) -> int:
+def decoding(config: VAEConfig, workload: Workload, tiled: bool) -> int:
     """Estimate of the VAE; in tiles the middle block's features of the whole clip are there, too, and its scores."""
     vae = vae_skeleton(config).abstract()
-    t, h, w, _ = work.latents
+    t, h, w, _ = workload.latents
     if not tiled:
         return vae_model.decoding_bytes(vae, h, w)
     features = t * h * w * config.dim * config.dim_mult[-1] * jnp.dtype(config.dtype).itemsize
@@ -140,13 +147,13 @@ def decoding(config: VAEConfig, work: Work, tiled: bool) -> int:
 
 
 def compiled(
-    parts: ModelConfigs, work: Work, compile_sampler: Callable[[bool], Any]
-) -> Callable[[Residency], Temporaries]:
-    """Temporaries by XLA's analysis of the programs, each compiled for the first device when first asked for.
+    configs: ModelConfigs, workload: Workload, compile_sampler: Callable[[bool], Any]
+) -> Callable[[Residency], TemporaryMemory]:
+    """Temporary memory by XLA's analysis of the programs, each compiled for the first device when first asked for.
 
     compile_sampler: as `turbojax.memory.planner.plan` takes it.
     """
-    c, t5 = parts.transformer, parts.text
+    c, t5 = configs.transformer, configs.text
 
     @functools.cache
     def text(streamed: bool) -> int:
@@ -158,39 +165,39 @@ def compiled(
         return of_program(umt5.run_encoder.lower(*nnx.split(skeleton.abstract()), embedded, mask).compile())
 
     @functools.cache
-    def diffusion(streamed: bool, embeddings_wait: bool) -> int:
-        n = work.batch * (1 + work.guided)
-        latents = jax.ShapeDtypeStruct((n, *work.latents), jnp.float32)
+    def diffusion(streamed: bool, embeddings_offloaded: bool) -> int:
+        n = workload.batch * (1 + workload.guided)
+        latents = jax.ShapeDtypeStruct((n, *workload.latents), jnp.float32)
         embedding = jax.ShapeDtypeStruct((n, TEXT_LEN, c.text_dim), c.dtype)
         if streamed:
             times = jax.ShapeDtypeStruct((n,), jnp.float32)
-            images = image_shapes(c, parts.vae, latents.shape)
+            images = image_shapes(c, configs.vae, latents.shape)
             network = of_streamed(wan_skeleton(c).abstract_streamed(), latents, times, embedding, **images)
         else:
-            network = of_program(compile_sampler(embeddings_wait))
-        return max(network + tree_bytes((latents, embedding)), tried(c, work))
+            network = of_program(compile_sampler(embeddings_offloaded))
+        return max(network + tree_bytes((latents, embedding)), autotuning_bytes(c, workload))
 
     @functools.cache
     def vae(tiled: bool) -> int:
         compile_vae = compile_tiles if tiled else vae_model.compile_decoding
-        programs = compile_vae(vae_skeleton(parts.vae).abstract(), (1, *work.latents), as_uint8=True)
+        programs = compile_vae(vae_skeleton(configs.vae).abstract(), (1, *workload.latents), as_uint8=True)
         return max(of_program(program) + argument_bytes(program) for program in programs)
 
-    return lambda where: Temporaries(
+    return lambda where: TemporaryMemory(
         text(where.text_streamed),
-        diffusion(where.transformer_streamed, where.embeddings_wait),
+        diffusion(where.transformer_streamed, where.embeddings_offloaded),
         vae(where.vae_tiled),
-        encoding(parts, work),
+        encoding(configs, workload),
     )
 
 
 def of_streamed(model: offload.Streamed, *inputs: jax.ShapeDtypeStruct, **more: jax.ShapeDtypeStruct) -> int:
     """Of the largest of the three programs of a streamed model, with what the others leave for it."""
-    first = offload.begin.lower(model.graph, model.state, inputs, more)
-    x, context, rest = jax.eval_shape(functools.partial(offload.begin, model.graph), model.state, inputs, more)
+    first = offload.embed.lower(model.graph, model.state, inputs, more)
+    x, context, rest = jax.eval_shape(functools.partial(offload.embed, model.graph), model.state, inputs, more)
     blocks, index = model.blocks, jax.ShapeDtypeStruct((), jnp.int32)
     block = offload.run_block.lower(blocks.graph, blocks.resident, blocks.layers[0], index, x, context)
-    last = offload.end.lower(model.graph, model.state, x, rest)
+    last = offload.unembed.lower(model.graph, model.state, x, rest)
     return max(
         of_program(first.compile()),
         tree_bytes((x, context, rest)) + of_program(block.compile()),

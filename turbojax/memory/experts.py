@@ -15,7 +15,15 @@ from flax import nnx
 from turbojax.diffusion import Sampler, expert_split
 from turbojax.errors import UserError
 from turbojax.memory.planner import memory_stats
-from turbojax.models.offload import Placed, Streamed, embeddings_away, in_host_memory, memory, placed, to_host
+from turbojax.models.offload import (
+    ArraysByMemory,
+    Streamed,
+    arrays_by_memory,
+    in_host_memory,
+    memory,
+    offload_embeddings,
+    to_pinned_host,
+)
 from turbojax.models.wan import WanConfig, WanModel
 from turbojax.weights.lora import Expert
 
@@ -25,7 +33,7 @@ SLACK = 2**30  # bytes of the device left free beside what is known to be needed
 BOUNDARY = 0.9  # rectified-flow time at which Wan 2.2 image to video changes experts
 
 
-class Network:
+class SwappableNetwork:
     """A network whose parameters are on the device, in pinned host memory, or in both.
 
     Those that are in host memory from the start, see `turbojax.models.offload`, stay there.
@@ -50,10 +58,10 @@ class Network:
         for i in self.moving:
             self._to_host(i)
 
-    def leave(self) -> None:
+    def offload(self) -> None:
         """Frees the device's memory."""
         for i in self.moving:
-            self._leave(i)
+            self._offload(i)
 
     def fetch(self, room: int) -> None:
         """Starts to copy parameters to the device, up to `room` bytes of them, and does not wait."""
@@ -62,14 +70,14 @@ class Network:
                 self.device[i] = jax.device_put(leaf, memory(None))
                 room -= leaf.nbytes
 
-    def take_the_place_of(self, other: "Network | None", *, keep: bool) -> None:
+    def swap_with(self, other: "SwappableNetwork | None", *, keep: bool) -> None:
         """Comes to the device and sends the other away, a parameter at a time: the device never holds both.
 
         keep: leave the parameters in host memory, too, so that this network's leaving will cost nothing.
         """
         for i in self.moving:
             if other:
-                other._leave(i)
+                other._offload(i)
             if self.device[i] is None:
                 self.device[i] = jax.device_put(self.host[i], memory(None))
             if not keep and self.host[i] is not None:
@@ -80,9 +88,9 @@ class Network:
 
     def _to_host(self, i: int) -> None:
         if self.host[i] is None:
-            self.host[i] = to_host(self.device[i]).block_until_ready()
+            self.host[i] = to_pinned_host(self.device[i]).block_until_ready()
 
-    def _leave(self, i: int) -> None:
+    def _offload(self, i: int) -> None:
         if self.device[i] is not None:
             self._to_host(i)
             self.device[i].delete()
@@ -92,8 +100,8 @@ class Network:
 class Experts:
     """The network of all steps, or Wan 2.2's two: "high" for the noise levels from `boundary` on, "low" below it.
 
-    in_turn: one is on the device at a time. Host memory then keeps both if they are int8, so that a change is one copy,
-    else only the one that is away. embeddings_wait: embeddings of text and time are in host memory, see
+    swap_experts: one is on the device at a time. Host memory then keeps both if they are int8, so that a swap is one
+    copy, else only the inactive one. embeddings_offloaded: embeddings of text and time are in host memory, see
     `turbojax.models.offload`. limit: bytes of the device that may be taken, None for all.
     """
 
@@ -102,15 +110,15 @@ class Experts:
         *,
         names: tuple[Expert, ...] = NAMES,
         boundary: float = BOUNDARY,
-        in_turn: bool = False,
-        embeddings_wait: bool = False,
+        swap_experts: bool = False,
+        embeddings_offloaded: bool = False,
         limit: int | None = None,
     ):
-        self.names, self.boundary, self.in_turn, self.limit = names, boundary, in_turn, limit
-        self.embeddings_wait = embeddings_wait
+        self.names, self.boundary, self.swap_experts, self.limit = names, boundary, swap_experts, limit
+        self.embeddings_offloaded = embeddings_offloaded
         self._models: dict[Expert, Model] = {}  # where all stay
-        self._networks: dict[Expert, Network] = {}  # where they take turns
-        self._here: Network | None = None
+        self._networks: dict[Expert, SwappableNetwork] = {}  # where they take turns
+        self._active: SwappableNetwork | None = None
 
     @classmethod
     def of(cls, model: Model) -> "Experts":
@@ -124,22 +132,22 @@ class Experts:
         if (self._models or self._networks) and self.config != model.config:
             raise UserError("the two experts are of different kinds; give both plain or both quantized files")
         if isinstance(model, WanModel):
-            model = self.arranged(model)
-        if not self.in_turn:
+            model = self.with_offloading(model)
+        if not self.swap_experts:
             self._models[name] = model
             return
         assert isinstance(model, WanModel)
-        network = self._networks[name] = Network(model)
-        if self.keeps:
+        network = self._networks[name] = SwappableNetwork(model)
+        if self.keeps_both_on_host:
             network.copy_to_host()
         if name == self.names[0]:
-            self._here = network
+            self._active = network
         else:
-            network.leave()
+            network.offload()
 
-    def arranged(self, network: WanModel) -> WanModel:
+    def with_offloading(self, network: WanModel) -> WanModel:
         """A network, which may be abstract, with its embeddings where these networks have theirs."""
-        return embeddings_away(network) if self.embeddings_wait else network
+        return offload_embeddings(network) if self.embeddings_offloaded else network
 
     @property
     def config(self) -> WanConfig:
@@ -151,11 +159,11 @@ class Experts:
         return any(isinstance(model, Streamed) for model in self._models.values())
 
     @property
-    def keeps(self) -> bool:
+    def keeps_both_on_host(self) -> bool:
         """Whether host memory holds both networks where they take turns; never two of full precision."""
         return self.config.quant is not None
 
-    def parts(self, sampler: Sampler) -> list[tuple[Expert, tuple[int, int]]]:
+    def step_ranges(self, sampler: Sampler) -> list[tuple[Expert, tuple[int, int]]]:
         """Which network makes which steps [start, stop)."""
         n = sampler.num_steps
         if len(self.names) == 1:
@@ -164,36 +172,36 @@ class Experts:
         steps: list[tuple[Expert, tuple[int, int]]] = [("high", (0, k)), ("low", (k, n))]
         return [(name, part) for name, part in steps if part[0] < part[1]]
 
-    def bring(self, name: Expert) -> Model:
+    def activate(self, name: Expert) -> Model:
         """The network, on the device; waits for it. Nothing that uses the other one may still run."""
-        if not self.in_turn:
+        if not self.swap_experts:
             return self._models[name]
         network = self._networks[name]
-        if self._here is not network:
+        if self._active is not network:
             start = time.perf_counter()
-            network.take_the_place_of(self._here, keep=self.keeps)
-            self._here = network
+            network.swap_with(self._active, keep=self.keeps_both_on_host)
+            self._active = network
             logging.info("The %s-noise expert came to the device in %.2f s", name, time.perf_counter() - start)
         return network.model
 
     def prefetch(self, name: Expert, room: int) -> None:
         """Starts to copy a network that is away, as much of it as fits in `room` bytes of the device."""
-        if self.in_turn:
+        if self.swap_experts:
             self._networks[name].fetch(room)
 
-    def make_room(self) -> None:
+    def release(self) -> None:
         """Behind the last step: frees the device if that costs nothing, as the next video begins with the other one."""
-        if self.in_turn and self.keeps and self._here:
-            self._here.leave()
-            self._here = None
+        if self.swap_experts and self.keeps_both_on_host and self._active:
+            self._active.offload()
+            self._active = None
 
-    def placed(self) -> Placed:
+    def arrays_by_memory(self) -> ArraysByMemory:
         """All arrays of the networks on the device and in host memory."""
-        parts = [placed(model) for model in self._models.values()]
-        parts += [Placed.of((network.device, network.host)) for network in self._networks.values()]
-        return Placed(*(list(itertools.chain(*arrays)) for arrays in zip(*parts, strict=True)))
+        found = [arrays_by_memory(model) for model in self._models.values()]
+        found += [ArraysByMemory.of((network.device, network.host)) for network in self._networks.values()]
+        return ArraysByMemory(*(list(itertools.chain(*arrays)) for arrays in zip(*found, strict=True)))
 
-    def room_beside(self, program: jax.stages.Compiled) -> int:
+    def free_beside(self, program: jax.stages.Compiled) -> int:
         """Bytes of the device that are free now and are not needed while the program runs; 0 where nothing tells."""
         stats, needs = memory_stats(), program.memory_analysis()
         if "bytes_limit" not in stats or needs is None:

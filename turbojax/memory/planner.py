@@ -1,7 +1,7 @@
 """The memory planner: what each stage of a call needs of a card, and what to keep on the card for it.
 
-    parts = ModelConfigs(WanConfig.t2v_14b(quant=QuantConfig()), VAEConfig.wan2_1(), UMT5Config.xxl())
-    print(plan(parts, Work((21, 90, 160, 16)), limit=24e9))
+    configs = ModelConfigs(WanConfig.t2v_14b(quant=QuantConfig()), VAEConfig.wan2_1(), UMT5Config.xxl())
+    print(plan(configs, Workload((21, 90, 160, 16)), limit=24e9))
 
 A stage needs the weights that are then on the device, known from shapes, and the temporaries of its programs, see
 `turbojax.memory.estimates`. All sizes are bytes; a GB is 10^9 of them.
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 
 from turbojax.errors import UserError, quoted
-from turbojax.memory.estimates import Residency, Temporaries, Work, compiled, estimate, size_of
+from turbojax.memory.estimates import Residency, TemporaryMemory, Workload, compiled, estimate, size_of
 from turbojax.models import offload
 from turbojax.models.published import ModelConfigs
 from turbojax.models.wan import EMBEDDINGS
@@ -33,13 +33,13 @@ from turbojax.weights.skeleton import (
 GB = 1e9
 MODES = ("auto", "resident", "stream")
 MOST_GB = 1e6
-ROOM = 0.95  # of the device that is planned: predictions may be 5 % low
+USABLE_SHARE = 0.95  # of the device that is planned: predictions may be 5 % low
 # Of a limit that was named, where XLA has told the temporaries. Measured peaks were up to 1.5 % above such predictions.
-ROOM_OF_NAMED = 0.98
-CLEAR = 0.85  # what is estimated to take less of it is not compiled to be sure
+USABLE_SHARE_OF_NAMED = 0.98
+NO_COMPILE_BELOW = 0.85  # what is estimated to take less of it is not compiled to be sure
 
 
-class Measure(NamedTuple):
+class Saving(NamedTuple):
     """A way to take less memory: the field of `Residency` and how to say it."""
 
     field: str
@@ -48,12 +48,12 @@ class Measure(NamedTuple):
 
 # In the order in which they cost time: copies of 0.7 GB a video, 0.2 s a prompt, some of the decoding, some of every
 # step unless copies hide.
-MEASURES = (
-    Measure("idle_in_host", "The VAE, the image encoder and the embeddings are on the card only while they are used"),
-    Measure("text_streamed", "The text encoder stays in host memory and passes through the card a layer at a time"),
-    Measure("vae_tiled", "The VAE decodes in tiles"),
-    Measure("in_turn", "One of the two experts is on the card at a time, the other in host memory"),
-    Measure("transformer_streamed", "The transformer's blocks stay in host memory and are copied a layer ahead"),
+SAVINGS = (
+    Saving("idle_offloaded", "The VAE, the image encoder and the embeddings are on the card only while they are used"),
+    Saving("text_streamed", "The text encoder stays in host memory and passes through the card a layer at a time"),
+    Saving("vae_tiled", "The VAE decodes in tiles"),
+    Saving("swap_experts", "One of the two experts is on the card at a time, the other in host memory"),
+    Saving("transformer_streamed", "The transformer's blocks stay in host memory and are copied a layer ahead"),
 )
 
 
@@ -99,9 +99,9 @@ class Plan:
         return self.usable is None or self.peak <= self.usable
 
     @property
-    def clear(self) -> bool:
+    def estimate_suffices(self) -> bool:
         """Whether an estimate is enough: everything is resident and fits by far."""
-        return self.residency == Residency() and (self.limit is None or self.peak <= CLEAR * self.limit)
+        return self.residency == Residency() and (self.limit is None or self.peak <= NO_COMPILE_BELOW * self.limit)
 
     def __str__(self) -> str:
         lines = [f"{'GB':<10}{'weights':>9}{'temporary':>11}{'total':>7}"]
@@ -116,15 +116,15 @@ class Plan:
 
 
 def plan(
-    parts: ModelConfigs,
-    work: Work,
+    configs: ModelConfigs,
+    workload: Workload,
     *,
     memory: str | float = "auto",
     limit: int | None = None,
     residency: Residency | None = None,
     compile_sampler: Callable[[bool], Any] | None = None,
 ) -> Plan:
-    """The first way of keeping weights that fits, in the order of `MEASURES`, without measures that are not needed.
+    """The first way of keeping weights that fits, in the order of `SAVINGS`, without savings that are not needed.
 
     memory: "auto", "resident" (everything on the device), "stream" (text encoder and transformer from host memory), or
       a limit in GB in place of the device's.
@@ -137,12 +137,14 @@ def plan(
     Raises UserError for a memory that is none of these.
     """
     mode, limit = parse(memory, limit)
-    room = ROOM_OF_NAMED if compile_sampler and memory not in MODES else ROOM
+    room = USABLE_SHARE_OF_NAMED if compile_sampler and memory not in MODES else USABLE_SHARE
     usable = None if limit is None else int(room * limit)
-    sizes = Sizes(parts)
+    sizes = WeightBytes(configs)
 
     temporaries = (
-        compiled(parts, work, compile_sampler) if compile_sampler else functools.partial(estimate, parts, work)
+        compiled(configs, workload, compile_sampler)
+        if compile_sampler
+        else functools.partial(estimate, configs, workload)
     )
 
     def stages(residency: Residency) -> tuple[Stage, ...]:
@@ -151,45 +153,38 @@ def plan(
     def fits(residency: Residency) -> bool:
         return usable is None or max(stage.total for stage in stages(residency)) <= usable
 
-    least = residency or asked(mode)
-    least = dataclasses.replace(least, vae_tiled=work.vae_tiling == "on")
-    measures = [m for m in MEASURES if m.field != "vae_tiled" or work.vae_tiling == "auto"]
-    measures = [m for m in measures if m.field != "in_turn" or parts.transformers > 1]
+    least = residency or Residency.from_mode(mode)
+    least = dataclasses.replace(least, vae_tiled=workload.vae_tiling == "on")
+    savings = [s for s in SAVINGS if s.field != "vae_tiled" or workload.vae_tiling == "auto"]
+    savings = [s for s in savings if s.field != "swap_experts" or configs.transformers > 1]
     if residency is not None or mode != "auto":
-        measures = [m for m in measures if m.field == "vae_tiled"]
-    chosen = choose(fits, least, measures)
+        savings = [s for s in savings if s.field == "vae_tiled"]
+    chosen = choose(fits, least, savings)
     reasons = []
-    for measure in MEASURES:
-        if getattr(chosen, measure.field):
-            largest = max(stages(dataclasses.replace(chosen, **{measure.field: False})), key=lambda stage: stage.total)
-            reasons.append(
-                f"{measure.sentence}; without that, {largest.name} would need {gigabytes(largest.total)} GB."
-            )
+    for saving in SAVINGS:
+        if getattr(chosen, saving.field):
+            largest = max(stages(dataclasses.replace(chosen, **{saving.field: False})), key=lambda stage: stage.total)
+            reasons.append(f"{saving.sentence}; without that, {largest.name} would need {gigabytes(largest.total)} GB.")
     reasons = reasons or ["Everything stays on the card."]
     found = Plan(chosen, stages(chosen), limit, usable, tuple(reasons), bool(compile_sampler))
-    return found if found.fits else dataclasses.replace(found, reasons=(*found.reasons, way_out(found, parts)))
+    return found if found.fits else dataclasses.replace(found, reasons=(*found.reasons, suggestion(found, configs)))
 
 
-def asked(mode: str) -> Residency:
-    """What a mode says of the weights; for "auto" what is best if it fits."""
-    return Residency(text_streamed=mode == "stream", transformer_streamed=mode == "stream")
-
-
-def choose(fits: Callable[[Residency], bool], least: Residency, measures: Sequence[Measure]) -> Residency:
-    """Takes measures until it fits, then takes back those that are not needed, the dearest first."""
+def choose(fits: Callable[[Residency], bool], least: Residency, savings: Sequence[Saving]) -> Residency:
+    """Takes savings until it fits, then takes back those that are not needed, the dearest first."""
     chosen = least
-    for measure in measures:
+    for saving in savings:
         if fits(chosen):
             break
-        chosen = dataclasses.replace(chosen, **{measure.field: True})
-    for measure in reversed(measures):
-        without = dataclasses.replace(chosen, **{measure.field: False})
+        chosen = dataclasses.replace(chosen, **{saving.field: True})
+    for saving in reversed(savings):
+        without = dataclasses.replace(chosen, **{saving.field: False})
         if fits(without):
             chosen = without
     return chosen
 
 
-def way_out(plan: Plan, parts: ModelConfigs) -> str:
+def suggestion(plan: Plan, configs: ModelConfigs) -> str:
     """One sentence for what does not fit: what is missing, and the settings to change."""
     stage = plan.largest
     if plan.limit is None or plan.usable is None:
@@ -205,16 +200,16 @@ def way_out(plan: Plan, parts: ModelConfigs) -> str:
     ways = ["vae_tiling=on"] if stage.name == "vae" and not plan.residency.vae_tiled else []
     if not (plan.residency.transformer_streamed and plan.residency.text_streamed):
         ways.append("memory=stream")
-    if parts.transformer.quant is None and (stage.name == "diffusion" or not plan.residency.transformer_streamed):
+    if configs.transformer.quant is None and (stage.name == "diffusion" or not plan.residency.transformer_streamed):
         ways.append("quant_linear=True")
     ways += ["a smaller resolution", *(["fewer num_frames"] if stage.name == "diffusion" else [])]
     return f"{missing}; set {', or '.join(ways)}"
 
 
-def loading_advice(parts: ModelConfigs) -> str:
+def loading_advice(configs: ModelConfigs) -> str:
     """The way out where the weights themselves are too large."""
-    weights = parts.transformers * Sizes(parts).transformer.kept(streamed=False)
-    quantize = "" if parts.transformer.quant else "quant_linear=True, or "
+    weights = configs.transformers * WeightBytes(configs).transformer.kept(streamed=False)
+    quantize = "" if configs.transformer.quant else "quant_linear=True, or "
     return f"memory is not enough to load {gigabytes(weights)} GB of weights; set {quantize}memory=stream"
 
 
@@ -248,7 +243,7 @@ def device_limit() -> int | None:
 # Weights.
 
 
-class Streamable(NamedTuple):
+class StreamableBytes(NamedTuple):
     """Bytes of a network's weights: what stays on the device when it is streamed, one layer of the rest, and layers."""
 
     fixed: int
@@ -256,7 +251,7 @@ class Streamable(NamedTuple):
     layers: int
 
     @classmethod
-    def of(cls, skeleton: Skeleton) -> "Streamable":
+    def of(cls, skeleton: Skeleton) -> "StreamableBytes":
         total = sum(map(size_of, skeleton.specs.values()))
         stacked = [spec for name, spec in skeleton.specs.items() if is_stacked(name)]
         layer = sum(size_of(s) for s in map(layer_of, stacked) if offload.is_streamed(s))
@@ -271,30 +266,30 @@ class Streamable(NamedTuple):
         return self.kept(streamed) + (min(offload.LAYERS_ON_DEVICE, self.layers) * self.layer if streamed else 0)
 
 
-class Sizes:
+class WeightBytes:
     """Bytes of all weights."""
 
-    def __init__(self, parts: ModelConfigs):
-        skeletons = [wan_skeleton(parts.transformer), umt5_skeleton(parts.text), vae_skeleton(parts.vae)]
-        skeletons += [clip_skeleton(parts.clip)] if parts.clip else []
-        self.transformer, self.text = (Streamable.of(skeleton) for skeleton in skeletons[:2])
+    def __init__(self, configs: ModelConfigs):
+        skeletons = [wan_skeleton(configs.transformer), umt5_skeleton(configs.text), vae_skeleton(configs.vae)]
+        skeletons += [clip_skeleton(configs.clip)] if configs.clip else []
+        self.transformer, self.text = (StreamableBytes.of(skeleton) for skeleton in skeletons[:2])
         specs = skeletons[0].specs.items()
         self.embeddings = sum(size_of(spec) for name, spec in specs if name.split(".")[0] in EMBEDDINGS)
-        self.transformers, self.int8 = parts.transformers, parts.transformer.quant is not None
+        self.transformers, self.int8 = configs.transformers, configs.transformer.quant is not None
         self.vae = sum(map(size_of, skeletons[2].specs.values()))
-        self.clip = sum(map(size_of, skeletons[3].specs.values())) if parts.clip else 0
+        self.clip = sum(map(size_of, skeletons[3].specs.values())) if configs.clip else 0
         stacked = [spec for skeleton in skeletons[:2] for name, spec in skeleton.specs.items() if is_stacked(name)]
         self.largest_matrix = max(layer_of(spec).size for spec in stacked)
 
-    def stages(self, where: Residency, temporaries: Temporaries) -> tuple[Stage, ...]:
+    def stages(self, where: Residency, temporaries: TemporaryMemory) -> tuple[Stage, ...]:
         whole = self.transformer.kept(where.transformer_streamed)
         layers = self.transformer.in_use(where.transformer_streamed) - whole
-        embeddings = self.embeddings if where.embeddings_wait else 0
+        embeddings = self.embeddings if where.embeddings_offloaded else 0
         one = whole - embeddings
-        alone = where.in_turn and not where.transformer_streamed
+        alone = where.swap_experts and not where.transformer_streamed
         kept = one if alone else one * self.transformers
         text = self.text.kept(where.text_streamed)
-        vae, clip = (0, 0) if where.idle_in_host else (self.vae, self.clip)  # what of them is there all the time
+        vae, clip = (0, 0) if where.idle_offloaded else (self.vae, self.clip)  # what of them is there all the time
         # What was read last, and a matrix on its way, in float32 while it is cast or quantized.
         loaded = max(vae + clip + embeddings, self.vae + clip, vae + self.clip)
         load = Stage("load", kept + loaded + text, 4 * self.largest_matrix)

@@ -32,7 +32,7 @@ def is_streamed(spec: Any) -> bool:
     return spec.size * spec.dtype.itemsize >= STREAMED_BYTES
 
 
-def to_host(array: Any) -> Any:
+def to_pinned_host(array: Any) -> Any:
     """The array, or its shape and dtype, in pinned host memory, which the device's copy engine reads by itself."""
     pinned = memory("pinned_host")
     if isinstance(array, jax.ShapeDtypeStruct):
@@ -93,38 +93,38 @@ class Streamed:
     blocks: HostBlocks
 
     def __call__(self, *inputs: jax.Array, **more: jax.Array) -> jax.Array:
-        x, context, rest = begin(self.graph, self.state, inputs, more)
-        return end(self.graph, self.state, self.blocks(x, context), rest)
+        x, context, rest = embed(self.graph, self.state, inputs, more)
+        return unembed(self.graph, self.state, self.blocks(x, context), rest)
 
 
-class Placed(NamedTuple):
+class ArraysByMemory(NamedTuple):
     """Arrays on the device and in host memory."""
 
     device: list[jax.Array]
     host: list[jax.Array | np.ndarray]
 
     @classmethod
-    def of(cls, arrays: Any) -> "Placed":
+    def of(cls, arrays: Any) -> "ArraysByMemory":
         """Of a pytree."""
         leaves = jax.tree.leaves(arrays)
         return cls([a for a in leaves if not in_host_memory(a)], [a for a in leaves if in_host_memory(a)])
 
 
-def placed(model: nnx.Module | Streamed) -> Placed:
+def arrays_by_memory(model: nnx.Module | Streamed) -> ArraysByMemory:
     """A model's arrays."""
     if isinstance(model, Streamed):
-        return Placed.of((model.state, model.blocks.resident, model.blocks.layers))
-    return Placed.of(nnx.state(model))
+        return ArraysByMemory.of((model.state, model.blocks.resident, model.blocks.layers))
+    return ArraysByMemory.of(nnx.state(model))
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def begin(graph: nnx.GraphDef, state: nnx.State, inputs: tuple, more: dict[str, jax.Array]) -> tuple:
-    return nnx.merge(graph, state).begin(*inputs, **more)
+def embed(graph: nnx.GraphDef, state: nnx.State, inputs: tuple, more: dict[str, jax.Array]) -> tuple:
+    return nnx.merge(graph, state).embed(*inputs, **more)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def end(graph: nnx.GraphDef, state: nnx.State, x: jax.Array, rest: tuple) -> jax.Array:
-    return nnx.merge(graph, state).end(x, rest)
+def unembed(graph: nnx.GraphDef, state: nnx.State, x: jax.Array, rest: tuple) -> jax.Array:
+    return nnx.merge(graph, state).unembed(x, rest)
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=4)
@@ -137,30 +137,30 @@ def run_block(
     return x, x[(0,) * x.ndim]
 
 
-def away(model: Module) -> Module:
+def to_host(model: Module) -> Module:
     """The module with its parameters as numpy arrays."""
     graph, state = nnx.split(model)
     return nnx.merge(graph, jax.device_get(state))
 
 
-def here(model: Module) -> Module:
+def to_device(model: Module) -> Module:
     """The module with its parameters on the device; copies of those that were away are freed with it."""
     graph, state = nnx.split(model)
     return nnx.merge(graph, jax.device_put(state))
 
 
-def embeddings_away(network: WanModel) -> WanModel:
+def offload_embeddings(network: WanModel) -> WanModel:
     """The network, which may be abstract, with its embeddings in pinned host memory."""
     graph, state = nnx.split(network)
-    return nnx.merge(graph, of_embeddings(to_host, state))
+    return nnx.merge(graph, map_embeddings(to_pinned_host, state))
 
 
-def embeddings_here(state: Any) -> Any:
+def embeddings_to_device(state: Any) -> Any:
     """A network's state under a trace, with its embeddings on the device wherever they come from."""
-    return of_embeddings(lambda array: jax.device_put(array, jax.memory.Space.Device), state)
+    return map_embeddings(lambda array: jax.device_put(array, jax.memory.Space.Device), state)
 
 
-def of_embeddings(change: Callable[[Any], Any], state: Any) -> Any:
+def map_embeddings(change: Callable[[Any], Any], state: Any) -> Any:
     """A network's state with its embeddings changed."""
     changed = lambda path, leaf: change(leaf) if path[0].key in EMBEDDINGS else leaf  # noqa: E731
     return jax.tree_util.tree_map_with_path(changed, state)

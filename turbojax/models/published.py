@@ -36,7 +36,7 @@ def known_network(model: str | None) -> WanConfig:
     return MODELS[model]()
 
 
-def published_parts(config: WanConfig, *, two: bool) -> ModelConfigs:
+def published_configs(config: WanConfig, *, two: bool) -> ModelConfigs:
     """A transformer, or two, with the published networks around it in its dtype."""
     clip = CLIPConfig.vit_h_14(dtype=clip_dtype(config.dtype)) if config.clip_dim else None
     vae, text = VAEConfig.wan2_1(dtype=config.dtype), UMT5Config.xxl(dtype=config.dtype)

@@ -127,15 +127,15 @@ class UMT5Encoder(nnx.Module):
         x: rows of the embedding table `[B, L, D]`, from `embed_tokens`.
         mask: bool or int `[B, L]`, true for tokens; what is computed for the other rows means nothing.
         """
-        x, context, rest = self.begin(x, mask)
-        return self.end(scan_blocks(self.blocks, x, context), rest)
+        x, context, rest = self.embed(x, mask)
+        return self.unembed(scan_blocks(self.blocks, x, context), rest)
 
-    def begin(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, tuple, tuple]:
-        """All before the blocks: x in the config's dtype, what else each block takes, and nothing for `end`."""
+    def embed(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, tuple, tuple]:
+        """Returns x in the config's dtype, what else each block takes, and nothing for `unembed`."""
         buckets = jnp.asarray(position_buckets(x.shape[1], self.config))
         return x.astype(self.config.dtype), (mask.astype(jnp.bool_), buckets), ()
 
-    def end(self, x: jax.Array, rest: tuple) -> jax.Array:
+    def unembed(self, x: jax.Array, rest: tuple) -> jax.Array:
         return self.norm(x)
 
 

@@ -343,7 +343,7 @@ class WanModel(nnx.Module):
     def velocity(self, x: jax.Array, time: TimeEmbedding, context: Context, *, y: jax.Array | None = None) -> jax.Array:
         """One step: time from `embed_time`, context from `prepare`."""
         tokens = self.run_blocks(self.embed_latents(x, y), time.blocks, context)
-        return self.end(tokens, (time, x))
+        return self.unembed(tokens, (time, x))
 
     def run_blocks(self, x: jax.Array, e0: jax.Array, context: Context) -> jax.Array:
         graph, layers = nnx.split(self.blocks)
@@ -358,12 +358,12 @@ class WanModel(nnx.Module):
             keys, tokens = None, keys
         return scan_layers(run_block, layers, x, keys, (e0, tokens), context.table, remat=self.config.remat)
 
-    def begin(self, x, timesteps, text, *, y=None, clip=None) -> tuple[jax.Array, tuple, tuple]:
-        """All before the blocks where they are streamed: tokens, what else each block takes, and what `end` takes."""
+    def embed(self, x, timesteps, text, *, y=None, clip=None) -> tuple[jax.Array, tuple, tuple]:
+        """Returns tokens, what else each block takes, and what `unembed` takes, where blocks are streamed."""
         time, table = self.embed_time(timesteps), rotary_table(patch_grid(x, self.config.patch), self.config.head_dim)
         return self.embed_latents(x, y), (time.blocks, *self.embed_text(text, clip), table), (time, x)
 
-    def end(self, tokens: jax.Array, rest: tuple[TimeEmbedding, jax.Array]) -> jax.Array:
+    def unembed(self, tokens: jax.Array, rest: tuple[TimeEmbedding, jax.Array]) -> jax.Array:
         """Tokens behind the last block to the velocity; of the latents only the shape is used."""
         time, x = rest
         return unpatchify(self.head(tokens, time.head), patch_grid(x, self.config.patch), self.config.patch)

@@ -11,12 +11,12 @@ from absl import logging
 
 from turbojax.diffusion import Sampler
 from turbojax.errors import UserError
-from turbojax.memory.estimates import Residency, Work
+from turbojax.memory.estimates import Residency, Workload
 from turbojax.memory.experts import BOUNDARY, NAMES, Experts
-from turbojax.memory.planner import Plan, asked, device_limit, parse, plan
+from turbojax.memory.planner import Plan, device_limit, parse, plan
 from turbojax.models import vae as vae_model
 from turbojax.models.image_condition import compile_still, image_shapes, read_images, video_shape
-from turbojax.models.offload import embeddings_away
+from turbojax.models.offload import offload_embeddings
 from turbojax.models.published import ModelConfigs
 from turbojax.models.tiling import compile_tiles
 from turbojax.models.umt5 import TEXT_LEN
@@ -83,21 +83,21 @@ class Call(NamedTuple):
     vae_tiling: str
 
     @classmethod
-    def of(cls, parts: ModelConfigs, settings: Mapping[str, Any]) -> "Call":
+    def of(cls, configs: ModelConfigs, settings: Mapping[str, Any]) -> "Call":
         """settings: all that `TurboVideoPipeline.__call__` takes; see `turbojax.pipeline.pipeline.abstract_call`."""
-        c, network = settings, parts.transformer
+        c, network = settings, configs.transformer
         prompts = [c["prompt"]] if isinstance(c["prompt"], str) else c["prompt"]
         batch = len(prompts) * c["num_samples"]
         images = [] if c["image"] is None else read_images(network, c["image"], c["last_image"], c["background"])
         width, height = video_shape(c["width"], c["height"], images, adaptive=c["adaptive_size"])
-        shape = (batch, *latent_shape(parts.vae, c["num_frames"], height, width))
+        shape = (batch, *latent_shape(configs.vae, c["num_frames"], height, width))
         sampler = make_sampler(
             c["sampler"],
             num_steps=c["num_inference_steps"],
             sigma_max=first_noise_level(network, c["sigma_max"]),
             **{name: c[name] for name in ("ode", "shift")},
         )
-        embedding = jax.ShapeDtypeStruct((batch, TEXT_LEN, parts.text.dim), parts.text.dtype)
+        embedding = jax.ShapeDtypeStruct((batch, TEXT_LEN, configs.text.dim), configs.text.dtype)
         guided = c["guidance_scale"] != 1.0
         options = {name: c[name] for name in ("guidance_scale", "seed", "sample_index", "latents", "noise")}
 
@@ -106,13 +106,13 @@ class Call(NamedTuple):
             return sampler_arguments(sampler, shape, embedding, negative=negative, images=images, **options)
 
         check_tiling(c["vae_tiling"])
-        inputs = image_shapes(network, parts.vae, (1, *shape[1:]))
+        inputs = image_shapes(network, configs.vae, (1, *shape[1:]))
         return cls(sampler, jax.eval_shape(arguments, embedding, inputs), c["sla_topk"], c["vae_tiling"])
 
     @property
-    def work(self) -> Work:
+    def workload(self) -> Workload:
         latents, _, negative, *_ = self.arguments
-        return Work(latents.shape[1:], latents.shape[0], negative is not None, self.vae_tiling)
+        return Workload(latents.shape[1:], latents.shape[0], negative is not None, self.vae_tiling)
 
 
 def compile_ahead(
@@ -126,19 +126,19 @@ def compile_ahead(
 ) -> None:
     """Starts to compile what a call will run, but for a streamed transformer. transformer and vae may be abstract."""
     if not residency.transformer_streamed:
-        network = with_topk(experts.arranged(transformer), call.sla_topk)
-        for _, steps in experts.parts(call.sampler):
+        network = with_topk(experts.with_offloading(transformer), call.sla_topk)
+        for _, steps in experts.step_ranges(call.sampler):
             programs.start(*sampler_program(call.sampler, steps, network, call.arguments))
     programs.start("noise", lambda: first_state(call.sampler, call.arguments[0].shape, 0))
     programs.start("text", text.compile)
     if call.arguments[-1]:
-        programs.start("image", lambda: compile_still(vae, *call.work.pixels(vae.config)))
+        programs.start("image", lambda: compile_still(vae, *call.workload.pixels(vae.config)))
     compile_vae = compile_tiles if residency.vae_tiled else vae_model.compile_decoding
-    programs.start("vae", lambda: compile_vae(vae, (1, *call.work.latents), as_uint8=True))
+    programs.start("vae", lambda: compile_vae(vae, (1, *call.workload.latents), as_uint8=True))
 
 
 def plan_call(
-    parts: ModelConfigs,
+    configs: ModelConfigs,
     call: Call,
     memory: str | float = "auto",
     *,
@@ -151,27 +151,27 @@ def plan_call(
     half a minute; None where the estimate is near the limit; without a GPU, it is an estimate either way.
     """
 
-    def compile_sampler(embeddings_wait: bool) -> Any:
-        transformer = wan_skeleton(parts.transformer).abstract()
-        if embeddings_wait:
-            transformer = embeddings_away(transformer)
+    def compile_sampler(embeddings_offloaded: bool) -> Any:
+        transformer = wan_skeleton(configs.transformer).abstract()
+        if embeddings_offloaded:
+            transformer = offload_embeddings(transformer)
         steps = 0, call.sampler.num_steps
         return sampler_program(call.sampler, steps, with_topk(transformer, call.sla_topk), call.arguments)[1]()
 
     options: dict[str, Any] = dict(memory=memory, limit=device_limit(), residency=residency)
-    found = plan(parts, call.work, **options)
-    if jax.default_backend() == "gpu" and exact is not False and not (exact is None and found.clear):
-        found = plan(parts, call.work, compile_sampler=compile_sampler, **options)
-    note = beyond_training(1 + (call.work.latents[0] - 1) * parts.vae.temporal_factor)
+    found = plan(configs, call.workload, **options)
+    if jax.default_backend() == "gpu" and exact is not False and not (exact is None and found.estimate_suffices):
+        found = plan(configs, call.workload, compile_sampler=compile_sampler, **options)
+    note = beyond_training(1 + (call.workload.latents[0] - 1) * configs.vae.temporal_factor)
     return dataclasses.replace(found, notes=(note,)) if note else found
 
 
-def settle(parts: ModelConfigs, call: Call, memory: str | float) -> Residency:
+def settle(configs: ModelConfigs, call: Call, memory: str | float) -> Residency:
     """Where weights go for this call; raises UserError where nothing fits."""
     mode, limit = parse(memory, device_limit())
     if mode != "auto" or limit is None:
-        return dataclasses.replace(asked(mode), vae_tiled=call.vae_tiling == "on")
-    found = plan_call(parts, call, memory)
+        return dataclasses.replace(Residency.from_mode(mode), vae_tiled=call.vae_tiling == "on")
+    found = plan_call(configs, call, memory)
     if not found.fits:
         raise UserError(found.reasons[-1])
     if found.residency != Residency():
@@ -179,12 +179,12 @@ def settle(parts: ModelConfigs, call: Call, memory: str | float) -> Residency:
     return found.residency
 
 
-def arrange(parts: ModelConfigs, residency: Residency, memory: str | float, *, boundary: float = BOUNDARY) -> Experts:
+def arrange(configs: ModelConfigs, residency: Residency, memory: str | float, *, boundary: float = BOUNDARY) -> Experts:
     """Where the plan wants one or two transformers, which are still to be added."""
     return Experts(
-        names=NAMES if parts.transformers > 1 else NAMES[:1],
+        names=NAMES if configs.transformers > 1 else NAMES[:1],
         boundary=boundary,
-        in_turn=residency.in_turn and not residency.transformer_streamed,
-        embeddings_wait=residency.embeddings_wait,
+        swap_experts=residency.swap_experts and not residency.transformer_streamed,
+        embeddings_offloaded=residency.embeddings_offloaded,
         limit=parse(memory, device_limit())[1],
     )

@@ -18,7 +18,7 @@ from flax import nnx
 from turbojax.diffusion import RCM, Euler, Sampler, Schedule, UniPC, guide, normal, unembedded
 from turbojax.errors import UserError
 from turbojax.models.image_condition import takes_images
-from turbojax.models.offload import Streamed, embeddings_here
+from turbojax.models.offload import Streamed, embeddings_to_device
 from turbojax.models.vae import VAEConfig
 from turbojax.models.wan import TimeEmbedding, WanConfig, WanModel, patch_grid
 from turbojax.weights.skeleton import wan_skeleton
@@ -84,7 +84,7 @@ Steps = tuple[Callable[[jax.Array, Any], jax.Array], Callable[[jax.Array], Any]]
 
 def resident(graph: Any, state: Any, latents: jax.Array, text: jax.Array, images: dict[str, jax.Array]) -> Steps:
     """The steps of a split transformer, under a trace; what they share is computed before."""
-    state = embeddings_here(state)
+    state = embeddings_to_device(state)
     network: WanModel = nnx.merge(graph, state)
     context = network.prepare(text, patch_grid(latents, network.config.patch), clip=images.get("clip"))
 

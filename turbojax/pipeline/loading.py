@@ -12,8 +12,8 @@ from turbojax.errors import UserError
 from turbojax.memory.experts import Experts
 from turbojax.memory.planner import loading_advice, out_of_memory
 from turbojax.models.clip import CLIPVision, clip_dtype
-from turbojax.models.offload import away, here, placed
-from turbojax.models.published import TWO_EXPERTS, ModelConfigs, known_network, published_parts
+from turbojax.models.offload import arrays_by_memory, to_device, to_host
+from turbojax.models.published import TWO_EXPERTS, ModelConfigs, known_network, published_configs
 from turbojax.models.tokenizer import Tokenizer
 from turbojax.models.vae import WanVAE
 from turbojax.models.wan import WanConfig
@@ -73,27 +73,27 @@ def load_published(
     vae_file, programs = open_vae(where["vae"], dtype=dtype), Programs()
     clip_file = open_clip(where["image_encoder"], dtype=clip_dtype(dtype)) if config.clip_dim else None
     abstract_vae = vae_file.skeleton.abstract()
-    parts = ModelConfigs(
+    configs = ModelConfigs(
         config,
         abstract_vae.config,
         text.config,
         clip_file.skeleton.abstract().config if clip_file else None,
         1 if low is None else 2,
     )
-    call = first_call(parts)
-    residency = settle(parts, call, memory)
+    call = first_call(configs)
+    residency = settle(configs, call, memory)
     text.streamed, streamed = residency.text_streamed, residency.transformer_streamed
-    leave = away if residency.idle_in_host else here
-    experts = arrange(parts, residency, memory, boundary=boundary)
+    place = to_host if residency.idle_offloaded else to_device
+    experts = arrange(configs, residency, memory, boundary=boundary)
     if ahead:
         compile_ahead(programs, experts, wan_skeleton(config).abstract(), abstract_vae, text, call, residency)
-    with programs.needed(), out_of_memory(lambda: loading_advice(parts)):
+    with programs.needed(), out_of_memory(lambda: loading_advice(configs)):
         if low is not None:
             experts.add("low", load_wan(low, loras=loras, expert="low", streamed=streamed, **options))
         expert: Expert | None = "high" if low else None
         experts.add("high", load_wan(high, loras=loras, expert=expert, streamed=streamed, **options))
-        clip = leave(load_plain(clip_file, what=where["image_encoder"].name)) if clip_file else None
-        network = leave(load_plain(vae_file, what=where["vae"].name))
+        clip = place(load_plain(clip_file, what=where["image_encoder"].name)) if clip_file else None
+        network = place(load_plain(vae_file, what=where["vae"].name))
     name = high.name if low is None else f"{high.name} and {low.name}"
     return Loaded(name, experts, network, text, clip, programs)
 
@@ -113,24 +113,24 @@ def load_random(
     tell_no_effect(config, options)
     logging.warning("Weights are random: %s at full size, for measuring. The video will be noise.", model)
     use_compilation_cache()
-    parts = published_parts(config, two=model in TWO_EXPERTS)
-    transformer, vae, encoder = wan_skeleton(config), vae_skeleton(parts.vae), umt5_skeleton(parts.text)
-    call, programs = first_call(parts), Programs()
-    residency = settle(parts, call, memory)
-    streamed, experts = residency.transformer_streamed, arrange(parts, residency, memory)
-    leave = away if residency.idle_in_host else here
-    table = random_token_table(tokenizer.vocab_size, parts.text.dim, config.dtype, seed=seed)
+    configs = published_configs(config, two=model in TWO_EXPERTS)
+    transformer, vae, encoder = wan_skeleton(config), vae_skeleton(configs.vae), umt5_skeleton(configs.text)
+    call, programs = first_call(configs), Programs()
+    residency = settle(configs, call, memory)
+    streamed, experts = residency.transformer_streamed, arrange(configs, residency, memory)
+    place = to_host if residency.idle_offloaded else to_device
+    table = random_token_table(tokenizer.vocab_size, configs.text.dim, config.dtype, seed=seed)
     generate = functools.partial(random_module, seed=seed)
     load = functools.partial(generate, encoder, what="random umT5")
     text = TextEncoder(tokenizer, encoder.abstract(), table, load, streamed=residency.text_streamed)
     if ahead:
         compile_ahead(programs, experts, transformer.abstract(), vae.abstract(), text, call, residency)
-    with programs.needed(), out_of_memory(lambda: loading_advice(parts)):
+    with programs.needed(), out_of_memory(lambda: loading_advice(configs)):
         for i, name in enumerate(reversed(experts.names)):
             experts.add(name, random_module(transformer, seed=seed + i, what=f"random {model}", streamed=streamed))
-        clip = leave(generate(clip_skeleton(parts.clip), what="random CLIP")) if parts.clip else None
-        network = leave(generate(vae, what="random VAE"))
-        jax.block_until_ready(placed(text.encoder))
+        clip = place(generate(clip_skeleton(configs.clip), what="random CLIP")) if configs.clip else None
+        network = place(generate(vae, what="random VAE"))
+        jax.block_until_ready(arrays_by_memory(text.encoder))
     return Loaded(f"random {model}", experts, network, text, clip, programs)
 
 

@@ -32,10 +32,10 @@ from turbojax.media.image import ImageSource
 from turbojax.media.video import check_fps, check_path, files_of, numbered, open_video, save_video
 from turbojax.memory.estimates import Residency
 from turbojax.memory.experts import BOUNDARY, Experts
-from turbojax.memory.planner import Plan, out_of_memory, parse, way_out
+from turbojax.memory.planner import Plan, out_of_memory, parse, suggestion
 from turbojax.models.clip import CLIPVision
 from turbojax.models.image_condition import image_inputs, read_images, video_shape
-from turbojax.models.offload import Placed, Streamed, here, placed
+from turbojax.models.offload import ArraysByMemory, Streamed, arrays_by_memory, to_device
 from turbojax.models.published import ModelConfigs
 from turbojax.models.tokenizer import Tokenizer
 from turbojax.models.vae import WanVAE
@@ -90,11 +90,11 @@ def told(*lines: str | None) -> list[str]:
     return warnings
 
 
-def abstract_call(parts: ModelConfigs, settings: Mapping[str, Any]) -> Call:
+def abstract_call(configs: ModelConfigs, settings: Mapping[str, Any]) -> Call:
     """settings: of `TurboVideoPipeline.__call__`, whose defaults stand for the others."""
     call = inspect.signature(TurboVideoPipeline.__call__).bind(None, **{"prompt": "", **settings})
     call.apply_defaults()
-    return Call.of(parts, call.arguments)
+    return Call.of(configs, call.arguments)
 
 
 def explaining_memory(call: Callable) -> Callable:
@@ -105,7 +105,7 @@ def explaining_memory(call: Callable) -> Callable:
         def advice() -> str:
             bound = inspect.signature(call).bind(pipe, *arguments, **settings).arguments
             del bound["self"]
-            return way_out(pipe.plan(**bound, exact=False), pipe.parts)
+            return suggestion(pipe.plan(**bound, exact=False), pipe.configs)
 
         with out_of_memory(advice):
             return call(pipe, *arguments, **settings)
@@ -156,7 +156,7 @@ class TurboVideoPipeline:
     @property
     def transformer(self) -> WanModel | Streamed:
         """The transformer, or the expert for high noise; brought to the device if it was not there."""
-        return self.experts.bring("high")
+        return self.experts.activate("high")
 
     @classmethod
     def from_pretrained(
@@ -264,7 +264,7 @@ class TurboVideoPipeline:
         with loaded.programs.needed():
             pipe = cls(loaded.experts, loaded.vae, loaded.text, clip=loaded.clip, programs=loaded.programs)
         pipe.memory = memory
-        jax.block_until_ready((pipe.experts.placed(), placed(pipe.vae)))
+        jax.block_until_ready((pipe.experts.arrays_by_memory(), arrays_by_memory(pipe.vae)))
         pipe.load_seconds = time.perf_counter() - start
         if slow := slow_gpu(compute_capability()):
             logging.warning(slow)
@@ -400,9 +400,9 @@ class TurboVideoPipeline:
             raise UserError("the network returned NaN or infinity; check the checkpoint, or try dtype float32")
         with self._clock.stage("compile"):
             self._programs.wait("vae")
-        self.experts.make_room()
+        self.experts.release()
         with self._clock.stage("vae"):
-            vae = here(self.vae)
+            vae = to_device(self.vae)
         tiled = needs_tiling(vae, *shape[2:4], vae_tiling, limit=parse(self.memory, None)[1])
         videos = self._decode(vae, host, outputs, fps, tiled=tiled)
         warnings += told(*video_checks.warnings(videos))
@@ -411,23 +411,23 @@ class TurboVideoPipeline:
 
     def _image_inputs(self, pictures: Sequence[np.ndarray], **sizes: int) -> dict[str, jax.Array]:
         """`image_inputs` by networks that are on the device while it runs."""
-        clip = here(self.clip) if self.clip else None
-        return jax.block_until_ready(image_inputs(here(self.vae), clip, pictures, **sizes))
+        clip = to_device(self.clip) if self.clip else None
+        return jax.block_until_ready(image_inputs(to_device(self.vae), clip, pictures, **sizes))
 
     def _sample(self, sampler: Sampler, sla_topk: float | None, arguments: tuple) -> jax.Array:
         """The steps by the networks that make them; compiled once for each part, configuration and shape."""
-        parts = self.experts.parts(sampler)
-        programs: list[Any] = [None] * len(parts)
+        ranges = self.experts.step_ranges(sampler)
+        programs: list[Any] = [None] * len(ranges)
         if not self.experts.streamed:
-            network = with_topk(self.experts.arranged(wan_skeleton(self.config).abstract()), sla_topk)
+            network = with_topk(self.experts.with_offloading(wan_skeleton(self.config).abstract()), sla_topk)
             with self._clock.stage("compile"):
-                programs = [self._programs.get(*sampler_program(sampler, p, network, arguments)) for _, p in parts]
+                programs = [self._programs.get(*sampler_program(sampler, p, network, arguments)) for _, p in ranges]
         latents, *rest = arguments
-        for i, ((name, steps), program) in enumerate(zip(parts, programs, strict=True)):
-            with self._clock.stage("experts") if self.experts.in_turn else nullcontext():
-                transformer = with_topk(self.experts.bring(name), sla_topk)
-                if self.experts.in_turn and i + 1 < len(parts):
-                    self.experts.prefetch(parts[i + 1][0], self.experts.room_beside(program))
+        for i, ((name, steps), program) in enumerate(zip(ranges, programs, strict=True)):
+            with self._clock.stage("experts") if self.experts.swap_experts else nullcontext():
+                transformer = with_topk(self.experts.activate(name), sla_topk)
+                if self.experts.swap_experts and i + 1 < len(ranges):
+                    self.experts.prefetch(ranges[i + 1][0], self.experts.free_beside(program))
             with self._clock.stage("diffusion"):
                 if isinstance(transformer, Streamed):
                     shares = iter(np.arange(*steps) / sampler.num_steps)
@@ -465,7 +465,7 @@ class TurboVideoPipeline:
         return videos
 
     @property
-    def parts(self) -> ModelConfigs:
+    def configs(self) -> ModelConfigs:
         """The configurations of the networks."""
         clip = self.clip.config if self.clip else None
         return ModelConfigs(self.config, self.vae.config, self.text.config, clip, len(self.experts.names))
@@ -481,19 +481,21 @@ class TurboVideoPipeline:
         if memory is None:
             memory = self.memory
             residency = Residency(
-                idle_in_host=bool(placed(self.vae).host),
+                idle_offloaded=bool(arrays_by_memory(self.vae).host),
                 text_streamed=self.text.streamed,
-                in_turn=self.experts.in_turn,
+                swap_experts=self.experts.swap_experts,
                 transformer_streamed=self.experts.streamed,
             )
-        return plan_call(self.parts, abstract_call(self.parts, settings), memory, residency=residency, exact=exact)
+        return plan_call(self.configs, abstract_call(self.configs, settings), memory, residency=residency, exact=exact)
 
     def memory_report(self) -> dict[str, dict[str, int]]:
         """Bytes by component and dtype, measured from the arrays; "host" has the token table and what is not on it."""
         encoder = self.text.encoder if self.text.loaded else None
         modules = {"vae": self.vae, "text_encoder": encoder, "image_encoder": self.clip}
-        where = {"transformer": self.experts.placed()}
-        where |= {name: placed(module) if module else Placed([], []) for name, module in modules.items()}
+        where = {"transformer": self.experts.arrays_by_memory()}
+        where |= {
+            name: arrays_by_memory(module) if module else ArraysByMemory([], []) for name, module in modules.items()
+        }
         report = {name: bytes_by_dtype(arrays.device) for name, arrays in where.items()}
         return report | {"host": bytes_by_dtype((self.text.table, *(arrays.host for arrays in where.values())))}
 

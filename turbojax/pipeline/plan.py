@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from turbojax.files import user_path
 from turbojax.memory.planner import Plan
-from turbojax.models.published import MODELS, TWO_EXPERTS, ModelConfigs, known_network, published_parts
+from turbojax.models.published import MODELS, TWO_EXPERTS, ModelConfigs, known_network, published_configs
 from turbojax.models.wan import WanConfig
 from turbojax.pipeline.compile import plan_call
 from turbojax.pipeline.pipeline import abstract_call
@@ -25,12 +25,12 @@ def plan_unloaded(
     exact: bool | None = True,
     **options: Any,
 ) -> Plan:
-    """What a call with these settings would need; options as `find_parts` takes them, exact as `plan_call`."""
-    parts = find_parts(path_or_repo, **options)
-    return plan_call(parts, abstract_call(parts, settings), memory, exact=exact)
+    """What a call with these settings would need; options as `find_configs` takes them, exact as `plan_call`."""
+    configs = find_configs(path_or_repo, **options)
+    return plan_call(configs, abstract_call(configs, settings), memory, exact=exact)
 
 
-def find_parts(
+def find_configs(
     path_or_repo: str | Path,
     *,
     model: str | None = None,
@@ -55,12 +55,12 @@ def find_parts(
         stored, two = open_wan(high).config, low is not None
     where = {"vae": vae, "text_encoder": text_encoder}
     found = {name: component(name, given, folder) for name, given in where.items()}
-    parts = published_parts(with_options(stored, dtype=dtype, **options), two=two)
+    configs = published_configs(with_options(stored, dtype=dtype, **options), two=two)
     if found["vae"]:
-        parts = parts._replace(vae=open_vae(found["vae"], dtype=dtype).skeleton.abstract().config)
+        configs = configs._replace(vae=open_vae(found["vae"], dtype=dtype).skeleton.abstract().config)
     if found["text_encoder"]:
-        parts = parts._replace(text=open_umt5(found["text_encoder"], dtype=dtype).skeleton.abstract().config)
-    return parts
+        configs = configs._replace(text=open_umt5(found["text_encoder"], dtype=dtype).skeleton.abstract().config)
+    return configs
 
 
 def component(name: str, given: str | Path | None, folder: files.Repository | None) -> Path | None:

@@ -15,7 +15,7 @@ import numpy as np
 from tqdm import tqdm
 
 from turbojax.errors import CheckpointError
-from turbojax.models.offload import is_streamed, to_host
+from turbojax.models.offload import is_streamed, to_pinned_host
 from turbojax.weights.mapped import release
 from turbojax.weights.rules import Entry, describe, shorten
 from turbojax.weights.skeleton import Skeleton, is_stacked, layer_of
@@ -76,7 +76,7 @@ def place(
 
 def layers_on_host(spec: jax.ShapeDtypeStruct, values: Iterator[tuple[int | None, jax.Array]]) -> list[jax.Array]:
     """Each waited for, so that the device holds one at a time."""
-    return [jax.block_until_ready(to_host(value.astype(spec.dtype))) for _, value in values]
+    return [jax.block_until_ready(to_pinned_host(value.astype(spec.dtype))) for _, value in values]
 
 
 def stack_on_host(spec: jax.ShapeDtypeStruct, values: Iterator[tuple[int | None, np.ndarray]]) -> jax.Array:
