@@ -42,13 +42,13 @@ GOOD = {"layers": 2, "share": 1, "dtype": "float32"}
 
 
 def parse(content):
-    return parse_json(content, SCHEMA, name="model.json", way_out="download it again")
+    return parse_json(content, SCHEMA, name="model.json", suggestion="download it again")
 
 
 def refused(content, *words, schema=SCHEMA):
     content = content if isinstance(content, bytes) else json.dumps(content).encode()
     with pytest.raises(CheckpointError) as caught:
-        parse_json(content, schema, name="model.json", way_out="download it again")
+        parse_json(content, schema, name="model.json", suggestion="download it again")
     text = str(caught.value)
     assert text.startswith("model.json")
     assert text.endswith("; download it again")
@@ -161,7 +161,7 @@ def test_any_value_is_taken_or_refused(schema):
     for value in VALUES:
         content = json.dumps(value).encode()
         try:
-            parse_json(content, schema, name="model.json", way_out="download it again")
+            parse_json(content, schema, name="model.json", suggestion="download it again")
         except CheckpointError:
             refusals += 1
             refused(content, schema=schema)
@@ -174,7 +174,7 @@ def test_values_in_strings():
     )
 
     def check(value):
-        return check_value(value, schema, name="x.safetensors, in its header", way_out="convert it again")
+        return check_value(value, schema, name="x.safetensors, in its header", suggestion="convert it again")
 
     assert check({"heads": "12", "share": "0.5", "other": "?"}) == {"heads": 12, "share": 0.5}
     for value in ({"heads": "twelve"}, {"heads": "65"}, {"heads": "1e999"}, {"share": "nan"}, {"share": "NaN"}, []):
@@ -187,7 +187,7 @@ def test_values_in_strings():
 def test_brackets_in_strings_do_not_nest():
     schema = Object({"text": String()})
     text = '["' + "[" * 1000 + '\\"'
-    assert parse_json(json.dumps({"text": text}).encode(), schema, name="x", way_out="") == {"text": text}
+    assert parse_json(json.dumps({"text": text}).encode(), schema, name="x", suggestion="") == {"text": text}
 
 
 def test_the_worst_file_takes_little_memory():
@@ -201,7 +201,7 @@ def test_the_worst_file_takes_little_memory():
 
 def test_files(tmp_path):
     def read(path, **options):
-        return read_json(path, SCHEMA, way_out="convert it again", **options)
+        return read_json(path, SCHEMA, suggestion="convert it again", **options)
 
     path = tmp_path / "model.json"
     with pytest.raises(CheckpointError, match=r"model.json does not exist; convert it again"):
@@ -221,19 +221,19 @@ def test_only_regular_files(tmp_path):
     os.mkfifo(tmp_path / "pipe.json")
     for path in (tmp_path / "pipe.json", tmp_path, "/dev/zero", "/dev/null"):
         with pytest.raises(CheckpointError, match=r"is not a regular file; move it away|Is a directory"):
-            read_json(path, SCHEMA, way_out="move it away")
+            read_json(path, SCHEMA, suggestion="move it away")
     with pytest.raises(CheckpointError, match="embedded null"):
-        read_json("a\0b", SCHEMA, way_out="move it away")
+        read_json("a\0b", SCHEMA, suggestion="move it away")
 
 
 def test_lines(tmp_path):
     path = tmp_path / "records.jsonl"
     path.write_bytes(b'\xef\xbb\xbf{"n": 1}\r\n\n{"n": 2}')
     schema = Object({"n": Integer(1, 2)})
-    assert list(read_json_lines(path, schema, way_out="")) == [{"n": 1}, {"n": 2}]
+    assert list(read_json_lines(path, schema, suggestion="")) == [{"n": 1}, {"n": 2}]
     path.write_text('{"n": 1}\n{"n": 3}\n')
     with pytest.raises(UserError, match=r"records.jsonl, line 2: n is 3"):
-        list(read_json_lines(path, schema, way_out="move it away"))
+        list(read_json_lines(path, schema, suggestion="move it away"))
 
 
 def test_quoted_values_are_short():

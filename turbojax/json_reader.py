@@ -1,7 +1,7 @@
 """Reads JSON that comes from outside: small, strict, and every field of the type and in the range that its schema says.
 
     SETTINGS = Object({"layers": Integer(1, 1024), "dtype": Enum("float32", "bfloat16")}, optional={"name": String()})
-    fields = read_json(path, SETTINGS, way_out="convert the checkpoint again")
+    fields = read_json(path, SETTINGS, suggestion="convert the checkpoint again")
 
 What is read is a regular file of bounded size, in UTF-8, without repeated keys, NaN, Infinity or deep nesting. What it
 returns has been checked against the schema, so that no reader behind it has to. Whatever is wrong is one sentence that
@@ -240,51 +240,53 @@ def read_json(
     path: str | os.PathLike,
     schema: Schema,
     *,
-    way_out: str,
+    suggestion: str,
     error: type[UserError] = CheckpointError,
     most_bytes: int = MOST_BYTES,
 ) -> Any:
     """Reads a file of JSON, checked against its schema.
 
-    way_out: ends the sentence of an error, such as "download it again". error: its class.
+    suggestion: ends the sentence of an error, such as "download it again". error: its class.
 
     Raises that error where the file is not there, not a regular file (pipes and devices are not waited for), larger
     than most_bytes, no JSON, or has a field that the schema does not allow.
     """
-    content = read_regular(path, way_out=way_out, error=error, most_bytes=most_bytes)
-    return parse_json(content, schema, name=str(path), way_out=way_out, error=error, most_bytes=most_bytes)
+    content = read_regular(path, suggestion=suggestion, error=error, most_bytes=most_bytes)
+    return parse_json(content, schema, name=str(path), suggestion=suggestion, error=error, most_bytes=most_bytes)
 
 
 def read_json_lines(
     path: str | os.PathLike,
     schema: Schema,
     *,
-    way_out: str,
+    suggestion: str,
     error: type[UserError] = UserError,
     most_bytes: int = 2**26,
 ) -> Iterator[Any]:
     """Reads each line of a file, as `read_json` does; empty lines are left out, errors name the line."""
-    content = read_regular(path, way_out=way_out, error=error, most_bytes=most_bytes)
+    content = read_regular(path, suggestion=suggestion, error=error, most_bytes=most_bytes)
     for number, line in enumerate(re.split(rb"\r\n|\n|\r", content.removeprefix(b"\xef\xbb\xbf")), start=1):
         if line.strip():
-            yield parse_json(line, schema, name=f"{path}, line {number}", way_out=way_out, error=error)
+            yield parse_json(line, schema, name=f"{path}, line {number}", suggestion=suggestion, error=error)
 
 
-def read_regular(path: str | os.PathLike, *, way_out: str, error: type[UserError], most_bytes: int) -> bytes:
+def read_regular(path: str | os.PathLike, *, suggestion: str, error: type[UserError], most_bytes: int) -> bytes:
     """The bytes of a regular file that holds at most most_bytes; raises `error`, see `read_json`."""
     try:
         with open(path, "rb", opener=without_waiting) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-                raise error(f"{path} is not a regular file; {way_out}")
+                raise error(f"{path} is not a regular file; {suggestion}")
             content = file.read(most_bytes + 1)
     except FileNotFoundError as problem:
-        raise error(f"{path} does not exist; {way_out}") from problem
+        raise error(f"{path} does not exist; {suggestion}") from problem
     except (OSError, ValueError) as problem:  # ValueError: a zero byte in the path
         if isinstance(problem, UserError):
             raise
-        raise error(f"{path} cannot be read: {getattr(problem, 'strerror', None) or problem}; {way_out}") from problem
+        raise error(
+            f"{path} cannot be read: {getattr(problem, 'strerror', None) or problem}; {suggestion}"
+        ) from problem
     if len(content) > most_bytes:
-        raise error(f"{path} holds more than {most_bytes} bytes; {way_out}")
+        raise error(f"{path} holds more than {most_bytes} bytes; {suggestion}")
     return content
 
 
@@ -297,7 +299,7 @@ def parse_json(
     schema: Schema,
     *,
     name: str,
-    way_out: str,
+    suggestion: str,
     error: type[UserError] = CheckpointError,
     most_bytes: int = MOST_BYTES,
 ) -> Any:
@@ -305,22 +307,22 @@ def parse_json(
     try:
         return schema.check(load(content, most_bytes), "")
     except Mismatch as problem:
-        raise error(f"{name}: {problem}; {way_out}") from problem
+        raise error(f"{name}: {problem}; {suggestion}") from problem
     except UnicodeError as problem:
-        raise error(f"{name} is not text in UTF-8; {way_out}") from problem
+        raise error(f"{name} is not text in UTF-8; {suggestion}") from problem
     except ValueError as problem:
         start = quoted(content[:40].decode(errors="replace"))
-        raise error(f"{name} is no JSON, {start}: {problem}; {way_out}") from problem
+        raise error(f"{name} is no JSON, {start}: {problem}; {suggestion}") from problem
 
 
 def check_value(
-    value: Any, schema: Schema, *, name: str, way_out: str, error: type[UserError] = CheckpointError
+    value: Any, schema: Schema, *, name: str, suggestion: str, error: type[UserError] = CheckpointError
 ) -> Any:
     """`read_json` for what something else has parsed, such as the header of a safetensors file."""
     try:
         return schema.check(value, "")
     except Mismatch as problem:
-        raise error(f"{name}: {problem}; {way_out}") from problem
+        raise error(f"{name}: {problem}; {suggestion}") from problem
 
 
 def load(content: bytes, most_bytes: int = MOST_BYTES) -> Any:

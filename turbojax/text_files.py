@@ -17,7 +17,7 @@ def read_text(path: str | os.PathLike) -> str:
     Raises UserError for another file, and for bytes that are neither, by their line.
     """
     try:
-        content = read_regular(path, way_out="give a text file in UTF-8", error=UserError, most_bytes=MOST_BYTES)
+        content = read_regular(path, suggestion="give a text file in UTF-8", error=UserError, most_bytes=MOST_BYTES)
     except UserError as error:
         raise UserError(f"the text cannot be read: {error}") from error
     utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))

@@ -13,7 +13,7 @@ from PIL import Image, ImageSequence
 from turbojax import UserError
 from turbojax.media.ffmpeg import program, read_frames
 from turbojax.media.video import (
-    PIECES_WAITING,
+    MOST_QUEUED,
     SIZES,
     check_path,
     in_a_thread,
@@ -207,12 +207,12 @@ def test_encoding_waits_for_nobody():
             raise OSError("bad")
 
     with in_a_thread(write) as hand_over:
-        for i in range(PIECES_WAITING):
+        for i in range(MOST_QUEUED):
             hand_over(i)
         assert written == []
         go.set()
         hand_over("last")
-    assert written == [*range(PIECES_WAITING), "last"]
+    assert written == [*range(MOST_QUEUED), "last"]
     with pytest.raises(OSError, match="bad"):
         hand_over_all(write, ["bad", "more"])
 

@@ -38,7 +38,7 @@ def test_a_small_thing_that_moves_is_enough():
     assert flaws(video) == ()
 
 
-def test_warnings_say_which_and_the_way_out():
+def test_warnings_say_which_and_what_to_do():
     black = np.zeros((5, 24, 32, 3), np.uint8)
     assert list(warnings(moving(PICTURE)[None])) == []
     assert list(warnings(black[None])) == [f"The video is {name}: {FLAWS[name]}" for name in ("black", "static")]

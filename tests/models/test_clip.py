@@ -14,7 +14,7 @@ from tests.closeness import relative_error
 from tests.weights.checkpoints import save
 from turbojax.errors import CheckpointError, UserError
 from turbojax.models.clip import PIXEL_MEAN, PIXEL_STD, CLIPConfig, CLIPVision, cubic_taps, encode_image, prepare
-from turbojax.weights.encoders import load_clip
+from turbojax.weights.encoders import load_encoder, open_clip
 from turbojax.weights.layouts import clip_layout, generated
 
 SMALL = CLIPConfig(dim=160, mlp_dim=192, num_heads=2, num_layers=2, image_size=42, patch=14, dtype=jnp.float32)
@@ -100,6 +100,10 @@ def definition(w: dict, image: np.ndarray) -> np.ndarray:
         h = linear(norm(x, f"{layer}.norm2"), f"{layer}.mlp.0")
         x = x + linear(h * (1 + erf(h / math.sqrt(2))) / 2, f"{layer}.mlp.2")
     return x
+
+
+def load_clip(path, **options):
+    return load_encoder(open_clip(path, **options))
 
 
 @pytest.mark.parametrize("names", [dict, transformers], ids=["official", "transformers"])

@@ -26,7 +26,7 @@ from turbojax.models.vae import (
     join_frames,
     to_uint8,
 )
-from turbojax.weights.rules import Entry, assign
+from turbojax.weights.rules import TensorKey, assign
 from turbojax.weights.vae import VAE_DIFFUSERS, VAE_OFFICIAL, detect_vae_config, vae_rules
 
 FILE = GOLDEN / "vae.safetensors"
@@ -299,7 +299,7 @@ def test_released_layout_fills_the_released_model(naming):
     assert config == VAEConfig.wan2_1()
     state = nnx.state(nnx.eval_shape(lambda: WanVAE(config, rngs=nnx.Rngs(0))))
     parameters = {".".join(map(str, path)): value for path, value in nnx.to_flat_state(state)}
-    expected = {Entry(name, None): value for name, value in parameters.items()}
+    expected = {TensorKey(name, None): value for name, value in parameters.items()}
     assert len(assign(tensors, vae_rules(tensors), expected, what="vae")) == len(tensors) == 194
     assert sum(math.prod(value.shape) for value in parameters.values()) == 126_892_531
     assert all(

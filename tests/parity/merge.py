@@ -4,7 +4,7 @@ import ml_dtypes
 import numpy as np
 
 from tests.golden_io import Incomplete, numbered
-from turbojax.weights.merge import Merged
+from turbojax.weights.merge import MergedTensors
 
 
 def recompute(config: dict, t: dict[str, np.ndarray]) -> dict[str, tuple[np.ndarray, float]]:
@@ -22,7 +22,7 @@ def recompute(config: dict, t: dict[str, np.ndarray]) -> dict[str, tuple[np.ndar
     for weight in config["w"]:
         if weight not in written.values():
             raise Incomplete(f"no key holds results of its weight {weight:g}")
-        merged = Merged(state("base"), state("diff_base"), state("diff_target"), weight=weight)
+        merged = MergedTensors(state("base"), state("diff_base"), state("diff_target"), weight=weight)
         prefix = next(f"out.w{text}." for text, value in written.items() if value == weight)
         if {prefix + name for name in merged} != {key for key in config["dtypes"] if key.startswith(prefix)}:
             continue

@@ -9,7 +9,7 @@ from flax import nnx
 
 from tests.golden_io import Incomplete
 from turbojax.models.umt5 import UMT5Encoder, embed_tokens, encode_text, position_buckets, relative_buckets
-from turbojax.weights.rules import Entry, assign
+from turbojax.weights.rules import TensorKey, assign
 from turbojax.weights.umt5 import detect_umt5_config, token_table, umt5_rules
 
 LAYERS = 5e-5, 1e-5  # least, and of the largest value
@@ -19,14 +19,14 @@ def build(tensors: dict[str, np.ndarray], dtype=jnp.float32) -> UMT5Encoder:
     """The encoder that a checkpoint in memory describes, with its weights."""
     config = detect_umt5_config(tensors, dtype=dtype)
     graph, state = nnx.split(nnx.eval_shape(lambda: UMT5Encoder(config, rngs=nnx.Rngs(0))))
-    expected: dict[Entry, jax.ShapeDtypeStruct] = {}
+    expected: dict[TensorKey, jax.ShapeDtypeStruct] = {}
     for path, value in nnx.to_flat_state(state):
         name = ".".join(path)
         if path[0] == "blocks":
             layer = jax.ShapeDtypeStruct(value.shape[1:], value.dtype)
-            expected |= {Entry(name, i): layer for i in range(value.shape[0])}
+            expected |= {TensorKey(name, i): layer for i in range(value.shape[0])}
         else:
-            expected[Entry(name, None)] = jax.ShapeDtypeStruct(value.shape, value.dtype)
+            expected[TensorKey(name, None)] = jax.ShapeDtypeStruct(value.shape, value.dtype)
     found = assign(tensors, umt5_rules(tensors), expected, what="umt5")
     filled = []
     for path, value in nnx.to_flat_state(state):

@@ -6,7 +6,7 @@ import numpy as np
 from flax import nnx
 
 from turbojax.models.vae import VAEConfig, WanVAE, decode, encode
-from turbojax.weights.rules import Entry, assign
+from turbojax.weights.rules import TensorKey, assign
 from turbojax.weights.vae import detect_vae_config, vae_rules
 
 LATENTS, DECODED = 2e-5, (2e-5, 2.5e-5)  # the latter least, and of the largest value
@@ -18,10 +18,10 @@ def build(tensors: dict[str, np.ndarray], config: VAEConfig | None = None) -> Wa
     graph, state = nnx.split(nnx.eval_shape(lambda: WanVAE(config, rngs=nnx.Rngs(0))))
     flat = nnx.to_flat_state(state)
     names = [".".join(str(p) for p in path) for path, _ in flat]
-    expected = {Entry(name, None): value for name, (_, value) in zip(names, flat, strict=True)}
+    expected = {TensorKey(name, None): value for name, (_, value) in zip(names, flat, strict=True)}
     found = assign(tensors, vae_rules(tensors), expected, what="vae")
     filled = [
-        (path, value.replace(jnp.asarray(found[Entry(name, None)], value.dtype)))
+        (path, value.replace(jnp.asarray(found[TensorKey(name, None)], value.dtype)))
         for name, (path, value) in zip(names, flat, strict=True)
     ]
     return nnx.merge(graph, nnx.from_flat_state(filled))

@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from turbojax.models.umt5 import UMT5Encoder
 from turbojax.models.wan import WanConfig
+from turbojax.weights.encoders import load_encoder, open_umt5
 from turbojax.weights.io import write_pth, write_safetensors
 from turbojax.weights.layouts import generated, wan_layout
 
@@ -106,3 +108,7 @@ def save_shards(folder: Path, tensors: Tensors, *, shards: int = 3, stem: str = 
     index = folder / f"{stem}.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
     return index
+
+
+def load_umt5(path: Path, **options) -> UMT5Encoder:
+    return load_encoder(open_umt5(path, **options))

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from tests.weights.checkpoints import diffusers, official, save, save_shards, small, training, turbo
+from tests.weights.checkpoints import diffusers, load_umt5, official, save, save_shards, small, training, turbo
 from turbojax.errors import CheckpointError, UserError
 from turbojax.kernels.int8 import QUANT_SCHEMES, quantize_blocks
 from turbojax.models.wan import WanConfig
 from turbojax.pipeline.denoise import first_noise_level
 from turbojax.weights import convert as module
 from turbojax.weights.convert import convert
-from turbojax.weights.encoders import load_umt5, load_vae
+from turbojax.weights.encoders import load_vae
 from turbojax.weights.io import file_metadata, read_tensors
 from turbojax.weights.layouts import generated, wan_layout
 from turbojax.weights.load import WanCheckpoint, check_wan, load_wan
@@ -235,14 +235,14 @@ def test_a_bad_source_leaves_nothing(tmp_path, tensors, kind):
 @pytest.mark.parametrize("kind", ["safetensors", "orbax"])
 def test_a_failure_while_writing_leaves_nothing(source, tmp_path, monkeypatch, kind):
     output = tmp_path / "out" / ("x.safetensors" if kind == "safetensors" else "x")
-    pieces = module.Pieces.__call__
+    pieces = module.TensorSource.__call__
 
     def full_disk(self, entry):
         if "ffn" in entry.target:
             raise OSError(28, "No space left on device")
         return pieces(self, entry)
 
-    monkeypatch.setattr(module.Pieces, "__call__", full_disk)
+    monkeypatch.setattr(module.TensorSource, "__call__", full_disk)
     assert "No space left on device" in refused(source, output, format=kind)
     assert list(output.parent.iterdir()) == []
 

@@ -8,11 +8,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from tests.weights.checkpoints import save, small, turbo
+from tests.weights.checkpoints import load_umt5, save, small, turbo
 from turbojax.errors import CheckpointError
 from turbojax.kernels.int8 import QuantConfig
 from turbojax.weights.convert import convert
-from turbojax.weights.encoders import load_umt5, load_vae
+from turbojax.weights.encoders import load_vae
 from turbojax.weights.io import read_tensors
 from turbojax.weights.lazy import all_zero
 from turbojax.weights.load import load_wan

@@ -14,14 +14,24 @@ from flax import nnx
 
 from tests.closeness import relative_error
 from tests.golden_io import GOLDEN, load
-from tests.weights.checkpoints import diffusers, official, parameters, save, save_shards, small, training, turbo
+from tests.weights.checkpoints import (
+    diffusers,
+    load_umt5,
+    official,
+    parameters,
+    save,
+    save_shards,
+    small,
+    training,
+    turbo,
+)
 from turbojax.errors import CheckpointError, UserError
 from turbojax.kernels.int8 import QuantConfig
 from turbojax.models.umt5 import UMT5Config, UMT5Encoder
 from turbojax.models.vae import VAEConfig, WanVAE
 from turbojax.models.wan import WanConfig, WanModel
 from turbojax.weights import convert, layouts
-from turbojax.weights.encoders import check_plain, load_umt5, load_vae
+from turbojax.weights.encoders import check_tensors, load_vae
 from turbojax.weights.io import read_tensors
 from turbojax.weights.load import check_wan, load_wan, open_wan
 from turbojax.weights.skeleton import Skeleton, wan_skeleton
@@ -187,9 +197,9 @@ def test_full_size_layouts_of_the_others():
     ):
         skeleton = Skeleton.of(lambda module=module, config=config: module(config, rngs=nnx.Rngs(0)))
         tensors = skeleton_of_zeros(layout(config))
-        found = check_plain(skeleton, tensors, rules(tensors), layout(config))
+        found = check_tensors(skeleton, tensors, rules(tensors), layout(config), what="zeros")
         table = 1 if module is UMT5Encoder else 0  # stays on the host
-        assert len(found.tensors) == len(skeleton.entries()) == len(tensors) - table == count
+        assert len(found.tensors) == len(skeleton.tensor_specs()) == len(tensors) - table == count
 
 
 def test_number_of_heads(tmp_path, tensors):
@@ -532,5 +542,5 @@ def test_unknown_options(file):
 
 
 def test_entries_count_layers():
-    entries = wan_skeleton(small()).entries()
+    entries = wan_skeleton(small()).tensor_specs()
     assert len(entries) == len(layouts.wan_layout(small()))

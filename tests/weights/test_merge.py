@@ -16,7 +16,7 @@ from turbojax.weights.convert import convert
 from turbojax.weights.io import read_tensors
 from turbojax.weights.layouts import generated, wan_layout
 from turbojax.weights.load import load_wan
-from turbojax.weights.merge import Merged, merge
+from turbojax.weights.merge import MergedTensors, merge
 
 SCRIPT = str(ROOT / "scripts" / "merge.py")
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
@@ -219,11 +219,11 @@ def test_one_tensor_at_a_time(tmp_path):
 
 
 def test_tensors_by_any_name():
-    """Merged is a mapping over any keys: the order is base's, then what is new."""
+    """MergedTensors is a mapping over any keys: the order is base's, then what is new."""
     base = {"b": np.asarray([1, 2], np.int32), "a": np.ones(2, np.float32)}
     low = {"b": np.asarray([0.5, 0.5]), "x": np.ones(1)}
     high = {"new": np.ones(3), "b": np.asarray([1.2, 0.2]), "x": np.zeros(1)}
-    merged = Merged(base, low, high)
+    merged = MergedTensors(base, low, high)
     assert list(merged) == ["b", "a", "new", "x"]
     assert len(merged) == 4
     assert merged["b"].tolist() == [1, 1]  # 1.7 and 1.7, cut off

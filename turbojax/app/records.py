@@ -28,8 +28,8 @@ class Records:
         """fields: those that a record has besides, where they are read; what else it has is kept."""
         self.path = path
         schema = Object({**FIELDS, **(fields or {})}, {"sha256": Nullable(String(64))}, others=Anything())
-        way_out = "it is no record of finished work: move it away, or name another output"
-        lines = read_json_lines(path, schema, way_out=way_out) if path.exists() else ()
+        suggestion = "it is no record of finished work: move it away, or name another output"
+        lines = read_json_lines(path, schema, suggestion=suggestion) if path.exists() else ()
         self._records = {record["key"]: record for record in lines}
 
     def get(self, key: str) -> dict[str, Any] | None:

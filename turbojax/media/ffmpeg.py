@@ -44,8 +44,8 @@ def program() -> str:
 
 def check_encoder() -> None:
     """Encodes two frames in memory, once for each program; raises UserError with the ways out where that fails."""
-    ways_out = "end the output in .gif or .png, or set IMAGEIO_FFMPEG_EXE to an ffmpeg with libx264"
-    check(try_encoder, "mp4 cannot be written", ways_out)
+    suggestion = "end the output in .gif or .png, or set IMAGEIO_FFMPEG_EXE to an ffmpeg with libx264"
+    check(try_encoder, "mp4 cannot be written", suggestion)
 
 
 @functools.cache
@@ -63,12 +63,12 @@ def check_decoder() -> None:
     check(try_decoder, "videos cannot be read", "pip install imageio-ffmpeg, or set IMAGEIO_FFMPEG_EXE to an ffmpeg")
 
 
-def check(trial: Callable[[str], None], consequence: str, ways_out: str) -> None:
+def check(trial: Callable[[str], None], consequence: str, suggestion: str) -> None:
     """Tries the program; raises UserError with its reason, what cannot be done without it, and the ways out."""
     try:
         trial(program())
     except OSError as error:
-        raise UserError(f"{consequence}: {error.strerror or error}; {ways_out}") from error
+        raise UserError(f"{consequence}: {error.strerror or error}; {suggestion}") from error
 
 
 @functools.cache

@@ -35,7 +35,7 @@ SIZES: dict[str, dict[str, tuple[int, int]]] = {
     },
 }
 FORMATS = (".mp4", ".gif", ".png")
-PIECES_WAITING = 8  # for the encoder; a bound on memory
+MOST_QUEUED = 8  # for the encoder; a bound on memory
 
 
 def video_size(resolution: str, aspect_ratio: str) -> tuple[int, int]:
@@ -134,7 +134,7 @@ def in_a_thread(write: Callable[[np.ndarray], None]) -> Iterator[Callable[[np.nd
 
     def hand_over(frames: np.ndarray) -> None:
         pending.append(pool.submit(write, frames))
-        while len(pending) > PIECES_WAITING or (pending and pending[0].done()):
+        while len(pending) > MOST_QUEUED or (pending and pending[0].done()):
             pending.popleft().result()
 
     try:

@@ -21,7 +21,7 @@ from turbojax.pipeline.compile import Call, Programs, arrange, compile_ahead, se
 from turbojax.pipeline.program_cache import use_compilation_cache
 from turbojax.pipeline.text import TextEncoder
 from turbojax.weights import files
-from turbojax.weights.encoders import load_plain, open_clip, open_vae
+from turbojax.weights.encoders import load_encoder, open_clip, open_vae
 from turbojax.weights.io import read_tensors
 from turbojax.weights.load import load_wan, open_wan, with_options
 from turbojax.weights.lora import Expert, LoRA
@@ -92,8 +92,8 @@ def load_published(
             experts.add("low", load_wan(low, loras=loras, expert="low", streamed=streamed, **options))
         expert: Expert | None = "high" if low else None
         experts.add("high", load_wan(high, loras=loras, expert=expert, streamed=streamed, **options))
-        clip = place(load_plain(clip_file, what=where["image_encoder"].name)) if clip_file else None
-        network = place(load_plain(vae_file, what=where["vae"].name))
+        clip = place(load_encoder(clip_file)) if clip_file else None
+        network = place(load_encoder(vae_file))
     name = high.name if low is None else f"{high.name} and {low.name}"
     return Loaded(name, experts, network, text, clip, programs)
 

@@ -18,7 +18,7 @@ from turbojax.files import user_cache
 from turbojax.models.offload import Streamed
 from turbojax.models.tokenizer import Tokenizer
 from turbojax.models.umt5 import TEXT_LEN, UMT5Config, UMT5Encoder, encode_text, run_encoder, zero_past_end
-from turbojax.weights.encoders import load_plain, open_umt5
+from turbojax.weights.encoders import load_encoder, open_umt5
 from turbojax.weights.io import file_metadata, read_tensors, write_safetensors
 from turbojax.weights.umt5 import token_table
 
@@ -61,7 +61,7 @@ class TextEncoder:
             Tokenizer.from_path(tokenizer),
             checkpoint.skeleton.abstract(),
             token_table(tensors),
-            functools.partial(load_plain, checkpoint, what=Path(encoder).name),
+            functools.partial(load_encoder, checkpoint),
             cache=PromptCache.of_user(fingerprint(tensors, jnp.dtype(dtype).name, CACHE_VERSION)) if cache else None,
         )
 

@@ -24,7 +24,7 @@ from turbojax.models.tokenizer import Tokenizer, build
 from turbojax.models.umt5 import UMT5Config, UMT5Encoder
 from turbojax.shapes.scene import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, Scene, caption, random_scene
 from turbojax.weights.io import write_safetensors
-from turbojax.weights.layouts import published_tensors, umt5_layout
+from turbojax.weights.layouts import layout_tensors, umt5_layout
 from turbojax.weights.umt5 import UMT5_OFFICIAL
 
 ENCODER = "models_t5_umt5-xxl-enc-bf16.safetensors"
@@ -168,7 +168,7 @@ def write_text_encoder(folder: Path, words: Words, reader: Reader) -> None:
     """Writes tokenizer and encoder, in bfloat16, under their published names; the answers are left behind."""
     layout = umt5_layout(reader.encoder.config)
     specs = {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in layout.items()}
-    tensors = dict(published_tensors(reader.encoder, layout, UMT5_OFFICIAL))
+    tensors = dict(layout_tensors(reader.encoder, layout, UMT5_OFFICIAL))
     tensors["token_embedding.weight"] = np.asarray(reader.table[...])
     rounded = ((name, tensors[name].astype(jnp.bfloat16)) for name in layout)
     tokenizer = folder / TOKENIZER

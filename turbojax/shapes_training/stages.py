@@ -139,7 +139,7 @@ def ship(job: Job) -> None:
     curves = {stage: thinned(job.folder / stage / CURVES) for stage in TRAINED}
     again = "run the stage again"
     quality = {
-        stage: read_json(job.folder / stage / "quality.json", NUMBERS, way_out=again) for stage in ("vae", "text")
+        stage: read_json(job.folder / stage / "quality.json", NUMBERS, suggestion=again) for stage in ("vae", "text")
     }
     write_json(folder / STORY, {"quality": quality, "curves": curves}, indent=None)
     size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
@@ -157,7 +157,7 @@ def take(stage: str, job: Job) -> None:
     """Takes a stage's result, its quality and its curve from what is shipped."""
     check_shipped(stage)
     folder = job.folder / stage
-    story = read_json(MODEL / STORY, STORIES, way_out="install the package again")
+    story = read_json(MODEL / STORY, STORIES, suggestion="install the package again")
     make_folder(folder)
     write_json(folder / "quality.json", story["quality"][stage])
     if curve := story["curves"].get(stage):

@@ -19,7 +19,7 @@ from turbojax.train.recipes import STUDENT_ALONE, Batch, Loss, Networks, Numbers
 from turbojax.train.schedule import Phases
 from turbojax.train.state import in_compute_dtype
 from turbojax.weights.io import write_safetensors
-from turbojax.weights.layouts import published_tensors, vae_layout
+from turbojax.weights.layouts import layout_tensors, vae_layout
 from turbojax.weights.skeleton import Skeleton
 from turbojax.weights.vae import VAE_OFFICIAL
 
@@ -130,5 +130,5 @@ def write_autoencoder(path: Path, skeleton: Skeleton, params: Mapping[str, np.nd
     layout = vae_layout(vae.config)
     dtype = jnp.dtype(vae.config.dtype)
     specs = {name: jax.ShapeDtypeStruct(shape, dtype) for name, shape in layout.items()}
-    tensors = ((name, value.astype(dtype)) for name, value in published_tensors(vae, layout, VAE_OFFICIAL))
+    tensors = ((name, value.astype(dtype)) for name, value in layout_tensors(vae, layout, VAE_OFFICIAL))
     write_safetensors(path, tensors, specs, metadata={"format": "turbojax"})

@@ -144,7 +144,7 @@ def restore_newest(manager: Manager, like: TrainState, *, run: Mapping[str, Any]
 def read_checkpoint(manager: Manager, step: int, like: TrainState, *, run: Mapping[str, Any]) -> tuple[TrainState, Any]:
     """State and position of one checkpoint; raises WrongRunError, or anything at all where it is damaged."""
     ocp = orbax()
-    has = read_json(Path(manager.directory) / str(step) / METADATA, ITEMS, way_out="Orbax needs it")["item_handlers"]
+    has = read_json(Path(manager.directory) / str(step) / METADATA, ITEMS, suggestion="Orbax needs it")["item_handlers"]
     texts = manager.restore(
         step, args=ocp.args.Composite(**{name: ocp.args.JsonRestore() for name in TEXTS if name in has})
     )
@@ -214,7 +214,7 @@ def unreadable(folder: Path) -> str:
     if odd:
         return f"{odd[0].relative_to(folder.parent)} is no file"
     try:
-        read_json(folder / METADATA, Object({}, others="left out"), way_out="Orbax needs it")
+        read_json(folder / METADATA, Object({}, others="left out"), suggestion="Orbax needs it")
     except CheckpointError as error:
         return str(error)
     return ""

@@ -163,7 +163,7 @@ class Shards:
         path, row = self._locate(i)
         text = file_metadata(path).get("samples", "").encode()
         name = f"samples in the header of {path}"
-        described = parse_json(text, DESCRIBED, name=name, way_out=AGAIN, most_bytes=MOST_TEXT)
+        described = parse_json(text, DESCRIBED, name=name, suggestion=AGAIN, most_bytes=MOST_TEXT)
         if row >= len(described):
             raise CheckpointError(f"{name} tell of {len(described)}, not of sample {row}; {AGAIN}")
         return described[row]["source"], described[row]["caption"]
@@ -307,7 +307,7 @@ def write_index(folder: Path, index: Index, files: Mapping[str, int]) -> None:
 def read_index(folder: Path) -> tuple[Index, dict[str, int]]:
     """The index and the samples of each shard; raises CheckpointError if it is damaged or of another format."""
     path = folder / INDEX
-    content = read_json(path, SCHEMA, way_out=AGAIN, most_bytes=MOST_TEXT)
+    content = read_json(path, SCHEMA, suggestion=AGAIN, most_bytes=MOST_TEXT)
     shards = content["shards"]
     files = {shard["file"]: shard["samples"] for shard in shards}
     if len(files) < len(shards):

@@ -46,7 +46,7 @@ from turbojax.train.step import Fixed, Optimizer, Step, make_step
 from turbojax.train.toy import write_toy_shards
 from turbojax.train.videos import MakeVideos, prepare_videos
 from turbojax.weights.convert import write_wan
-from turbojax.weights.rules import Entry
+from turbojax.weights.rules import TensorKey
 from turbojax.weights.skeleton import Skeleton
 
 VAE = "Wan2.1_VAE.safetensors"
@@ -306,7 +306,7 @@ def export(path: Path, config: WanConfig, params: Params) -> Path:
     """Writes a network as a checkpoint in the official names, which `scripts/generate.py` takes."""
     whole = to_host(params)
 
-    def piece(entry: Entry) -> np.ndarray:
+    def piece(entry: TensorKey) -> np.ndarray:
         return whole[entry.target] if entry.layer is None else whole[entry.target][entry.layer]
 
     if jax.process_index() == 0:

@@ -140,7 +140,7 @@ def rows_of_jsonl(text: str, path: Path) -> Iterator[tuple[int, dict[str, str]]]
     for line, row in enumerate(split_lines(text), start=1):
         if row.strip():
             where, form = f"line {line} of {path}", 'a line is {"file": NAME, "caption": TEXT}'
-            yield line, parse_json(row.encode(), ROW, name=where, way_out=form, error=UserError)
+            yield line, parse_json(row.encode(), ROW, name=where, suggestion=form, error=UserError)
 
 
 def captioned_clips(folder: Path) -> list[Clip]:

@@ -23,25 +23,25 @@ from turbojax.weights.encoders import open_umt5, open_vae
 from turbojax.weights.files import CONVERTED
 from turbojax.weights.io import read_tensors, save_orbax, write_pth, write_safetensors
 from turbojax.weights.layouts import Layout, diffusers_layout, official_layout, wan_layout
-from turbojax.weights.lazy import Watched, specs_of
+from turbojax.weights.lazy import CheckedTensors, specs_of
 from turbojax.weights.load import (
     ARRAYS,
-    Pieces,
+    TensorSource,
     WanCheckpoint,
+    detect_config,
     is_converted,
     log_quantization,
     open_wan,
-    told_config,
     with_options,
 )
 from turbojax.weights.mapped import release
-from turbojax.weights.rules import Entry, Rule, rename
+from turbojax.weights.rules import Rule, TensorKey, rename
 from turbojax.weights.settings import check_told, header_of, untold, write_configuration
 from turbojax.weights.skeleton import is_stacked, wan_skeleton
 from turbojax.weights.wan import DIFFUSERS, OFFICIAL
 
 FORMATS = ("safetensors", "pth", "orbax")
-RUN_WITH = ("sla_topk", "sigma_max")  # settings that `convert` takes for the header
+INFERENCE_DEFAULTS = ("sla_topk", "sigma_max")  # settings that `convert` takes for the header
 
 
 class Summary(NamedTuple):
@@ -96,10 +96,12 @@ def convert(
     output = user_path(output)
     check_output(output, format=format, names=names, overwrite=overwrite)
     component = "transformer" if is_converted(source) else component_of(read_tensors(source))
-    run_with = {name: value for name, value in zip(RUN_WITH, (sla_topk, sigma_max), strict=True) if value is not None}
+    run_with = {
+        name: value for name, value in zip(INFERENCE_DEFAULTS, (sla_topk, sigma_max), strict=True) if value is not None
+    }
     if component == "transformer":
         checkpoint = to_run_with(open_wan(source), run_with, format=format)
-        tensors = Watched(checkpoint.tensors, checksums=True)
+        tensors = CheckedTensors(checkpoint.tensors, checksums=True)
         checkpoint = checkpoint._replace(tensors=tensors)
         summary = write_transformer(checkpoint, output, quantize=quantize, dtype=dtype, format=format, names=names)
         tensors.warn(checkpoint.what)
@@ -109,11 +111,11 @@ def convert(
             f"{Path(source).name} is a {component}: only a transformer can be quantized, renamed, written by Orbax or "
             "given settings to run with"
         )
-    return convert_plain(source, output, component, dtype=dtype)
+    return convert_encoder(source, output, component, dtype=dtype)
 
 
 def to_run_with(checkpoint: WanCheckpoint, settings: Mapping[str, Any], *, format: str) -> WanCheckpoint:
-    """The checkpoint with other settings of RUN_WITH; raises UserError where they cannot be or say nothing."""
+    """Sets INFERENCE_DEFAULTS of the checkpoint; raises UserError where they cannot be or have no effect."""
     if settings and format == "pth":
         raise UserError(f"a .pth file has no place for {' and '.join(settings)}; take format='safetensors'")
     if "sigma_max" in settings:
@@ -165,12 +167,12 @@ def write_transformer(
     )
     if names != "turbodiffusion" and (config.quant or config.attention_type != "original"):
         raise UserError(f"names={names!r} have no place for int8 weights and SLA's proj_l; take names='turbodiffusion'")
-    pieces = Pieces(checkpoint, config)
+    pieces = TensorSource(checkpoint, config)
     if format == "orbax":
         summary = write_orbax(output, config, pieces)
     else:
         if dtype is None:
-            dtype = {entry: spec.dtype for entry, spec in specs_of(checkpoint.tensors).items()}
+            dtype = {key: spec.dtype for key, spec in specs_of(checkpoint.tensors).items()}
         summary = write_wan(output, config, pieces, dtype=dtype, names=names, together=checkpoint.stacked)
     log_quantization(checkpoint.config, config)
     return summary
@@ -179,7 +181,7 @@ def write_transformer(
 def write_wan(
     output: Path,
     config: WanConfig,
-    piece: Callable[[Entry], Any],
+    piece: Callable[[TensorKey], Any],
     *,
     dtype: Any,
     names: str = "turbodiffusion",
@@ -188,23 +190,23 @@ def write_wan(
     """A transformer as a .safetensors or .pth file.
 
     piece: the value of each parameter, a layer at a time.
-    dtype: of everything that is not int8 or a scale, or a mapping that has each entry's own.
+    dtype: of everything that is not int8 or a scale, or a mapping that has each tensor's own.
     together: the layers of a parameter one after another, instead of block by block.
     """
     layout, rules = NAMES[names].layout(config), NAMES[names].rules
     header = header_for(output, config, layout, rules)
-    entries = {name: hit[0] for name in layout if (hit := rename(name, rules))}
+    keys = {name: hit[0] for name in layout if (hit := rename(name, rules))}
     if together:
-        entries = dict(sorted(entries.items(), key=lambda item: item[1].target))
-    dtypes = dtype if isinstance(dtype, Mapping) else dict.fromkeys(entries.values(), dtype)
+        keys = dict(sorted(keys.items(), key=lambda item: item[1].target))
+    dtypes = dtype if isinstance(dtype, Mapping) else dict.fromkeys(keys.values(), dtype)
     specs = {
-        name: jax.ShapeDtypeStruct(layout[name], stored_dtype(name, dtypes.get(entry, jnp.float32)))
-        for name, entry in entries.items()
+        name: jax.ShapeDtypeStruct(layout[name], stored_dtype(name, dtypes.get(key, jnp.float32)))
+        for name, key in keys.items()
     }
 
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
         for name, spec in progress(specs):
-            value = np.asarray(piece(entries[name]))
+            value = np.asarray(piece(keys[name]))
             yield name, value.reshape(spec.shape).astype(spec.dtype)
             release(value)
 
@@ -219,7 +221,7 @@ def header_for(output: Path, config: WanConfig, layout: Layout, rules: tuple[Rul
     given to it from then on.
     """
     shapes = {name: np.broadcast_to(np.int8(0), shape) for name, shape in layout.items()}
-    told = told_config(shapes, rules, num_heads=config.num_heads, what=output.name)
+    told = detect_config(shapes, rules, num_heads=config.num_heads, what=output.name)
     check_told(config, told, output)
     if output.suffix == ".safetensors":
         return header_of(config, told)
@@ -256,7 +258,7 @@ def total_bytes(specs: Mapping[str, Any]) -> int:
     return sum(spec.size * spec.dtype.itemsize for spec in specs.values())
 
 
-def write_orbax(output: Path, config: WanConfig, pieces: Pieces) -> Summary:
+def write_orbax(output: Path, config: WanConfig, pieces: TensorSource) -> Summary:
     """A folder with the arrays as the module holds them, blocks stacked, and the configuration.
 
     Each array is an Orbax checkpoint of its own: Orbax takes more than twice the memory of what it saves at once.
@@ -269,20 +271,20 @@ def write_orbax(output: Path, config: WanConfig, pieces: Pieces) -> Summary:
     return Summary("transformer", len(specs), total_bytes(specs))
 
 
-def stacked(pieces: Pieces, name: str, spec: jax.ShapeDtypeStruct) -> np.ndarray:
+def stacked(pieces: TensorSource, name: str, spec: jax.ShapeDtypeStruct) -> np.ndarray:
     """A parameter as the module holds it, those of the blocks with a leading axis of layers."""
     array = np.empty(spec.shape, spec.dtype)
     for layer in range(spec.shape[0]) if is_stacked(name) else (None,):
-        value = np.asarray(pieces(Entry(name, layer)))
+        value = np.asarray(pieces(TensorKey(name, layer)))
         array[... if layer is None else layer] = value.astype(spec.dtype)
         release(value)
     return array
 
 
-def convert_plain(source: Any, output: Path, component: str, *, dtype: Any) -> Summary:
+def convert_encoder(source: Any, output: Path, component: str, *, dtype: Any) -> Summary:
     """A VAE or a text encoder under the names it has, cast; checked against the module first."""
     open_vae(source) if component == "VAE" else open_umt5(source)
-    tensors = Watched(read_tensors(source), checksums=True)
+    tensors = CheckedTensors(read_tensors(source), checksums=True)
     specs = {name: jax.ShapeDtypeStruct(spec.shape, jnp.dtype(dtype)) for name, spec in tensors.specs.items()}
 
     def cast() -> Iterator[tuple[str, np.ndarray]]:

@@ -117,7 +117,7 @@ def _checked(path: Path, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray
 
 def read_index(index: Path) -> dict[str, str]:
     """The file of each tensor, by an index of shards, which lie beside it; raises CheckpointError."""
-    return read_json(index, INDEX, way_out=AGAIN)["weight_map"]
+    return read_json(index, INDEX, suggestion=AGAIN)["weight_map"]
 
 
 def _read_sharded(index: Path) -> dict[str, np.ndarray]:

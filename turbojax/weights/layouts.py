@@ -237,7 +237,7 @@ def value_of(name: str, normal: np.ndarray) -> np.ndarray:
     return normal / np.sqrt(normal.size / len(normal) if normal.shape[0] > 1 else normal.shape[-1])
 
 
-def published_tensors(module: nnx.Module, layout: Layout, rules: Iterable[Rule]) -> Iterator[tuple[str, np.ndarray]]:
+def layout_tensors(module: nnx.Module, layout: Layout, rules: Iterable[Rule]) -> Iterator[tuple[str, np.ndarray]]:
     """The module's parameters as the checkpoint of that layout holds them, one after the other.
 
     rules: those that read the layout. Their transforms only move elements, so running them on the places of the

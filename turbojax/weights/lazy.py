@@ -7,7 +7,7 @@ import numpy as np
 from absl import logging
 
 from turbojax.weights.mapped import check_stored
-from turbojax.weights.rules import Entry, describe, shorten
+from turbojax.weights.rules import TensorKey, describe, shorten
 from turbojax.weights.safetensors import ShapeDtype
 
 K = TypeVar("K")
@@ -33,7 +33,7 @@ def specs_of(tensors: Mapping[K, np.ndarray]) -> Mapping[K, ShapeDtype]:
     return tensors.specs if isinstance(tensors, LazyTensors) else tensors
 
 
-class Watched(LazyTensors[K]):
+class CheckedTensors(LazyTensors[K]):
     """A checkpoint's tensors, each looked at when it is asked for, as it is read anyway.
 
     One of zeros alone is noted, see `warn`. checksums: check the CRC-32 that a .pth file has, too, for which all of it
@@ -68,7 +68,7 @@ def warn_of_zeros(what: str, names: list[str], *, tensors: int, share: float) ->
 
 
 def name_of(key: Any) -> str:
-    return describe(key) if isinstance(key, Entry) else str(key)
+    return describe(key) if isinstance(key, TensorKey) else str(key)
 
 
 def may_not_be_zero(name: str) -> bool:

@@ -25,11 +25,11 @@ from turbojax.models.wan import WanConfig, WanModel
 from turbojax.weights.files import CONVERTED
 from turbojax.weights.io import check_orbax, checkpoint_file, load_orbax, read_tensors
 from turbojax.weights.layouts import wan_layout
-from turbojax.weights.lazy import LazyTensors, Watched
+from turbojax.weights.lazy import CheckedTensors, LazyTensors
 from turbojax.weights.lora import Changes, Expert, LoRA, merge, read_loras
-from turbojax.weights.parameters import all_finite, place
-from turbojax.weights.rules import Entry, Rule, assign, describe, relaid, rename
-from turbojax.weights.settings import published_num_heads, read_configuration, read_header, with_header
+from turbojax.weights.parameters import all_finite, load_parameters
+from turbojax.weights.rules import Rule, TensorKey, assign, describe, relaid, rename
+from turbojax.weights.settings import config_num_heads, read_configuration, read_header, with_header
 from turbojax.weights.skeleton import Skeleton, wan_skeleton
 from turbojax.weights.wan import clean_name, detect_wan_config, wan_rules
 
@@ -40,26 +40,26 @@ class WanCheckpoint(NamedTuple):
     """A transformer checkpoint, checked against its own configuration; nothing has been read yet."""
 
     config: WanConfig
-    tensors: Mapping[Entry, np.ndarray]
+    tensors: Mapping[TensorKey, np.ndarray]
     what: str
     stacked: bool = False  # whether the layers of a parameter lie together, and are best read one after another
 
 
-class Stacks(LazyTensors[Entry]):
+class OrbaxTensors(LazyTensors[TensorKey]):
     """The tensors of a folder that `scripts/convert.py --format=orbax` wrote, cut out of its stacked arrays.
 
     An array is read as a whole and the last two are kept: ask for the layers of one after another.
     """
 
     def __init__(self, folder: Path, skeleton: Skeleton):
-        self.skeleton, self.specs = skeleton, skeleton.entries()
+        self.skeleton, self.specs = skeleton, skeleton.tensor_specs()
         self._array = functools.lru_cache(maxsize=2)(lambda name: load_array(folder, name, skeleton.specs[name]))
 
-    def __getitem__(self, entry: Entry) -> np.ndarray:
-        if entry not in self.specs:
-            raise KeyError(entry)
-        array = self._array(entry.target)
-        return array if entry.layer is None else array[entry.layer]
+    def __getitem__(self, key: TensorKey) -> np.ndarray:
+        if key not in self.specs:
+            raise KeyError(key)
+        array = self._array(key.target)
+        return array if key.layer is None else array[key.layer]
 
 
 def open_wan(path: str | os.PathLike) -> WanCheckpoint:
@@ -71,7 +71,7 @@ def open_wan(path: str | os.PathLike) -> WanCheckpoint:
         return open_converted(user_path(path))
     path = checkpoint_file(user_path(path))
     header = read_header(path)
-    heads = header.get("num_heads") or published_num_heads(path)
+    heads = header.get("num_heads") or config_num_heads(path)
     try:
         checkpoint = check_wan(read_tensors(path), num_heads=heads, what=path.name)
         return checkpoint._replace(config=with_header(checkpoint.config, header, what=path.name))
@@ -88,12 +88,12 @@ def check_wan(tensors: Mapping[str, np.ndarray], *, num_heads: int | None, what:
         if cleaned.setdefault(clean_name(name), tensor) is not tensor:
             raise CheckpointError(f"{what} holds {quoted(clean_name(name))} twice, once as {quoted(name)}; keep one")
     tensors, rules = cleaned, wan_rules(cleaned, what=what)
-    config = told_config(tensors, rules, num_heads=num_heads, what=what)
-    found = assign(tensors, rules, wan_skeleton(config).entries(), what=what, published=wan_layout(config))
+    config = detect_config(tensors, rules, num_heads=num_heads, what=what)
+    found = assign(tensors, rules, wan_skeleton(config).tensor_specs(), what=what, layout=wan_layout(config))
     return WanCheckpoint(config, found, what)
 
 
-def told_config(
+def detect_config(
     tensors: Mapping[str, np.ndarray], rules: Iterable[Rule], *, num_heads: int | None, what: str
 ) -> WanConfig:
     """The configuration that names and shapes tell, of tensors that `rules` rename."""
@@ -102,13 +102,13 @@ def told_config(
     return detect_wan_config(shapes, quantized=quantized, num_heads=num_heads, what=what)
 
 
-def renamed_shapes(tensors: Mapping[str, np.ndarray], rules: Iterable[Rule]) -> dict[Entry, tuple[int, ...]]:
+def renamed_shapes(tensors: Mapping[str, np.ndarray], rules: Iterable[Rule]) -> dict[TensorKey, tuple[int, ...]]:
     rules = tuple(rules)
     shapes = {}
     for name, tensor in tensors.items():
         if tensor.size and (hit := rename(name, rules)) and hit[1].target:
-            entry, rule = hit
-            shapes[entry] = relaid(rule, tensor).shape
+            key, rule = hit
+            shapes[key] = relaid(rule, tensor).shape
     return shapes
 
 
@@ -168,7 +168,7 @@ def load_wan(
     checkpoint = open_wan(path)
     changes = read_loras(loras, checkpoint.config, expert=expert)
     skeleton = wan_skeleton(with_options(checkpoint.config, **options))
-    as_stored = isinstance(checkpoint.tensors, Stacks) and skeleton.specs == checkpoint.tensors.skeleton.specs
+    as_stored = isinstance(checkpoint.tensors, OrbaxTensors) and skeleton.specs == checkpoint.tensors.skeleton.specs
     if as_stored and not (changes or streamed):
         model = skeleton.fill(load_arrays(user_path(path), skeleton))
         log_quantization(checkpoint.config, model.config)
@@ -182,10 +182,10 @@ def build_wan(
     """The network of a checked checkpoint, with the changes of LoRAs; options as `load_wan` takes them."""
     config = with_options(checkpoint.config, **options)
     skeleton = wan_skeleton(config)
-    tensors = Watched(checkpoint.tensors)
-    pieces = Pieces(checkpoint._replace(tensors=tensors), config, changes or {})
+    tensors = CheckedTensors(checkpoint.tensors)
+    pieces = TensorSource(checkpoint._replace(tensors=tensors), config, changes or {})
     what = f"{checkpoint.what} with LoRAs" if changes else checkpoint.what
-    model = skeleton.fill(place(skeleton, pieces, what=what, streamed=streamed), streamed=streamed)
+    model = skeleton.fill(load_parameters(skeleton, pieces, what=what, streamed=streamed), streamed=streamed)
     tensors.warn(checkpoint.what)
     log_quantization(checkpoint.config, config, changes)
     return model
@@ -200,7 +200,7 @@ def log_quantization(stored: WanConfig, config: WanConfig, changes: Changes | No
     count = sum(s.shape[0] for s in weights)
     before, after = (int8.scheme_name(c.quant) if c.quant else None for c in (stored, config))
     gigabytes = " -> ".join(f"{network_bytes(c, config.dtype) / 1e9:.1f} GB" for c in (stored, config))
-    merged = sum(bool(QUANTIZED.fullmatch(entry.target)) for entry in changes or ())
+    merged = sum(bool(QUANTIZED.fullmatch(key.target)) for key in changes or ())
     if after is None:
         logging.info("Dequantized %d linear layers (%s) to %s", count, before, jnp.dtype(config.dtype).name)
     elif before is None:
@@ -219,48 +219,48 @@ def network_bytes(config: WanConfig, dtype: Any) -> int:
 
 
 @dataclasses.dataclass(frozen=True)
-class Pieces:
+class TensorSource:
     """The tensors in the form that a configuration wants: quantized, dequantized, with or without SLA, with LoRAs."""
 
     checkpoint: WanCheckpoint
     config: WanConfig
     changes: Changes = dataclasses.field(default_factory=dict)
 
-    def __call__(self, entry: Entry) -> Any:
-        if ".proj_l." in entry.target and entry not in self.checkpoint.tensors:
-            return self.untrained_projection(entry)
-        linear = QUANTIZED.fullmatch(entry.target)
+    def __call__(self, key: TensorKey) -> Any:
+        if ".proj_l." in key.target and key not in self.checkpoint.tensors:
+            return self.untrained_projection(key)
+        linear = QUANTIZED.fullmatch(key.target)
         if linear is None:
-            return self.changed(entry, self.checkpoint.tensors[entry])
-        merges = Entry(f"{linear['name']}.weight", entry.layer) in self.changes
+            return self.changed(key, self.checkpoint.tensors[key])
+        merges = TensorKey(f"{linear['name']}.weight", key.layer) in self.changes
         if not merges and scheme(self.checkpoint.config) == scheme(self.config):
-            return self.checkpoint.tensors[entry]
-        weight = self.weight(linear["name"], entry.layer)
+            return self.checkpoint.tensors[key]
+        weight = self.weight(linear["name"], key.layer)
         if self.config.quant is None:
             return weight
         q, scale = quantize_weight(weight, self.config.quant.scheme)
         if linear["part"] == "scale":
             return scale
-        logging.debug("Quantized %s (%s)", describe(entry), self.config.quant.scheme)
+        logging.debug("Quantized %s (%s)", describe(key), self.config.quant.scheme)
         return q
 
     def weight(self, name: str, layer: int | None) -> Any:
         """A linear layer's weight as numbers."""
-        entry = Entry(f"{name}.weight", layer)
-        stored = self.checkpoint.tensors[entry]
+        key = TensorKey(f"{name}.weight", layer)
+        stored = self.checkpoint.tensors[key]
         if self.checkpoint.config.quant is not None:
-            stored = dequantize_weight(stored, self.checkpoint.tensors[Entry(f"{name}.scale", layer)])
-        return self.changed(entry, stored)
+            stored = dequantize_weight(stored, self.checkpoint.tensors[TensorKey(f"{name}.scale", layer)])
+        return self.changed(key, stored)
 
-    def changed(self, entry: Entry, stored: Any) -> Any:
-        changes = self.changes.get(entry)
+    def changed(self, key: TensorKey, stored: Any) -> Any:
+        changes = self.changes.get(key)
         return merge(stored, changes) if changes else stored
 
-    def untrained_projection(self, entry: Entry) -> np.ndarray:
-        if entry == Entry("blocks.self_attn.proj_l.weight", 0):
+    def untrained_projection(self, key: TensorKey) -> np.ndarray:
+        if key == TensorKey("blocks.self_attn.proj_l.weight", 0):
             logging.warning("%s was not trained with SLA: proj_l starts at zero", self.checkpoint.what)
         size = self.config.head_dim
-        return np.zeros((size, size) if entry.target.endswith("weight") else size, np.float32)
+        return np.zeros((size, size) if key.target.endswith("weight") else size, np.float32)
 
 
 # Weights and scales of the int8 linear layers: all in the blocks but `proj_l`.
@@ -285,8 +285,10 @@ def open_converted(path: Path) -> WanCheckpoint:
     """Opens a transformer that `scripts/convert.py --format=orbax` wrote."""
     config = read_configuration(path)
     skeleton = wan_skeleton(config)
-    check_orbax(path / ARRAYS, skeleton.specs)  # first, since `Stacks` lists as many layers as the configuration says
-    return WanCheckpoint(config, Stacks(path, skeleton), path.name, stacked=True)
+    check_orbax(
+        path / ARRAYS, skeleton.specs
+    )  # first, since `OrbaxTensors` lists as many layers as the configuration says
+    return WanCheckpoint(config, OrbaxTensors(path, skeleton), path.name, stacked=True)
 
 
 def load_array(folder: Path, name: str, spec: jax.ShapeDtypeStruct) -> Any:

@@ -25,10 +25,10 @@ from turbojax.models.wan import WanConfig
 from turbojax.weights.io import read_tensors
 from turbojax.weights.lazy import all_zero, nbytes, warn_of_zeros
 from turbojax.weights.lora_files import Change, LowRank, changes_of
-from turbojax.weights.rules import Entry, describe, shorten
+from turbojax.weights.rules import TensorKey, describe, shorten
 
 Expert = Literal["high", "low"]
-Changes = dict[Entry, list[Change]]
+Changes = dict[TensorKey, list[Change]]
 
 MOST_STRENGTH = 100.0
 _SECOND = "transformer_2."  # diffusers' name of the low-noise expert
@@ -78,12 +78,12 @@ def read_loras(loras: Sequence[LoRA], config: WanConfig, *, expert: Expert | Non
     changes: Changes = {}
     for lora in loras:
         if lora.expert in (None, expert):
-            for entry, change in read_lora(lora, config, expert=expert).items():
-                changes.setdefault(entry, []).append(change)
+            for key, change in read_lora(lora, config, expert=expert).items():
+                changes.setdefault(key, []).append(change)
     return changes
 
 
-def read_lora(lora: LoRA, config: WanConfig, *, expert: Expert | None = None) -> dict[Entry, Change]:
+def read_lora(lora: LoRA, config: WanConfig, *, expert: Expert | None = None) -> dict[TensorKey, Change]:
     """One file, see `read_loras`; without the changes that change nothing, which would quantize int8 layers again."""
     path = user_path(lora.path)
     stored = read_tensors(path)
@@ -96,9 +96,9 @@ def read_lora(lora: LoRA, config: WanConfig, *, expert: Expert | None = None) ->
         raise CheckpointError(f"{path.name} is no LoRA of this network: it holds {names}; see turbojax/weights/lora.py")
     if left_out := sorted(others) + (sorted(second) if expert is None else []):
         logging.warning("%s: %d parts fit nowhere and are left out: %s", path.name, len(left_out), shorten(left_out))
-    changing = {entry: change for entry, change in changes.items() if not change.changes_nothing()}
+    changing = {key: change for key, change in changes.items() if not change.changes_nothing()}
     # Training begins with up at zero and down drawn, so up may have stayed there.
-    downs = {f"down of {describe(entry)}": c.down for entry, c in changes.items() if isinstance(c, LowRank)}
+    downs = {f"down of {describe(key)}": c.down for key, c in changes.items() if isinstance(c, LowRank)}
     zeros = {name: down for name, down in downs.items() if all_zero(down)}
     share = sum(map(nbytes, zeros.values())) / sum(map(nbytes, tensors.values()))
     warn_of_zeros(path.name, list(zeros), tensors=len(tensors), share=share)

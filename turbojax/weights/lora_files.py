@@ -19,7 +19,7 @@ from turbojax.json_reader import Boolean, Integer, Map, Nullable, Number, Object
 from turbojax.models.wan import WanConfig
 from turbojax.weights.io import file_metadata
 from turbojax.weights.layouts import diffusers_layout, wan_layout
-from turbojax.weights.rules import Entry, Rule, of_kind, relaid, rename, shorten
+from turbojax.weights.rules import Rule, TensorKey, of_kind, relaid, rename, shorten
 from turbojax.weights.wan import DIFFUSERS, OFFICIAL, clean_name
 
 
@@ -79,7 +79,7 @@ class Unfit(ValueError):
 
 def changes_of(
     path: Path, tensors: Mapping[str, np.ndarray], config: WanConfig, *, strength: float, network: str
-) -> tuple[dict[Entry, Change], list[str]]:
+) -> tuple[dict[TensorKey, Change], list[str]]:
     """The changes of parameters that a file's tensors say, and the names that belong to another network.
 
     network: diffusers' name of the network, for the settings in the header.
@@ -96,7 +96,7 @@ def changes_of(
         )
     alpha = stored_alpha(path, network)
     shapes = parameter_shapes(config)
-    changes: dict[Entry, Change] = {}
+    changes: dict[TensorKey, Change] = {}
     for name, given in parts.items():
         hit = rename(name, OFFICIAL) or rename(name, DIFFUSERS)
         if hit is None or hit[0] not in shapes:
@@ -208,7 +208,7 @@ def modules_of(layout: Mapping[str, tuple[int, ...]]) -> set[str]:
     return {name.rpartition(".")[0] for name in layout if not name.endswith(("modulation", "scale_shift_table"))}
 
 
-def parameter_shapes(config: WanConfig) -> dict[Entry, tuple[int, ...]]:
+def parameter_shapes(config: WanConfig) -> dict[TensorKey, tuple[int, ...]]:
     """The shape of each parameter of the network before quantization, of one layer where they are stacked."""
     shapes = {}
     for name, shape in wan_layout(plain(config)).items():
@@ -224,10 +224,10 @@ def stored_alpha(path: Path, network: str) -> float | None:
     if (text := file_metadata(path).get("lora_adapter_metadata")) is not None:
         named = {f"{prefix}{name}": schema for name, schema in _ADAPTER.items() for prefix in ("", f"{network}.")}
         where, schema = f"{path.name}, lora_adapter_metadata in its header", Object({}, named, others="left out")
-        found = parse_json(text.encode(), schema, name=where, way_out=again)
+        found = parse_json(text.encode(), schema, name=where, suggestion=again)
         settings = {name.removeprefix(f"{network}."): value for name, value in found.items()}
     elif path.stem == "adapter_model" and (beside := path.with_name(_PEFT_CONFIG)).exists():
-        settings = read_json(beside, Object({}, _ADAPTER, others="left out"), way_out=again)
+        settings = read_json(beside, Object({}, _ADAPTER, others="left out"), suggestion=again)
     else:
         return None
     if unread := [name for name in _UNREAD_SETTINGS if settings.get(name)]:

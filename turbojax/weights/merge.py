@@ -15,16 +15,16 @@ from absl import logging
 from turbojax.errors import CheckpointError, UserError
 from turbojax.files import user_path
 from turbojax.weights.convert import Summary, check_output, write_transformer
-from turbojax.weights.lazy import K, LazyTensors, Watched, specs_of
+from turbojax.weights.lazy import CheckedTensors, K, LazyTensors, specs_of
 from turbojax.weights.load import WanCheckpoint, open_wan
 from turbojax.weights.mapped import release
-from turbojax.weights.rules import Entry, describe, shorten
+from turbojax.weights.rules import TensorKey, describe, shorten
 from turbojax.weights.skeleton import wan_skeleton
 
 SLA_SETTINGS = ("attention_type", "num_heads", "sla_topk", "sla_blocks", "sage_values")  # come with the projection
 
 
-class Merged(LazyTensors[K]):
+class MergedTensors(LazyTensors[K]):
     """The merged tensors, each computed in float32 when it is asked for.
 
     A tensor that all three have in one shape is base + weight (diff_target - diff_base), in base's dtype (integers
@@ -85,7 +85,7 @@ def merge(
     if not np.isfinite(weight):
         raise UserError(f"{weight=} must be a number")
     opened = [open_wan(path) for path in (base, diff_base, diff_target)]
-    watched = [Watched(checkpoint.tensors, checksums=True) for checkpoint in opened]
+    watched = [CheckedTensors(checkpoint.tensors, checksums=True) for checkpoint in opened]
     parts = [checkpoint._replace(tensors=own) for checkpoint, own in zip(opened, watched, strict=True)]
     checkpoint = merge_checkpoints(*parts, weight=weight)
     summary = write_transformer(checkpoint, output, quantize=quantize, dtype=dtype, format=format, names=names)
@@ -107,19 +107,19 @@ def merge_checkpoints(
             raise UserError(
                 f"{other.what} is {size(other)} and {base.what} {size(base)}; merge takes models of one size"
             )
-    tensors = Merged(base.tensors, diff_base.tensors, diff_target.tensors, weight=weight)
-    added = [entry for entry in tensors if entry not in base.tensors]
-    kept = [entry for entry in base.tensors if entry not in tensors.changed]
+    tensors = MergedTensors(base.tensors, diff_base.tensors, diff_target.tensors, weight=weight)
+    added = [key for key in tensors if key not in base.tensors]
+    kept = [key for key in base.tensors if key not in tensors.changed]
     logging.info("Merging: %d tensors changed, %d kept, %d added", len(tensors.changed), len(kept), len(added))
     if kept:
         logging.warning("Kept as in %s, which alone has them or has another shape: %s", base.what, names_of(kept))
-    sla = diff_target if any(".proj_l." in entry.target for entry in added) else base
+    sla = diff_target if any(".proj_l." in key.target for key in added) else base
     config = dataclasses.replace(
         base.config,
         **{name: getattr(sla.config, name) for name in SLA_SETTINGS},
-        dtype=tensors.specs[Entry("blocks.ffn.fc1.weight", 0)].dtype,
+        dtype=tensors.specs[TensorKey("blocks.ffn.fc1.weight", 0)].dtype,
     )
-    if unknown := [entry for entry in added if entry not in wan_skeleton(config).entries()]:
+    if unknown := [key for key in added if key not in wan_skeleton(config).tensor_specs()]:
         raise CheckpointError(f"{diff_target.what} has {names_of(unknown)}, which no model of {base.what}'s kind has")
     stacked = base.stacked or diff_base.stacked or diff_target.stacked
     return WanCheckpoint(config, tensors, f"the merge of {base.what}", stacked)
@@ -130,5 +130,5 @@ def size(checkpoint: WanCheckpoint) -> str:
     return f"{c.num_layers} layers of width {c.dim} and {c.ffn_dim}"
 
 
-def names_of(entries: list[Entry]) -> str:
-    return shorten([describe(entry) for entry in entries])
+def names_of(keys: list[TensorKey]) -> str:
+    return shorten([describe(key) for key in keys])

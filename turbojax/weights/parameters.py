@@ -17,7 +17,7 @@ from tqdm import tqdm
 from turbojax.errors import CheckpointError
 from turbojax.models.offload import is_streamed, to_pinned_host
 from turbojax.weights.mapped import release
-from turbojax.weights.rules import Entry, describe, shorten
+from turbojax.weights.rules import TensorKey, describe, shorten
 from turbojax.weights.skeleton import Skeleton, is_stacked, layer_of
 
 
@@ -34,8 +34,8 @@ def all_finite(x: jax.Array) -> jax.Array:
 SMALL_BYTES = 2**22  # parameters up to this size are put together by numpy: compiling for each shape takes longer
 
 
-def place(
-    skeleton: Skeleton, piece: Callable[[Entry], Any], *, what: str, streamed: bool = False
+def load_parameters(
+    skeleton: Skeleton, piece: Callable[[TensorKey], Any], *, what: str, streamed: bool = False
 ) -> dict[str, jax.Array | list[jax.Array]]:
     """Puts every parameter on the device, one tensor of the checkpoint at a time, with a progress bar in bytes.
 
@@ -52,11 +52,11 @@ def place(
             """The parameter's layers, or (None, the whole of it); read when asked for."""
             layers = range(spec.shape[0]) if is_stacked(name) else [None]
             for layer in layers:
-                stored = piece(Entry(name, layer))
+                stored = piece(TensorKey(name, layer))
                 # jnp.asarray would compile a program for each shape.
                 value = np.asarray(stored) if small else jax.device_put(stored, may_alias=False)
                 if jnp.issubdtype(value.dtype, jnp.floating):
-                    finite[Entry(name, layer)] = np.isfinite(value).all() if small else all_finite(value)
+                    finite[TensorKey(name, layer)] = np.isfinite(value).all() if small else all_finite(value)
                 yield layer, value
                 if isinstance(stored, np.ndarray):
                     release(stored)
@@ -68,7 +68,7 @@ def place(
                 continue
             small = spec.size * spec.dtype.itemsize <= SMALL_BYTES
             arrays[name] = (stack_on_host if small else stack_on_device)(spec, values(name, spec, small))
-    bad = [describe(entry) for entry, ok in finite.items() if not ok]
+    bad = [describe(key) for key, ok in finite.items() if not ok]
     if bad:
         raise CheckpointError(f"{what} holds NaN or infinity in {shorten(bad)}; download it again")
     return arrays

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from turbojax.weights.load import describe
-from turbojax.weights.parameters import place
-from turbojax.weights.rules import Entry
+from turbojax.weights.parameters import load_parameters
+from turbojax.weights.rules import TensorKey
 from turbojax.weights.skeleton import Skeleton
 
 
@@ -20,20 +20,20 @@ def random_module(skeleton: Skeleton, *, seed: int = 0, what: str = "random weig
 
     streamed: leave the blocks in host memory, see `turbojax.models.offload`.
     """
-    specs = skeleton.entries()
+    specs = skeleton.tensor_specs()
     key = jax.random.key(seed)
 
-    def generate(entry: Entry) -> jax.Array:
+    def generate(entry: TensorKey) -> jax.Array:
         spec = specs[entry]
         own_key = jax.random.fold_in(key, zlib.crc32(describe(entry).encode()))
         if spec.dtype == jnp.int8:
             return jax.random.randint(own_key, spec.shape, -127, 128, jnp.int8)
         if entry.target.endswith(".scale"):  # of an int8 weight of uniform values, whose rms is 127 / sqrt(3)
-            features_in = specs[Entry(entry.target.removesuffix("scale") + "weight", entry.layer)].shape[1]
+            features_in = specs[TensorKey(entry.target.removesuffix("scale") + "weight", entry.layer)].shape[1]
             return jnp.full(spec.shape, 3**0.5 / 127 / features_in**0.5, spec.dtype)
         return normal(own_key, *center_and_spread(entry.target, spec.shape), spec.shape, spec.dtype)
 
-    return skeleton.fill(place(skeleton, generate, what=what, streamed=streamed), streamed=streamed)
+    return skeleton.fill(load_parameters(skeleton, generate, what=what, streamed=streamed), streamed=streamed)
 
 
 def center_and_spread(entry: str, shape: tuple[int, ...]) -> tuple[float, float]:

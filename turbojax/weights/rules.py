@@ -34,7 +34,7 @@ class Rule(NamedTuple):
     transform: Callable[[np.ndarray], np.ndarray] | None = None
 
 
-class Entry(NamedTuple):
+class TensorKey(NamedTuple):
     """Where one tensor goes: the parameter's path, and the layer if the parameter is stacked."""
 
     target: str
@@ -51,18 +51,18 @@ def conv2d_kernel(weight: np.ndarray) -> np.ndarray:
     return weight.transpose(2, 3, 1, 0)
 
 
-def rename(name: str, rules: Iterable[Rule]) -> tuple[Entry, Rule] | None:
+def rename(name: str, rules: Iterable[Rule]) -> tuple[TensorKey, Rule] | None:
     """The first rule that matches `name` and where it sends it; None if no rule does."""
     for rule in rules:
         if match := re.fullmatch(rule.pattern, name):
             if rule.target is None:
-                return Entry("", None), rule
+                return TensorKey("", None), rule
             layer = match.groupdict().get("layer")
             if layer is None:
-                return Entry(match.expand(rule.target), None), rule
+                return TensorKey(match.expand(rule.target), None), rule
             if not LAYER_NUMBER.fullmatch(layer):
                 return None
-            return Entry(match.expand(rule.target), int(layer)), rule
+            return TensorKey(match.expand(rule.target), int(layer)), rule
     return None
 
 
@@ -96,52 +96,52 @@ def relaid(rule: Rule, tensor: np.ndarray) -> np.ndarray:
 def assign(
     tensors: Mapping[str, np.ndarray],
     rules: Iterable[Rule],
-    expected: Mapping[Entry, ShapeDtype],
+    expected: Mapping[TensorKey, ShapeDtype],
     *,
     what: str,
-    published: Iterable[str] = (),
-) -> dict[Entry, np.ndarray]:
+    layout: Iterable[str] = (),
+) -> dict[TensorKey, np.ndarray]:
     """Sends every tensor to its parameter.
 
     tensors: the checkpoint, by name; only shapes and dtypes are looked at, nothing is read from a memory-mapped file.
     expected: shape and dtype of each parameter (of one layer of it, where it is stacked). A tensor must have the shape,
       and a dtype of the same kind, see `of_kind`.
     what: names the checkpoint in the error, for instance "transformer.safetensors".
-    published: the names that the whole checkpoint should hold, to tell what is missing in its own words.
+    layout: the names that the whole checkpoint should hold, to tell what is missing in its own words.
 
     Raises CheckpointError with all missing, unknown, misshapen, mistyped and doubled names.
     """
     rules = tuple(rules)
-    found: dict[Entry, np.ndarray] = {}
-    origin: dict[Entry, str] = {}
+    found: dict[TensorKey, np.ndarray] = {}
+    origin: dict[TensorKey, str] = {}
     unknown, misshapen, mistyped, doubled = [], [], [], []
     for name, tensor in tensors.items():
         hit = rename(name, rules)
         if hit is None:
             unknown.append(name)
             continue
-        entry, rule = hit
+        key, rule = hit
         if rule.target is None:
             continue
-        if entry not in expected:
+        if key not in expected:
             unknown.append(name)
-        elif entry in found:
-            doubled.append(f"{name} and {origin[entry]}")
+        elif key in found:
+            doubled.append(f"{name} and {origin[key]}")
         else:
             value = relaid(rule, tensor)
-            found[entry], origin[entry] = value, name
-            spec = expected[entry]
+            found[key], origin[key] = value, name
+            spec = expected[key]
             if value.shape != spec.shape:
                 misshapen.append(f"{name} {list(value.shape)} instead of {list(spec.shape)}")
             elif not of_kind(value.dtype, spec.dtype):
                 wanted = "int8" if spec.dtype == np.int8 else "floating point"
                 mistyped.append(f"{name} {value.dtype} instead of {wanted}")
-    missing = [entry for entry in expected if entry not in found]
-    names = {hit[0]: name for name in published if missing and (hit := rename(name, rules))}
+    missing = [key for key in expected if key not in found]
+    names = {hit[0]: name for name in layout if missing and (hit := rename(name, rules))}
     problems = [
         f"{len(listed)} {kind}: {shorten(listed)}"
         for kind, listed in (
-            ("missing", [names.get(entry) or describe(entry) for entry in missing]),
+            ("missing", [names.get(key) or describe(key) for key in missing]),
             ("unknown", unknown),
             ("misshapen", misshapen),
             ("of the wrong type", mistyped),
@@ -157,8 +157,8 @@ def assign(
     return found
 
 
-def describe(entry: Entry) -> str:
-    return entry.target if entry.layer is None else f"{entry.target}[layer {entry.layer}]"
+def describe(key: TensorKey) -> str:
+    return key.target if key.layer is None else f"{key.target}[layer {key.layer}]"
 
 
 def shorten(names: list[str]) -> str:

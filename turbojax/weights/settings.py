@@ -88,7 +88,7 @@ PUBLISHED = Object({}, {"num_heads": Nullable(HEADS), "num_attention_heads": Nul
 def read_configuration(folder: Path) -> WanConfig:
     """The configuration of a folder that `turbojax convert --format=orbax` wrote; raises CheckpointError."""
     path = folder / CONVERTED
-    fields = read_json(path, CONFIGURATION, way_out=AGAIN)
+    fields = read_json(path, CONFIGURATION, suggestion=AGAIN)
     quant = QuantConfig(**fields["quant"]) if fields["quant"] else None
     try:
         if quant:
@@ -103,12 +103,12 @@ def write_configuration(folder: Path, config: WanConfig) -> None:
     (folder / CONVERTED).write_text(json.dumps(fields, indent=1) + "\n")
 
 
-def published_num_heads(path: Path) -> int | None:
+def config_num_heads(path: Path) -> int | None:
     """The number of heads, which shapes do not tell, from the config.json beside the weights."""
     file = (path if path.is_dir() else path.parent) / "config.json"
     if not file.exists():
         return None
-    fields = read_json(file, PUBLISHED, way_out="download it again, or move it away")
+    fields = read_json(file, PUBLISHED, suggestion="download it again, or move it away")
     return fields.get("num_heads") or fields.get("num_attention_heads")
 
 
@@ -116,7 +116,7 @@ def read_header(path: Path) -> dict[str, Any]:
     """The settings in a file's header, by HEADER; raises CheckpointError for one that cannot be."""
     schema = Object({}, {name: InString(schema) for name, schema in HEADER.items()}, others="left out")
     metadata = file_metadata(path) if path.is_file() else {}
-    return check_value(metadata, schema, name=f"{path}, in its header", way_out=AGAIN)
+    return check_value(metadata, schema, name=f"{path}, in its header", suggestion=AGAIN)
 
 
 def with_header(config: WanConfig, settings: Mapping[str, Any], *, what: str) -> WanConfig:

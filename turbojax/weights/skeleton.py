@@ -13,7 +13,7 @@ from turbojax.models.offload import HostBlocks, Streamed, is_streamed
 from turbojax.models.umt5 import UMT5Config, UMT5Encoder
 from turbojax.models.vae import VAEConfig, WanVAE
 from turbojax.models.wan import WanConfig, WanModel
-from turbojax.weights.rules import Entry
+from turbojax.weights.rules import TensorKey
 
 
 class Skeleton(NamedTuple):
@@ -30,14 +30,14 @@ class Skeleton(NamedTuple):
         specs = {dotted(path): variable.get_value() for path, variable in variables.items()}
         return cls(graph, variables, specs)
 
-    def entries(self) -> dict[Entry, jax.ShapeDtypeStruct]:
-        """One entry a tensor of the checkpoint: stacked parameters are counted a layer at a time."""
+    def tensor_specs(self) -> dict[TensorKey, jax.ShapeDtypeStruct]:
+        """One spec for each tensor of the checkpoint: stacked parameters are counted a layer at a time."""
         out = {}
         for name, spec in self.specs.items():
             if is_stacked(name):
-                out.update({Entry(name, i): layer_of(spec) for i in range(spec.shape[0])})
+                out.update({TensorKey(name, i): layer_of(spec) for i in range(spec.shape[0])})
             else:
-                out[Entry(name, None)] = spec
+                out[TensorKey(name, None)] = spec
         return out
 
     def abstract(self) -> Any:

@@ -11,7 +11,7 @@ import numpy as np
 
 from turbojax.errors import CheckpointError
 from turbojax.models.umt5 import UMT5Config
-from turbojax.weights.rules import Entry, Rule, count_layers, of_kind, rename, shorten
+from turbojax.weights.rules import Rule, TensorKey, count_layers, of_kind, rename, shorten
 
 _OFFICIAL_BLOCK = r"(?:encoder\.)?blocks\.(?P<layer>\d+)\."
 _OFFICIAL_TABLE = r"(?:encoder\.)?token_embedding\.weight"
@@ -46,8 +46,8 @@ UMT5_TRANSFORMERS: tuple[Rule, ...] = (
 def umt5_rules(tensors: Mapping[str, np.ndarray]) -> tuple[Rule, ...]:
     """The rules for this checkpoint, by its names. Raises CheckpointError if it holds no umT5 encoder."""
     for rules in (UMT5_OFFICIAL, UMT5_TRANSFORMERS):
-        entries = {hit[0] for name in tensors if (hit := rename(name, rules))}
-        if Entry("blocks.attn.position_bias", 0) in entries:
+        keys = {hit[0] for name in tensors if (hit := rename(name, rules))}
+        if TensorKey("blocks.attn.position_bias", 0) in keys:
             return rules
     raise CheckpointError(
         f"no umT5 encoder among these tensors: {shorten(list(tensors)) or 'none at all'}; use "
@@ -65,7 +65,7 @@ def detect_umt5_config(tensors: Mapping[str, np.ndarray], **changes: Any) -> UMT
     shapes = {hit[0]: tensor.shape for name, tensor in tensors.items() if (hit := rename(name, rules))}
 
     def size(target: str) -> tuple[int, int]:
-        shape = shapes.get(Entry(target, 0), ())
+        shape = shapes.get(TensorKey(target, 0), ())
         if len(shape) != 2 or 0 in shape:
             raise CheckpointError(f"the umT5 checkpoint's first {target} has shape {list(shape)}, not two axes")
         return shape
@@ -78,7 +78,7 @@ def detect_umt5_config(tensors: Mapping[str, np.ndarray], **changes: Any) -> UMT
         attention_dim=size("blocks.attn.q.weight")[0],
         ffn_dim=size("blocks.ffn.fc1.weight")[0],
         num_heads=num_heads,
-        num_layers=count_layers(entry.layer for entry in shapes if entry.layer is not None),
+        num_layers=count_layers(key.layer for key in shapes if key.layer is not None),
         num_buckets=num_buckets,
     )
     return UMT5Config(**(detected | changes))

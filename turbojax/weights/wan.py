@@ -15,7 +15,7 @@ import numpy as np
 from turbojax.errors import CheckpointError
 from turbojax.kernels.int8 import QuantConfig
 from turbojax.models.wan import WanConfig
-from turbojax.weights.rules import Entry, Rule, count_layers, shorten
+from turbojax.weights.rules import Rule, TensorKey, count_layers, shorten
 
 # Prefixes of training checkpoints, and what PyTorch's remat and compiler wrappers leave inside names.
 DECORATION = re.compile(
@@ -117,7 +117,7 @@ def wan_rules(names: Iterable[str], *, what: str) -> tuple[Rule, ...]:
 
 
 def detect_wan_config(
-    shapes: Mapping[Entry, tuple[int, ...]], *, quantized: bool, num_heads: int | None, what: str
+    shapes: Mapping[TensorKey, tuple[int, ...]], *, quantized: bool, num_heads: int | None, what: str
 ) -> WanConfig:
     """The configuration that parameters of these shapes belong to.
 
@@ -129,9 +129,9 @@ def detect_wan_config(
     def size(*axes: tuple[str, int]) -> int | None:
         lengths = Counter(
             shape[axis]
-            for entry, shape in shapes.items()
+            for key, shape in shapes.items()
             for target, axis in axes
-            if entry.target == target and axis < len(shape) and shape[axis] > 0
+            if key.target == target and axis < len(shape) and shape[axis] > 0
         )
         return lengths.most_common(1)[0][0] if lengths else None
 
@@ -144,9 +144,9 @@ def detect_wan_config(
         dim=dim,
         ffn_dim=ffn_dim,
         num_heads=num_heads or usual_num_heads(dim, head_dim),
-        num_layers=count_layers(entry.layer for entry in shapes if entry.layer is not None),
+        num_layers=count_layers(key.layer for key in shapes if key.layer is not None),
         clip_dim=size(("image_embedding.norm_in.weight", 0), ("image_embedding.norm_in.bias", 0)),
-        clip_images=2 if Entry("image_embedding.positions", None) in shapes else 1,
+        clip_images=2 if TensorKey("image_embedding.positions", None) in shapes else 1,
         attention_type="sla" if head_dim else "original",
         quant=detect_quantization(shapes) if quantized else None,
     )
@@ -167,7 +167,7 @@ def usual_num_heads(dim: int, head_dim: int | None) -> int:
     return max(1, dim // (head_dim or 128))
 
 
-def detect_quantization(shapes: Mapping[Entry, tuple[int, ...]]) -> QuantConfig:
+def detect_quantization(shapes: Mapping[TensorKey, tuple[int, ...]]) -> QuantConfig:
     """By the scales: a matrix for 128 x 128 blocks, a vector for channels."""
-    axes = Counter(len(shape) for entry, shape in shapes.items() if entry.target.endswith(".scale"))
+    axes = Counter(len(shape) for key, shape in shapes.items() if key.target.endswith(".scale"))
     return QuantConfig("channel" if axes[1] > axes[2] else "block128")

@@ -83,7 +83,7 @@ class Album:
     def get(self, name: str) -> Entry:
         """A video by its file's name without extension; raises UserError where it is not there, or not readable."""
         record, video = self.folder / f"{name}.json", self.folder / f"{name}.mp4"
-        found = read_json(record, RECORD, way_out="the video's settings cannot be read", error=UserError)
+        found = read_json(record, RECORD, suggestion="the video's settings cannot be read", error=UserError)
         settings = found["settings"]
         if not video.is_file():
             raise UserError(f"the video {video} is gone")
