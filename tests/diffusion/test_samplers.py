@@ -9,7 +9,7 @@ from jax.extend import core as jex_core
 
 from tests.golden_io import GOLDEN, load
 from tests.parity.sampler import fixture_velocity, recompute
-from turbojax.diffusion import RCM, Euler, UniPC, expert_split, guide
+from turbojax.diffusion import RCM, Euler, Sampler, UniPC, expert_split, guide
 from turbojax.errors import UserError
 
 SHAPE = (2, 3, 4, 5)
@@ -49,14 +49,14 @@ def test_golden(dtype):
 
 
 @pytest.mark.parametrize("sampler", [RCM(4, 15.0), RCM(1, 33.0), Euler(4, 3.0, 900.0), UniPC(4, 3.0)])
-def test_one_program_for_samplers_of_a_kind(x, sampler):
+def test_one_program_for_samplers_with_the_same_canonical(x, sampler):
     """The times of another one are arguments."""
-    assert sampler.kind == type(sampler)(sampler.num_steps) != sampler
+    assert sampler.canonical == type(sampler)(sampler.num_steps) != sampler
     key = jax.random.key(1)
-    run = jax.jit(lambda x, schedule: sampler.kind.sample(fixture_velocity, x, key=key, schedule=schedule))
+    run = jax.jit(lambda x, schedule: sampler.canonical.sample(fixture_velocity, x, key=key, schedule=schedule))
     own = sampler.sample(fixture_velocity, x, key=key)
     np.testing.assert_allclose(run(x, sampler.schedule()), own, rtol=0, atol=2e-6)
-    assert np.abs(run(x, sampler.kind.schedule()) - own).max() > 1e-4
+    assert np.abs(run(x, sampler.canonical.schedule()) - own).max() > 1e-4
     assert run._cache_size() == 1
 
 
@@ -148,6 +148,38 @@ def test_unipc_is_finite(x, num_steps):
         assert np.isfinite(rows).all()
         np.testing.assert_array_less(np.abs(rows), 10)
     assert np.isfinite(sampler.sample(fixture_velocity, x, trajectory=True)).all()
+
+
+@dataclasses.dataclass(frozen=True)
+class Adams(Sampler):
+    """A sampler as users write it: Adams-Bashforth of order 2 on uniform times."""
+
+    num_steps: int
+
+    @property
+    def times(self):
+        return np.linspace(1.0, 0.0, self.num_steps + 1)
+
+    def init_carry(self, state):
+        return state, jnp.zeros_like(state), jnp.zeros((), state.dtype)
+
+    def advance(self, carry, per_step, v):
+        (x, before, weight), (t, t_next) = carry, per_step
+        return x - (t - t_next) * ((1 + weight) * v - weight * before), v, jnp.full_like(weight, 0.5)
+
+
+def test_a_sampler_of_ones_own(x):
+    sampler = Adams(8)
+    actual = jax.jit(lambda x: sampler.sample(fixture_velocity, sampler.initial(x)))(x)
+    y, before = np.asarray(x, np.float64), None
+    for i in range(8):
+        v = numpy_velocity(y, float(jnp.bfloat16(1000 * sampler.times[i])))
+        y = y - (v if before is None else 1.5 * v - 0.5 * before) / 8
+        before = v
+    np.testing.assert_allclose(actual, y, rtol=0, atol=2e-6)
+    assert sampler.canonical is sampler
+    with pytest.raises(UserError, match="stop=5: Adams's history"):
+        sampler.sample(fixture_velocity, x, stop=5)
 
 
 # Noise, parts of a run, trajectories.

@@ -1,6 +1,17 @@
 """Noise schedules and samplers. They take a velocity function and import no model."""
 
-from turbojax.diffusion.samplers import RCM, Euler, Sampler, Schedule, UniPC, Velocity, guide, normal, unembedded
+from turbojax.diffusion.samplers import (
+    RCM,
+    Embed,
+    Euler,
+    Sampler,
+    Schedule,
+    UniPC,
+    Velocity,
+    guide,
+    normal,
+    unembedded,
+)
 from turbojax.diffusion.schedules import (
     expert_split,
     flow_sigmas,
@@ -14,6 +25,7 @@ from turbojax.diffusion.schedules import (
 
 __all__ = [
     "RCM",
+    "Embed",
     "Euler",
     "Sampler",
     "Schedule",

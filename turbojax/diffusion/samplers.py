@@ -30,81 +30,85 @@ from turbojax.errors import UserError
 # embed makes of it.
 Velocity = Callable[[jax.Array, Any], jax.Array]
 Embed = Callable[[jax.Array], Any]
-Schedule = tuple[Any, tuple[Any, ...]]  # timesteps [num_steps] and numbers [num_steps, ...] of all steps
+Schedule = tuple[Any, tuple[Any, ...]]  # timesteps [num_steps] and coefficients [num_steps, ...]
 Carry = tuple[jax.Array, ...]  # what a step hands to the next; the first is the state
 
 
 class Rows(NamedTuple):
-    """What the steps differ in, a row each: the network's timestep, and what else the sampler's `advance` takes."""
+    """Inputs of the steps, a row each: the network's timestep, and what the sampler's `advance` takes."""
 
     timestep: Any
-    own: tuple[jax.Array | None, ...]
+    per_step: tuple[jax.Array | None, ...]
 
 
 def unembedded(timesteps: jax.Array) -> jax.Array:
-    """What networks that embed timesteps themselves take."""
+    """Returns the timesteps themselves, for networks that embed them."""
     return timesteps
 
 
 def normal(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Standard normal float32 of this shape; drawn flat, since XLA takes four times as long to compile several axes."""
+    """Draws standard normal float32 of this shape; flat, since XLA takes four times as long to compile several axes."""
     return jax.random.normal(key, (math.prod(shape),), jnp.float32).reshape(shape)
 
 
 def guide(v_cond: jax.Array, v_uncond: jax.Array, scale: float | jax.Array) -> jax.Array:
-    """Classifier-free guidance v_u + w (v_c - v_u): w = 1 is the prompt alone."""
+    """Returns classifier-free guidance v_u + w (v_c - v_u): w = 1 is the prompt alone."""
     return v_uncond + scale * (v_cond - v_uncond)
 
 
 class Sampler:
-    """What the samplers share: `num_steps` network calls lead from noise to data along `times`."""
+    """Base of the samplers: `num_steps` network calls lead from noise to data along `times`.
+
+    A sampler of one's own is a frozen dataclass with `num_steps`, `times` and `advance`, which is one step; the rest
+    has defaults.
+    """
 
     num_steps: int
-    round_timesteps: bool
+    round_timesteps: bool = True
 
     @property
     def times(self) -> np.ndarray:
         """RF times, float64 [num_steps + 1], decreasing to 0."""
         raise NotImplementedError
 
-    @property
-    def timesteps(self) -> np.ndarray:
-        """What the network is told, float32 [num_steps], 0..1000; bfloat16 values if `round_timesteps`."""
-        return schedules.timesteps(self.times[:-1], rounded=self.round_timesteps).astype(np.float32)
+    def advance(self, carry: Carry, per_step: tuple, v: jax.Array) -> Carry:
+        """Makes one step, given the network's v at the state `carry[0]`.
 
-    @property
-    def kind(self) -> "Sampler":
-        """The sampler with the default times, which with this one's `schedule` takes this one's steps."""
+        per_step: the step's `coefficients` in the state's dtype, behind them its `step_noise`.
+        """
         raise NotImplementedError
+
+    def coefficients(self) -> tuple[np.ndarray, ...]:
+        """Constants of the steps, float64 [num_steps, ...] each; by default the times t and t' of each step."""
+        return self.times[:-1], self.times[1:]
 
     def initial(self, noise: jax.Array) -> jax.Array:
-        """The state before the first step, from standard normal noise [B, ...]."""
-        raise NotImplementedError
+        """State before the first step, from standard normal noise [B, ...]; by default the noise itself."""
+        return _state(noise)
 
-    def numbers(self) -> tuple[np.ndarray, ...]:
-        """What the steps multiply with, float64 [num_steps, ...] each."""
-        raise NotImplementedError
+    def init_carry(self, state: jax.Array) -> Carry:
+        """Carry before the first step; more than the state if a step looks back on those before it."""
+        return (state,)
+
+    def step_noise(
+        self, state: jax.Array, steps: slice, key: jax.Array | None, noise: jax.Array | None
+    ) -> tuple[jax.Array | None, ...]:
+        """Rows of what these steps draw at random; none by default."""
+        return ()
+
+    @property
+    def canonical(self) -> "Sampler":
+        """Sampler with default times, which with this one's `schedule` takes this one's steps: they share a program."""
+        return self
+
+    @property
+    def timesteps(self) -> np.ndarray:
+        """Timesteps that the network takes, float32 [num_steps], 0..1000; bfloat16 values if `round_timesteps`."""
+        return schedules.timesteps(self.times[:-1], rounded=self.round_timesteps).astype(np.float32)
 
     def schedule(self) -> Schedule:
-        """All that the times decide, so that one compiled program can take those of any sampler of its `kind`."""
-        return self.timesteps, self.numbers()
-
-    def begin(
-        self,
-        latents: jax.Array,
-        schedule: Schedule,
-        *,
-        key: jax.Array | None,
-        noise: jax.Array | None,
-        start: int,
-        stop: int | None,
-    ) -> tuple[Carry, Rows]:
-        """What the first step starts from, and the rows of steps [start, stop)."""
-        raise NotImplementedError
-
-    def advance(self, carry: Carry, own: tuple, v: jax.Array) -> Carry:
-        """One step, given the network's v at `carry[0]`."""
-        raise NotImplementedError
+        """All that the times decide: arguments of the program that samplers with the same `canonical` share."""
+        return self.timesteps, self.coefficients()
 
     def sample(
         self,
@@ -128,7 +132,7 @@ class Sampler:
           key: random key of the run; step i draws from `fold_in(key, i)`, so parts of a run equal the whole.
           noise: [num_steps, B, ...], standard normal, in place of the key's draws. Deterministic samplers
             need neither and ignore both.
-          schedule: of a sampler of this `kind`, in place of this one's own; may be traced.
+          schedule: of a sampler with the same `canonical`, in place of this one's own; may be traced.
           start, stop: part of the steps; all by default.
           trajectory: return the states before step `start` and after each step, [stop - start + 1, B, ...].
           embed: timesteps float32 [steps] to a pytree of [steps, ...], whose rows velocity gets in their place:
@@ -141,20 +145,29 @@ class Sampler:
         Raises:
           UserError: the steps, the noise or the velocity's shape do not fit, or there is no source of noise.
         """
-        schedule = self.schedule() if schedule is None else schedule
-        carry, rows = self.begin(latents, schedule, key=key, noise=noise, start=start, stop=stop)
-        first, count = carry[0], len(rows.timestep)
-        rows = rows._replace(timestep=embed(rows.timestep))
+        state, steps = _state(latents), self._steps(start, stop)
+        carry = self.init_carry(state)
+        if len(carry) > 1 and steps != slice(0, self.num_steps):
+            name = type(self).__name__
+            raise UserError(f"{start=}, {stop=}: {name}'s history spans its steps; sample all of them, or use Euler")
+        drawn = self.step_noise(state, steps, key, noise)
+        timesteps, coefficients = self.schedule() if schedule is None else schedule
+        per_step = *(jnp.asarray(a[steps], state.dtype) for a in coefficients), *drawn
+        rows = Rows(embed(jnp.asarray(timesteps[steps])), per_step)
 
         def step(carry: Carry, row: Rows) -> tuple[Carry, jax.Array | None]:
-            carry = _advance(self, carry, row.own, _evaluate(velocity, carry[0], row.timestep))
+            x = carry[0]
+            v = velocity(x, row.timestep)
+            if v.shape != x.shape:
+                raise UserError(f"velocity returned {v.shape=} for {x.shape=}; it must keep the shape of the latents")
+            carry = _advance(self, carry, row.per_step, v.astype(x.dtype))
             return carry, carry[0] if trajectory else None
 
         if scan:
             carry, states = jax.lax.scan(step, carry, rows)
-            return carry[0] if states is None else jnp.concatenate([first[None], states])
-        passed = [first]
-        for i in range(count):
+            return carry[0] if states is None else jnp.concatenate([state[None], states])
+        passed = [state]
+        for i in range(steps.stop - steps.start):
             carry, _ = step(carry, jax.tree.map(lambda a, i=i: a[i], rows))
             passed.append(carry[0])
         return jnp.stack(passed) if trajectory else carry[0]
@@ -194,36 +207,27 @@ class RCM(Sampler):
         return schedules.rcm_times(self.num_steps, self.sigma_max)
 
     @property
-    def kind(self):
+    def canonical(self):
         return dataclasses.replace(self, sigma_max=RCM.sigma_max)
 
     def initial(self, noise):
         noise = _state(noise)
         return noise * jnp.asarray(self.times[0], noise.dtype)
 
-    def numbers(self):
-        return self.times[:-1], self.times[1:]
-
-    def begin(self, latents, schedule, *, key, noise, start, stop):
-        x = _state(latents)
-        steps = self._steps(start, stop)
-        keys = None
+    def step_noise(self, state, steps, key, noise):
+        """Keys of the draws, or the noise itself; neither for deterministic steps."""
         if self.ode or steps.start >= min(steps.stop, self.num_steps - 1):  # at t' = 0 both forms are the same
-            noise = None
-        elif noise is not None:
-            if noise.shape != (self.num_steps, *x.shape):
-                raise UserError(f"{noise.shape=} must be {(self.num_steps, *x.shape)}: one draw for each step")
-            noise = noise[steps].astype(x.dtype)
-        elif key is not None:
-            keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(steps.start, steps.stop))
-        else:
+            return None, None
+        if noise is not None:
+            if noise.shape != (self.num_steps, *state.shape):
+                raise UserError(f"{noise.shape=} must be {(self.num_steps, *state.shape)}: one draw for each step")
+            return None, noise[steps].astype(state.dtype)
+        if key is None:
             raise UserError("RCM with ode=False draws noise between its steps; give key= or noise=, or set ode=True")
-        timesteps, numbers = schedule
-        own = *(jnp.asarray(a[steps], x.dtype) for a in numbers), keys, noise
-        return (x,), Rows(jnp.asarray(timesteps[steps]), own)
+        return jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(steps.start, steps.stop)), None
 
-    def advance(self, carry, own, v):
-        (x,), (t, t_next, key, eps) = carry, own
+    def advance(self, carry, per_step, v):
+        (x,), (t, t_next, key, eps) = carry, per_step
         if key is None and eps is None:
             return (x - (t - t_next) * v,)
         if eps is None:
@@ -232,11 +236,10 @@ class RCM(Sampler):
 
 
 @dataclasses.dataclass(frozen=True)
-class Euler(Sampler):
-    """Euler's method on dx/dt = v: x <- x - (t - t') v, for an undistilled model.
+class FlowSampler(Sampler):
+    """Base of samplers for undistilled models, along `flow_sigmas`; the initial state is the noise itself.
 
-    The initial state is the noise itself. shift moves the times towards noise, sigma_max is the noise level
-    of the first step. Source: TurboDiffusion, rcm/samplers/euler.py.
+    shift moves the times towards noise, sigma_max is the noise level of the first step.
     """
 
     num_steps: int = 50
@@ -252,30 +255,23 @@ class Euler(Sampler):
         return schedules.flow_sigmas(self.num_steps, self.shift, self.sigma_max)
 
     @property
-    def kind(self):
-        return dataclasses.replace(self, shift=Euler.shift, sigma_max=Euler.sigma_max)
+    def canonical(self):
+        return dataclasses.replace(self, shift=FlowSampler.shift, sigma_max=FlowSampler.sigma_max)
 
-    def initial(self, noise):
-        return _state(noise)
 
-    def numbers(self):
+class Euler(FlowSampler):
+    """Euler's method on dx/dt = v: x <- x - (t - t') v. Source: TurboDiffusion, rcm/samplers/euler.py."""
+
+    def coefficients(self):
         return (-np.diff(self.times),)
 
-    def begin(self, latents, schedule, *, key, noise, start, stop):
-        del key, noise
-        x = _state(latents)
-        steps = self._steps(start, stop)
-        timesteps, (dt,) = schedule
-        return (x,), Rows(jnp.asarray(timesteps[steps]), (jnp.asarray(dt[steps], x.dtype),))
-
-    def advance(self, carry, own, v):
-        (x,), (dt,) = carry, own
+    def advance(self, carry, per_step, v):
+        (x,), (dt,) = carry, per_step
         return (x - dt * v,)
 
 
-@dataclasses.dataclass(frozen=True)
-class UniPC(Sampler):
-    """UniPC of order 2, B(h) = e^h - 1 ("bh2"), data prediction, for an undistilled model (arXiv 2302.04867).
+class UniPC(FlowSampler):
+    """UniPC of order 2, B(h) = e^h - 1 ("bh2"), data prediction (arXiv 2302.04867).
 
     With sigma = t, alpha = 1 - t, lambda = log(alpha / sigma), the step s -> t (r -> s before it) has
     h = lambda_t - lambda_s, and the network's estimates of x0 are m = x - sigma v:
@@ -291,37 +287,17 @@ class UniPC(Sampler):
     Both are linear in (x, x_s, m_t, m_s, m_r), so their coefficients are precomputed on the host. A part of
     the steps cannot be sampled: the history (x_s, m_s, m_r) reaches across steps.
 
-    The initial state is the noise itself. shift moves the times towards noise, sigma_max is the noise level
-    of the first step. Source: the paper's multistep form; TurboDiffusion, rcm/samplers/unipc.py.
+    Source: the paper's multistep form; TurboDiffusion, rcm/samplers/unipc.py.
     """
-
-    num_steps: int = 50
-    shift: float = 5.0
-    sigma_max: float = 5000.0
-    round_timesteps: bool = True
 
     def __post_init__(self):
         if not np.float32(self.times[0]) < 1:
             raise UserError(f"sigma_max={self.sigma_max} starts UniPC at sigma 1, where log-SNR is infinite; use 5000")
 
-    @property
-    def times(self) -> np.ndarray:
-        return schedules.flow_sigmas(self.num_steps, self.shift, self.sigma_max)
+    def coefficients(self) -> tuple[np.ndarray, ...]:
+        """Corrector [num_steps, 5] on (x, x_s, m_t, m_s, m_r), predictor [num_steps, 3] on (x_s, m_s, m_r), sigma.
 
-    @property
-    def kind(self):
-        return dataclasses.replace(self, shift=UniPC.shift, sigma_max=UniPC.sigma_max)
-
-    def initial(self, noise):
-        return _state(noise)
-
-    def numbers(self):
-        return *self.coefficients(), self.times[:-1]
-
-    def coefficients(self) -> tuple[np.ndarray, np.ndarray]:
-        """Corrector [num_steps, 5] on (x, x_s, m_t, m_s, m_r), predictor [num_steps, 3] on (x_s, m_s, m_r).
-
-        Both float64. Row i of the corrector improves the state before step i (row 0 keeps it), row i of the
+        All float64. Row i of the corrector improves the state before step i (row 0 keeps it), row i of the
         predictor makes step i.
         """
         n, sigma = self.num_steps, self.times
@@ -339,26 +315,20 @@ class UniPC(Sampler):
             if not last:
                 a, b = (0.0, 0.5) if first else _corrector_weights(h, q)
                 corrector[i + 1] = 0.0, keep, gain * b, gain * (1 - a / q - b), gain * a / q
-        return corrector, predictor
+        return corrector, predictor, sigma[:-1]
 
-    def begin(self, latents, schedule, *, key, noise, start, stop):
-        del key, noise
-        x = _state(latents)
-        if self._steps(start, stop) != slice(0, self.num_steps):
-            raise UserError(f"{start=}, {stop=}: UniPC's history spans its steps; sample all of them, or use Euler")
-        timesteps, numbers = schedule
-        own = tuple(jnp.asarray(a, x.dtype) for a in numbers)
-        return (x, *(jnp.zeros_like(x),) * 3), Rows(jnp.asarray(timesteps), own)
+    def init_carry(self, state):
+        return state, *(jnp.zeros_like(state),) * 3
 
-    def advance(self, carry, own, v):
-        (x, x_s, m_s, m_r), (c, p, sigma) = carry, own
+    def advance(self, carry, per_step, v):
+        (x, x_s, m_s, m_r), (c, p, sigma) = carry, per_step
         m = x - sigma * v
         x = c[0] * x + c[1] * x_s + c[2] * m + c[3] * m_s + c[4] * m_r
         return p[0] * x + p[1] * m + p[2] * m_s, x, m, m_s
 
 
 def _corrector_weights(h: float, q: float) -> tuple[float, float]:
-    """a, b of UniPC's corrector: [[1, 1], [q, 1]] (a, b) = (g_1, 2 g_2) / g_0.
+    """Returns a, b of UniPC's corrector: [[1, 1], [q, 1]] (a, b) = (g_1, 2 g_2) / g_0.
 
     g_0 = e^-h - 1, g_k = g_{k-1} / -h - 1 / k!, which is -h phi_{k+1}(-h) of the exponential integrators.
     """
@@ -370,19 +340,12 @@ def _corrector_weights(h: float, q: float) -> tuple[float, float]:
 
 
 def _state(x: jax.Array) -> jax.Array:
-    """float32 at least: the reference keeps its state in float64, which moves results by 1e-7."""
+    """Casts to float32 at least: the reference keeps its state in float64, which moves results by 1e-7."""
     x = jnp.asarray(x)
     return x if x.dtype == jnp.float64 else x.astype(jnp.float32)
 
 
-def _evaluate(velocity: Velocity, x: jax.Array, timestep: Any) -> jax.Array:
-    v = velocity(x, timestep)
-    if v.shape != x.shape:
-        raise UserError(f"velocity returned {v.shape=} for {x.shape=}; it must keep the shape of the latents")
-    return v.astype(x.dtype)
-
-
 @functools.partial(jax.jit, static_argnums=0)
-def _advance(sampler: Sampler, carry: Carry, own: tuple, v: jax.Array) -> Carry:
-    """Compiled in a loop as it is in a scan, so that both round alike."""
-    return sampler.advance(carry, own, v)
+def _advance(sampler: Sampler, carry: Carry, per_step: tuple, v: jax.Array) -> Carry:
+    """Makes a step, compiled in a loop as it is in a scan, so that both round alike."""
+    return sampler.advance(carry, per_step, v)

@@ -22,13 +22,13 @@ RCM_MID_TIMES = (1.5, 1.4, 1.0)
 
 
 def rf_from_trig(t: Any) -> Any:
-    """RF time s = sin t / (sin t + cos t). JAX arrays stay JAX arrays (traceable); else float64."""
+    """Returns RF time s = sin t / (sin t + cos t). JAX arrays stay JAX arrays (traceable); else float64."""
     xp, t = _namespace(t)
     return xp.sin(t) / (xp.sin(t) + xp.cos(t))
 
 
 def trig_from_rf(s: Any) -> Any:
-    """TrigFlow t = atan(s / (1 - s)), pi/2 at s = 1. JAX arrays stay JAX arrays (traceable); else float64."""
+    """Returns TrigFlow t = atan(s / (1 - s)), pi/2 at s = 1. JAX arrays stay JAX arrays (traceable); else float64."""
     xp, s = _namespace(s)
     return xp.arctan2(s, 1 - s)
 
@@ -39,12 +39,12 @@ def shift_time(s: Any, shift: float) -> Any:
 
 
 def unshift_time(s: Any, shift: float) -> Any:
-    """Inverse of `shift_time`: s / (shift - (shift - 1) s)."""
+    """Inverts `shift_time`: s / (shift - (shift - 1) s)."""
     return s / (shift - (shift - 1) * s)
 
 
 def rcm_times(num_steps: int, sigma_max: float) -> np.ndarray:
-    """RF times of an rCM student: TrigFlow [atan(sigma_max), 1.5, 1.4, 1.0][:num_steps] + [0].
+    """Returns RF times of an rCM student: TrigFlow [atan(sigma_max), 1.5, 1.4, 1.0][:num_steps] + [0].
 
     Args:
       num_steps: 1 to 4.
@@ -69,7 +69,7 @@ def rcm_times(num_steps: int, sigma_max: float) -> np.ndarray:
 
 
 def flow_sigmas(num_steps: int, shift: float, sigma_max: float = 5000.0) -> np.ndarray:
-    """RF times ("sigmas" in Wan's samplers) of Euler and UniPC: a linear ramp from `sigma_max` to 0, shifted.
+    """Returns RF times ("sigmas" in Wan's samplers) of Euler and UniPC: a linear ramp from `sigma_max` to 0, shifted.
 
         s_0 = unshift(sigma_max / (sigma_max + 1));  s_i = shift((1 - i / num_steps) s_0),  i = 0..num_steps
 
@@ -87,7 +87,7 @@ def flow_sigmas(num_steps: int, shift: float, sigma_max: float = 5000.0) -> np.n
 
 
 def timesteps(times: np.ndarray, *, rounded: bool = True) -> np.ndarray:
-    """What the network is told: 1000 float32(s), rounded to bfloat16.
+    """Returns the timesteps that the network takes: 1000 float32(s), rounded to bfloat16.
 
     The reference rounds before the network sees them, in training and in inference (987.65 becomes 988,
     933.78 becomes 932): its videos need the rounding.
@@ -99,7 +99,7 @@ def timesteps(times: np.ndarray, *, rounded: bool = True) -> np.ndarray:
 
 
 def expert_split(times: np.ndarray, boundary: float = 0.9) -> int:
-    """First step k of Wan2.2's low-noise expert: the first whose RF time is below `boundary`.
+    """Returns the first step k of Wan2.2's low-noise expert: the first whose RF time is below `boundary`.
 
     Steps [0, k) belong to the high-noise expert, [k, num_steps) to the low-noise one; either may be empty.
     `times` are [num_steps + 1]: the last one is the end, not a step.

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ import numpy as np
 from absl import logging
 from flax import nnx
 
-from turbojax.diffusion import RCM, Euler, Sampler, Schedule, UniPC, guide, normal, unembedded
+from turbojax.diffusion import RCM, Embed, Euler, Sampler, Schedule, UniPC, Velocity, guide, normal, unembedded
 from turbojax.errors import UserError
 from turbojax.models.image_condition import takes_images
 from turbojax.models.offload import Streamed, embeddings_to_device
@@ -29,7 +29,7 @@ TRAINED_FRAMES = 81  # of Wan's and TurboDiffusion's models
 
 
 def latent_shape(config: VAEConfig, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-    """Latents `[t, h, w, c]` of a video; raises UserError for sizes that no latents have."""
+    """Returns the shape `[t, h, w, c]` of a video's latents; raises UserError for sizes that no latents have."""
     step = 2 * config.spatial_factor  # patches of the transformer are 2 x 2 latents
     for name, size in (("height", height), ("width", width)):
         if size < step or size % step:
@@ -56,19 +56,30 @@ def beyond_training(num_frames: int) -> str | None:
 
 
 def check_seed(seed: int) -> None:
+    """Raises UserError for a seed that is not in 0..2**64 - 1."""
     if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**64:
         raise UserError(f"{seed=} must be in 0..{2**64 - 1}")
 
 
 def check_sample_index(index: int, shape: Sequence[int]) -> None:
-    """shape: of the latents, `[B, t, h, w, c]`; their places in the seed's noise are numbered in 32 bits."""
+    """Raises UserError for a sample past the seed's noise, whose places are numbered in 32 bits.
+
+    shape: of the latents, `[B, t, h, w, c]`.
+    """
     most = 2**32 // math.prod(shape[1:]) - shape[0]
     if not isinstance(index, int | np.integer) or not 0 <= index <= most:
         raise UserError(f"sample_index={index} must be in 0..{most} for videos of this size")
 
 
-def make_sampler(name: str, *, num_steps: int, sigma_max: float, ode: bool = False, shift: float = 5.0) -> Sampler:
-    """rCM for distilled models, Euler or UniPC for others (which start at their own noise level, 5000)."""
+def make_sampler(
+    name: str | Sampler, *, num_steps: int, sigma_max: float, ode: bool = False, shift: float = 5.0
+) -> Sampler:
+    """Makes rCM for distilled models, Euler or UniPC for others (which start at their own noise level, 5000).
+
+    A sampler that is given goes through as it is.
+    """
+    if isinstance(name, Sampler):
+        return name
     if name == "rcm":
         return RCM(num_steps, sigma_max, ode)
     if name == "euler":
@@ -78,12 +89,18 @@ def make_sampler(name: str, *, num_steps: int, sigma_max: float, ode: bool = Fal
     raise UserError(f"sampler={name!r} is unknown; choose {', '.join(SAMPLERS)}")
 
 
-# A network as a sampler's steps call it, velocity(x, time), and the function that makes time of timesteps.
-Steps = tuple[Callable[[jax.Array, Any], jax.Array], Callable[[jax.Array], Any]]
+class Denoiser(NamedTuple):
+    """A network as the steps of a sampler call it, `velocity(x, embed(timesteps)[i])`."""
+
+    velocity: Velocity
+    embed: Embed
 
 
-def resident(graph: Any, state: Any, latents: jax.Array, text: jax.Array, images: dict[str, jax.Array]) -> Steps:
-    """The steps of a split transformer, under a trace; what they share is computed before."""
+MakeVelocity = Callable[[jax.Array, jax.Array, dict[str, jax.Array]], Denoiser]  # of latents, text and images
+
+
+def resident(graph: Any, state: Any, latents: jax.Array, text: jax.Array, images: dict[str, jax.Array]) -> Denoiser:
+    """Makes the denoiser of a split transformer, under a trace; what the steps share is computed here."""
     state = embeddings_to_device(state)
     network: WanModel = nnx.merge(graph, state)
     context = network.prepare(text, patch_grid(latents, network.config.patch), clip=images.get("clip"))
@@ -93,7 +110,7 @@ def resident(graph: Any, state: Any, latents: jax.Array, text: jax.Array, images
         every = TimeEmbedding(*(jnp.broadcast_to(a[None], (len(x), *a.shape)) for a in time))
         return network.velocity(x, every, context, y=images.get("y"))
 
-    return velocity, network.embed_time
+    return Denoiser(velocity, network.embed_time)
 
 
 def streamed(
@@ -102,25 +119,25 @@ def streamed(
     latents: jax.Array,
     text: jax.Array,
     images: dict[str, jax.Array],
-) -> Steps:
-    """The steps of a transformer whose blocks come from host memory, without a trace."""
+) -> Denoiser:
+    """Makes the denoiser of a transformer whose blocks come from host memory, without a trace."""
 
     def velocity(x: jax.Array, timestep: jax.Array) -> jax.Array:
         before_step()
         return network(x, jnp.full(len(x), timestep), text, **images)
 
-    return velocity, unembedded
+    return Denoiser(velocity, unembedded)
 
 
-def sample(graph: Any, sampler: Sampler, steps: tuple[int, int], state: Any, *arguments: Any) -> jax.Array:
-    """`denoise` by a split transformer, to be compiled: one scan over the steps."""
-    return denoise(functools.partial(resident, graph, state), sampler, steps, *arguments)
+def sample(graph: Any, sampler: Sampler, span: tuple[int, int], state: Any, *arguments: Any) -> jax.Array:
+    """Runs `denoise` by a split transformer, to be compiled: one scan over the steps."""
+    return denoise(functools.partial(resident, graph, state), sampler, span, *arguments)
 
 
 def denoise(
-    begin: Callable[..., Steps],
+    make_velocity: MakeVelocity,
     sampler: Sampler,
-    steps: tuple[int, int],
+    span: tuple[int, int],
     latents: jax.Array,
     text: jax.Array,
     negative: jax.Array | None,
@@ -132,16 +149,16 @@ def denoise(
     *,
     scan: bool = True,
 ) -> jax.Array:
-    """Latents `[B, t, h, w, c]` before and after steps [start, stop), by text `[B, 512, D]`.
+    """Takes latents `[B, t, h, w, c]` through the steps [start, stop) of `span`, by text `[B, 512, D]`.
 
-    begin: `resident` or, with scan=False, `streamed`, of a transformer. negative: embedding of the negative prompt,
-    None without guidance. schedule: of a sampler of this kind, None for this one's own. images: what the network
-    takes of images, see `turbojax.models.image_condition`; one serves the whole batch.
+    make_velocity: `resident` or, with scan=False, `streamed`, of a transformer. negative: embedding of the negative
+    prompt, None without guidance. schedule: of a sampler with the same `canonical`, None for this one's own. images:
+    what the network takes of images, see `turbojax.models.image_condition`; one serves the whole batch.
     """
     batch = latents.shape[0]
     texts = text if negative is None else jnp.concatenate((text, negative))
     images = {name: jnp.broadcast_to(a, (len(texts), *a.shape[1:])) for name, a in images.items()}
-    network, embed = begin(latents, texts, images)
+    network, embed = make_velocity(latents, texts, images)
 
     def velocity(x: jax.Array, time: Any) -> jax.Array:
         if negative is None:
@@ -149,13 +166,14 @@ def denoise(
         both = network(jnp.concatenate((x, x)), time)
         return guide(both[:batch], both[batch:], guidance_scale)
 
-    start, stop = steps
-    options: dict[str, Any] = dict(start=start, stop=stop, embed=embed, scan=scan)
-    return sampler.sample(velocity, latents, key=key, noise=noise, schedule=schedule, **options)
+    start, stop = span
+    return sampler.sample(
+        velocity, latents, key=key, noise=noise, schedule=schedule, start=start, stop=stop, embed=embed, scan=scan
+    )
 
 
 def with_topk(transformer: Any, sla_topk: float | None) -> Any:
-    """The transformer, streamed or not, with another sla_topk; the weights are shared."""
+    """Returns the transformer, streamed or not, with another sla_topk; the weights are shared."""
     config = transformer.config
     if sla_topk is None or sla_topk == config.sla_topk:
         return transformer
@@ -180,7 +198,7 @@ def sampler_arguments(
     noise: jax.Array | None,
     images: dict[str, jax.Array],
 ) -> tuple:
-    """What `sample` takes besides the network; options as the pipeline's call takes them."""
+    """Makes the arguments of `sample` besides the network; options as the pipeline's call takes them."""
     if sample_index:
         draws = sampler.num_steps if isinstance(sampler, RCM) and not sampler.ode else 0
         own, own_noise, step_key = draw_later(seed_words(seed), shape, np.uint32(sample_index), draws)
@@ -190,31 +208,34 @@ def sampler_arguments(
         state, step_key = first_state(sampler, shape, seed)
         state = state if latents is None else sampler.initial(jnp.asarray(latents))
     noise = None if noise is None else jnp.asarray(noise)
-    timesteps, numbers = sampler.schedule()
-    schedule = timesteps, tuple(a.astype(state.dtype) for a in numbers)  # on the host: no programs for small numbers
+    timesteps, coefficients = sampler.schedule()
+    schedule = (
+        timesteps,
+        tuple(a.astype(state.dtype) for a in coefficients),
+    )  # on the host: no programs for small numbers
     return state, text, negative, np.asarray(guidance_scale, np.float32), step_key, noise, schedule, images
 
 
 def first_state(sampler: Sampler, shape: tuple[int, ...], seed: int) -> tuple[jax.Array, jax.Array]:
-    """The state before the first step, from a seed's noise, and the key of the steps."""
+    """Draws the state before the first step from a seed, and the key of the steps."""
     noise, step_key = draw(seed_words(seed), shape)
     return sampler.initial(noise), step_key
 
 
 def seed_words(seed: int) -> np.ndarray:
-    """The high and the low half of a seed, uint32 `[2]`."""
+    """Returns the high and the low half of a seed, uint32 `[2]`."""
     return np.array([int(seed) >> 32, int(seed) & 0xFFFFFFFF], np.uint32)
 
 
 def keys_of(seed: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The keys of the latents and of the steps; of a seed of 32 bits, those of `jax.random.key(seed)`."""
+    """Returns the keys of the latents and of the steps; of a seed of 32 bits, those of `jax.random.key(seed)`."""
     first_key, step_key = jax.random.split(jax.random.wrap_key_data(seed, impl="threefry2x32"))
     return first_key, step_key
 
 
 @functools.partial(jax.jit, static_argnums=1)
 def draw(seed: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
-    """Standard normal float32 of this shape, and the key of the steps."""
+    """Draws standard normal float32 of this shape, and the key of the steps."""
     first_key, step_key = keys_of(seed)
     return normal(first_key, shape), step_key
 
@@ -223,7 +244,7 @@ def draw(seed: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]
 def draw_later(
     seed: jax.Array, shape: tuple[int, ...], sample: jax.Array, steps: int
 ) -> tuple[jax.Array, jax.Array | None, jax.Array]:
-    """The latents of a seed's batch from a sample on, `shape`, their noise `[steps, *shape]`, and the key of the steps.
+    """Draws the latents of a seed's batch from a sample on, their noise `[steps, *shape]`, and the key of the steps.
 
     They are those parts of what `draw` and the sampler draw for a batch that has these samples: JAX numbers the places
     of a draw, and the bits of place i are those of the key folded with i.
@@ -246,26 +267,26 @@ def draw_later(
 
 
 def sampler_program(
-    sampler: Sampler, steps: tuple[int, int], transformer: WanModel, arguments: tuple
+    sampler: Sampler, span: tuple[int, int], transformer: WanModel, arguments: tuple
 ) -> tuple[Hashable, Callable[[], Any]]:
-    """Name of the compiled `sample` for these settings and shapes, and the function that compiles it.
+    """Returns the name of the compiled `sample` for these settings and shapes, and the function that compiles it.
 
-    Samplers of a kind share it: their times are among the arguments. Neither the transformer nor the arguments need be
-    more than shapes.
+    Samplers with the same `canonical` share it: their times are among the arguments. Neither the transformer nor the
+    arguments need be more than shapes.
     """
     graph, state = nnx.split(transformer)
-    sampler = sampler.kind
+    sampler = sampler.canonical
     shapes = jax.tree.map(lambda a: (a.shape, a.dtype), arguments)
-    name = (sampler, steps, transformer.config, jax.tree.structure(shapes), tuple(jax.tree.leaves(shapes)))
+    name = (sampler, span, transformer.config, jax.tree.structure(shapes), tuple(jax.tree.leaves(shapes)))
 
     def build() -> Any:
-        logging.info("Compiling the sampler: %s, steps %d to %d", type(sampler).__name__, steps[0] + 1, steps[1])
-        return jax.jit(sample, static_argnums=(0, 1, 2)).lower(graph, sampler, steps, state, *arguments).compile()
+        logging.info("Compiling the sampler: %s, steps %d to %d", type(sampler).__name__, span[0] + 1, span[1])
+        return jax.jit(sample, static_argnums=(0, 1, 2)).lower(graph, sampler, span, state, *arguments).compile()
 
     return name, build
 
 
 def first_noise_level(config: WanConfig, sigma_max: float | None) -> float:
-    """rCM's first noise level; None takes what the checkpoint says, or what the published networks are run with."""
+    """Returns rCM's first noise level; None takes the checkpoint's, or the one that published networks run with."""
     published = 200.0 if takes_images(config) else 80.0
     return next(level for level in (sigma_max, config.sigma_max, published) if level is not None)

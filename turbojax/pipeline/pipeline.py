@@ -295,7 +295,7 @@ class TurboVideoPipeline:
         width: int = 832,
         num_inference_steps: int = 4,
         guidance_scale: float = 1.0,
-        sampler: SamplerName = "rcm",
+        sampler: SamplerName | Sampler = "rcm",
         sigma_max: float | None = None,
         ode: bool = False,
         shift: float = 5.0,
@@ -431,8 +431,8 @@ class TurboVideoPipeline:
             with self._clock.stage("diffusion"):
                 if isinstance(transformer, Streamed):
                     shares = iter(np.arange(*steps) / sampler.num_steps)
-                    begin = functools.partial(streamed, transformer, functools.partial(self._step, shares))
-                    latents = denoise(begin, sampler, steps, latents, *rest, scan=False)
+                    make_velocity = functools.partial(streamed, transformer, functools.partial(self._step, shares))
+                    latents = denoise(make_velocity, sampler, steps, latents, *rest, scan=False)
                 else:
                     latents = program(nnx.state(transformer), latents, *rest)
                 latents.block_until_ready()
