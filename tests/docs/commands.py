@@ -32,7 +32,7 @@ PARSED = {"benchmark", "evaluate", "serve", "train_shapes"}
 
 
 class Command(NamedTuple):
-    """kind: "run", "parse" (of turbojax' own commands: what the words after the environment name), or "checked"."""
+    """kind: "run", "parse" (of turbojax's own commands: what the words after the environment name), or "checked"."""
 
     text: str
     kind: str
@@ -77,6 +77,8 @@ def classified(words: list[str]) -> Command:
             check(option in ("--help", "--version"), text, f"turbojax has no {option}")
         case ["python", "-m", "tests.fuzz", *rest]:
             make_parser().parse_args(rest)
+        case ["python", "-m", "tests.parity", folder]:
+            check((ROOT / folder).is_dir(), text, f"there is no {folder}")
         case ["pip" | "%pip", *rest]:
             check_pip(text, rest)
         case ["pytest", *paths]:
@@ -91,8 +93,8 @@ def classified(words: list[str]) -> Command:
 
 
 def own(text: str, name: str, rest: list[str], environment: dict[str, str]) -> Command:
-    """One of turbojax' commands, in the form of the console."""
-    check((ROOT / "turbojax" / "commands" / f"{name}.py").is_file(), text, f"there is no command {name}")
+    """One of turbojax's commands, in the form of the console."""
+    check((ROOT / "turbojax" / "app" / "commands" / f"{name}.py").is_file(), text, f"there is no command {name}")
     words = ["turbojax", name, *rest]
     if name in PARSED or "--help" in rest:
         return Command(text, "parse", words, environment)
