@@ -20,6 +20,7 @@ from turbojax.memory.planner import (
     suggestion,
 )
 from turbojax.models.published import ModelConfigs, published_configs
+from turbojax.models.sizes import tree_bytes
 from turbojax.models.umt5 import UMT5Config
 from turbojax.models.vae import VAEConfig
 from turbojax.models.wan import WanConfig
@@ -181,7 +182,7 @@ def test_18_gb(monkeypatch):
 
 def test_streaming_takes_three_layers():
     streamable = StreamableBytes.of(wan_skeleton(INT8))
-    total = sum(spec.size * spec.dtype.itemsize for spec in wan_skeleton(INT8).specs.values())
+    total = tree_bytes(wan_skeleton(INT8).specs)
     assert streamable.kept(False) == streamable.in_use(False) == total
     assert streamable.in_use(True) == streamable.kept(True) + 3 * streamable.layer
     assert streamable.kept(True) < 0.5e9

@@ -14,6 +14,7 @@ from tests.golden_io import GOLDEN, load
 from tests.parity.vae import build, fixture_vae, recompute, weights_of
 from turbojax.errors import CheckpointError, UserError
 from turbojax.models import vae as vae_module
+from turbojax.models.sizes import tree_bytes
 from turbojax.models.vae import (
     ChannelNorm,
     VAEConfig,
@@ -317,7 +318,7 @@ def test_full_size_shapes():
 
     frames, cache = jax.eval_shape(run, state)
     assert frames.shape == (1, 16, 480, 832, 3)
-    assert sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(cache)) == 1_888_573_440
+    assert tree_bytes(cache) == 1_888_573_440
 
 
 def test_damaged_and_foreign_files(weights):

@@ -30,6 +30,7 @@ from turbojax.models import wan
 from turbojax.models.image_condition import image_shapes, takes_images
 from turbojax.models.layers import contract, rotary_table
 from turbojax.models.published import MODELS
+from turbojax.models.sizes import tree_bytes
 from turbojax.models.tiling import decode_tiled
 from turbojax.models.tokenizer import Tokenizer
 from turbojax.models.vae import VAEConfig, WanVAE
@@ -208,7 +209,7 @@ def compile_seconds(*, model: str, layers: tuple[int, ...], height: int, width: 
         compiled = jax.jit(network).lower(state, *arguments).compile()
         seconds = time.perf_counter() - start
         memory = compiled.memory_analysis()
-        weights = sum(spec.size * spec.dtype.itemsize for spec in skeleton.specs.values())
+        weights = tree_bytes(skeleton.specs)
         result[f"layers_{count}"] = {
             "seconds": seconds,
             "weight_bytes": weights,
@@ -297,7 +298,7 @@ def seconds_a_call(function: Callable, arguments: list[tuple], *, calls: int = 2
 
 def one_block(*, model: str, tokens: tuple[int, int, int], schemes: tuple[str | None, ...]) -> dict[str, Any]:
     """One transformer block without its attention: linear layers, norms, rotary, gates. Milliseconds and bytes."""
-    result = {}
+    result: dict[str, dict[str, Any]] = {}
     for name in schemes:
         config = with_options(MODELS[model](num_layers=1), quant_linear=name is not None, quant_scheme=name)
         block = wan.Block(config, rngs=nnx.Rngs(0))
@@ -314,7 +315,7 @@ def one_block(*, model: str, tokens: tuple[int, int, int], schemes: tuple[str | 
             with without_attention():
                 return nnx.merge(graph, state)(x, e0, *context)
 
-        weights = sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(state))
+        weights = tree_bytes(state)
         memory = run.lower(state, x).compile().memory_analysis()
         temporary = getattr(memory, "temp_size_in_bytes", None)
         seconds = seconds_a_call(run, [(state, x)], calls=5)

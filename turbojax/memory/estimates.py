@@ -18,6 +18,7 @@ from turbojax.models import offload, umt5
 from turbojax.models import vae as vae_model
 from turbojax.models.image_condition import encoding_bytes, image_shapes, takes_images
 from turbojax.models.published import ModelConfigs
+from turbojax.models.sizes import tree_bytes
 from turbojax.models.tiling import compile_tiles, tile_sides
 from turbojax.models.umt5 import TEXT_LEN
 from turbojax.models.vae import VAEConfig
@@ -215,11 +216,3 @@ def argument_bytes(program: Any) -> int:
     """A program's arguments but the first, the weights."""
     arguments, _ = program.args_info
     return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(arguments[1:]))
-
-
-def tree_bytes(tree: Any) -> int:
-    return sum(map(size_of, jax.tree.leaves(tree)))
-
-
-def size_of(spec: Any) -> int:
-    return spec.size * spec.dtype.itemsize

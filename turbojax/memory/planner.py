@@ -16,9 +16,10 @@ from typing import Any, NamedTuple
 import jax
 
 from turbojax.errors import UserError, quoted
-from turbojax.memory.estimates import Residency, TemporaryMemory, Workload, compiled, estimate, size_of
+from turbojax.memory.estimates import Residency, TemporaryMemory, Workload, compiled, estimate
 from turbojax.models import offload
 from turbojax.models.published import ModelConfigs
+from turbojax.models.sizes import size_of, tree_bytes
 from turbojax.models.wan import EMBEDDINGS
 from turbojax.weights.skeleton import (
     Skeleton,
@@ -252,7 +253,7 @@ class StreamableBytes(NamedTuple):
 
     @classmethod
     def of(cls, skeleton: Skeleton) -> "StreamableBytes":
-        total = sum(map(size_of, skeleton.specs.values()))
+        total = tree_bytes(skeleton.specs)
         stacked = [spec for name, spec in skeleton.specs.items() if is_stacked(name)]
         layer = sum(size_of(s) for s in map(layer_of, stacked) if offload.is_streamed(s))
         return cls(total - layer * stacked[0].shape[0], layer, stacked[0].shape[0])
@@ -276,8 +277,8 @@ class WeightBytes:
         specs = skeletons[0].specs.items()
         self.embeddings = sum(size_of(spec) for name, spec in specs if name.split(".")[0] in EMBEDDINGS)
         self.transformers, self.int8 = configs.transformers, configs.transformer.quant is not None
-        self.vae = sum(map(size_of, skeletons[2].specs.values()))
-        self.clip = sum(map(size_of, skeletons[3].specs.values())) if configs.clip else 0
+        self.vae = tree_bytes(skeletons[2].specs)
+        self.clip = tree_bytes(skeletons[3].specs) if configs.clip else 0
         stacked = [spec for skeleton in skeletons[:2] for name, spec in skeleton.specs.items() if is_stacked(name)]
         self.largest_matrix = max(layer_of(spec).size for spec in stacked)
 

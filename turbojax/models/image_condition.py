@@ -16,6 +16,7 @@ from flax import nnx
 from turbojax.errors import UserError
 from turbojax.media.image import ImageSource, adaptive_size, read_image, resize, to_unit
 from turbojax.models.clip import CLIPVision, clip_dtype, encode_image
+from turbojax.models.sizes import tree_bytes
 from turbojax.models.vae import Cache, VAEConfig, WanVAE, check_video
 from turbojax.models.wan import CLIP_TOKENS, WanConfig
 
@@ -111,7 +112,7 @@ def encode_stage(
 def encoding_bytes(vae: WanVAE, height: int, width: int) -> int:
     """Device memory that `encode_still` takes besides the weights, for an image of this size in pixels."""
     cache = jax.eval_shape(lambda: vae.init_encode_cache(1, height, width))
-    return int(WORKING_SET * sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(cache)))
+    return int(WORKING_SET * tree_bytes(cache))
 
 
 def compile_still(vae: WanVAE, height: int, width: int) -> None:

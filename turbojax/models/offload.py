@@ -20,6 +20,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
+from turbojax.models.sizes import size_of
 from turbojax.models.wan import EMBEDDINGS, WanModel
 
 Module = TypeVar("Module", bound=nnx.Module)
@@ -29,7 +30,7 @@ LAYERS_ON_DEVICE = 3  # one that is computed, one that is there for the next, on
 
 def is_streamed(spec: Any) -> bool:
     """Whether one layer's array of this shape and dtype is streamed."""
-    return spec.size * spec.dtype.itemsize >= STREAMED_BYTES
+    return size_of(spec) >= STREAMED_BYTES
 
 
 def to_pinned_host(array: Any) -> Any:

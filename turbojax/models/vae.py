@@ -22,6 +22,7 @@ from jax import lax
 from turbojax.errors import UserError
 from turbojax.kernels.attention import dot_product_attention
 from turbojax.models.layers import Dense, along_last
+from turbojax.models.sizes import tree_bytes
 
 WORKING_SET = 2.1  # bytes in use while decoding, for each of the cache: XLA's own count for an H100
 CHUNK = 1  # latents at once; more takes memory and no less time (docs/performance.md)
@@ -523,7 +524,7 @@ def decode_chunks(
 def decoding_bytes(vae: WanVAE, height: int, width: int) -> int:
     """Device memory that decoding takes besides the weights, for latents of this size and a chunk of one."""
     cache = jax.eval_shape(lambda: vae.init_decode_cache(1, height, width))
-    return int(WORKING_SET * sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(cache)))
+    return int(WORKING_SET * tree_bytes(cache))
 
 
 def compile_decoding(

@@ -37,6 +37,7 @@ from turbojax.models.clip import CLIPVision
 from turbojax.models.image_condition import image_inputs, read_images, video_shape
 from turbojax.models.offload import ArraysByMemory, Streamed, arrays_by_memory, to_device
 from turbojax.models.published import ModelConfigs
+from turbojax.models.sizes import size_of
 from turbojax.models.tokenizer import Tokenizer
 from turbojax.models.vae import WanVAE
 from turbojax.models.wan import WanConfig, WanModel
@@ -117,7 +118,7 @@ def bytes_by_dtype(arrays: Any) -> dict[str, int]:
     totals: dict[str, int] = {}
     for array in jax.tree.leaves(arrays):
         name = jnp.dtype(array.dtype).name
-        totals[name] = totals.get(name, 0) + array.size * array.dtype.itemsize
+        totals[name] = totals.get(name, 0) + size_of(array)
     return totals
 
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from turbojax.diffusion.schedules import rcm_times
 from turbojax.errors import UserError
 from turbojax.files import check_parent, remove_stale, user_path, whole_folder
+from turbojax.models.sizes import size_of
 from turbojax.models.wan import WanConfig
 from turbojax.weights.encoders import open_umt5, open_vae
 from turbojax.weights.files import CONVERTED
@@ -251,11 +252,11 @@ def progress(specs: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     with tqdm(total=total_bytes(specs), unit="B", unit_scale=True, desc="Converting", disable=None, leave=False) as bar:
         for name, spec in specs.items():
             yield name, spec
-            bar.update(spec.size * spec.dtype.itemsize)
+            bar.update(size_of(spec))
 
 
 def total_bytes(specs: Mapping[str, Any]) -> int:
-    return sum(spec.size * spec.dtype.itemsize for spec in specs.values())
+    return sum(map(size_of, specs.values()))
 
 
 def write_orbax(output: Path, config: WanConfig, pieces: TensorSource) -> Summary:

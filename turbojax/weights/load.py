@@ -21,6 +21,7 @@ from turbojax.errors import CheckpointError, UserError, quoted
 from turbojax.files import user_path
 from turbojax.kernels import int8
 from turbojax.models.offload import Streamed
+from turbojax.models.sizes import size_of, tree_bytes
 from turbojax.models.wan import WanConfig, WanModel
 from turbojax.weights.files import CONVERTED
 from turbojax.weights.io import check_orbax, checkpoint_file, load_orbax, read_tensors
@@ -215,7 +216,7 @@ def log_quantization(stored: WanConfig, config: WanConfig, changes: Changes | No
 def network_bytes(config: WanConfig, dtype: Any) -> int:
     """The bytes of a network's parameters where those that are not int8 have this dtype."""
     specs = wan_skeleton(dataclasses.replace(config, dtype=dtype)).specs
-    return sum(spec.size * spec.dtype.itemsize for spec in specs.values())
+    return tree_bytes(specs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -298,12 +299,12 @@ def load_array(folder: Path, name: str, spec: jax.ShapeDtypeStruct) -> Any:
 
 def load_arrays(folder: Path, skeleton: Skeleton) -> dict[str, Any]:
     """The arrays of a converted folder, one after the other straight to the device."""
-    total = sum(spec.size * spec.dtype.itemsize for spec in skeleton.specs.values())
+    total = tree_bytes(skeleton.specs)
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     arrays: dict[str, Any] = {}
     with tqdm(total=total, unit="B", unit_scale=True, desc=f"Loading {folder.name}", disable=None, leave=False) as bar:
         for name, spec in skeleton.specs.items():
             wanted = jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=device)
             arrays[name] = load_array(folder, name, wanted)
-            bar.update(spec.size * spec.dtype.itemsize)
+            bar.update(size_of(spec))
     return arrays

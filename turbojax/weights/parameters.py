@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from turbojax.errors import CheckpointError
 from turbojax.models.offload import is_streamed, to_pinned_host
+from turbojax.models.sizes import size_of, tree_bytes
 from turbojax.weights.mapped import release
 from turbojax.weights.rules import TensorKey, describe, shorten
 from turbojax.weights.skeleton import Skeleton, is_stacked, layer_of
@@ -43,7 +44,7 @@ def load_parameters(
 
     Raises CheckpointError naming the parameters that hold NaN or infinity.
     """
-    total = sum(spec.size * spec.dtype.itemsize for spec in skeleton.specs.values())
+    total = tree_bytes(skeleton.specs)
     arrays: dict[str, jax.Array | list[jax.Array]] = {}
     finite = {}
     with tqdm(total=total, unit="B", unit_scale=True, desc=f"Loading {what}", disable=None, leave=False) as bar:
@@ -60,13 +61,13 @@ def load_parameters(
                 yield layer, value
                 if isinstance(stored, np.ndarray):
                     release(stored)
-                bar.update(spec.size * spec.dtype.itemsize // len(layers))
+                bar.update(size_of(spec) // len(layers))
 
         for name, spec in skeleton.specs.items():
             if streamed and is_stacked(name) and is_streamed(layer_of(spec)):
                 arrays[name] = layers_on_host(spec, values(name, spec, small=False))
                 continue
-            small = spec.size * spec.dtype.itemsize <= SMALL_BYTES
+            small = size_of(spec) <= SMALL_BYTES
             arrays[name] = (stack_on_host if small else stack_on_device)(spec, values(name, spec, small))
     bad = [describe(key) for key, ok in finite.items() if not ok]
     if bad:
