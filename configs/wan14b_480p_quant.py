@@ -7,8 +7,8 @@ VAE, text encoder and tokenizer of huggingface.co/Wan-AI/Wan2.1-T2V-1.3B.
 Expect a 5 second video of 832 x 480 with 14.5 GB of transformer weights.
 """
 
-from turbojax.config import changed, load_config
+from turbojax.config import load_config
 
 
 def get_config():
-    return changed(load_config("wan14b_quant"), weights="TurboDiffusion/TurboWan2.1-T2V-14B-480P", resolution="480p")
+    return load_config("wan14b_quant", weights="TurboDiffusion/TurboWan2.1-T2V-14B-480P", resolution="480p")

@@ -7,8 +7,8 @@ VAE, text encoder and tokenizer of huggingface.co/Wan-AI/Wan2.1-T2V-1.3B.
 Expect the video of configs/wan14b.py with 14.5 GB of transformer weights.
 """
 
-from turbojax.config import changed, load_config
+from turbojax.config import load_config
 
 
 def get_config():
-    return changed(load_config("wan14b"), quant_linear=True)
+    return load_config("wan14b", quant_linear=True)

@@ -8,8 +8,8 @@ quantized while it loads.
 Expect the video of configs/wan1_3b.py with half the memory for the transformer's weights.
 """
 
-from turbojax.config import changed, load_config
+from turbojax.config import load_config
 
 
 def get_config():
-    return changed(load_config("wan1_3b"), quant_linear=True)
+    return load_config("wan1_3b", quant_linear=True)

@@ -9,8 +9,8 @@ Expect a 5 second video in the shape of the image, at the area of 1280 x 720. Ea
 Where they do not fit together, the second comes from host memory when the first is done.
 """
 
-from turbojax.config import changed, load_config
+from turbojax.config import load_config
 
 
 def get_config():
-    return changed(load_config("wan22_i2v"), quant_linear=True)
+    return load_config("wan22_i2v", quant_linear=True)

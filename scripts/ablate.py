@@ -1,4 +1,4 @@
-"""turbojax ablate, from the checkout: see --help and turbojax/commands/ablate.py."""
+"""turbojax ablate, from the checkout: see --help and turbojax/app/commands/ablate.py."""
 
 from turbojax.app.commands.ablate import run
 

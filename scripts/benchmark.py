@@ -1,4 +1,4 @@
-"""turbojax benchmark, from the checkout: see --help and turbojax/commands/benchmark.py."""
+"""turbojax benchmark, from the checkout: see --help and turbojax/app/commands/benchmark.py."""
 
 from turbojax.app.commands.benchmark import run
 

@@ -1,4 +1,4 @@
-"""turbojax convert, from the checkout: see --help and turbojax/commands/convert.py."""
+"""turbojax convert, from the checkout: see --help and turbojax/app/commands/convert.py."""
 
 from turbojax.app.commands.convert import run
 

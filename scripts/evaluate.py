@@ -1,4 +1,4 @@
-"""turbojax evaluate, from the checkout: see --help and turbojax/commands/evaluate.py."""
+"""turbojax evaluate, from the checkout: see --help and turbojax/app/commands/evaluate.py."""
 
 from turbojax.app.commands.evaluate import run
 

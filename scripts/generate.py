@@ -1,4 +1,4 @@
-"""turbojax generate, from the checkout: see --help and turbojax/commands/generate.py."""
+"""turbojax generate, from the checkout: see --help and turbojax/app/commands/generate.py."""
 
 from turbojax.app.commands.generate import run
 

@@ -1,4 +1,4 @@
-"""turbojax make_shards, from the checkout: see --help and turbojax/commands/make_shards.py."""
+"""turbojax make_shards, from the checkout: see --help and turbojax/app/commands/make_shards.py."""
 
 from turbojax.app.commands.make_shards import run
 

@@ -1,4 +1,4 @@
-"""turbojax merge, from the checkout: see --help and turbojax/commands/merge.py."""
+"""turbojax merge, from the checkout: see --help and turbojax/app/commands/merge.py."""
 
 from turbojax.app.commands.merge import run
 

@@ -1,4 +1,4 @@
-"""turbojax serve, from the checkout: see --help and turbojax/commands/serve.py."""
+"""turbojax serve, from the checkout: see --help and turbojax/app/commands/serve.py."""
 
 from turbojax.app.commands.serve import run
 

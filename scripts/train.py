@@ -1,4 +1,4 @@
-"""turbojax train, from the checkout: see --help and turbojax/commands/train.py."""
+"""turbojax train, from the checkout: see --help and turbojax/app/commands/train.py."""
 
 from turbojax.app.commands.train import run
 

@@ -1,4 +1,4 @@
-"""turbojax train_shapes, from the checkout: see --help and turbojax/commands/train_shapes.py."""
+"""turbojax train_shapes, from the checkout: see --help and turbojax/app/commands/train_shapes.py."""
 
 from turbojax.app.commands.train_shapes import run
 

@@ -110,9 +110,11 @@ def base_config(settings: Sequence[Setting] = SETTINGS, **changes: Any) -> Confi
     return config
 
 
-def load_config(name: str, *arguments: Any) -> ConfigDict:
-    """Returns what get_config(*arguments) of configs/NAME.py does; a variant of that file states only its changes."""
-    return runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"](*arguments)
+def load_config(name: str, *arguments: Any, **changes: Any) -> ConfigDict:
+    """Returns what get_config(*arguments) of configs/NAME.py does, `changes` on top: a variant states only these."""
+    config = runpy.run_path(str(CONFIGS / f"{name}.py"))["get_config"](*arguments)
+    config.update(changes)
+    return config
 
 
 def changed(config: ConfigDict, **changes: Any) -> ConfigDict:

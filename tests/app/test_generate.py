@@ -61,7 +61,9 @@ def folder(tmp_path_factory):
     nan = turbo(small())
     nan["head.head.bias"][:] = np.nan
     save(folder / "nan.pth", nan)
-    raising = "import jax\nfrom turbojax import cli\n\n\ndef main():\n    raise {}\n\n\ncli.run(main, help_text='')\n"
+    raising = (
+        "import jax\nfrom turbojax.app import cli\n\n\ndef main():\n    raise {}\n\n\ncli.run(main, help_text='')\n"
+    )
     for name, text in {
         "device": raising.format("jax.errors.JaxRuntimeError('RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes')"),
         "host": raising.format("MemoryError"),
