@@ -5,7 +5,7 @@ turbojax/shapes/model/README.md.
     python scripts/generate.py --config=configs/demo.py --config.prompt="a blue square growing on a white background"
 
 Four steps of a network with SLA and int8 linear layers; 6 seconds on 2 CPU cores that do nothing else, mostly
-compilation (benchmarks/demo_cpu.json).
+compilation (benchmarks/cpu/demo.json).
 """
 
 from turbojax.config import base_config

@@ -3,7 +3,7 @@
     python scripts/train.py --config=configs/shapes_teacher.py
 
 Noise levels are those at which shape, colour and motion of a video are decided
-(benchmarks/shapes_noise_levels_cpu.json). Needs the data, outputs/shapes/data, and the network, outputs/shapes/image,
+(benchmarks/cpu/shapes_noise_levels.json). Needs the data, outputs/shapes/data, and the network, outputs/shapes/image,
 that scripts/train_shapes.py --stages=text,vae,image_data,data,image makes.
 """
 

@@ -18,11 +18,11 @@ def measurement(name: str) -> dict:
 @pytest.mark.parametrize(
     ("name", "place", "peer"),
     [
-        ("attention", "12 x 32760, topk 0.1 / sagesla_ms", "TurboDiffusion 2.75"),
-        ("attention", "40 x 75600, topk 0.1 / dense_ms", "cuDNN 204"),
-        ("t2v_14b_720p_int8_sagesla", "warm / seconds / diffusion", "TurboDiffusion 28.1"),
-        ("t2v_14b_720p_int8_sagesla", "warm / seconds / vae", "PyTorch 4.22"),
-        ("diffusion_1_3b_480p_sla", "seconds_warm", "TurboDiffusion 1.55"),
+        ("h100/attention", "12 x 32760, topk 0.1 / sagesla_ms", "TurboDiffusion 2.75"),
+        ("h100/attention", "40 x 75600, topk 0.1 / dense_ms", "cuDNN 204"),
+        ("h100/t2v_14b_720p_int8_sagesla", "warm / seconds / diffusion", "TurboDiffusion 28.1"),
+        ("h100/t2v_14b_720p_int8_sagesla", "warm / seconds / vae", "PyTorch 4.22"),
+        ("h100/diffusion_1_3b_480p_sla", "seconds_warm", "TurboDiffusion 1.55"),
     ],
 )
 def test_peers_stand_beside_ours_on_their_card(name, place, peer):
@@ -34,17 +34,17 @@ def test_peers_stand_beside_ours_on_their_card(name, place, peer):
 
 
 def test_no_peers_beside_another_card():
-    assert "TurboDiffusion" not in report(measurement("linear"))
-    on_theirs = report(measurement("linear") | {"device": "NVIDIA H100 80GB HBM3"})
+    assert "TurboDiffusion" not in report(measurement("h200/linear"))
+    on_theirs = report(measurement("h200/linear") | {"device": "NVIDIA H100 80GB HBM3"})
     assert on_theirs.count("TurboDiffusion") == 6
 
 
 def test_no_peers_beside_other_settings():
-    other = measurement("t2v_14b_720p_int8_sagesla")
+    other = measurement("h100/t2v_14b_720p_int8_sagesla")
     other["settings"]["num_inference_steps"] = 2
     assert "TurboDiffusion" not in report(other)
 
 
 def test_kernels_of_a_layer_are_listed():
-    lines = report(measurement("layer_14b_720p_block128_sagesla")).splitlines()
+    lines = report(measurement("h100/layer_14b_720p_block128_sagesla")).splitlines()
     assert "sage_forward_kernel" in next(line for line in lines if "18.95" in line)

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
 CARD = ROOT / "turbojax" / "shapes" / "model" / "README.md"
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), CARD]
+MEASUREMENTS = ROOT / "benchmarks" / "README.md"
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), CARD]
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```\n", re.DOTALL | re.MULTILINE)
 
 

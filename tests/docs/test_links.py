@@ -1,12 +1,13 @@
 """Links and file names of the pages lead somewhere, on GitHub and on the site, which is built as README says."""
 
+import importlib
 import re
 import subprocess
 import sys
 
 import pytest
 
-from tests.docs.pages import PAGES, ROOT, anchors, code, links
+from tests.docs.pages import MEASUREMENTS, PAGES, ROOT, anchors, code, links
 
 BUILD = "mkdocs build --strict"
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -35,7 +36,15 @@ def test_files_named_in_sentences_are_there(page):
 def test_measurements_are_quoted():
     """A file of benchmarks/ that no page tells of is of no use to a reader."""
     pages = "".join(page.read_text(encoding="utf-8") for page in PAGES)
-    assert not [file.name for file in (ROOT / "benchmarks").iterdir() if f"{file.name}`" not in pages]
+    folder = MEASUREMENTS.parent
+    files = [path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()]
+    assert not [name for name in files if name != MEASUREMENTS.name and f"{name}`" not in pages]
+
+
+def test_the_list_of_measurements_is_what_tables_makes(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "docs")
+    text = MEASUREMENTS.read_text(encoding="utf-8")
+    assert importlib.import_module("tables").renewed(text) == text, "run python docs/tables.py"
 
 
 def test_checks_build_the_site_as_readme_says():

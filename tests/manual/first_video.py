@@ -1,7 +1,7 @@
 """A process's first 1.3B video at 480p from a local converted checkpoint: seconds from launch to closed mp4, as JSON.
 
     python tests/manual/first_video.py FOLDER --files
-    python tests/manual/first_video.py FOLDER --out=benchmarks/first_video.json
+    python tests/manual/first_video.py FOLDER --out=benchmarks/h100/first_video.json
 
 The first form only makes the files, which takes minutes and no GPU: FOLDER gets 13 GB of generated values, published
 layouts, the transformer converted to int8. The second needs a GPU: two processes, one with an empty compilation cache

@@ -1,6 +1,6 @@
 """Converts and loads checkpoints of TurboDiffusion's exact 1.3B layout: seconds and peak memory of each step, as JSON.
 
-    python tests/manual/full_size_checkpoint.py FOLDER --out=benchmarks/full_size_checkpoint.json
+    python tests/manual/full_size_checkpoint.py FOLDER --out=benchmarks/cpu/full_size_checkpoint.json
 
 Fills FOLDER, which it makes and removes, with 12 GB; about 4 minutes on 2 cores. Each step is a process, its peak all
 that is resident, mapped files included: steps with one layer show what the libraries take. Not run by pytest.

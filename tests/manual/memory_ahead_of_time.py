@@ -1,6 +1,6 @@
 """The planner's estimates beside XLA's memory analysis for an H100, without a GPU; writes JSON.
 
-    python tests/manual/memory_ahead_of_time.py [--out=benchmarks/memory_ahead_of_time.json]
+    python tests/manual/memory_ahead_of_time.py [--out=benchmarks/ahead_of_time/memory.json]
 
 Needs jax's CUDA plugin (jax 0.11 or later) and jax-triton; takes ten minutes on two cores. Kernels are lowered as on a
 card. Without one XLA cannot search for the fastest matmul and is told to take cuBLAS, as it does on an H100; what the

@@ -1,6 +1,6 @@
 """At which noise levels shape, colour and motion are decided in the small model's world: what training has to visit.
 
-    python -m tests.manual.noise_levels --output=benchmarks/shapes_noise_levels_cpu.json
+    python -m tests.manual.noise_levels --output=benchmarks/cpu/shapes_noise_levels.json
 
 z_i are the latents of N scenes of one thing before black. Noise is put on one of them, and Bayes' rule says how sure
 each of its properties still is, with the N as all that there can be:

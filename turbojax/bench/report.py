@@ -1,6 +1,6 @@
 """Measurements as a table for people, with the peers' figures beside them where the card is the same.
 
-print(report(json.loads(Path("benchmarks/attention.json").read_text())))
+print(report(json.loads(Path("benchmarks/h100/attention.json").read_text())))
 """
 
 from collections.abc import Iterator, Mapping

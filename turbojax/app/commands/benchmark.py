@@ -11,7 +11,7 @@
     python scripts/benchmark.py --case=layer --model=wan2.1-t2v-14b --resolution=720p --attention_type=sagesla \
         --quant_scheme=block128
     python scripts/benchmark.py --case=tangent --model=wan2.1-t2v-1.3b --num_layers=2 --num_frames=1
-    python scripts/benchmark.py --case=train_step --recipe=sla --out=benchmarks/train_step_sla.json
+    python scripts/benchmark.py --case=train_step --recipe=sla --out=benchmarks/h100/train_step_sla.json
     python scripts/benchmark.py --case=diffusion --model=wan2.1-t2v-14b --resolution=720p --quant_scheme=block128
     python scripts/benchmark.py --case=memory --quant_scheme=block128 --memory=stream
 

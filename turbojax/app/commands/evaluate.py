@@ -1,7 +1,7 @@
 """Evaluates the small model of the world of shapes on prompts that it was never trained on.
 
     python scripts/evaluate.py --prompts=20
-    python scripts/evaluate.py --folder=outputs/shapes --output=benchmarks/shapes.json
+    python scripts/evaluate.py --folder=outputs/shapes --output=benchmarks/cpu/shapes.json
     python scripts/evaluate.py --teacher=benchmarks/shapes_teacher.safetensors --variants="teacher, 50 steps"
 
 Without a folder it is the model that comes with the package, else that of a folder which scripts/train_shapes.py has
