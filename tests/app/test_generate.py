@@ -135,7 +135,7 @@ GENERATE_MISTAKES: dict[str, tuple[list[str], str]] = {
     "unknown model": ([*WITH_DEMO, "--config.weights=random", "--config.model=wan9"], "model='wan9' is unknown"),
     "attention type": ([*WITH_DEMO, "--config.attention_type=flash"], "attention_type='flash' is unknown"),
     "memory": ([*WITH_DEMO, "--config.memory=much"], "memory='much' is unknown; choose auto, resident, stream or"),
-    "a card too small": ([*WITH_DEMO, "--config.memory=0.01"], "GB that can be planned with of the card's 0.01; set"),
+    "a card too small": ([*WITH_DEMO, "--config.memory=0.01"], "GB that can be planned with of the GPU's 0.01; set"),
     "plan of unknown weights": (
         [*WITH_DEMO, "--plan", "--config.weights=x.pth"],
         "'x.pth' is neither a file, a folder",
@@ -194,8 +194,8 @@ MISTAKES = (
 
 PLANS: dict[str, tuple[list[str], str]] = {  # of nothing that is here, of generated weights, of files
     "repository": ([f"--config={ROOT / 'configs' / 'wan1_3b.py'}", "--config.memory=12"], "The text encoder stays in"),
-    "random": ([DEMO, "--config.weights=random", "--config.model=wan2.1-t2v-14b"], "Everything stays on the card."),
-    "files": ([DEMO], "Everything stays on the card."),
+    "random": ([DEMO, "--config.weights=random", "--config.model=wan2.1-t2v-14b"], "Everything stays on the GPU."),
+    "files": ([DEMO], "Everything stays on the GPU."),
 }
 
 

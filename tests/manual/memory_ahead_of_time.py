@@ -23,7 +23,7 @@ from jax.experimental import topologies
 from turbojax.bench import benchmark
 from turbojax.media.video import video_size
 from turbojax.memory import estimates
-from turbojax.memory.estimates import Residency, compiled, estimate
+from turbojax.memory.estimates import Residency, analyze, estimate
 from turbojax.models.published import MODELS, ModelConfigs
 from turbojax.models.umt5 import UMT5Config
 from turbojax.models.vae import VAEConfig
@@ -63,7 +63,7 @@ def compare(model: str, size: str, quant_scheme: str | None, **options) -> dict[
     width, height = video_size(size, "16:9")
     call = abstract_call(configs, {"width": width, "height": height})
     program = lambda _: sampler_program(call.sampler, (0, 4), wan_skeleton(config).abstract(), call.arguments)[1]()  # noqa: E731
-    measure = compiled(configs, call.workload, program)
+    measure = analyze(configs, call.workload, program)
     result = {}
     for name, where in (("resident", Residency()), ("streamed", STREAMED)):
         found, guess = measure(where)._asdict(), estimate(configs, call.workload, where)._asdict()

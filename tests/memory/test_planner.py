@@ -1,4 +1,4 @@
-"""The memory planner: what fits on which card and why, from shapes alone, and what is said where nothing fits."""
+"""The memory planner: what fits on which GPU and why, from shapes alone, and what is said where nothing fits."""
 
 import dataclasses
 import functools
@@ -9,12 +9,12 @@ import pytest
 from turbojax import UserError
 from turbojax.kernels.int8 import QuantConfig
 from turbojax.memory import planner
-from turbojax.memory.estimates import Residency, TemporaryMemory, Workload, autotuning_bytes, compiled, estimate
+from turbojax.memory.estimates import Residency, TemporaryMemory, Workload, analyze, autotuning_bytes, estimate
 from turbojax.memory.planner import (
     StreamableBytes,
     WeightBytes,
     gigabytes,
-    loading_advice,
+    loading_suggestion,
     out_of_memory,
     plan,
     suggestion,
@@ -40,10 +40,10 @@ def near(value: float, expected: float, within: float) -> bool:
     return abs(value - expected) <= within * expected
 
 
-# What is known of real cards, in bytes; see benchmarks/.
+# What is known of real GPUs, in bytes; see benchmarks/.
 
 
-def test_weights_are_those_loaded_on_a_card():
+def test_weights_are_those_loaded_on_a_gpu():
     """Peak memory after loading: text_to_video, and the transformers alone."""
     for config, everything, alone in (
         (SMALL, 12402082048, 2841021184),
@@ -81,13 +81,13 @@ def test_the_estimate_is_near_a_measured_peak():
 )
 def test_estimates_are_near_xla_s_analysis(config, size, expected):
     found = estimate(configs(config), WORKLOADS[size], Residency()).diffusion
-    if found == autotuning_bytes(config, WORKLOADS[size]):  # what trying matmuls takes is not in a program's analysis
+    if found == autotuning_bytes(config, WORKLOADS[size]):  # what autotuning takes is not in a program's analysis
         assert found > expected * 1e9
     else:
         assert near(found, expected * 1e9, 0.05)
 
 
-def test_temporary_memory_grow_with_the_call():
+def test_temporary_memory_grows_with_the_call():
     one = estimate(configs(INT8), WORKLOADS["480p"], Residency())
     for more in (WORKLOADS["480p"]._replace(batch=2), WORKLOADS["480p"]._replace(guided=True)):
         two = estimate(configs(INT8), more, Residency())
@@ -156,13 +156,13 @@ def test_what_goes_where(model, size):
 
 
 def test_18_gb(monkeypatch):
-    """14B at 720p with all blocks on the card, by XLA's analysis for an H100: of a limit that was named 2 % stay free.
+    """14B at 720p with all blocks on the GPU, by XLA's analysis for an H100: of a limit that was named 2 % stay free.
 
-    As the card's own memory, of which 5 % stay free, 18 GB are too little for that.
+    As the GPU's own memory, of which 5 % stay free, 18 GB are too little for that.
     """
     vae = {True: 1_096_411_896, False: 8_619_483_184}
     analysis = {tiled: TemporaryMemory(110_119_202, 3_455_843_760, size) for tiled, size in vae.items()}
-    monkeypatch.setattr(planner, "compiled", lambda *arguments: lambda where: analysis[where.vae_tiled])
+    monkeypatch.setattr(planner, "analyze", lambda *arguments: lambda residency: analysis[residency.vae_tiled])
     large = configs(dataclasses.replace(INT8, attention_type="sagesla"))
     find = functools.partial(plan, large, WORKLOADS["720p"], compile_sampler=lambda embeddings_offloaded: None)
     for named in (18, "18"):
@@ -206,7 +206,7 @@ def test_modes_and_unknown_devices():
 
 @pytest.mark.parametrize("value", ["much", "0", "-3", "nan", "inf", ""])
 def test_bad_values(value):
-    with pytest.raises(UserError, match="is unknown; choose auto, resident, stream or the card's GB, such as 12"):
+    with pytest.raises(UserError, match="is unknown; choose auto, resident, stream or the GPU's GB, such as 12"):
         plan(configs(INT8), WORKLOADS["480p"], memory=value)
 
 
@@ -214,7 +214,7 @@ def test_table():
     lines = str(plan(configs(INT8), WORKLOADS["480p"], memory=24)).splitlines()
     assert [line.split()[0] for line in lines[:5]] == ["GB", "load", "text", "diffusion", "vae"]
     assert lines[4].split() == ["vae", "14.8", "4.0", "18.8", "peak"]
-    assert lines[5] == "The card's memory: 24.0 GB. Temporaries: an estimate."
+    assert lines[5] == "The GPU's memory: 24.0 GB. Temporary memory: an estimate."
     assert lines[6].endswith("a layer at a time; without that, vae would need 28.0 GB.")
     assert len(lines) == 7
     assert max(map(len, lines)) < 140
@@ -225,12 +225,10 @@ def test_where_nothing_fits():
     assert not found.fits
     assert names(found.residency) == "idle text vae transformer"
     assert found.reasons[-1].startswith("diffusion needs ")
-    assert (
-        "of the card's 12.0; set quant_linear=True, or a smaller resolution, or fewer num_frames" in found.reasons[-1]
-    )
+    assert "of the GPU's 12.0; set quant_linear=True, or a smaller resolution, or fewer num_frames" in found.reasons[-1]
 
 
-def test_ways_out():
+def test_suggestions():
     resident = plan(configs(LARGE), WORKLOADS["480p"], memory="resident", limit=24 * 10**9)
     assert "set memory=stream, or quant_linear=True" in suggestion(resident, configs(LARGE))
     fitting = plan(configs(INT8), WORKLOADS["480p"], memory="resident", limit=80 * 10**9)
@@ -239,7 +237,9 @@ def test_ways_out():
     assert suggestion(unknown, configs(INT8)).startswith(
         "memory is not enough: vae needs about 28.0 GB; set vae_tiling=on, or memory=stream"
     )
-    assert loading_advice(configs(LARGE)).endswith("load 28.6 GB of weights; set quant_linear=True, or memory=stream")
+    assert loading_suggestion(configs(LARGE)).endswith(
+        "load 28.6 GB of weights; set quant_linear=True, or memory=stream"
+    )
 
 
 def test_out_of_memory():
@@ -262,7 +262,7 @@ def test_temporary_memory_of_compiled_programs():
         asked.append(embeddings_offloaded)
         return sampler
 
-    measure = compiled(small, Workload((2, 4, 6, 16)), compile_sampler)
+    measure = analyze(small, Workload((2, 4, 6, 16)), compile_sampler)
     resident, streamed = (
         measure(Residency()),
         measure(Residency(text_streamed=True, vae_tiled=True, transformer_streamed=True)),
@@ -273,12 +273,12 @@ def test_temporary_memory_of_compiled_programs():
     assert resident.image == 0  # it makes videos from text
     assert planner.plan(small, Workload((2, 4, 6, 16)), limit=10**9, compile_sampler=compile_sampler).exact
     assert asked == [False, False]
-    waiting = (
+    offloaded = (
         measure(Residency(idle_offloaded=True)),
         measure(Residency(idle_offloaded=True, transformer_streamed=True)),
     )
-    assert waiting[0] == resident
-    assert waiting[1].diffusion == streamed.diffusion  # a streamed transformer computes its embeddings in each step
+    assert offloaded[0] == resident
+    assert offloaded[1].diffusion == streamed.diffusion  # a streamed transformer computes its embeddings in each step
     assert asked == [False, False, True]
 
 

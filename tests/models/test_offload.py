@@ -77,14 +77,14 @@ def test_what_lies_where(monkeypatch):
     assert {a.sharding.memory_kind for a in jax.tree.leaves((streamed.state, blocks.resident))} == {"device"}
     assert len(blocks.layers) == LAYERS
     assert all(len(jax.tree.leaves(layer)) == 10 for layer in blocks.layers)  # q, k, v, o, q, k, v, o, fc1, fc2
-    counts, fetch = [], HostBlocks.fetch
+    counts, prefetch = [], HostBlocks.prefetch
 
     def counting(self, i):
-        layer = fetch(self, i)
+        layer = prefetch(self, i)
         shapes = [(a.shape, a.dtype) for a in jax.live_arrays() if a.sharding.memory_kind == "device"]
         counts.append(shapes.count(((512, 256), jnp.int8)))
         return layer
 
-    monkeypatch.setattr(HostBlocks, "fetch", counting)
+    monkeypatch.setattr(HostBlocks, "prefetch", counting)
     streamed(*inputs())
     assert max(counts) == LAYERS_ON_DEVICE

@@ -347,7 +347,7 @@ def test_out_of_memory_names_settings(run, monkeypatch):
 
 def test_too_small_a_card(demo):
     message = refused(TurboVideoPipeline.from_pretrained, demo, memory=0.001)
-    assert "of the card's 0.00; set a smaller resolution" in message
+    assert "of the GPU's 0.00; set a smaller resolution" in message
     assert "memory='tiny' is unknown" in refused(TurboVideoPipeline.from_pretrained, demo, memory="tiny")
 
 

@@ -1,6 +1,6 @@
-"""What the programs of a call allocate on the device beside weights, in bytes.
+"""Temporary memory: the bytes that the programs of a call allocate on the device beside weights.
 
-On a GPU it is XLA's own memory analysis of the compiled programs (`compiled`), elsewhere an estimate (`estimate`).
+On a GPU it is XLA's own memory analysis of the compiled programs (`analyze`), elsewhere an estimate (`estimate`).
 """
 
 import dataclasses
@@ -27,7 +27,7 @@ from turbojax.weights.skeleton import umt5_skeleton, vae_skeleton, wan_skeleton
 
 
 class Workload(NamedTuple):
-    """What decides the temporaries of a call: latents `[t, h, w, c]` of one video, their number, and settings."""
+    """Size of a call, which decides its temporary memory: latents `[t, h, w, c]` of one video, their number, settings."""
 
     latents: tuple[int, int, int, int]
     batch: int = 1
@@ -39,17 +39,17 @@ class Workload(NamedTuple):
         return 4 * self.batch * math.prod(self.latents)
 
     def pixels(self, config: VAEConfig) -> tuple[int, int]:
-        """Height and width."""
+        """Returns height and width."""
         return config.spatial_factor * self.latents[1], config.spatial_factor * self.latents[2]
 
     def tokens(self, config: WanConfig) -> int:
-        """Of all videos, twice with guidance."""
+        """Returns the tokens of all videos, twice with guidance."""
         return self.batch * (1 + self.guided) * math.prod(self.latents[:3]) // config.patch_features
 
 
 @dataclasses.dataclass(frozen=True)
 class Residency:
-    """Where weights are, and whether the VAE decodes whole frames; all of it on the device if nothing is set."""
+    """Where weights are, and if the VAE decodes whole frames; everything is on the device if nothing is set."""
 
     idle_offloaded: bool = False  # VAE, image encoder and embeddings, while others run
     text_streamed: bool = False
@@ -69,14 +69,16 @@ class Residency:
 
 
 class TemporaryMemory(NamedTuple):
+    """Bytes by stage."""
+
     text: int
     diffusion: int
     vae: int
     image: int = 0
 
 
-def estimate(configs: ModelConfigs, workload: Workload, where: Residency) -> TemporaryMemory:
-    """Temporary memory without a GPU, by what is alive at the programs' largest moment.
+def estimate(configs: ModelConfigs, workload: Workload, residency: Residency) -> TemporaryMemory:
+    """Estimates temporary memory without a GPU, by what is alive at the programs' largest moment.
 
     L tokens, D width, F ffn width:
 
@@ -95,7 +97,7 @@ def estimate(configs: ModelConfigs, workload: Workload, where: Residency) -> Tem
     item, tokens = jnp.dtype(c.dtype).itemsize, workload.tokens(c)
     array = tokens * c.dim * item
     hidden = tokens * c.ffn_dim
-    keys = 0 if where.transformer_streamed else kept_keys(c, workload.batch * (1 + workload.guided) * c.text_len)
+    keys = 0 if residency.transformer_streamed else kept_keys(c, workload.batch * (1 + workload.guided) * c.text_len)
     if c.quant is None:
         arrays, ffn = 6.5, item * hidden + 3.5 * array + keys
     elif c.quant.scheme == "block128" and not c.quant.weight_only:
@@ -106,13 +108,13 @@ def estimate(configs: ModelConfigs, workload: Workload, where: Residency) -> Tem
     diffusion = max(int(max(arrays * array + keys, ffn)) + table + workload.latent_bytes, autotuning_bytes(c, workload))
     text = 6 * 4 * configs.text.num_heads * TEXT_LEN**2
     return TemporaryMemory(
-        text, diffusion, decoding(configs.vae, workload, where.vae_tiled), encoding(configs, workload)
+        text, diffusion, vae_bytes(configs.vae, workload, residency.vae_tiled), image_bytes(configs, workload)
     )
 
 
 @functools.lru_cache
-def encoding(configs: ModelConfigs, workload: Workload) -> int:
-    """The VAE's share in image to video."""
+def image_bytes(configs: ModelConfigs, workload: Workload) -> int:
+    """Estimates what the VAE takes to encode images."""
     if not takes_images(configs.transformer):
         return 0
     return encoding_bytes(vae_skeleton(configs.vae).abstract(), *workload.pixels(configs.vae))
@@ -123,10 +125,10 @@ ATTENTION_ARRAYS = {"original": 5.0, "sla": 5.1, "sagesla": 4.5}
 
 
 def autotuning_bytes(config: WanConfig, workload: Workload) -> int:
-    """What XLA's search for the fastest matmul allocates, beside the weights, when a program is compiled.
+    """Returns what XLA's autotuning of matmuls allocates, beside the weights, when a program is compiled.
 
     Its operands and two results, the one to check and the one to compare with, each between 16 MiB of guard bytes, and
-    cuBLAS's 32 MiB. int8 layers have kernels of their own and are not searched.
+    cuBLAS's 32 MiB. int8 layers have kernels of their own and are not autotuned.
     """
     if config.quant is not None:
         return 0
@@ -136,8 +138,8 @@ def autotuning_bytes(config: WanConfig, workload: Workload) -> int:
 
 
 @functools.lru_cache
-def decoding(config: VAEConfig, workload: Workload, tiled: bool) -> int:
-    """Estimate of the VAE; in tiles the middle block's features of the whole clip are there, too, and its scores."""
+def vae_bytes(config: VAEConfig, workload: Workload, tiled: bool) -> int:
+    """Estimates the VAE's decoding; in tiles there are the middle block's features of the whole clip, and its scores."""
     vae = vae_skeleton(config).abstract()
     t, h, w, _ = workload.latents
     if not tiled:
@@ -147,10 +149,10 @@ def decoding(config: VAEConfig, workload: Workload, tiled: bool) -> int:
     return max(vae_model.decoding_bytes(vae, *tile_sides((h, w))), 2 * features + scores)
 
 
-def compiled(
+def analyze(
     configs: ModelConfigs, workload: Workload, compile_sampler: Callable[[bool], Any]
 ) -> Callable[[Residency], TemporaryMemory]:
-    """Temporary memory by XLA's analysis of the programs, each compiled for the first device when first asked for.
+    """Returns a function that gives temporary memory by XLA's analysis of programs, compiled when they are first needed.
 
     compile_sampler: as `turbojax.memory.planner.plan` takes it.
     """
@@ -162,8 +164,8 @@ def compiled(
         embedded = jax.ShapeDtypeStruct((1, TEXT_LEN, t5.dim), t5.dtype)
         skeleton = umt5_skeleton(t5)
         if streamed:
-            return of_streamed(skeleton.abstract_streamed(), embedded, mask)
-        return of_program(umt5.run_encoder.lower(*nnx.split(skeleton.abstract()), embedded, mask).compile())
+            return streamed_bytes(skeleton.abstract_streamed(), embedded, mask)
+        return program_bytes(umt5.run_encoder.lower(*nnx.split(skeleton.abstract()), embedded, mask).compile())
 
     @functools.cache
     def diffusion(streamed: bool, embeddings_offloaded: bool) -> int:
@@ -173,46 +175,46 @@ def compiled(
         if streamed:
             times = jax.ShapeDtypeStruct((n,), jnp.float32)
             images = image_shapes(c, configs.vae, latents.shape)
-            network = of_streamed(wan_skeleton(c).abstract_streamed(), latents, times, embedding, **images)
+            network = streamed_bytes(wan_skeleton(c).abstract_streamed(), latents, times, embedding, **images)
         else:
-            network = of_program(compile_sampler(embeddings_offloaded))
+            network = program_bytes(compile_sampler(embeddings_offloaded))
         return max(network + tree_bytes((latents, embedding)), autotuning_bytes(c, workload))
 
     @functools.cache
     def vae(tiled: bool) -> int:
         compile_vae = compile_tiles if tiled else vae_model.compile_decoding
         programs = compile_vae(vae_skeleton(configs.vae).abstract(), (1, *workload.latents), as_uint8=True)
-        return max(of_program(program) + argument_bytes(program) for program in programs)
+        return max(program_bytes(program) + argument_bytes(program) for program in programs)
 
-    return lambda where: TemporaryMemory(
-        text(where.text_streamed),
-        diffusion(where.transformer_streamed, where.embeddings_offloaded),
-        vae(where.vae_tiled),
-        encoding(configs, workload),
+    return lambda residency: TemporaryMemory(
+        text(residency.text_streamed),
+        diffusion(residency.transformer_streamed, residency.embeddings_offloaded),
+        vae(residency.vae_tiled),
+        image_bytes(configs, workload),
     )
 
 
-def of_streamed(model: offload.Streamed, *inputs: jax.ShapeDtypeStruct, **more: jax.ShapeDtypeStruct) -> int:
-    """Of the largest of the three programs of a streamed model, with what the others leave for it."""
+def streamed_bytes(model: offload.Streamed, *inputs: jax.ShapeDtypeStruct, **more: jax.ShapeDtypeStruct) -> int:
+    """Returns the bytes of the largest of a streamed model's three programs, with the results that the others keep."""
     first = offload.embed.lower(model.graph, model.state, inputs, more)
     x, context, rest = jax.eval_shape(functools.partial(offload.embed, model.graph), model.state, inputs, more)
     blocks, index = model.blocks, jax.ShapeDtypeStruct((), jnp.int32)
     block = offload.run_block.lower(blocks.graph, blocks.resident, blocks.layers[0], index, x, context)
     last = offload.unembed.lower(model.graph, model.state, x, rest)
     return max(
-        of_program(first.compile()),
-        tree_bytes((x, context, rest)) + of_program(block.compile()),
-        tree_bytes((x, rest)) + of_program(last.compile()),
+        program_bytes(first.compile()),
+        tree_bytes((x, context, rest)) + program_bytes(block.compile()),
+        tree_bytes((x, rest)) + program_bytes(last.compile()),
     )
 
 
-def of_program(program: Any) -> int:
-    """What a compiled program allocates beside its arguments."""
+def program_bytes(program: Any) -> int:
+    """Returns the bytes that a compiled program allocates beside its arguments."""
     memory = program.memory_analysis()
     return memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
 
 
 def argument_bytes(program: Any) -> int:
-    """A program's arguments but the first, the weights."""
+    """Returns the bytes of a program's arguments but the first, the weights."""
     arguments, _ = program.args_info
     return sum(math.prod(a.shape) * a.dtype.itemsize for a in jax.tree.leaves(arguments[1:]))

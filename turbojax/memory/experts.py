@@ -1,7 +1,7 @@
 """Two networks that share the steps of one video, Wan 2.2's experts for high and for low noise, on one device.
 
-Where both fit, or are streamed, they stay. Otherwise they take turns on the device, and the other one is in pinned host
-memory: as much of it as there is room for travels while the first one computes, the rest at the change.
+Where both fit, or are streamed, they stay. Otherwise they are swapped, and the inactive one is in pinned host memory:
+what fits beside the active one is prefetched while that computes, the rest is copied at the swap.
 """
 
 import itertools
@@ -20,7 +20,7 @@ from turbojax.models.offload import (
     Streamed,
     arrays_by_memory,
     in_host_memory,
-    memory,
+    memory_sharding,
     offload_embeddings,
     to_pinned_host,
 )
@@ -45,54 +45,54 @@ class SwappableNetwork:
         leaves, self.structure = jax.tree.flatten(state)
         self.device: list[Any] = leaves
         self.host: list[Any] = [None] * len(leaves)
-        self.moving = [i for i, leaf in enumerate(leaves) if not in_host_memory(leaf)]
+        self.swapped = [i for i, leaf in enumerate(leaves) if not in_host_memory(leaf)]
 
     @property
     def model(self) -> WanModel:
-        """The network, which must be here."""
+        """The network, all of whose parameters must be on the device."""
         assert all(leaf is not None for leaf in self.device)
         return nnx.merge(self.graph, jax.tree.unflatten(self.structure, self.device))
 
     def copy_to_host(self) -> None:
-        """So that leaving costs nothing."""
-        for i in self.moving:
-            self._to_host(i)
+        """Copies the parameters, so that a later `offload` only frees the device's."""
+        for i in self.swapped:
+            self._copy_to_host(i)
 
     def offload(self) -> None:
-        """Frees the device's memory."""
-        for i in self.moving:
+        """Frees the device's memory; the parameters are in host memory then."""
+        for i in self.swapped:
             self._offload(i)
 
-    def fetch(self, room: int) -> None:
-        """Starts to copy parameters to the device, up to `room` bytes of them, and does not wait."""
+    def prefetch(self, size: int) -> None:
+        """Starts to copy parameters to the device, up to `size` bytes of them, and does not wait."""
         for i, leaf in enumerate(self.host):
-            if self.device[i] is None and leaf.nbytes <= room:
-                self.device[i] = jax.device_put(leaf, memory(None))
-                room -= leaf.nbytes
+            if self.device[i] is None and leaf.nbytes <= size:
+                self.device[i] = jax.device_put(leaf, memory_sharding(None))
+                size -= leaf.nbytes
 
-    def swap_with(self, other: "SwappableNetwork | None", *, keep: bool) -> None:
-        """Comes to the device and sends the other away, a parameter at a time: the device never holds both.
+    def swap_with(self, other: "SwappableNetwork | None", *, keep_on_host: bool) -> None:
+        """Comes to the device and offloads the other, a parameter at a time: the device never holds both.
 
-        keep: leave the parameters in host memory, too, so that this network's leaving will cost nothing.
+        keep_on_host: leave the parameters in host memory, too, so that the next swap copies only the other's.
         """
-        for i in self.moving:
+        for i in self.swapped:
             if other:
                 other._offload(i)
             if self.device[i] is None:
-                self.device[i] = jax.device_put(self.host[i], memory(None))
-            if not keep and self.host[i] is not None:
+                self.device[i] = jax.device_put(self.host[i], memory_sharding(None))
+            if not keep_on_host and self.host[i] is not None:
                 self.device[i].block_until_ready()
                 self.host[i].delete()
                 self.host[i] = None
         jax.block_until_ready(self.device)
 
-    def _to_host(self, i: int) -> None:
+    def _copy_to_host(self, i: int) -> None:
         if self.host[i] is None:
             self.host[i] = to_pinned_host(self.device[i]).block_until_ready()
 
     def _offload(self, i: int) -> None:
         if self.device[i] is not None:
-            self._to_host(i)
+            self._copy_to_host(i)
             self.device[i].delete()
             self.device[i] = None
 
@@ -117,18 +117,18 @@ class Experts:
         self.names, self.boundary, self.swap_experts, self.limit = names, boundary, swap_experts, limit
         self.embeddings_offloaded = embeddings_offloaded
         self._models: dict[Expert, Model] = {}  # where all stay
-        self._networks: dict[Expert, SwappableNetwork] = {}  # where they take turns
+        self._networks: dict[Expert, SwappableNetwork] = {}  # where they are swapped
         self._active: SwappableNetwork | None = None
 
     @classmethod
     def of(cls, model: Model) -> "Experts":
-        """A single network for all steps."""
+        """Makes a single network the expert of all steps."""
         experts = cls(names=("high",))
         experts.add("high", model)
         return experts
 
     def add(self, name: Expert, model: Model) -> None:
-        """Adds a network that was loaded, those needed later first: where they take turns these leave at once."""
+        """Adds a network that was loaded, the last steps' first: where they are swapped it is offloaded at once."""
         if (self._models or self._networks) and self.config != model.config:
             raise UserError("the two experts are of different kinds; give both plain or both quantized files")
         if isinstance(model, WanModel):
@@ -146,12 +146,12 @@ class Experts:
             network.offload()
 
     def with_offloading(self, network: WanModel) -> WanModel:
-        """A network, which may be abstract, with its embeddings where these networks have theirs."""
+        """Returns a network, which may be abstract, with its embeddings where these networks have theirs."""
         return offload_embeddings(network) if self.embeddings_offloaded else network
 
     @property
     def config(self) -> WanConfig:
-        """Of all of them."""
+        """The configuration of all of them."""
         return next(iter((self._models or self._networks).values())).config
 
     @property
@@ -160,11 +160,11 @@ class Experts:
 
     @property
     def keeps_both_on_host(self) -> bool:
-        """Whether host memory holds both networks where they take turns; never two of full precision."""
+        """True if host memory holds both networks where they are swapped; never two of full precision."""
         return self.config.quant is not None
 
     def step_ranges(self, sampler: Sampler) -> list[tuple[Expert, tuple[int, int]]]:
-        """Which network makes which steps [start, stop)."""
+        """Returns the networks and the steps [start, stop) that each of them makes."""
         n = sampler.num_steps
         if len(self.names) == 1:
             return [(self.names[0], (0, n))]
@@ -173,36 +173,36 @@ class Experts:
         return [(name, part) for name, part in steps if part[0] < part[1]]
 
     def activate(self, name: Expert) -> Model:
-        """The network, on the device; waits for it. Nothing that uses the other one may still run."""
+        """Returns the network once it is on the device. Nothing that uses the other one may still run."""
         if not self.swap_experts:
             return self._models[name]
         network = self._networks[name]
         if self._active is not network:
             start = time.perf_counter()
-            network.swap_with(self._active, keep=self.keeps_both_on_host)
+            network.swap_with(self._active, keep_on_host=self.keeps_both_on_host)
             self._active = network
             logging.info("The %s-noise expert came to the device in %.2f s", name, time.perf_counter() - start)
         return network.model
 
-    def prefetch(self, name: Expert, room: int) -> None:
-        """Starts to copy a network that is away, as much of it as fits in `room` bytes of the device."""
+    def prefetch(self, name: Expert, size: int) -> None:
+        """Starts to copy an inactive network, up to `size` bytes of it."""
         if self.swap_experts:
-            self._networks[name].fetch(room)
+            self._networks[name].prefetch(size)
 
     def release(self) -> None:
-        """Behind the last step: frees the device if that costs nothing, as the next video begins with the other one."""
+        """Frees the device after the last step if that costs nothing, as the next video begins with the other one."""
         if self.swap_experts and self.keeps_both_on_host and self._active:
             self._active.offload()
             self._active = None
 
     def arrays_by_memory(self) -> ArraysByMemory:
-        """All arrays of the networks on the device and in host memory."""
+        """Returns all arrays of the networks on the device and in host memory."""
         found = [arrays_by_memory(model) for model in self._models.values()]
         found += [ArraysByMemory.of((network.device, network.host)) for network in self._networks.values()]
         return ArraysByMemory(*(list(itertools.chain(*arrays)) for arrays in zip(*found, strict=True)))
 
     def free_beside(self, program: jax.stages.Compiled) -> int:
-        """Bytes of the device that are free now and are not needed while the program runs; 0 where nothing tells."""
+        """Returns the bytes of the device that are free while the program runs; 0 where nothing tells."""
         stats, needs = memory_stats(), program.memory_analysis()
         if "bytes_limit" not in stats or needs is None:
             return 0

@@ -1,10 +1,10 @@
-"""Weights in host memory: blocks that stream through the device, and modules that only some stages need.
+"""Weights in host memory: blocks that are streamed through the device, and modules that only some stages need.
 
-A layer's large arrays lie in pinned host memory and are copied while the layer before it is computed; all that is small
-stays on the device, stacked over the layers. Results are those of the resident model.
+A layer's large arrays are in pinned host memory and are prefetched while the layer before is computed; all that is
+small stays on the device, stacked over the layers. Results are those of the resident model.
 
-The VAE and the image encoder lie in host memory as numpy arrays and come to the device for their own stage. The
-transformer's embeddings of text and time run before its steps: they lie in pinned host memory, and the compiled sampler
+The VAE and the image encoder are offloaded as numpy arrays and come to the device for their own stage. The
+transformer's embeddings of text and time run before its steps: they are in pinned host memory, and the compiled sampler
 begins with a copy of them, whose place its steps use again.
 """
 
@@ -25,17 +25,22 @@ from turbojax.models.wan import EMBEDDINGS, WanModel
 
 Module = TypeVar("Module", bound=nnx.Module)
 STREAMED_BYTES = 2**16  # arrays of a layer from this size on are streamed: its matrices
-LAYERS_ON_DEVICE = 3  # one that is computed, one that is there for the next, one that arrives
+LAYERS_ON_DEVICE = 3  # one that is computed, one that is prefetched for the next, one that arrives
 
 
 def is_streamed(spec: Any) -> bool:
-    """Whether one layer's array of this shape and dtype is streamed."""
+    """Returns True if one layer's array of this shape and dtype is streamed."""
     return size_of(spec) >= STREAMED_BYTES
 
 
+def memory_sharding(kind: str | None) -> jax.sharding.Sharding:
+    """Returns the sharding of a kind of memory of the first device; None for its default."""
+    return jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind=kind)
+
+
 def to_pinned_host(array: Any) -> Any:
-    """The array, or its shape and dtype, in pinned host memory, which the device's copy engine reads by itself."""
-    pinned = memory("pinned_host")
+    """Returns an array, or its shape and dtype, in pinned host memory, which the device's copy engine reads itself."""
+    pinned = memory_sharding("pinned_host")
     if isinstance(array, jax.ShapeDtypeStruct):
         return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=pinned)
     return jax.device_put(array, pinned)
@@ -45,9 +50,7 @@ def in_host_memory(array: jax.Array | np.ndarray) -> bool:
     return isinstance(array, np.ndarray) or array.sharding.memory_kind == "pinned_host"
 
 
-def memory(kind: str | None) -> jax.sharding.Sharding:
-    """Memory of the first device; None for its own."""
-    return jax.sharding.SingleDeviceSharding(jax.devices()[0], memory_kind=kind)
+# Streamed blocks.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,26 +62,26 @@ class HostBlocks:
     layers: tuple[nnx.State, ...]
 
     def __call__(self, x: jax.Array, context: tuple) -> jax.Array:
-        """x through the blocks, `block(x, *context)` each, in place of `scan_blocks`. Takes x's memory.
+        """Runs x through the blocks, `block(x, *context)` each, in place of `scan_blocks`. Takes x's memory.
 
         The copy of a layer is asked for before the layer ahead of it is, because copies may wait for all computation
         asked for so far; a layer's memory is free for the next but two when it has been computed.
         """
         running: collections.deque[jax.Array] = collections.deque()
-        arriving = self.fetch(0)
+        arriving = self.prefetch(0)
         for i in range(len(self.layers)):
             if len(running) == LAYERS_ON_DEVICE - 1:
                 running.popleft().block_until_ready()
-            layer, arriving = arriving, self.fetch(i + 1)
+            layer, arriving = arriving, self.prefetch(i + 1)
             x, done = run_block(self.graph, self.resident, layer, jnp.int32(i), x, context)
             running.append(done)
         while len(running) > LAYERS_ON_DEVICE - 2:
             running.popleft().block_until_ready()
         return x
 
-    def fetch(self, i: int) -> nnx.State | None:
+    def prefetch(self, i: int) -> nnx.State | None:
         """Starts the copy of a layer to the device."""
-        return jax.device_put(self.layers[i], memory(None)) if i < len(self.layers) else None
+        return jax.device_put(self.layers[i], memory_sharding(None)) if i < len(self.layers) else None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,33 +101,15 @@ class Streamed:
         return unembed(self.graph, self.state, self.blocks(x, context), rest)
 
 
-class ArraysByMemory(NamedTuple):
-    """Arrays on the device and in host memory."""
-
-    device: list[jax.Array]
-    host: list[jax.Array | np.ndarray]
-
-    @classmethod
-    def of(cls, arrays: Any) -> "ArraysByMemory":
-        """Of a pytree."""
-        leaves = jax.tree.leaves(arrays)
-        return cls([a for a in leaves if not in_host_memory(a)], [a for a in leaves if in_host_memory(a)])
-
-
-def arrays_by_memory(model: nnx.Module | Streamed) -> ArraysByMemory:
-    """A model's arrays."""
-    if isinstance(model, Streamed):
-        return ArraysByMemory.of((model.state, model.blocks.resident, model.blocks.layers))
-    return ArraysByMemory.of(nnx.state(model))
-
-
 @functools.partial(jax.jit, static_argnums=0)
 def embed(graph: nnx.GraphDef, state: nnx.State, inputs: tuple, more: dict[str, jax.Array]) -> tuple:
+    """Runs a split model's `embed`: what comes before its blocks."""
     return nnx.merge(graph, state).embed(*inputs, **more)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def unembed(graph: nnx.GraphDef, state: nnx.State, x: jax.Array, rest: tuple) -> jax.Array:
+    """Runs a split model's `unembed`: what comes after its blocks."""
     return nnx.merge(graph, state).unembed(x, rest)
 
 
@@ -132,36 +117,59 @@ def unembed(graph: nnx.GraphDef, state: nnx.State, x: jax.Array, rest: tuple) ->
 def run_block(
     graph: nnx.GraphDef, resident: nnx.State, layer: nnx.State, index: jax.Array, x: jax.Array, context: tuple
 ) -> tuple[jax.Array, jax.Array]:
-    """One block; the second result is there to be waited for, when the first has been given away."""
+    """Runs one block; the second result is there to be waited for, when the first has been given away."""
     own = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, index, keepdims=False), resident)
     x = nnx.merge(graph, own, layer)(x, *context)
     return x, x[(0,) * x.ndim]
 
 
+# Offloaded modules.
+
+
+class ArraysByMemory(NamedTuple):
+    """Arrays on the device and in host memory."""
+
+    device: list[jax.Array]
+    host: list[jax.Array | np.ndarray]
+
+    @classmethod
+    def of(cls, tree: Any) -> "ArraysByMemory":
+        """Sorts the arrays of a pytree."""
+        leaves = jax.tree.leaves(tree)
+        return cls([a for a in leaves if not in_host_memory(a)], [a for a in leaves if in_host_memory(a)])
+
+
+def arrays_by_memory(model: nnx.Module | Streamed) -> ArraysByMemory:
+    """Returns a model's arrays on the device and in host memory."""
+    if isinstance(model, Streamed):
+        return ArraysByMemory.of((model.state, model.blocks.resident, model.blocks.layers))
+    return ArraysByMemory.of(nnx.state(model))
+
+
 def to_host(model: Module) -> Module:
-    """The module with its parameters as numpy arrays."""
+    """Returns the module with its parameters as numpy arrays."""
     graph, state = nnx.split(model)
     return nnx.merge(graph, jax.device_get(state))
 
 
 def to_device(model: Module) -> Module:
-    """The module with its parameters on the device; copies of those that were away are freed with it."""
+    """Returns the module with its parameters on the device; copies of offloaded ones are freed with it."""
     graph, state = nnx.split(model)
     return nnx.merge(graph, jax.device_put(state))
 
 
 def offload_embeddings(network: WanModel) -> WanModel:
-    """The network, which may be abstract, with its embeddings in pinned host memory."""
+    """Returns the network, which may be abstract, with its embeddings in pinned host memory."""
     graph, state = nnx.split(network)
     return nnx.merge(graph, map_embeddings(to_pinned_host, state))
 
 
 def embeddings_to_device(state: Any) -> Any:
-    """A network's state under a trace, with its embeddings on the device wherever they come from."""
+    """Returns a network's state under a trace, with its embeddings on the device wherever they come from."""
     return map_embeddings(lambda array: jax.device_put(array, jax.memory.Space.Device), state)
 
 
 def map_embeddings(change: Callable[[Any], Any], state: Any) -> Any:
-    """A network's state with its embeddings changed."""
+    """Returns a network's state with its embeddings changed."""
     changed = lambda path, leaf: change(leaf) if path[0].key in EMBEDDINGS else leaf  # noqa: E731
     return jax.tree_util.tree_map_with_path(changed, state)

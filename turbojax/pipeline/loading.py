@@ -10,7 +10,7 @@ from absl import logging
 
 from turbojax.errors import UserError
 from turbojax.memory.experts import Experts
-from turbojax.memory.planner import loading_advice, out_of_memory
+from turbojax.memory.planner import loading_suggestion, out_of_memory
 from turbojax.models.clip import CLIPVision, clip_dtype
 from turbojax.models.offload import arrays_by_memory, to_device, to_host
 from turbojax.models.published import TWO_EXPERTS, ModelConfigs, known_network, published_configs
@@ -87,7 +87,7 @@ def load_published(
     experts = arrange(configs, residency, memory, boundary=boundary)
     if ahead:
         compile_ahead(programs, experts, wan_skeleton(config).abstract(), abstract_vae, text, call, residency)
-    with programs.needed(), out_of_memory(lambda: loading_advice(configs)):
+    with programs.needed(), out_of_memory(lambda: loading_suggestion(configs)):
         if low is not None:
             experts.add("low", load_wan(low, loras=loras, expert="low", streamed=streamed, **options))
         expert: Expert | None = "high" if low else None
@@ -125,7 +125,7 @@ def load_random(
     text = TextEncoder(tokenizer, encoder.abstract(), table, load, streamed=residency.text_streamed)
     if ahead:
         compile_ahead(programs, experts, transformer.abstract(), vae.abstract(), text, call, residency)
-    with programs.needed(), out_of_memory(lambda: loading_advice(configs)):
+    with programs.needed(), out_of_memory(lambda: loading_suggestion(configs)):
         for i, name in enumerate(reversed(experts.names)):
             experts.add(name, random_module(transformer, seed=seed + i, what=f"random {model}", streamed=streamed))
         clip = place(generate(clip_skeleton(configs.clip), what="random CLIP")) if configs.clip else None
