@@ -28,10 +28,11 @@ from turbojax.train.data import open_shards
 from turbojax.train.make_shards import find_clips
 from turbojax.weights.convert import convert
 from turbojax.weights.files import find_components
-from turbojax.weights.io import load_orbax, read_tensors, save_orbax, write_pth
+from turbojax.weights.io import read_tensors, write_pth
 from turbojax.weights.load import load_wan
 from turbojax.weights.lora import read_lora
 from turbojax.weights.merge import merge
+from turbojax.weights.orbax import load_orbax, save_orbax
 
 ROOT = Path(__file__).parents[2]
 # ~/cut.* are damaged, ~/file is a file and no folder, ~/no is not there: what is refused is named by its whole path.

@@ -16,18 +16,18 @@ from turbojax.weights.convert import convert
 
 AT_A_TENSOR = """
 import os, runpy, sys
-from turbojax.weights import convert
+from turbojax.weights import convert, converted
 
 number, stop_at = int(sys.argv[1]), int(sys.argv[2])
 real = convert.progress
 
-def progress(specs):
-    for i, item in enumerate(real(specs)):
+def progress(specs, text):
+    for i, item in enumerate(real(specs, text)):
         if i == stop_at:
             os.kill(os.getpid(), number)
         yield item
 
-convert.progress = progress
+convert.progress = converted.progress = progress
 sys.argv = sys.argv[3:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """

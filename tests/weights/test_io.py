@@ -15,7 +15,8 @@ from safetensors.numpy import save_file
 
 from turbojax.errors import CheckpointError, UserError
 from turbojax.weights import pickles, pth, safetensors
-from turbojax.weights.io import load_orbax, read_tensors, save_orbax, write_pth, write_safetensors
+from turbojax.weights.io import read_tensors, write_pth, write_safetensors
+from turbojax.weights.orbax import load_orbax, save_orbax
 
 
 def example_tensors():

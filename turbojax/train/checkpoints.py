@@ -22,7 +22,9 @@ from jax.experimental import multihost_utils
 from turbojax.errors import CheckpointError
 from turbojax.json_reader import Map, Object, String, read_json
 from turbojax.train.state import TrainState
-from turbojax.weights.io import CHUNK_BYTES, orbax, reason
+from turbojax.weights.io import reason
+from turbojax.weights.orbax import CHUNK_BYTES
+from turbojax.weights.quiet_orbax import orbax
 
 Manager = Any  # orbax.checkpoint.CheckpointManager, which takes a second to import
 TEXTS = ("position", "run", "checksums")

@@ -13,32 +13,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from tqdm import tqdm
 
 from turbojax.diffusion.schedules import rcm_times
 from turbojax.errors import UserError
-from turbojax.files import check_parent, remove_stale, user_path, whole_folder
-from turbojax.models.sizes import size_of
+from turbojax.files import check_parent, remove_stale, user_path
+from turbojax.models.sizes import tree_bytes
 from turbojax.models.wan import WanConfig
+from turbojax.weights.converted import is_converted, write_converted
 from turbojax.weights.encoders import open_umt5, open_vae
 from turbojax.weights.files import CONVERTED
-from turbojax.weights.io import read_tensors, save_orbax, write_pth, write_safetensors
+from turbojax.weights.io import read_tensors, write_pth, write_safetensors
 from turbojax.weights.layouts import Layout, diffusers_layout, official_layout, wan_layout
 from turbojax.weights.lazy import CheckedTensors, specs_of
-from turbojax.weights.load import (
-    ARRAYS,
-    TensorSource,
-    WanCheckpoint,
-    detect_config,
-    is_converted,
-    log_quantization,
-    open_wan,
-    with_options,
-)
+from turbojax.weights.load import TensorSource, WanCheckpoint, detect_config, log_quantization, open_wan, with_options
 from turbojax.weights.mapped import release
+from turbojax.weights.parameters import progress
 from turbojax.weights.rules import Rule, TensorKey, rename
-from turbojax.weights.settings import check_told, header_of, untold, write_configuration
-from turbojax.weights.skeleton import is_stacked, wan_skeleton
+from turbojax.weights.settings import check_detectable, header_of, settings_to_give
 from turbojax.weights.wan import DIFFUSERS, OFFICIAL
 
 FORMATS = ("safetensors", "pth", "orbax")
@@ -168,36 +159,36 @@ def write_transformer(
     )
     if names != "turbodiffusion" and (config.quant or config.attention_type != "original"):
         raise UserError(f"names={names!r} have no place for int8 weights and SLA's proj_l; take names='turbodiffusion'")
-    pieces = TensorSource(checkpoint, config)
+    source = TensorSource(checkpoint, config)
     if format == "orbax":
-        summary = write_orbax(output, config, pieces)
+        specs = write_converted(output, config, source)
     else:
         if dtype is None:
             dtype = {key: spec.dtype for key, spec in specs_of(checkpoint.tensors).items()}
-        summary = write_wan(output, config, pieces, dtype=dtype, names=names, together=checkpoint.stacked)
+        specs = write_wan(output, config, source, dtype=dtype, names=names, stacked=checkpoint.stacked)
     log_quantization(checkpoint.config, config)
-    return summary
+    return Summary("transformer", len(specs), tree_bytes(specs))
 
 
 def write_wan(
     output: Path,
     config: WanConfig,
-    piece: Callable[[TensorKey], Any],
+    tensor: Callable[[TensorKey], Any],
     *,
     dtype: Any,
     names: str = "turbodiffusion",
-    together: bool = False,
-) -> Summary:
-    """A transformer as a .safetensors or .pth file.
+    stacked: bool = False,
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Writes a transformer as a .safetensors or .pth file; returns the shapes and dtypes of its tensors.
 
-    piece: the value of each parameter, a layer at a time.
+    tensor: gives the value of each parameter, a layer at a time.
     dtype: of everything that is not int8 or a scale, or a mapping that has each tensor's own.
-    together: the layers of a parameter one after another, instead of block by block.
+    stacked: write the layers of a parameter one after another, instead of block by block.
     """
     layout, rules = NAMES[names].layout(config), NAMES[names].rules
     header = header_for(output, config, layout, rules)
     keys = {name: hit[0] for name in layout if (hit := rename(name, rules))}
-    if together:
+    if stacked:
         keys = dict(sorted(keys.items(), key=lambda item: item[1].target))
     dtypes = dtype if isinstance(dtype, Mapping) else dict.fromkeys(keys.values(), dtype)
     specs = {
@@ -206,13 +197,13 @@ def write_wan(
     }
 
     def tensors() -> Iterator[tuple[str, np.ndarray]]:
-        for name, spec in progress(specs):
-            value = np.asarray(piece(keys[name]))
+        for name, spec in progress(specs, "Converting"):
+            value = np.asarray(tensor(keys[name]))
             yield name, value.reshape(spec.shape).astype(spec.dtype)
             release(value)
 
     write_file(output, tensors(), specs, header)
-    return Summary("transformer", len(specs), total_bytes(specs))
+    return specs
 
 
 def header_for(output: Path, config: WanConfig, layout: Layout, rules: tuple[Rule, ...]) -> dict[str, str]:
@@ -222,11 +213,11 @@ def header_for(output: Path, config: WanConfig, layout: Layout, rules: tuple[Rul
     given to it from then on.
     """
     shapes = {name: np.broadcast_to(np.int8(0), shape) for name, shape in layout.items()}
-    told = detect_config(shapes, rules, num_heads=config.num_heads, what=output.name)
-    check_told(config, told, output)
+    detected = detect_config(shapes, rules, num_heads=config.num_heads, what=output.name)
+    check_detectable(config, detected, output)
     if output.suffix == ".safetensors":
-        return header_of(config, told)
-    if given := untold(config, told, output):
+        return header_of(config, detected)
+    if given := settings_to_give(config, detected, output):
         flags = " ".join(f"--config.{name}={value}" for name, value in given.items())
         logging.warning("%s has no place for what the network is run with: give %s with it", output.name, flags)
     return {}
@@ -248,40 +239,6 @@ def stored_dtype(name: str, dtype: Any) -> np.dtype:
     return np.dtype(np.float32) if name.endswith(".scale") else jnp.dtype(dtype)
 
 
-def progress(specs: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    with tqdm(total=total_bytes(specs), unit="B", unit_scale=True, desc="Converting", disable=None, leave=False) as bar:
-        for name, spec in specs.items():
-            yield name, spec
-            bar.update(size_of(spec))
-
-
-def total_bytes(specs: Mapping[str, Any]) -> int:
-    return sum(map(size_of, specs.values()))
-
-
-def write_orbax(output: Path, config: WanConfig, pieces: TensorSource) -> Summary:
-    """A folder with the arrays as the module holds them, blocks stacked, and the configuration.
-
-    Each array is an Orbax checkpoint of its own: Orbax takes more than twice the memory of what it saves at once.
-    """
-    specs = wan_skeleton(config).specs
-    with whole_folder(output, overwrite=True) as temporary:  # `check_output` has said so
-        for name, spec in progress(specs):
-            save_orbax(temporary / ARRAYS / name, {name: stacked(pieces, name, spec)})
-        write_configuration(temporary, config)
-    return Summary("transformer", len(specs), total_bytes(specs))
-
-
-def stacked(pieces: TensorSource, name: str, spec: jax.ShapeDtypeStruct) -> np.ndarray:
-    """A parameter as the module holds it, those of the blocks with a leading axis of layers."""
-    array = np.empty(spec.shape, spec.dtype)
-    for layer in range(spec.shape[0]) if is_stacked(name) else (None,):
-        value = np.asarray(pieces(TensorKey(name, layer)))
-        array[... if layer is None else layer] = value.astype(spec.dtype)
-        release(value)
-    return array
-
-
 def convert_encoder(source: Any, output: Path, component: str, *, dtype: Any) -> Summary:
     """A VAE or a text encoder under the names it has, cast; checked against the module first."""
     open_vae(source) if component == "VAE" else open_umt5(source)
@@ -289,11 +246,11 @@ def convert_encoder(source: Any, output: Path, component: str, *, dtype: Any) ->
     specs = {name: jax.ShapeDtypeStruct(spec.shape, jnp.dtype(dtype)) for name, spec in tensors.specs.items()}
 
     def cast() -> Iterator[tuple[str, np.ndarray]]:
-        for name, spec in progress(specs):
+        for name, spec in progress(specs, "Converting"):
             tensor = tensors[name]
             yield name, tensor.astype(spec.dtype)
             release(tensor)
 
     write_file(output, cast(), specs, {"format": "turbojax"})
     tensors.warn(Path(source).name)
-    return Summary(component, len(specs), total_bytes(specs))
+    return Summary(component, len(specs), tree_bytes(specs))

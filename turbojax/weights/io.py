@@ -1,25 +1,16 @@
-"""Reading and writing checkpoint files: safetensors, PyTorch's zip format (without PyTorch) and Orbax.
+"""Reading and writing checkpoint files: safetensors, and PyTorch's zip format without PyTorch.
 
 Reading gives read-only views of the memory-mapped file: opening a 28 GB checkpoint takes no memory, and a
 tensor is read from disk when it is used. Every bad file gives one CheckpointError that says what to do.
 """
 
 import contextlib
-import functools
-import logging as standard_logging
 import os
 import re
-import sys
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
-import jax
 import numpy as np
-from absl import logging
 
 from turbojax.errors import CheckpointError, quoted
 from turbojax.files import user_path, whole_file
@@ -30,7 +21,6 @@ from turbojax.weights.safetensors import ShapeDtype
 
 INDEX_SUFFIX = ".safetensors.index.json"
 PTH_SUFFIXES = (".pth", ".pt", ".bin")
-CHUNK_BYTES = 2**25  # of Orbax
 INDEX = Object({"weight_map": Map(FileName())}, others="left out")
 MAX_TENSORS, MAX_NAME = 20_000, 500  # published checkpoints have some 1,000, with names of some 100 characters
 
@@ -46,7 +36,7 @@ def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
     than tensors.
     """
     path = user_path(path)
-    with _one_sentence(path):
+    with as_checkpoint_error(path):
         path = checkpoint_file(path)
         if path.name.endswith(INDEX_SUFFIX):
             return _read_sharded(path)
@@ -61,7 +51,7 @@ def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
 
 @contextlib.contextmanager
-def _one_sentence(path: Path) -> Iterator[None]:
+def as_checkpoint_error(path: Path) -> Iterator[None]:
     """Turns whatever a parser raises on a damaged file into one CheckpointError."""
     try:
         yield
@@ -129,7 +119,7 @@ def _read_sharded(index: Path) -> dict[str, np.ndarray]:
         raise CheckpointError(f"{index} needs {quoted(missing[0])}{more}, not found next to it; {AGAIN}")
     tensors: dict[str, np.ndarray] = {}
     for shard in shards:
-        with _one_sentence(index.parent / shard):
+        with as_checkpoint_error(index.parent / shard):
             part = safetensors.parse(index.parent / shard, map_file(index.parent / shard))
         if twice := sorted(part.keys() & tensors.keys()):
             raise CheckpointError(f"{index}: {shard} repeats {twice[0]!r} of another shard; {AGAIN}")
@@ -154,6 +144,15 @@ def _read_pth(path: Path) -> dict[str, np.ndarray]:
     return tensors
 
 
+def file_metadata(path: str | os.PathLike) -> dict[str, str]:
+    """The text entries in the header of a safetensors file; empty for other files."""
+    path = user_path(path)
+    if path.suffix != ".safetensors":
+        return {}
+    with as_checkpoint_error(path):
+        return safetensors.read_header(path, map_file(path))[1]
+
+
 def write_safetensors(
     path: str | os.PathLike,
     tensors: Iterable[tuple[str, np.ndarray]],
@@ -176,9 +175,7 @@ def write_safetensors(
             if name != wanted or spec is None:
                 raise CheckpointError(f"{path}: tensor {name!r} came where specs has {wanted!r}")
             if array.shape != tuple(spec.shape) or array.dtype != spec.dtype:
-                raise CheckpointError(
-                    f"{path}: {name!r} is {_described_leaf(array)}, specs has {_described_leaf(spec)}"
-                )
+                raise CheckpointError(f"{path}: {name!r} is {described(array)}, specs has {described(spec)}")
             file.write(array.reshape(-1).view(np.uint8).data)
         if missing := [name for name, _ in expected]:
             raise CheckpointError(f"{path}: {len(missing)} tensors of specs did not come, first {missing[0]!r}")
@@ -194,116 +191,6 @@ def write_pth(path: str | os.PathLike, tensors: Iterable[tuple[str, np.ndarray]]
         pth.write(file, tensors)
 
 
-_READ_OR_WRITE = re.compile("orbax|TensorStore|local file")  # theirs, of which the first failure is raised
-
-
-@functools.cache
-def orbax() -> ModuleType:
-    """Orbax, without its reports: 25 lines a file, and tracebacks beside the error that it raises."""
-    import orbax.checkpoint as ocp  # takes a second or more to import
-
-    logging.get_absl_logger().addFilter(lambda record: "orbax" not in Path(record.pathname).parts)
-    standard_logging.getLogger("asyncio").addFilter(lambda record: not _READ_OR_WRITE.search(record.getMessage()))
-    hook = sys.unraisablehook
-
-    def without_coroutines(unraisable: Any) -> None:
-        """Drops reports of reads and writes that failed beside the first, which is raised."""
-        code = getattr(unraisable.object, "cr_code", None)
-        of_orbax = code is not None and "orbax" in Path(code.co_filename).parts
-        if not of_orbax and str(unraisable.exc_value) != "Event loop is closed":
-            hook(unraisable)
-
-    sys.unraisablehook = without_coroutines
-    warnings.filterwarnings("ignore", message="coroutine '(async_serialize|_read_array)")
-    return ocp
-
-
-def save_orbax(path: str | os.PathLike, tree: Any) -> None:
-    """Saves a pytree of arrays as the Orbax checkpoint folder `path`, which appears only when complete.
-
-    Raises CheckpointError if `path` exists or cannot be written.
-    """
-    ocp = orbax()
-    target = user_path(path).absolute()  # Orbax takes no relative paths
-    if target.exists():
-        raise CheckpointError(f"{target} already exists; remove it or choose another path")
-    # One file a chunk: OCDBT, and chunks as large as their array, take two more copies of it in memory.
-    chunks = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES), tree)
-
-    def save() -> None:
-        with ocp.PyTreeCheckpointer(use_ocdbt=False) as checkpointer:
-            checkpointer.save(target, tree, save_args=chunks)
-
-    try:
-        # In the main thread Ctrl-C may be lost in Orbax' event loop, or leave writers behind that nobody waits for.
-        with ThreadPoolExecutor(1, thread_name_prefix="orbax") as thread:
-            thread.submit(save).result()
-    except (OSError, ValueError) as error:  # TensorStore's are ValueErrors
-        raise CheckpointError(f"{path} cannot be written: {reason(error)}") from error
-
-
-def load_orbax(path: str | os.PathLike, abstract_tree: Any) -> Any:
-    """The checkpoint of `save_orbax` as a tree like `abstract_tree`, whose leaves are jax.ShapeDtypeStruct.
-
-    A leaf with a sharding becomes a jax.Array placed by it, one without becomes a numpy array. Raises
-    CheckpointError if there is no such checkpoint, it is damaged, or a name, shape or dtype differs.
-    """
-    ocp = orbax()
-    target = user_path(path).absolute()
-    if not (target / "_CHECKPOINT_METADATA").exists():
-        raise CheckpointError(f"{target} is not an Orbax checkpoint folder")
-
-    def restore_args(leaf: Any) -> Any:
-        if leaf.sharding is None:
-            return ocp.RestoreArgs(restore_type=np.ndarray)
-        return ocp.ArrayRestoreArgs(sharding=leaf.sharding)
-
-    with _one_sentence(target), ocp.PyTreeCheckpointer() as checkpointer:
-        saved = checkpointer.metadata(target).item_metadata
-        _check_same(target, _described(saved.tree), _described(abstract_tree))
-        args = ocp.args.PyTreeRestore(item=abstract_tree, restore_args=jax.tree.map(restore_args, abstract_tree))
-        return checkpointer.restore(target, args=args)
-
-
-def check_orbax(folder: Path, specs: Mapping[str, ShapeDtype]) -> None:
-    """Checks that `folder` has a checkpoint of `save_orbax` of each array by its name; no values are read.
-
-    Raises CheckpointError that names what is missing, damaged or of another shape or dtype.
-    """
-    saved: dict[str, str] = {}
-    with _one_sentence(folder), orbax().PyTreeCheckpointer() as checkpointer:
-        for name in specs:
-            if (folder / name / "_CHECKPOINT_METADATA").is_file():
-                saved |= _described(checkpointer.metadata(folder.absolute() / name).item_metadata.tree)
-    _check_same(folder, saved, _described(dict(specs)))
-
-
-def file_metadata(path: str | os.PathLike) -> dict[str, str]:
-    """The text entries in the header of a safetensors file; empty for other files."""
-    path = user_path(path)
-    if path.suffix != ".safetensors":
-        return {}
-    with _one_sentence(path):
-        return safetensors.read_header(path, map_file(path))[1]
-
-
-def _described_leaf(leaf: ShapeDtype) -> str:
-    return f"{np.dtype(leaf.dtype)}{tuple(leaf.shape)}"
-
-
-def _described(tree: Any) -> dict[str, str]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): _described_leaf(leaf) for path, leaf in leaves}
-
-
-def _check_same(path: Path, saved: dict[str, str], wanted: dict[str, str]) -> None:
-    # Orbax itself casts a differing dtype silently and, for numpy leaves, ignores a differing shape.
-    names = sorted(saved.keys() | wanted.keys())
-    problems = [
-        f"{name}: saved {saved.get(name, 'nothing')}, wanted {wanted.get(name, 'nothing')}"
-        for name in names
-        if saved.get(name) != wanted.get(name)
-    ]
-    if problems:
-        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise CheckpointError(f"{path} does not fit: {'; '.join(problems[:8])}{more}")
+def described(spec: ShapeDtype) -> str:
+    """An array's dtype and shape, as in float32(2, 3)."""
+    return f"{np.dtype(spec.dtype)}{tuple(spec.shape)}"

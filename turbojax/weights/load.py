@@ -8,33 +8,29 @@ import functools
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from tqdm import tqdm
 
 from turbojax.errors import CheckpointError, UserError, quoted
 from turbojax.files import user_path
 from turbojax.kernels import int8
 from turbojax.models.offload import Streamed
-from turbojax.models.sizes import size_of, tree_bytes
+from turbojax.models.sizes import tree_bytes
 from turbojax.models.wan import WanConfig, WanModel
-from turbojax.weights.files import CONVERTED
-from turbojax.weights.io import check_orbax, checkpoint_file, load_orbax, read_tensors
+from turbojax.weights.converted import OrbaxTensors, is_converted
+from turbojax.weights.io import checkpoint_file, read_tensors
 from turbojax.weights.layouts import wan_layout
-from turbojax.weights.lazy import CheckedTensors, LazyTensors
+from turbojax.weights.lazy import CheckedTensors
 from turbojax.weights.lora import Changes, Expert, LoRA, merge, read_loras
 from turbojax.weights.parameters import all_finite, load_parameters
 from turbojax.weights.rules import Rule, TensorKey, assign, describe, relaid, rename
 from turbojax.weights.settings import config_num_heads, read_configuration, read_header, with_header
-from turbojax.weights.skeleton import Skeleton, wan_skeleton
+from turbojax.weights.skeleton import wan_skeleton
 from turbojax.weights.wan import clean_name, detect_wan_config, wan_rules
-
-ARRAYS = "arrays"  # of a converted folder, each an Orbax checkpoint of its own
 
 
 class WanCheckpoint(NamedTuple):
@@ -46,31 +42,16 @@ class WanCheckpoint(NamedTuple):
     stacked: bool = False  # whether the layers of a parameter lie together, and are best read one after another
 
 
-class OrbaxTensors(LazyTensors[TensorKey]):
-    """The tensors of a folder that `scripts/convert.py --format=orbax` wrote, cut out of its stacked arrays.
-
-    An array is read as a whole and the last two are kept: ask for the layers of one after another.
-    """
-
-    def __init__(self, folder: Path, skeleton: Skeleton):
-        self.skeleton, self.specs = skeleton, skeleton.tensor_specs()
-        self._array = functools.lru_cache(maxsize=2)(lambda name: load_array(folder, name, skeleton.specs[name]))
-
-    def __getitem__(self, key: TensorKey) -> np.ndarray:
-        if key not in self.specs:
-            raise KeyError(key)
-        array = self._array(key.target)
-        return array if key.layer is None else array[key.layer]
-
-
 def open_wan(path: str | os.PathLike) -> WanCheckpoint:
     """Opens a transformer checkpoint, converted or in any of the published layouts, and checks it as a whole.
 
     Raises CheckpointError with all missing, unknown and misshapen names.
     """
+    path = user_path(path)
     if is_converted(path):
-        return open_converted(user_path(path))
-    path = checkpoint_file(user_path(path))
+        config = read_configuration(path)
+        return WanCheckpoint(config, OrbaxTensors(path, wan_skeleton(config)), path.name, stacked=True)
+    path = checkpoint_file(path)
     header = read_header(path)
     heads = header.get("num_heads") or config_num_heads(path)
     try:
@@ -133,11 +114,6 @@ def with_options(
     return dataclasses.replace(config, **changes)
 
 
-def is_converted(path: str | os.PathLike) -> bool:
-    """Whether this is a folder that `scripts/convert.py --format=orbax` wrote."""
-    return (user_path(path) / CONVERTED).is_file()
-
-
 def load_wan(
     path: str | os.PathLike,
     *,
@@ -158,7 +134,11 @@ def load_wan(
     streamed: leave the blocks in host memory, see `turbojax.models.offload`.
     loras: merged in float32, before quantization. expert: which of two networks this is, as far as they are concerned.
     """
-    options: dict[str, Any] = dict(
+    checkpoint = open_wan(path)
+    return build_wan(
+        checkpoint,
+        read_loras(loras, checkpoint.config, expert=expert),
+        streamed=streamed,
         quant_linear=quant_linear,
         quant_scheme=quant_scheme,
         attention_type=attention_type,
@@ -166,15 +146,6 @@ def load_wan(
         sage_values=sage_values,
         dtype=dtype,
     )
-    checkpoint = open_wan(path)
-    changes = read_loras(loras, checkpoint.config, expert=expert)
-    skeleton = wan_skeleton(with_options(checkpoint.config, **options))
-    as_stored = isinstance(checkpoint.tensors, OrbaxTensors) and skeleton.specs == checkpoint.tensors.skeleton.specs
-    if as_stored and not (changes or streamed):
-        model = skeleton.fill(load_arrays(user_path(path), skeleton))
-        log_quantization(checkpoint.config, model.config)
-        return model
-    return build_wan(checkpoint, changes, streamed=streamed, **options)
 
 
 def build_wan(
@@ -182,12 +153,15 @@ def build_wan(
 ) -> WanModel | Streamed:
     """The network of a checked checkpoint, with the changes of LoRAs; options as `load_wan` takes them."""
     config = with_options(checkpoint.config, **options)
-    skeleton = wan_skeleton(config)
-    tensors = CheckedTensors(checkpoint.tensors)
-    pieces = TensorSource(checkpoint._replace(tensors=tensors), config, changes or {})
-    what = f"{checkpoint.what} with LoRAs" if changes else checkpoint.what
-    model = skeleton.fill(load_parameters(skeleton, pieces, what=what, streamed=streamed), streamed=streamed)
-    tensors.warn(checkpoint.what)
+    skeleton, tensors, what = wan_skeleton(config), checkpoint.tensors, checkpoint.what
+    if isinstance(tensors, OrbaxTensors) and tensors.skeleton.specs == skeleton.specs and not (changes or streamed):
+        model = skeleton.fill(tensors.load_arrays())
+    else:
+        checked = CheckedTensors(tensors)
+        source = TensorSource(checkpoint._replace(tensors=checked), config, changes or {})
+        arrays = load_parameters(skeleton, source, what=f"{what} with LoRAs" if changes else what, streamed=streamed)
+        model = skeleton.fill(arrays, streamed=streamed)
+        checked.warn(what)
     log_quantization(checkpoint.config, config, changes)
     return model
 
@@ -215,8 +189,7 @@ def log_quantization(stored: WanConfig, config: WanConfig, changes: Changes | No
 
 def network_bytes(config: WanConfig, dtype: Any) -> int:
     """The bytes of a network's parameters where those that are not int8 have this dtype."""
-    specs = wan_skeleton(dataclasses.replace(config, dtype=dtype)).specs
-    return tree_bytes(specs)
+    return tree_bytes(wan_skeleton(dataclasses.replace(config, dtype=dtype)).specs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,31 +253,3 @@ def quantize_weight(weight: jax.Array, scheme: int8.Scheme) -> tuple[jax.Array, 
 
 
 dequantize_weight = jax.jit(int8.dequantize_weight)
-
-
-def open_converted(path: Path) -> WanCheckpoint:
-    """Opens a transformer that `scripts/convert.py --format=orbax` wrote."""
-    config = read_configuration(path)
-    skeleton = wan_skeleton(config)
-    check_orbax(
-        path / ARRAYS, skeleton.specs
-    )  # first, since `OrbaxTensors` lists as many layers as the configuration says
-    return WanCheckpoint(config, OrbaxTensors(path, skeleton), path.name, stacked=True)
-
-
-def load_array(folder: Path, name: str, spec: jax.ShapeDtypeStruct) -> Any:
-    """An array of a converted folder: on the host, or where the sharding of `spec` says."""
-    return load_orbax(folder / ARRAYS / name, {name: spec})[name]
-
-
-def load_arrays(folder: Path, skeleton: Skeleton) -> dict[str, Any]:
-    """The arrays of a converted folder, one after the other straight to the device."""
-    total = tree_bytes(skeleton.specs)
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    arrays: dict[str, Any] = {}
-    with tqdm(total=total, unit="B", unit_scale=True, desc=f"Loading {folder.name}", disable=None, leave=False) as bar:
-        for name, spec in skeleton.specs.items():
-            wanted = jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=device)
-            arrays[name] = load_array(folder, name, wanted)
-            bar.update(size_of(spec))
-    return arrays

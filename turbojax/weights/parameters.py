@@ -6,7 +6,7 @@ layer's large tensors go on to pinned host memory, one after the other.
 """
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -32,11 +32,24 @@ def all_finite(x: jax.Array) -> jax.Array:
     return jnp.isfinite(x).all()
 
 
+def progress_bar(specs: Mapping[str, Any], text: str) -> tqdm:
+    """A bar in bytes for the arrays of these shapes and dtypes; on a terminal only."""
+    return tqdm(total=tree_bytes(specs), unit="B", unit_scale=True, desc=text, disable=None, leave=False)
+
+
+def progress(specs: Mapping[str, Any], text: str) -> Iterator[tuple[str, Any]]:
+    """Yields the items of `specs` beside a bar in bytes, which counts each when the next one is asked for."""
+    with progress_bar(specs, text) as bar:
+        for name, spec in specs.items():
+            yield name, spec
+            bar.update(size_of(spec))
+
+
 SMALL_BYTES = 2**22  # parameters up to this size are put together by numpy: compiling for each shape takes longer
 
 
 def load_parameters(
-    skeleton: Skeleton, piece: Callable[[TensorKey], Any], *, what: str, streamed: bool = False
+    skeleton: Skeleton, tensor: Callable[[TensorKey], Any], *, what: str, streamed: bool = False
 ) -> dict[str, jax.Array | list[jax.Array]]:
     """Puts every parameter on the device, one tensor of the checkpoint at a time, with a progress bar in bytes.
 
@@ -44,16 +57,15 @@ def load_parameters(
 
     Raises CheckpointError naming the parameters that hold NaN or infinity.
     """
-    total = tree_bytes(skeleton.specs)
     arrays: dict[str, jax.Array | list[jax.Array]] = {}
     finite = {}
-    with tqdm(total=total, unit="B", unit_scale=True, desc=f"Loading {what}", disable=None, leave=False) as bar:
+    with progress_bar(skeleton.specs, f"Loading {what}") as bar:
 
         def values(name: str, spec: jax.ShapeDtypeStruct, small: bool) -> Iterator[tuple[int | None, Any]]:
             """The parameter's layers, or (None, the whole of it); read when asked for."""
             layers = range(spec.shape[0]) if is_stacked(name) else [None]
             for layer in layers:
-                stored = piece(TensorKey(name, layer))
+                stored = tensor(TensorKey(name, layer))
                 # jnp.asarray would compile a program for each shape.
                 value = np.asarray(stored) if small else jax.device_put(stored, may_alias=False)
                 if jnp.issubdtype(value.dtype, jnp.floating):

@@ -1,4 +1,4 @@
-"""What a transformer's checkpoint says of its network beside the names and shapes of its tensors.
+"""Settings of a transformer that its checkpoint holds beside the names and shapes of its tensors.
 
 The header of a .safetensors file that `turbojax convert` wrote holds HEADER's settings, config.json beside a published
 file the number of heads, and turbojax.json in a folder for Orbax the whole configuration.
@@ -50,10 +50,10 @@ HEADER: dict[str, Schema] = {
     "sigma_max": Nullable(Number(0, 1e6, above=True)),
     "quant_scheme": Enum(*QUANT_SCHEMES),
 }
-ALWAYS_TOLD = ("num_heads", "sla_topk", "sigma_max")  # in the header even where they are as they would be without
-NEVER_TOLD = ("dtype", "quant", "remat", "attention_implementation")  # chosen by who loads it, or by "quant_scheme"
+ALWAYS_WRITTEN = ("num_heads", "sla_topk", "sigma_max")  # also where names and shapes would give the same
+SET_BY_READER = ("dtype", "quant", "remat", "attention_implementation")  # or by "quant_scheme"
 # Settings of HEADER that a call or `--config.NAME=` can be given, where a file does not say them.
-GIVEN_BY_HAND = ("attention_type", "sla_topk", "sage_values", "sigma_max", "quant_scheme")
+GIVEN_BY_USER = ("attention_type", "sla_topk", "sage_values", "sigma_max", "quant_scheme")
 
 CONFIGURATION = Object(
     {
@@ -86,7 +86,7 @@ PUBLISHED = Object({}, {"num_heads": Nullable(HEADS), "num_attention_heads": Nul
 
 
 def read_configuration(folder: Path) -> WanConfig:
-    """The configuration of a folder that `turbojax convert --format=orbax` wrote; raises CheckpointError."""
+    """Reads turbojax.json of a folder that `turbojax convert --format=orbax` wrote; raises CheckpointError."""
     path = folder / CONVERTED
     fields = read_json(path, CONFIGURATION, suggestion=AGAIN)
     quant = QuantConfig(**fields["quant"]) if fields["quant"] else None
@@ -99,12 +99,13 @@ def read_configuration(folder: Path) -> WanConfig:
 
 
 def write_configuration(folder: Path, config: WanConfig) -> None:
+    """Writes turbojax.json."""
     fields = {**dataclasses.asdict(config), "dtype": jnp.dtype(config.dtype).name}
     (folder / CONVERTED).write_text(json.dumps(fields, indent=1) + "\n")
 
 
 def config_num_heads(path: Path) -> int | None:
-    """The number of heads, which shapes do not tell, from the config.json beside the weights."""
+    """Reads the number of heads, which shapes do not tell, from the config.json beside the weights."""
     file = (path if path.is_dir() else path.parent) / "config.json"
     if not file.exists():
         return None
@@ -113,14 +114,14 @@ def config_num_heads(path: Path) -> int | None:
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """The settings in a file's header, by HEADER; raises CheckpointError for one that cannot be."""
+    """Reads the settings in a file's header, by HEADER; raises CheckpointError for one that cannot be."""
     schema = Object({}, {name: InString(schema) for name, schema in HEADER.items()}, others="left out")
     metadata = file_metadata(path) if path.is_file() else {}
     return check_value(metadata, schema, name=f"{path}, in its header", suggestion=AGAIN)
 
 
 def with_header(config: WanConfig, settings: Mapping[str, Any], *, what: str) -> WanConfig:
-    """A configuration that was told by names and shapes, with what the header says besides."""
+    """Returns a configuration that was detected by names and shapes with what the header says besides."""
     changes = {name: value for name, value in settings.items() if name != "quant_scheme"}
     if "quant_scheme" in settings:
         changes["quant"] = QUANT_SCHEMES[settings["quant_scheme"]]
@@ -131,47 +132,47 @@ def with_header(config: WanConfig, settings: Mapping[str, Any], *, what: str) ->
     return new
 
 
-def header_of(config: WanConfig, told: WanConfig) -> dict[str, str]:
-    """The entries of a file's header; told: the configuration that names and shapes alone tell."""
-    always = {name: value for name, value in values_of(config).items() if name in ALWAYS_TOLD}
-    entries = {name: value for name, value in (always | header_changes(config, told)).items() if value is not None}
-    return {"format": "turbojax"} | {name: json.dumps(value) for name, value in entries.items()}
+def header_of(config: WanConfig, detected: WanConfig) -> dict[str, str]:
+    """The entries of a file's header; detected: the configuration that its names and shapes alone give."""
+    always = {name: value for name, value in header_values(config).items() if name in ALWAYS_WRITTEN}
+    entries = always | undetected(config, detected)
+    return {"format": "turbojax"} | {name: json.dumps(value) for name, value in entries.items() if value is not None}
 
 
-def check_told(config: WanConfig, told: WanConfig, output: Path) -> None:
-    """Raises UserError where names, shapes and header together would not tell the configuration of a file."""
-    fields = [field.name for field in dataclasses.fields(config) if field.name not in (*HEADER, *NEVER_TOLD)]
-    if hidden := [f"{name}={getattr(config, name)}" for name in fields if getattr(config, name) != getattr(told, name)]:
-        raise UserError(f"{output.name} would not tell {', '.join(hidden)}; take format='orbax'")
+def check_detectable(config: WanConfig, detected: WanConfig, output: Path) -> None:
+    """Raises UserError where names, shapes and header of a file together do not give its configuration."""
+    fields = [field.name for field in dataclasses.fields(config) if field.name not in (*HEADER, *SET_BY_READER)]
+    lost = [f"{name}={getattr(config, name)}" for name in fields if getattr(config, name) != getattr(detected, name)]
+    if lost:
+        raise UserError(f"{output.name} would not tell {', '.join(lost)}; take format='orbax'")
 
 
-def untold(config: WanConfig, told: WanConfig, output: Path) -> dict[str, Any]:
-    """What has to be given with a file that has no header, by setting.
+def settings_to_give(config: WanConfig, detected: WanConfig, output: Path) -> dict[str, Any]:
+    """The settings that a user has to give with a file that has no header.
 
     Raises UserError where a setting that nobody can give would be lost.
     """
-    changes = header_changes(config, told)
-    if config.num_heads != usual_num_heads(
-        config.dim, None if config.attention_type == "original" else config.head_dim
-    ):
+    changes = undetected(config, detected)
+    head_dim = None if config.attention_type == "original" else config.head_dim
+    if config.num_heads != usual_num_heads(config.dim, head_dim):
         changes["num_heads"] = config.num_heads
-    if lost := [f"{name}={value}" for name, value in changes.items() if name not in GIVEN_BY_HAND]:
+    if lost := [f"{name}={value}" for name, value in changes.items() if name not in GIVEN_BY_USER]:
         raise UserError(
             f"{output.name} has no place for {', '.join(lost)}, and its tensors do not tell; take format='safetensors'"
         )
     return changes
 
 
-def header_changes(config: WanConfig, told: WanConfig) -> dict[str, Any]:
-    """The settings of HEADER that names and shapes alone would not tell."""
-    settings, without = values_of(config), values_of(told)
-    return {name: value for name, value in settings.items() if value != without[name]}
+def undetected(config: WanConfig, detected: WanConfig) -> dict[str, Any]:
+    """The settings of HEADER that names and shapes alone do not give."""
+    found = header_values(detected)
+    return {name: value for name, value in header_values(config).items() if value != found[name]}
 
 
-def values_of(config: WanConfig) -> dict[str, Any]:
-    """A configuration's values by HEADER, without those that have no effect on it."""
-    quant_scheme = None if config.quant is None else scheme_name(config.quant)
-    values = {name: quant_scheme if name == "quant_scheme" else getattr(config, name) for name in HEADER}
+def header_values(config: WanConfig) -> dict[str, Any]:
+    """A configuration's values of HEADER; None for those that have no effect on it."""
+    values = {name: getattr(config, name) for name in HEADER if name != "quant_scheme"}
+    values["quant_scheme"] = None if config.quant is None else scheme_name(config.quant)
     if config.attention_type == "original":
-        values |= {name: None for name in ("sla_topk", "sla_blocks", "sage_values")}
+        values |= dict.fromkeys(("sla_topk", "sla_blocks", "sage_values"))
     return values
