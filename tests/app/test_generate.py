@@ -256,7 +256,7 @@ def test_plan(outcomes, name):
     assert all(line[0] in "IW" for line in stderr.splitlines()), stderr
     lines = stdout.splitlines()
     assert [line.split()[0] for line in lines[:5]] == ["GB", "load", "text", "diffusion", "vae"]
-    assert lines[5].startswith("The card's memory: ")
+    assert lines[5].startswith("The GPU's memory: ")
     assert lines[6].startswith(PLANS[name][1])
     assert len(lines) == 7
 

@@ -27,7 +27,7 @@ from turbojax.weights.skeleton import umt5_skeleton, vae_skeleton, wan_skeleton
 
 
 class Workload(NamedTuple):
-    """Size of a call, which decides its temporary memory: latents `[t, h, w, c]` of one video, their number, settings."""
+    """Size of a call, which decides its temporary memory: latents `[t, h, w, c]` of a video, their number, settings."""
 
     latents: tuple[int, int, int, int]
     batch: int = 1
@@ -139,7 +139,7 @@ def autotuning_bytes(config: WanConfig, workload: Workload) -> int:
 
 @functools.lru_cache
 def vae_bytes(config: VAEConfig, workload: Workload, tiled: bool) -> int:
-    """Estimates the VAE's decoding; in tiles there are the middle block's features of the whole clip, and its scores."""
+    """Estimates the VAE's decoding; before the tiles, the middle block takes the whole clip's features and scores."""
     vae = vae_skeleton(config).abstract()
     t, h, w, _ = workload.latents
     if not tiled:
@@ -152,7 +152,7 @@ def vae_bytes(config: VAEConfig, workload: Workload, tiled: bool) -> int:
 def analyze(
     configs: ModelConfigs, workload: Workload, compile_sampler: Callable[[bool], Any]
 ) -> Callable[[Residency], TemporaryMemory]:
-    """Returns a function that gives temporary memory by XLA's analysis of programs, compiled when they are first needed.
+    """Returns a function that gives temporary memory by XLA's analysis of programs, which it compiles when needed.
 
     compile_sampler: as `turbojax.memory.planner.plan` takes it.
     """

@@ -35,7 +35,7 @@ GB = 1e9
 MODES = ("auto", "resident", "stream")
 MOST_GB = 1e6
 USABLE_SHARE = 0.95  # of the device that is planned: predictions may be 5 % low
-# Of a limit that was named, with XLA's analysis of the programs. Measured peaks were up to 1.5 % above such predictions.
+# Of a limit that was named, with XLA's analysis of programs. Measured peaks were up to 1.5 % above such predictions.
 USABLE_SHARE_OF_NAMED = 0.98
 NO_COMPILE_BELOW = 0.85  # an estimate below this share of the device is not checked by compiling
 
@@ -279,10 +279,8 @@ class WeightBytes:
 
     def stages(self, residency: Residency, temporary: TemporaryMemory) -> tuple[StageMemory, ...]:
         """Returns what the stages of a call need, in their order."""
-        streamed, swapped = (
-            residency.transformer_streamed,
-            residency.swap_experts and not residency.transformer_streamed,
-        )
+        streamed = residency.transformer_streamed
+        swapped = residency.swap_experts and not streamed
         layers = self.transformer.in_use(streamed) - self.transformer.kept(streamed)
         embeddings = self.embeddings if residency.embeddings_offloaded else 0
         one = self.transformer.kept(streamed) - embeddings
@@ -299,12 +297,10 @@ class WeightBytes:
             "diffusion": kept + layers + vae + clip + text,
             "vae": kept - released + self.vae + clip + text,
         }
+        if not temporary.image:
+            del weights["image"]
         allocated = {"load": 4 * self.largest_matrix} | temporary._asdict()
-        return tuple(
-            StageMemory(name, size, allocated[name])
-            for name, size in weights.items()
-            if name != "image" or temporary.image
-        )
+        return tuple(StageMemory(name, size, allocated[name]) for name, size in weights.items())
 
 
 # When it does not fit.
