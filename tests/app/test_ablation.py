@@ -2,7 +2,6 @@
 
 import csv
 import json
-import math
 import re
 from pathlib import Path
 
@@ -13,8 +12,8 @@ import pytest
 from turbojax import TurboVideoPipeline, UserError
 from turbojax.app import cli, generate
 from turbojax.app.ablation import ablate, cells_of, parse_settings
-from turbojax.app.ablation_report import psnr
 from turbojax.config import base_config
+from turbojax.media.quality import psnr
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:os\.fork\(\) was called")
 
@@ -117,13 +116,6 @@ def test_networks_are_loaded_as_often_as_they_change(config, loads, calls, tmp_p
     with pytest.raises(UserError, match=r"sla_topk=0\.5 has no effect"):  # the stand-in has dense attention
         ablate(config, {"sla_topk": [0.5]}, tmp_path)
     assert loads[-1].attention_type == "sla"
-
-
-def test_psnr():
-    black = np.zeros((2, 4, 4, 3), np.uint8)
-    assert psnr(black, black) == math.inf
-    assert psnr(black, black + np.uint8(255)) == 0
-    assert psnr(black, black + np.uint8(1)) == pytest.approx(20 * math.log10(255))
 
 
 def test_values_of_a_grid():

@@ -10,7 +10,7 @@ import pytest
 
 from tests.weights.checkpoints import small
 from turbojax.app.commands import benchmark as command
-from turbojax.bench import attention, benchmark, video
+from turbojax.bench import attention, linear, measure, vae, video_file
 from turbojax.bench.report import report
 from turbojax.models import published
 from turbojax.models.vae import VAEConfig
@@ -27,28 +27,28 @@ def toy(monkeypatch, demo_pipe):
     others = {"random umT5": demo_pipe.text.encoder, "random VAE": demo_pipe.vae}
     monkeypatch.setattr(loading, "random_module", lambda *a, what, **k: others.get(what) or random_module(*a, **k))
     monkeypatch.setattr(published.UMT5Config, "xxl", lambda dtype: demo_pipe.text.encoder.config)
-    vae = VAEConfig(dim=8, dtype=jnp.float32)
-    monkeypatch.setattr(VAEConfig, "wan2_1", lambda **_: vae)
+    narrow = VAEConfig(dim=8, dtype=jnp.float32)
+    monkeypatch.setattr(VAEConfig, "wan2_1", lambda **_: narrow)
     toys = {"toy": {}, "toy_images": {"in_channels": 36}}
     for name, own in toys.items():
         make = functools.partial(dict, {"num_layers": 1} | own)
         monkeypatch.setitem(published.MODELS, name, lambda make=make, **changes: small(**make(**changes)))
     monkeypatch.setattr(command, "video_size", lambda *_: (48, 32))
-    monkeypatch.setattr(benchmark, "median_seconds", functools.partial(benchmark.median_seconds, repeats=1))
-    linear, decoding = benchmark.linear_layers, benchmark.vae_decoding
-    monkeypatch.setattr(benchmark, "linear_layers", functools.partial(linear, shapes=((136, 128, 256),)))
-    monkeypatch.setattr(benchmark, "vae_decoding", lambda chunks, **size: decoding(chunks=chunks[-1:], **size))
+    monkeypatch.setattr(measure, "median_seconds", functools.partial(measure.median_seconds, repeats=1))
+    layers, decoding = linear.measure_linear_layers, vae.measure_decoding
+    monkeypatch.setattr(linear, "measure_linear_layers", functools.partial(layers, shapes=((136, 128, 256),)))
+    monkeypatch.setattr(vae, "measure_decoding", lambda chunks, **size: decoding(chunks=chunks[-1:], **size))
     monkeypatch.setattr(attention, "SHAPES", ((1, TOKENS, 0.5),))
-    monkeypatch.setattr(attention, "TAKEN_APART", ())  # by kernels, which run on GPUs alone
+    monkeypatch.setattr(attention, "WITH_PARTS", ())  # by kernels, which run on GPUs alone
     monkeypatch.setattr(attention, "IMPLEMENTATIONS", ("reference",))
     monkeypatch.setitem(attention.GRIDS, TOKENS, (4, 8, 8))
-    for name in ("attention_backward", "attention_errors"):
+    for name in ("measure_backward", "measure_errors"):
         small_ones = functools.partial(getattr(attention, name), heads=1, tokens=TOKENS)
         monkeypatch.setattr(attention, name, small_ones)
-    monkeypatch.setattr(video, "CANDIDATES", video.CANDIDATES[:1])
-    waves = video.waves
+    monkeypatch.setattr(video_file, "CANDIDATES", video_file.CANDIDATES[:1])
+    waves = vae.waves
     low = lambda frames, height, *others, **length: waves(1, height // 24 * 8, *others, **length)  # noqa: E731
-    monkeypatch.setattr(video, "waves", low)
+    monkeypatch.setattr(vae, "waves", low)
     cached = jax.config.jax_enable_compilation_cache
     yield
     jax.config.update("jax_enable_compilation_cache", cached)

@@ -9,7 +9,7 @@ from turbojax.models.wan import WanConfig
 
 def test_layer():
     config = WanConfig(dim=256, ffn_dim=512, num_heads=2, num_layers=3, text_dim=64, text_len=32, dtype=jnp.float32)
-    result = layer.layer(config, (2, 8, 8), calls=1)
+    result = layer.measure_layer(config, (2, 8, 8), calls=1)
     milliseconds = [row["ms"] for row in result["kernels"]]
     assert milliseconds == sorted(milliseconds, reverse=True)
     assert sum(milliseconds) == pytest.approx(result["explained"] * result["ms"])

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from turbojax.bench.training import forward_flops, train_step
+from turbojax.bench.training import forward_flops, measure_train_step
 from turbojax.train.toy import toy_config
 from turbojax.weights.skeleton import wan_skeleton
 
@@ -15,7 +15,7 @@ LATENTS = (2, 8, 8, 16)
 @pytest.mark.parametrize("recipe", ["sla", "scm"])
 def test_train_step(recipe):
     config = toy_config(dim=32, ffn_dim=64, num_layers=1, dtype=jnp.float32, remat=True)
-    result = train_step(recipe=recipe, config=config, latents=LATENTS, text_len=8, steps=1)
+    result = measure_train_step(recipe=recipe, config=config, latents=LATENTS, text_len=8, steps=1)
     assert result["seconds"] > 0
     assert result["seconds_of_the_first"] > 0
     assert result["tokens"] == 32

@@ -57,11 +57,11 @@ def main(folder: Path, out: Path) -> None:
         "full_cache": video_seconds(folder, "A dog surfing a wave at sunset"),
     }
     sizes = {file.name: file.stat().st_size for file in folder.iterdir() if file.is_file()}
-    from turbojax.bench import benchmark  # not before: it would take the card's memory
+    from turbojax.bench import measure  # not before: it would take the card's memory
 
     what = "int8 (block128), SageSLA 0.1, 480p, 81 frames, 4 steps; the files just written, so in the page cache"
     command = "python tests/manual/first_video.py FOLDER"
-    benchmark.save(
+    measure.save(
         {"case": "first_video", "command": command, "what": what, "file_bytes": sizes, "seconds": seconds}, out
     )
 

@@ -75,10 +75,10 @@ def main(folder: Path, out: Path) -> None:
         sizes = {file.name: file.stat().st_size for file in folder.iterdir() if file.is_file()}
     finally:
         shutil.rmtree(folder)
-    from turbojax.bench import benchmark  # not before: a process begins with the peak of the one that starts it
+    from turbojax.bench import measure  # not before: a process begins with the peak of the one that starts it
 
     result = {"machine": f"CPU, {os.cpu_count()} cores", "largest_tensor_bytes": 9216 * 1536 * 2}
-    benchmark.save(result | {"file_bytes": sizes, "steps": steps}, out)
+    measure.save(result | {"file_bytes": sizes, "steps": steps}, out)
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ os.environ["XLA_FLAGS"] = "--xla_gpu_enable_triton_gemm=false"
 import jax
 from jax.experimental import topologies
 
-from turbojax.bench import benchmark
+from turbojax.bench import measure
 from turbojax.media.video import video_size
 from turbojax.memory import estimates
 from turbojax.memory.estimates import Residency, analyze, estimate
@@ -63,10 +63,10 @@ def compare(model: str, size: str, quant_scheme: str | None, **options) -> dict[
     width, height = video_size(size, "16:9")
     call = abstract_call(configs, {"width": width, "height": height})
     program = lambda _: sampler_program(call.sampler, (0, 4), wan_skeleton(config).abstract(), call.arguments)[1]()  # noqa: E731
-    measure = analyze(configs, call.workload, program)
+    analysis = analyze(configs, call.workload, program)
     result = {}
     for name, where in (("resident", Residency()), ("streamed", STREAMED)):
-        found, guess = measure(where)._asdict(), estimate(configs, call.workload, where)._asdict()
+        found, guess = analysis(where)._asdict(), estimate(configs, call.workload, where)._asdict()
         result[name] = {stage: {"analysis": found[stage], "estimate": guess[stage]} for stage in found}
     return result
 
@@ -92,7 +92,7 @@ def main() -> None:
             results[name] = compare(model, size, **options)
             print(name, json.dumps(results[name]), flush=True)
     if out:
-        benchmark.save({"case": "memory, compiled for an H100 without one", "result": results}, out)
+        measure.save({"case": "memory, compiled for an H100 without one", "result": results}, out)
 
 
 if __name__ == "__main__":

@@ -12,13 +12,14 @@ from ml_collections import ConfigDict
 from PIL import Image
 from tqdm import tqdm
 
-from turbojax.app.ablation_report import Row, psnr, write_report
+from turbojax.app.ablation_report import Row, write_report
 from turbojax.app.generate import LOAD_SETTINGS, Studio, call_settings
 from turbojax.app.records import Records, fingerprint
 from turbojax.config import changed, parse_value
 from turbojax.errors import UserError
 from turbojax.files import check_folder, whole_file
 from turbojax.json_reader import Array, FileName, Map, Number, Schema
+from turbojax.media.quality import psnr
 from turbojax.media.video import check_path
 
 Cell = dict[str, Any]  # the values of the settings that vary

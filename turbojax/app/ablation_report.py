@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 from ml_collections import ConfigDict
 
 from turbojax.app.records import write_lines
@@ -53,12 +52,6 @@ class Row(NamedTuple):
         seconds = {f"{name}_seconds": value for name, value in self.seconds.items()}
         equal = self.psnr is not None and math.isinf(self.psnr)  # JSON has no infinity
         return {**self.cell, "psnr": "inf" if equal else self.psnr, **seconds, "video": self.video}
-
-
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of uint8 frames in dB; infinite where they are equal."""
-    error = np.mean((a.astype(np.float64) - b.astype(np.float64)) ** 2)
-    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
 
 
 def require_matplotlib() -> Any:

@@ -8,33 +8,33 @@ import jax
 import jax.numpy as jnp
 from absl import logging
 
-from turbojax.bench.benchmark import seconds_a_call
+from turbojax.bench.measure import seconds_per_call
 from turbojax.kernels import sage, sla
 from turbojax.kernels.attention import dot_product_attention
 
 # Heads, tokens, topk: 1.3B and 14B at 480p, 14B at 720p, 81 frames; head dim 128.
 SHAPES = ((12, 32760, 0.10), (12, 32760, 0.15), (40, 32760, 0.10), (40, 75600, 0.10), (40, 75600, 0.15))
 IMPLEMENTATIONS: tuple[sla.Implementation, ...] = ("mosaic", "triton")
-TAKEN_APART = (SHAPES[0], SHAPES[3])
+WITH_PARTS = (SHAPES[0], SHAPES[3])
 DIM = 128
 GRIDS = {32760: (21, 30, 52), 75600: (21, 45, 80)}  # tokens by frames, rows and columns
 
 
-def attention(keep: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
-    """Speed, gradients and errors; keep gets what there is after each part, since all of it takes minutes."""
+def measure_attention(keep: Callable[[dict[str, Any]], Any]) -> dict[str, Any]:
+    """Measures speed, gradients and errors; keep gets what there is after each part, since all of it takes minutes."""
     result: dict[str, Any] = {}
     for heads, tokens, topk in SHAPES:
-        parts = (heads, tokens, topk) in TAKEN_APART
-        result[f"{heads} x {tokens}, topk {topk}"] = whole_op(heads, tokens, topk, parts=parts)
+        parts = (heads, tokens, topk) in WITH_PARTS
+        result[f"{heads} x {tokens}, topk {topk}"] = measure_op(heads, tokens, topk, parts=parts)
         keep(result)
-    result["backward 12 x 32760, topk 0.1"] = attention_backward()
+    result["backward 12 x 32760, topk 0.1"] = measure_backward()
     keep(result)
-    result["errors 4 x 32760"] = attention_errors()
+    result["errors 4 x 32760"] = measure_errors()
     return result
 
 
-def whole_op(heads: int, tokens: int, topk: float, *, parts: bool) -> dict[str, Any]:
-    """Milliseconds of the whole op, from rotated q, k, v to the sum with the linear branch, and of its parts."""
+def measure_op(heads: int, tokens: int, topk: float, *, parts: bool) -> dict[str, Any]:
+    """Measures the whole op, from rotated q, k, v to the sum with the linear branch, and its parts; milliseconds."""
     inputs = random_inputs(heads, tokens)
     q, k, *others = inputs
     long_key = [q, k.at[:, 0].multiply(16), *others]  # one of a head, so that norms do not bound its scores
@@ -52,7 +52,7 @@ def whole_op(heads: int, tokens: int, topk: float, *, parts: bool) -> dict[str, 
 
 
 def random_inputs(heads: int, tokens: int, seed: int = 0) -> list[jax.Array]:
-    """Normal q, k, v `[1, tokens, heads, 128]`, and a projection with its bias, bfloat16."""
+    """Draws normal q, k, v `[1, tokens, heads, 128]`, and a projection with its bias, bfloat16."""
     shapes = [(1, tokens, heads, DIM)] * 3 + [(DIM, DIM), (DIM,)]
     keys = jax.random.split(jax.random.key(seed), len(shapes))
     q, k, v, weight, bias = (jax.random.normal(key, s, jnp.bfloat16) for key, s in zip(keys, shapes, strict=True))
@@ -60,11 +60,12 @@ def random_inputs(heads: int, tokens: int, seed: int = 0) -> list[jax.Array]:
 
 
 def milliseconds(function: Callable, inputs, *, calls: int = 5) -> float:
-    return 1e3 * seconds_a_call(jax.jit(function), [tuple(inputs)], calls=calls)
+    """Returns the milliseconds of a compiled call."""
+    return 1e3 * seconds_per_call(jax.jit(function), [tuple(inputs)], calls=calls)
 
 
 def sla_parts(inputs: list[jax.Array], topk: float) -> dict[str, Any]:
-    """Milliseconds of each kernel, and the bytes that the parts around the sparse kernel cannot do without."""
+    """Measures each kernel in milliseconds, and the bytes that the parts around the sparse kernel cannot do without."""
     from turbojax.kernels import sla_fused, sla_mosaic, sla_summary_triton, sla_triton
 
     q, k, v, weight, bias = inputs
@@ -94,7 +95,7 @@ def sla_parts(inputs: list[jax.Array], topk: float) -> dict[str, Any]:
 
 
 def sage_parts(inputs: list[jax.Array], topk: float) -> dict[str, Any]:
-    """As `sla_parts`, with the blocks and the float8 values that the published checkpoints run with on Hopper."""
+    """Measures each kernel of SageSLA, with the blocks and float8 values of published checkpoints on Hopper."""
     from turbojax.kernels import sage_fused, sage_triton, sla_fused, sla_summary_triton
 
     q, k, v, weight, bias = inputs
@@ -123,11 +124,12 @@ def sage_parts(inputs: list[jax.Array], topk: float) -> dict[str, Any]:
 
 
 def chosen_blocks(q: jax.Array, topk: float, block: int) -> int:
+    """Returns the number of key blocks that each query block attends to."""
     return sla.num_selected(topk, -(-q.shape[1] // block))
 
 
-def attention_backward(*, heads: int = 12, tokens: int = 32760, topk: float = 0.1) -> dict[str, float]:
-    """Milliseconds of the gradients of q, k, v and the projection, the forward pass included, and of that pass."""
+def measure_backward(*, heads: int = 12, tokens: int = 32760, topk: float = 0.1) -> dict[str, float]:
+    """Measures the gradients of q, k, v and the projection with the forward pass, and that pass alone."""
     inputs = random_inputs(heads, tokens)
     direction = jax.random.normal(jax.random.key(1), inputs[0].shape, jnp.bfloat16)
 
@@ -139,8 +141,8 @@ def attention_backward(*, heads: int = 12, tokens: int = 32760, topk: float = 0.
     return {"forward_and_backward_ms": both, "forward_ms": milliseconds(along, inputs)}
 
 
-def attention_errors(*, heads: int = 4, tokens: int = 32760, topks=(0.05, 0.1, 0.15)) -> dict[str, Any]:
-    """How far SLA and SageSLA are from dense attention, and from each other, without their linear branch.
+def measure_errors(*, heads: int = 4, tokens: int = 32760, topks=(0.05, 0.1, 0.15)) -> dict[str, Any]:
+    """Measures how far SLA and SageSLA are from dense attention, and from each other, without their linear branch.
 
     "random": normal q, k, v. "structured": as a video's, neighbours alike in space and time, and a few channels far
     larger than the others.
@@ -164,13 +166,11 @@ def attention_errors(*, heads: int = 4, tokens: int = 32760, topks=(0.05, 0.1, 0
 
 
 def structured_inputs(heads: int, grid: tuple[int, int, int]) -> list[jax.Array]:
-    """q, k, v `[1, tokens, heads, 128]`: random waves over frames, rows and columns, 10 % noise, outlier channels."""
+    """Draws q, k, v `[1, tokens, heads, 128]`: waves over frames, rows and columns, 10 % noise, outlier channels."""
     places = jnp.stack(jnp.meshgrid(*(jnp.arange(n) / n for n in grid), indexing="ij"), axis=-1).reshape(-1, 3)
     inputs = []
     for i in range(3):
-        keys = jax.random.split(
-            jax.random.key(10 + i // 2), 3
-        )  # q and k share their waves: tokens attend to their like
+        keys = jax.random.split(jax.random.key(10 + i // 2), 3)  # q and k share their waves: like attends to like
         frequency = 6 * jax.random.normal(keys[0], (3, heads * DIM))
         phase = 2 * jnp.pi * jax.random.uniform(keys[1], (heads * DIM,))
         waves = jnp.sqrt(2.0) * jnp.sin(places @ frequency + phase[None])
@@ -181,7 +181,7 @@ def structured_inputs(heads: int, grid: tuple[int, int, int]) -> list[jax.Array]
 
 
 def difference(got: jax.Array, expected: jax.Array) -> dict[str, float]:
-    """Relative error and cosine."""
+    """Returns relative error and cosine."""
     a, b = got.astype(jnp.float32), expected.astype(jnp.float32)
     norms = jnp.linalg.norm(a), jnp.linalg.norm(b)
     return {

@@ -46,13 +46,13 @@ class Instruction(NamedTuple):
     root: bool
 
     def attribute(self, pattern: str) -> str:
-        """The first group of a pattern in the attributes, or nothing."""
+        """Returns the first group of a pattern in the attributes, or an empty string."""
         found = re.search(pattern, self.attributes)
         return found.group(1) if found else ""
 
 
 class Kernel(NamedTuple):
-    """One launch.
+    """One kernel launch.
 
     inputs, outputs: what it moves (a slice of a stack counts alone); source: where it was traced; inside: names by
     which a profile may list what the instruction wraps.
@@ -74,25 +74,26 @@ Computation = dict[str, Instruction]
 
 
 def kernels(text: str, *, within: str | None = None) -> list[Kernel]:
-    """Launches of one computation, in order: the entry, or a loop's body from `loop_bodies`."""
+    """Returns the launches of one computation, in order: the entry, or a loop's body from `loop_bodies`."""
     computations = parse(text)
     computation = computations[within or entry(text)]
     return [kernel(i, computation, computations) for i in computation.values() if i.opcode not in FREE]
 
 
 def loop_bodies(text: str) -> list[str]:
-    """Names of the bodies of the while loops."""
+    """Returns the names of the bodies of the while loops."""
     return re.findall(r" while\(.*?body=%?([\w.-]+)", text)
 
 
 def entry(text: str) -> str:
+    """Returns the name of the entry computation."""
     found = re.search(r"^ENTRY %?([\w.-]+)", text, re.MULTILINE)
     assert found, "no HLO module"
     return found.group(1)
 
 
 def parse(text: str) -> dict[str, Computation]:
-    """Every computation's instructions by name."""
+    """Returns every computation's instructions by name."""
     computations: dict[str, Computation] = {}
     current: Computation = {}
     for line in text.splitlines():
@@ -106,6 +107,7 @@ def parse(text: str) -> dict[str, Computation]:
 
 
 def parse_instruction(line: str) -> Instruction:
+    """Reads one line of a computation."""
     left, right = line.split(" = ", 1)
     shape, right = split_shape(right)
     opcode, right = right.split("(", 1)
@@ -121,6 +123,7 @@ def parse_instruction(line: str) -> Instruction:
 
 
 def split_shape(text: str) -> tuple[str, str]:
+    """Splits a text after the shape that it starts with."""
     if text.startswith("("):
         return split_parenthesis(text)
     shape, rest = text.split(" ", 1)
@@ -128,7 +131,7 @@ def split_shape(text: str) -> tuple[str, str]:
 
 
 def split_parenthesis(text: str) -> tuple[str, str]:
-    """A text that starts with a parenthesis, after its closing one."""
+    """Splits a text that starts with a parenthesis after the closing one."""
     depth = 0
     for i, letter in enumerate(text):
         depth += {"(": 1, ")": -1}.get(letter, 0)
@@ -138,12 +141,13 @@ def split_parenthesis(text: str) -> tuple[str, str]:
 
 
 def arrays(shape: str) -> tuple[Array, ...]:
+    """Reads the arrays of a shape, of a tuple all of them."""
     found = re.findall(r"([a-z]\w*)\[([\d,]*)\]", shape)
     return tuple(Array(dtype, tuple(map(int, filter(None, sizes.split(","))))) for dtype, sizes in found)
 
 
 def kernel(instruction: Instruction, computation: Computation, computations: dict[str, Computation]) -> Kernel:
-    """What an instruction launches; of a fusion, what the computation inside it reads and writes."""
+    """Returns an instruction's launch; of a fusion with what the computation inside it reads and writes."""
     operands = [computation[name].outputs for name in instruction.operands]
     called = instruction.attribute(r"calls=%?([\w.-]+)")
     inner = computations[called] if called else {}
@@ -168,7 +172,7 @@ def kernel(instruction: Instruction, computation: Computation, computations: dic
 
 
 def read_inside(parameter: Instruction, computation: Computation) -> tuple[Array, ...]:
-    """What a fusion reads of a parameter: slices where nothing else uses it, nothing of what it only overwrites."""
+    """Returns what a fusion reads of a parameter: slices alone, and nothing of what it only overwrites."""
     users = list(users_of(parameter.name, computation))
     if users and all(user.opcode == "dynamic-slice" and user.operands[0] == name for user, name in users):
         return tuple(array for user, _ in users for array in user.outputs)
@@ -178,7 +182,7 @@ def read_inside(parameter: Instruction, computation: Computation) -> tuple[Array
 
 
 def users_of(name: str, computation: Computation) -> Iterator[tuple[Instruction, str]]:
-    """Instructions that use a value, through bitcasts, with the name that they use it by."""
+    """Yields the instructions that use a value, through bitcasts, with the name that they use it by."""
     for instruction in computation.values():
         if name in instruction.operands:
             if instruction.opcode == "bitcast":

@@ -1,4 +1,7 @@
-"""Measurement of one transformer layer, kernel by kernel: time from a profile, bytes and operations from shapes."""
+"""Measurement of one transformer layer by kernels, beside the roofline.
+
+Time is from a profile, bytes and operations are from shapes.
+"""
 
 import collections
 import math
@@ -11,34 +14,43 @@ import jax.numpy as jnp
 from flax import nnx
 
 from turbojax.bench import hlo, profiles
-from turbojax.bench.benchmark import seconds_a_call
+from turbojax.bench.measure import seconds_per_call
 from turbojax.models import wan
 from turbojax.models.wan import WanConfig, WanModel
 from turbojax.weights.random import random_module
 from turbojax.weights.skeleton import wan_skeleton
 
-# What an H100 reaches: bytes a second of a copy; operations a second of cuBLAS in bfloat16 and of int8 without block
-# scales (docs/performance.md).
+# An H100's roofline as measured: bytes per second of a copy; operations per second of cuBLAS in bfloat16 and of int8
+# without block scales.
 BYTES, BFLOAT16, INT8 = 3.0e12, 791e12, 1450e12
 NO_COMMAND_BUFFERS = {"xla_gpu_enable_command_buffer": ""}  # in which a profile would not tell kernels apart
-LAUNCHERS = {"triton_kernel_call", "mpmd_map", "anonymous", "entry", "eval_jaxpr", "body", "while", ""}  # say nothing
+NO_SCOPES = {
+    "triton_kernel_call",
+    "mpmd_map",
+    "anonymous",
+    "entry",
+    "eval_jaxpr",
+    "body",
+    "while",
+    "",
+}  # name no part of the model
 LAYERS = 3  # enough for the stacks of weights to be sliced as in the whole network
 
 
-def layer(
+def measure_layer(
     config: WanConfig, grid: tuple[int, int, int], *, calls: int = 3, compiler_options: dict[str, Any] | None = None
 ) -> dict[str, Any]:
-    """One layer of a network with random weights and inputs, as a table of its kernels.
+    """Measures one layer of a network with random weights and inputs, as a table of its kernels.
 
-    grid: patches in time, height and width. The result: ms of a layer and the kernels' share of it (explained); by
-    kernel ms, bytes and operations, the ms that the ceilings above allow (floor_ms) and their share (fraction). What a
-    profile names and the compiled program does not is under unnamed_ms.
+    grid: patches in time, height and width. The result: ms of a layer and the fraction of it that the kernels
+    explain; of each kernel ms, bytes and operations, the ms that the roofline allows (floor_ms) and the fraction of the
+    roofline that is reached. Kernels that the profile names and the compiled program does not are under unnamed_ms.
     """
     function, arguments = layers_function(config, grid)
     lowered = function.lower(*arguments)
     compiled = lowered.compile(compiler_options=compiler_options)
     text = compiled.as_text()
-    seconds = seconds_a_call(compiled, [arguments], calls=calls) / LAYERS
+    seconds = seconds_per_call(compiled, [arguments], calls=calls) / LAYERS
     with tempfile.TemporaryDirectory() as folder:
         with jax.profiler.trace(folder):
             for _ in range(calls):
@@ -64,7 +76,7 @@ def layer(
 
 
 def layers_function(config: WanConfig, grid: tuple[int, int, int]) -> tuple[Any, tuple]:
-    """The network's layers, jitted, and its arguments: parameters, tokens, time embedding and context."""
+    """Returns the network's layers, jitted, and their arguments: parameters, tokens, time embedding and context."""
     model = random_module(wan_skeleton(config), what="random layers")
     assert isinstance(model, WanModel)
     keys = jax.random.split(jax.random.key(0), 3)
@@ -81,13 +93,13 @@ def layers_function(config: WanConfig, grid: tuple[int, int, int]) -> tuple[Any,
 
 
 def layer_kernels(text: str) -> list[hlo.Kernel]:
-    """The kernels of one layer, in order: the body of the loop that moves the most bytes."""
+    """Returns the kernels of one layer, in order: the body of the loop that moves the most bytes."""
     bodies = (hlo.kernels(text, within=name) for name in hlo.loop_bodies(text))
     return max(bodies, key=lambda kernels: sum(kernel.bytes for kernel in kernels))
 
 
 def profiled_seconds(folder: Path) -> dict[str, float]:
-    """Seconds of every instruction of compiled programs in a profile, summed; on the devices, or else on the host."""
+    """Returns the seconds of each instruction of compiled programs in a profile: on the devices, else on the host."""
     devices, host = collections.defaultdict[str, float](float), collections.defaultdict[str, float](float)
     for event in profiles.events(folder):
         if event.op:
@@ -96,9 +108,10 @@ def profiled_seconds(folder: Path) -> dict[str, float]:
 
 
 def table_row(kernel: hlo.Kernel, seconds: float, config: WanConfig) -> dict[str, Any]:
+    """Returns a kernel's row of the table: measured seconds beside the roofline."""
     count, rate = operations(kernel, config)
     floor = max(kernel.bytes / BYTES, count / rate)
-    scopes = [scope for scope in kernel.source.split("/") if scope not in LAUNCHERS]
+    scopes = [scope for scope in kernel.source.split("/") if scope not in NO_SCOPES]
     return {
         "kernel": kernel.name,
         "what": "/".join(scopes[-2:]) or kernel.opcode,
@@ -111,7 +124,7 @@ def table_row(kernel: hlo.Kernel, seconds: float, config: WanConfig) -> dict[str
 
 
 def operations(kernel: hlo.Kernel, config: WanConfig) -> tuple[int, float]:
-    """Multiplications and additions on tensor cores, and the rate that bounds them."""
+    """Returns the multiplications and additions on tensor cores, and the rate that bounds them."""
     matrices = [array for array in kernel.inputs if len(array.sizes) > 1]
     table = next((array for array in matrices if array.dtype == "s32" and len(array.sizes) == 4), None)
     if "int8_matmul" in kernel.source:
@@ -127,5 +140,5 @@ def operations(kernel: hlo.Kernel, config: WanConfig) -> tuple[int, float]:
 
 
 def product_operations(factors: list[hlo.Array], result: hlo.Array) -> int:
-    """2 M N K from M K, N K and M N."""
+    """Returns 2 M N K from M K, N K and M N."""
     return 2 * math.isqrt(factors[0].elements * factors[1].elements * result.elements)

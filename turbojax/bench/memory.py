@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from turbojax.bench.benchmark import peak_bytes
+from turbojax.bench.measure import peak_bytes
 from turbojax.models.image_condition import takes_images
 from turbojax.models.published import MODELS
 from turbojax.models.tokenizer import Tokenizer
@@ -28,10 +28,10 @@ class PeakWatch(Stopwatch):
         self.peaks[name] = peak_bytes()
 
 
-def memory(
+def measure_memory(
     tokenizer: Tokenizer, *, model: str, memory: str, num_inference_steps: int, options: dict[str, Any], **size: int
 ) -> dict[str, Any]:
-    """Random weights at full size, one setting a process: a peak has no reset.
+    """Measures the peaks of random weights at full size; one setting a process, since a peak has no reset.
 
     A stage's `predicted_bytes` and `measured_bytes` are the largest so far. Seconds a step are those of a second call.
     """

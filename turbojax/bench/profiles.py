@@ -32,7 +32,7 @@ MESSAGES: dict[str, dict[str, tuple[int, Any]]] = {
 
 
 class Event(NamedTuple):
-    """Something that ran: on which line (a stream, a thread) of which plane (a device, the host), and its seconds.
+    """Something that ran on a line (a stream, a thread) of a plane (a device, the host), and its seconds.
 
     op: the instruction of a compiled program that it belongs to, if the profile tells.
     """
@@ -45,7 +45,7 @@ class Event(NamedTuple):
 
 
 def events(folder: Path) -> Iterator[Event]:
-    """All events of the profile that was written into a folder."""
+    """Yields all events of the profile that was written into a folder."""
     (file,) = folder.rglob("*.xplane.pb")
     for plane in space_type().FromString(file.read_bytes()).planes:
         names, statistics = names_by_id(plane.events), names_by_id(plane.statistics)
@@ -59,16 +59,18 @@ def events(folder: Path) -> Iterator[Event]:
 
 
 def names_by_id(entries: Iterable[Any]) -> dict[int, str]:
+    """Returns the names in a table of a plane by their ids."""
     return {entry.id: text(entry.value.name) for entry in entries}
 
 
 def text(name: bytes) -> str:
+    """Decodes a name; bytes that are no UTF-8 become question marks."""
     return name.decode(errors="replace")
 
 
 @functools.cache
 def space_type() -> Any:
-    """The class of XSpace, made from the table above."""
+    """Makes the class of XSpace from the table above."""
     file = descriptor_pb2.FileDescriptorProto(name="xplane", package="turbojax")
     for message, fields in MESSAGES.items():
         declared = file.message_type.add(name=message)

@@ -1,4 +1,4 @@
-"""Measurements as a table for people, with the peers' figures beside them where the card is the same.
+"""Measurements as a table for people, with the peers' figures beside them where the GPU is the same.
 
 print(report(json.loads(Path("benchmarks/h100/attention.json").read_text())))
 """
@@ -6,12 +6,12 @@ print(report(json.loads(Path("benchmarks/h100/attention.json").read_text())))
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-CARD = "NVIDIA H100 80GB HBM3"
+PEERS_GPU = "NVIDIA H100 80GB HBM3"
 LAYER_COLUMNS = ("ms", "floor_ms", "fraction", "bytes", "what")  # of one kernel in the case layer
 
 
 class Peer(NamedTuple):
-    """What another system takes for one figure of a case: its settings, the figure's place in the result."""
+    """Another system's figure: its case and settings, and the figure's place in the result."""
 
     system: str
     case: str
@@ -21,7 +21,7 @@ class Peer(NamedTuple):
 
 
 def peers() -> list[Peer]:
-    """Measured on one H100 with the public repositories' code (PyTorch 2.11, CUDA 13.0), random weights, batch 1."""
+    """Returns figures of the public repositories on one H100: PyTorch 2.11, CUDA 13.0, random weights, batch 1."""
     rows = []
     attention = {  # heads x tokens, topk: cuDNN, TurboDiffusion's SLA and SageSLA, ms
         "12 x 32760, topk 0.1": (11.2, 2.80, 2.75),
@@ -70,9 +70,9 @@ def peers() -> list[Peer]:
 
 
 def report(measurement: Mapping[str, Any]) -> str:
-    """measurement: what `scripts/benchmark.py` writes, with device, case, settings and result."""
+    """Returns a table of what `scripts/benchmark.py` writes: device, case, settings and result."""
     known: dict[str, Peer] = {}
-    if measurement["device"] == CARD:
+    if measurement["device"] == PEERS_GPU:
         settings = measurement["settings"]
         for peer in peers():
             if peer.case == measurement["case"] and peer.settings.items() <= settings.items():
@@ -91,12 +91,12 @@ def report(measurement: Mapping[str, Any]) -> str:
 
 
 def advantage(place: str, ours: float, peer: Peer) -> str:
-    """How many times as fast; of rates more is better, of times less."""
+    """Returns how many times as fast ours is: of rates more is better, of times less."""
     return f"{ours / peer.value if place.endswith('tops') else peer.value / ours:.2f}x"
 
 
 def leaves(result: Mapping[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
-    """Every figure with its place; of several calls the last of each name."""
+    """Yields every figure with its place; of several calls the last of each name."""
     for name, value in result.items():
         if name == "calls":
             yield from leaves({call["call"]: {k: v for k, v in call.items() if k != "call"} for call in value}, above)
@@ -107,6 +107,7 @@ def leaves(result: Mapping[str, Any], above: tuple[str, ...] = ()) -> Iterator[t
 
 
 def written(value: Any) -> str:
+    """Formats a figure: 4 digits, large whole numbers as GB."""
     if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10**7:
         return f"{value / 1e9:.2f} GB"
     return f"{value:.4g}" if isinstance(value, float) else str(value)

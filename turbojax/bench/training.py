@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from turbojax.bench import profiles
-from turbojax.bench.benchmark import peak_bytes
+from turbojax.bench.measure import peak_bytes, temporary_bytes
 from turbojax.models.published import MODELS
 from turbojax.models.vae import VAEConfig
 from turbojax.models.wan import WanConfig
@@ -35,10 +35,10 @@ from turbojax.weights.skeleton import wan_skeleton
 ROUNDS = 3
 
 
-def tangent(
+def measure_tangent(
     *, model: str, layers: int, num_frames: int, height: int, width: int, **options: Any
 ) -> dict[str, dict[str, Any]]:
-    """What sCM's tangent costs beside a call of the network: seconds (the best of some rounds, in which the functions
+    """Measures sCM's tangent beside a call of the network: seconds (the best of some rounds, in which the functions
     take turns), in units of that call, and temporary bytes.
 
     forward: F with the fastest attention; reference: with attention that has a JVP; exact: t_F by its JVP;
@@ -78,14 +78,14 @@ def tangent(
         name: {
             "seconds": seconds[name],
             "over_forward": seconds[name] / seconds["forward"],
-            "temporary_bytes": getattr(run.memory_analysis(), "temp_size_in_bytes", None),
+            "temporary_bytes": temporary_bytes(run),
         }
         for name, run in compiled.items()
     }
 
 
 def call_seconds(function: Callable, *arguments: Any) -> float:
-    """Seconds of one call; on a CPU those of its threads, which other processes do not lengthen."""
+    """Returns the seconds of one call; on a CPU those of its threads, which other processes do not lengthen."""
     clock = time.process_time if jax.default_backend() == "cpu" else time.perf_counter
     start = clock()
     jax.block_until_ready(function(*arguments))
@@ -101,10 +101,10 @@ RECIPES: dict[str, tuple[Recipe, dict[str, int]]] = {
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
 
 
-def train_step(
+def measure_train_step(
     *, recipe: str, config: WanConfig, latents: tuple[int, int, int, int], text_len: int = 512, steps: int = 3
 ) -> dict[str, Any]:
-    """An optimizer step of one sample with random weights: seconds, memory, utilisation, and where the time goes.
+    """Measures an optimizer step of one sample with random weights: seconds, memory, utilisation, largest items.
 
     recipe: "sla" (teacher forward, student forward and backward through SLA's kernels) or "scm" (consistency alone:
       guided teacher, exact tangent, student forward and backward).
@@ -160,7 +160,7 @@ def train_step(
 
 
 def forward_flops(config: WanConfig, latents: tuple[int, int, int, int], text_len: int) -> float:
-    """Multiplications and additions of one forward pass of one sample, in its matrix products."""
+    """Returns the multiplications and additions of one forward pass of one sample, in its matrix products."""
     c, tokens = config, math.prod(latents[:3]) // config.patch_features
     share = 1.0 if c.attention_type == "original" else c.sla_topk
     block: float = (
@@ -175,7 +175,7 @@ def forward_flops(config: WanConfig, latents: tuple[int, int, int, int], text_le
 
 
 def largest_items(folder: Path, count: int = 3) -> list[dict[str, Any]]:
-    """What took most of the device's time in a profile: names, milliseconds, calls, and their share of all items.
+    """Returns what took most of a profile's time: names, milliseconds, calls, and their share of all items.
 
     On a GPU these are kernels and copies of all streams; elsewhere what XLA's threads ran.
     """

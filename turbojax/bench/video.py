@@ -1,131 +1,121 @@
-"""Measurements on the CPU of what follows the transformer: settings of x264, errors of the VAE's tiles."""
+"""Measurements of whole videos, of their diffusion stage, and of what compiling takes."""
 
-import os
-import resource
+import functools
 import time
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from flax import nnx
 
-from turbojax.media import ffmpeg
-from turbojax.media.video import open_video, save_video
-from turbojax.models import tiling
-from turbojax.models import vae as vae_model
-from turbojax.models.tiling import Tiling
-from turbojax.models.vae import VAEConfig, WanVAE
+from turbojax.bench.measure import peak_bytes, temporary_bytes, timed_calls
+from turbojax.models.image_condition import image_shapes, takes_images
+from turbojax.models.published import MODELS
+from turbojax.models.sizes import tree_bytes
+from turbojax.models.tokenizer import Tokenizer
+from turbojax.models.vae import VAEConfig
+from turbojax.models.wan import WanConfig, WanModel
+from turbojax.pipeline.denoise import latent_shape, make_sampler, sample
+from turbojax.pipeline.pipeline import TurboVideoPipeline, bytes_by_dtype
+from turbojax.weights.load import with_options
+from turbojax.weights.random import random_module
+from turbojax.weights.skeleton import wan_skeleton
 
-CANDIDATES = (
-    *(("medium", 10), ("veryfast", 10), ("veryfast", 14), ("superfast", 10), ("superfast", 12)),
-    *(("superfast", 14), ("ultrafast", 10), ("ultrafast", 14)),
-)
-PACE = 0.04  # seconds between pieces of 4 frames, as the VAE gives them at 480p
 
+def measure_video(
+    tokenizer: Tokenizer,
+    *,
+    model: str,
+    image: np.ndarray | None = None,
+    num_frames: int,
+    height: int,
+    width: int,
+    num_inference_steps: int,
+    output: Path,
+    **options: Any,
+) -> dict[str, Any]:
+    """Measures random weights at full size, from prompt (and image) to closed file: a cold call and two warm ones.
 
-def video_writing(folder: Path, *, num_frames: int, height: int, width: int) -> dict[str, Any]:
-    """Presets and qualities of x264 for moving shapes with mild noise, and for noise alone.
-
-    `seconds`: everything appended at once; `processor_seconds`: of ffmpeg meanwhile; `tail_seconds`: from the last of
-    the pieces, which come at the VAE's pace, to the closed file. `psnr`: of luma, decibels.
+    Seconds by stage, "image" to encode it, "experts" to change them where one is there at a time; `end_to_end` is
+    wall-clock from the prompt to the closed file, compilation included, and `file` what writing takes after the last
+    frame. What the calls run is compiled while the weights are made; a first run finds nothing in the compilation cache
+    (`programs`: found and not found there) and a second one everything.
     """
-    chosen = ffmpeg.X264
-    result: dict[str, Any] = {"cpus": os.cpu_count(), "chosen": " ".join(chosen)}
-    shape = (num_frames, height, width, 3)
-    for name, clip in (("shapes", moving_shapes(*shape[:3])), ("noise", noise(*shape[:3]))):
-        for preset, crf in CANDIDATES:
-            ffmpeg.X264 = ("-preset", preset, "-crf", str(crf))
-            try:
-                file = folder / "video.mp4"
-                start, used = time.perf_counter(), processor_seconds()
-                save_video(clip, file)
-                row = {
-                    "seconds": time.perf_counter() - start,
-                    "processor_seconds": processor_seconds() - used,
-                    "bytes": file.stat().st_size,
-                    "psnr": psnr(clip, file),
-                }
-                result[f"{name} {preset} crf {crf}"] = row | {"tail_seconds": tail_seconds(clip, file)}
-            finally:
-                ffmpeg.X264 = chosen
-            logging.info("%s, %s, crf %d: %s", name, preset, crf, result[f"{name} {preset} crf {crf}"])
-    return result
+    found = {"cache_hits": 0, "cache_misses": 0}
+
+    def count(event: str, **_: Any) -> None:
+        if (name := event.rpartition("/")[2]) in found:
+            found[name] += 1
+
+    jax.monitoring.register_event_listener(count)
+    sizes: dict[str, Any] = dict(num_frames=num_frames, height=height, width=width, adaptive_size=False)
+    settings = sizes | {"num_inference_steps": num_inference_steps, "image": image}
+    pipe = TurboVideoPipeline.random(model, tokenizer, prepare=settings, **options)
+    result: dict[str, Any] = {"load_seconds": pipe.load_seconds, "loaded_peak_bytes": peak_bytes(), "calls": []}
+    for i, name in enumerate(("cold", "warm", "warm")):
+        start = time.perf_counter()
+        video = pipe(f"A cat surfing wave number {i} at sunset", seed=i, output=output, **settings)
+        seconds = video.timings | {"end_to_end": time.perf_counter() - start}
+        result["calls"].append({"call": name, "seconds": seconds, "peak_bytes": peak_bytes()})
+    return result | {"programs": found}
 
 
-def processor_seconds() -> float:
-    """Of ffmpeg, over all cores: what a busy machine does not change much."""
-    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return usage.ru_utime + usage.ru_stime
+def measure_diffusion(
+    *, model: str, num_frames: int, height: int, width: int, num_inference_steps: int, **options: Any
+) -> dict[str, Any]:
+    """Measures the diffusion stage alone, random weights at full size: seconds and peak memory."""
+    config = with_options(MODELS[model](), **options)
+    transformer = random_module(wan_skeleton(config), what=f"random {model}")
+    graph, state = nnx.split(transformer)
+    loaded = peak_bytes()
+    shape = (1, *latent_shape(VAEConfig.wan2_1(), num_frames, height, width))
+    steps = make_sampler("rcm", num_steps=num_inference_steps, sigma_max=80.0)
+    keys = jax.random.split(jax.random.key(0), 3)
+    noise = jax.random.normal(keys[0], shape, jnp.float32)
+    text = jax.random.normal(keys[1], (1, config.text_len, config.text_dim), config.dtype)
+    shapes = image_shapes(config, VAEConfig.wan2_1(), shape) if takes_images(config) else {}
+    images = {name: jnp.zeros(spec.shape, spec.dtype) for name, spec in shapes.items()}
+    arguments = (steps.initial(noise), text, None, jnp.float32(1), keys[2], None, None, images)
+    run = jax.jit(functools.partial(sample, graph, steps, (0, num_inference_steps)))
+    (cold, warm), latents = timed_calls(lambda: run(state, *arguments), 2)
+    return {
+        "seconds_cold": cold,
+        "seconds_warm": warm,
+        "loaded_peak_bytes": loaded,
+        "peak_bytes": peak_bytes(),
+        "finite": bool(jnp.isfinite(latents).all()),
+        "weights": bytes_by_dtype(state),
+    }
 
 
-def tail_seconds(clip: np.ndarray, file: Path) -> float:
-    with open_video(file, clip.shape) as append:
-        append(clip[:1])
-        for start in range(1, len(clip), 4):
-            time.sleep(PACE)
-            append(clip[start : start + 4])
-        last = time.perf_counter()
-    return time.perf_counter() - last
-
-
-def moving_shapes(frames: int, height: int, width: int) -> np.ndarray:
-    """Soft discs that move over a gradient with a fine texture, and noise of 2 levels: uint8 `[T, H, W, 3]`."""
-    rng = np.random.default_rng(0)
-    y, x = np.mgrid[:height, :width].astype(np.float32)
-    ground = np.stack((96 + 64 * x / width, 80 + 96 * y / height, 150 - 60 * x / width), axis=-1)
-    ground += (12 * np.sin(x / 3 + np.sin(y / 17) * 4))[..., None]
-    place, speed = rng.uniform(0, 1, (12, 2)) * (height, width), rng.uniform(-4, 4, (12, 2))
-    radius, colour = rng.uniform(20, 80, 12), rng.uniform(20, 235, (12, 3))
-    video = np.empty((frames, height, width, 3), np.uint8)
-    for t in range(frames):
-        frame = np.roll(ground, t, axis=1)
-        for (row, column), r, c in zip(place + t * speed, radius, colour, strict=True):
-            inside = np.clip(r - np.hypot(y - row, x - column), 0, 1)[..., None]
-            frame = frame * (1 - inside) + c * inside
-        video[t] = np.clip(frame + rng.normal(0, 2, frame.shape), 0, 255).round()
-    return video
-
-
-def noise(frames: int, height: int, width: int) -> np.ndarray:
-    return np.random.default_rng(0).integers(0, 256, (frames, height, width, 3), np.uint8)
-
-
-def psnr(clip: np.ndarray, file: Path) -> float:
-    luma = np.asarray([0.299, 0.587, 0.114], np.float32)
-    read = ffmpeg.read_frames(file, fps=16)
-    errors = [float(np.mean(((a.astype(np.float32) - b) @ luma) ** 2)) for a, b in zip(clip, read, strict=True)]
-    return 10 * float(np.log10(255**2 / np.mean(errors)))
-
-
-def tiling_errors() -> dict[str, dict[str, float]]:
-    """Tiles of a random autoencoder of width 8 in float32 beside whole frames, smooth content: parts of the range.
-
-    By overlap in latents, and by whether weights change along its middle half or, `whole`, all along it.
-    """
-    vae = WanVAE(VAEConfig(dim=8, dtype=jnp.float32), rngs=nnx.Rngs(0))
-    latents, video = waves(2, 24, 80, 16, length=8), waves(5, 64, 640, 3, length=64)
-    frames, encoded = np.asarray(vae_model.decode(vae, latents)), np.asarray(vae_model.encode(vae, video))
+def measure_compilation(
+    *, model: str, layers: tuple[int, ...], height: int, width: int, **options: Any
+) -> dict[str, Any]:
+    """Measures the seconds to trace, lower and compile one network call with different numbers of layers."""
     result = {}
-    for overlap in (8, 16):
-        tiles = Tiling(48, overlap)
-        result[f"decoding, {overlap}"] = difference(tiling.decode_tiled(vae, latents, tiling=tiles), frames)
-        result[f"encoding, {overlap}"] = difference(tiling.encode_tiled(vae, video, tiling=tiles), encoded)
-        with mock.patch.object(tiling, "passing", lambda n: (np.arange(n, dtype=np.float32) + 0.5) / n):
-            whole = tiling.decode_tiled(vae, latents, tiling=tiles)
-        result[f"decoding, {overlap}, whole"] = difference(whole, frames)
+    shape = latent_shape(VAEConfig.wan2_1(), 81, height, width)
+    for count in layers:
+        config: WanConfig = MODELS[model](num_layers=count, **options)
+        skeleton = wan_skeleton(config)
+        graph, state = nnx.split(nnx.eval_shape(lambda config=config: WanModel(config, rngs=nnx.Rngs(0))))
+
+        def network(state, x, t, text, graph=graph):
+            return nnx.merge(graph, state)(x, t, text)
+
+        arguments = (
+            jax.ShapeDtypeStruct((1, *shape), jnp.float32),
+            jax.ShapeDtypeStruct((1,), jnp.float32),
+            jax.ShapeDtypeStruct((1, config.text_len, config.text_dim), config.dtype),
+        )
+        start = time.perf_counter()
+        compiled = jax.jit(network).lower(state, *arguments).compile()
+        seconds = time.perf_counter() - start
+        weights = tree_bytes(skeleton.specs)
+        result[f"layers_{count}"] = {
+            "seconds": seconds,
+            "weight_bytes": weights,
+            "temporary_bytes": temporary_bytes(compiled),
+        }
     return result
-
-
-def waves(frames: int, height: int, width: int, channels: int, *, length: float) -> np.ndarray:
-    """Smooth content, float32 `[1, t, h, w, c]`."""
-    t, y, x = np.ogrid[:frames, :height, :width]
-    each = [np.sin((x * (1 + 0.1 * i) + 0.7 * y) / length + i + 0.4 * t) for i in range(channels)]
-    return np.stack(each, axis=-1)[None].astype(np.float32)
-
-
-def difference(a: np.ndarray, b: np.ndarray) -> dict[str, float]:
-    scale = np.ptp(b)
-    return {"largest": float(np.abs(a - b).max() / scale), "rms": float(np.sqrt(np.mean((a - b) ** 2)) / scale)}

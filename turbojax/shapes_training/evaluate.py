@@ -18,6 +18,7 @@ from scipy.ndimage import uniform_filter
 
 from turbojax.errors import UserError
 from turbojax.files import whole_file
+from turbojax.media.quality import psnr
 from turbojax.media.video_checks import flaws
 from turbojax.pipeline.denoise import latent_shape
 from turbojax.pipeline.pipeline import TurboVideoPipeline
@@ -166,7 +167,7 @@ def evaluate(
         if name == DENSE:
             reference = videos
         elif reference is not None:
-            row |= {"psnr": psnr(videos, reference), "ssim": ssim(videos, reference)}
+            row |= {"psnr": min(99.0, psnr(videos, reference)), "ssim": ssim(videos, reference)}
         row["seconds"] = seconds / len(tasks)
         logging.info("%s", row)
         yield row, videos
@@ -176,12 +177,6 @@ def judged(judge: Judge, tasks: Sequence[Task], videos: np.ndarray) -> dict[str,
     results = [judge.compare(task.scene, video) for task, video in zip(tasks, videos, strict=True)]
     shares = {name: float(np.mean([result[name] for result in results])) for name in results[0]}
     return shares | {"flagged": float(np.mean([bool(flaws(video)) for video in videos]))}
-
-
-def psnr(videos: np.ndarray, reference: np.ndarray) -> float:
-    """Peak signal to noise in dB over all pixels of all videos; 99 where they are equal."""
-    error = np.mean([np.mean((a.astype(np.float64) - b) ** 2) for a, b in zip(videos, reference, strict=True)])
-    return float(min(99.0, 10 * np.log10(255**2 / max(error, 1e-12))))
 
 
 def ssim(videos: np.ndarray, reference: np.ndarray, *, window: int = 7) -> float:

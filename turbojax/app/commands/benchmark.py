@@ -22,7 +22,7 @@ block (one transformer block without attention), layer (a whole one, kernel by k
 memory (predicted against measured peaks and seconds a step), tangent (the forward derivative that sCM trains with, of
 --num_layers=N layers; on any device), train_step (of SLA fine-tuning, or --recipe=scm; with a profile), compile
 (seconds for --num_layers=N; a second one in the same process would find its kernels tuned).
-A table, with peers' figures beside ours where the card is theirs, goes to standard error, JSON to standard output.
+A table, with peers' figures beside ours where the GPU is theirs, goes to standard error, JSON to standard output.
 Peak memory has no reset, so run one case a process.
 """
 
@@ -37,9 +37,7 @@ import jax
 from absl import flags
 
 from turbojax.app import cli
-from turbojax.bench import attention, benchmark, video
-from turbojax.bench import layer as layers
-from turbojax.bench import memory as planned
+from turbojax.bench import attention, layer, linear, measure, memory, vae, video, video_file
 from turbojax.bench.report import report
 from turbojax.errors import UserError
 from turbojax.files import check_file, user_path
@@ -59,7 +57,7 @@ RESOLUTION = flags.DEFINE_string("resolution", "480p", "480p or 720p, 16:9", fla
 FRAMES = flags.DEFINE_integer("num_frames", 81, "4 n + 1", flag_values=FLAGS)
 STEPS = flags.DEFINE_integer("num_inference_steps", 4, "1 to 4", flag_values=FLAGS)
 ATTENTION = flags.DEFINE_string("attention_type", "original", "original, sla or sagesla", flag_values=FLAGS)
-TOPK = flags.DEFINE_float("sla_topk", 0.1, "share of key blocks", flag_values=FLAGS)
+TOPK = flags.DEFINE_float("sla_topk", 0.1, "fraction of key blocks", flag_values=FLAGS)
 LAYERS = flags.DEFINE_integer("num_layers", 40, "layers, of the cases compile and tangent", flag_values=FLAGS)
 RECIPE = flags.DEFINE_enum("recipe", "sla", ["sla", "scm"], "of the case train_step", flag_values=FLAGS)
 QUANT = flags.DEFINE_enum("quant_scheme", None, list(QUANT_SCHEMES), "int8 linear layers", flag_values=FLAGS)
@@ -73,21 +71,23 @@ WITHOUT_A_GPU = ("tangent", "file", "tiles")  # cases that measure something the
 
 
 def frame_size() -> dict[str, int]:
+    """Returns height and width in pixels."""
     width, height = video_size(RESOLUTION.value, "16:9")
     return {"height": height, "width": width}
 
 
 def size() -> dict[str, int]:
+    """Returns frames, height and width in pixels."""
     return {"num_frames": FRAMES.value, **frame_size()}
 
 
 def tokens() -> tuple[int, int, int]:
-    """Patches of the latents in time, height and width."""
+    """Returns the patches of the latents in time, height and width."""
     return 1 + (FRAMES.value - 1) // 4, frame_size()["height"] // 16, frame_size()["width"] // 16
 
 
 def options() -> dict[str, Any]:
-    """Settings of the network."""
+    """Returns the settings of the network."""
     return {
         "attention_type": ATTENTION.value,
         "sla_topk": TOPK.value,
@@ -96,9 +96,9 @@ def options() -> dict[str, Any]:
     }
 
 
-def whole_video(image: Any = None) -> dict[str, Any]:
+def measure_video(image: Any = None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        return benchmark.whole_video(
+        return video.measure_video(
             Tokenizer.from_path(WORDS),
             model=MODEL.value,
             num_inference_steps=STEPS.value,
@@ -110,8 +110,8 @@ def whole_video(image: Any = None) -> dict[str, Any]:
         )
 
 
-def memory() -> dict[str, Any]:
-    return planned.memory(
+def measure_memory() -> dict[str, Any]:
+    return memory.measure_memory(
         Tokenizer.from_path(WORDS),
         model=MODEL.value,
         memory=MEMORY.value,
@@ -121,54 +121,56 @@ def memory() -> dict[str, Any]:
     )
 
 
-def file() -> dict[str, Any]:
+def measure_writing() -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        return video.video_writing(Path(folder), **size())
+        return video_file.measure_writing(Path(folder), **size())
 
 
-def layer() -> dict[str, Any]:
-    config = with_options(MODELS[MODEL.value](num_layers=layers.LAYERS), **options())
-    return layers.layer(config, tokens(), compiler_options=layers.NO_COMMAND_BUFFERS)
+def measure_layer() -> dict[str, Any]:
+    config = with_options(MODELS[MODEL.value](num_layers=layer.LAYERS), **options())
+    return layer.measure_layer(config, tokens(), compiler_options=layer.NO_COMMAND_BUFFERS)
 
 
-def train_step() -> dict[str, Any]:
+def measure_train_step() -> dict[str, Any]:
     from turbojax.bench import training  # needs the extra `train`
 
-    return training.train_step(
+    return training.measure_train_step(
         recipe=RECIPE.value,
         config=MODELS[MODEL.value](sla_topk=TOPK.value, remat=True),
         latents=latent_shape(VAEConfig.wan2_1(), FRAMES.value, **frame_size()),
     )
 
 
-def tangent() -> dict[str, Any]:
+def measure_tangent() -> dict[str, Any]:
     from turbojax.bench import training
 
-    return training.tangent(
+    return training.measure_tangent(
         model=MODEL.value, layers=LAYERS.value, **size(), attention_type=ATTENTION.value, sla_topk=TOPK.value
     )
 
 
-def compilation() -> dict[str, Any]:
+def measure_compilation() -> dict[str, Any]:
     jax.config.update("jax_enable_compilation_cache", False)
-    return benchmark.compile_seconds(model=MODEL.value, layers=(LAYERS.value,), **frame_size())
+    return video.measure_compilation(model=MODEL.value, layers=(LAYERS.value,), **frame_size())
 
 
 CASES: dict[str, Callable[[], dict[str, Any]]] = {
-    "text_to_video": whole_video,
-    "image_to_video": lambda: whole_video(demo_picture()),
-    "vae": lambda: benchmark.vae_decoding(**frame_size(), chunks=(1, 2, 4)),
-    "compile": compilation,
-    "linear": lambda: benchmark.linear_layers(schemes=tuple(QUANT_SCHEMES)),
-    "attention": lambda: attention.attention(save),
-    "block": lambda: benchmark.one_block(model=MODEL.value, tokens=tokens(), schemes=(None, "block128", "channel")),
-    "layer": layer,
-    "diffusion": lambda: benchmark.diffusion(model=MODEL.value, num_inference_steps=STEPS.value, **size(), **options()),
-    "memory": memory,
-    "tangent": tangent,
-    "train_step": train_step,
-    "file": file,
-    "tiles": video.tiling_errors,
+    "text_to_video": measure_video,
+    "image_to_video": lambda: measure_video(demo_picture()),
+    "vae": lambda: vae.measure_decoding(**frame_size(), chunks=(1, 2, 4)),
+    "compile": measure_compilation,
+    "linear": lambda: linear.measure_linear_layers(schemes=tuple(QUANT_SCHEMES)),
+    "attention": lambda: attention.measure_attention(save),
+    "block": lambda: linear.measure_block(model=MODEL.value, tokens=tokens(), schemes=(None, "block128", "channel")),
+    "layer": measure_layer,
+    "diffusion": lambda: video.measure_diffusion(
+        model=MODEL.value, num_inference_steps=STEPS.value, **size(), **options()
+    ),
+    "memory": measure_memory,
+    "tangent": measure_tangent,
+    "train_step": measure_train_step,
+    "file": measure_writing,
+    "tiles": vae.measure_tiling,
 }
 CASE = flags.DEFINE_enum("case", "text_to_video", list(CASES), "what to measure", flag_values=FLAGS)
 
@@ -178,17 +180,17 @@ def main() -> None:
         check_file(OUT.value)  # before minutes of measuring
     if jax.default_backend() != "gpu" and CASE.value not in WITHOUT_A_GPU:
         raise UserError("benchmarks need a GPU; none was found (pip install -e '.[cuda12]')")
-    measurement = benchmark.environment() | save(CASES[CASE.value]())
+    measurement = measure.environment() | save(CASES[CASE.value]())
     print(json.dumps(measurement, indent=1))
     print(report(measurement), file=sys.stderr)
 
 
 def save(result: dict[str, Any]) -> dict[str, Any]:
-    """The result with what was measured; into --out where that is given."""
+    """Returns the result with its case and settings, written into --out where that is given."""
     own = (CASE, MODEL, RESOLUTION, FRAMES, STEPS, ATTENTION, TOPK, LAYERS, RECIPE, QUANT, MEMORY)
     whole = {"case": CASE.value, "settings": {flag.name: flag.value for flag in own}, "result": result}
     if OUT.value:
-        benchmark.save(whole, user_path(OUT.value))
+        measure.save(whole, user_path(OUT.value))
     return whole
 
 
