@@ -16,8 +16,8 @@ from turbojax.kernels.int8 import QuantConfig
 from turbojax.media.video import video_size
 from turbojax.memory.planner import GB, Plan
 from turbojax.models.published import MODELS, TWO_EXPERTS, published_configs
-from turbojax.pipeline.compile import plan_call
-from turbojax.pipeline.pipeline import abstract_call
+from turbojax.pipeline.plan import plan_call
+from turbojax.pipeline.request import Request
 
 DOCS = Path(__file__).parent
 BENCHMARKS = DOCS.parent / "benchmarks"
@@ -52,9 +52,9 @@ def gpus(fraction: float) -> list[str]:
             for precision, quant in (("int8", QuantConfig()), ("bfloat16", None)):
                 configs = published_configs(MODELS[model](attention_type="sla", quant=quant), two=model in TWO_EXPERTS)
                 width, height = video_size(resolution, "16:9")
-                call = abstract_call(configs, {"width": width, "height": height})
+                request = Request(width=width, height=height)
                 limits = [fraction * size * 2**30 / GB for size in SIZES]
-                plans = [plan_call(configs, call, limit, exact=False) for limit in limits]
+                plans = [plan_call(configs, request, limit, exact=False) for limit in limits]
                 rows.append([f"{name}, {resolution}, {precision}", *map(choice, plans)])
     return table(["", *(f"{size} GB" for size in SIZES)], rows)
 

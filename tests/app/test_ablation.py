@@ -39,15 +39,15 @@ def calls(monkeypatch):
     class Calls(list):
         stop = -1
 
-    calls, call = Calls(), TurboVideoPipeline.__call__
+    calls, generate = Calls(), TurboVideoPipeline.generate
 
-    def counted(pipe, prompt, **settings):
+    def counted(pipe, request, **options):
         if len(calls) == calls.stop:
             raise KeyboardInterrupt
-        calls.append(settings)
-        return call(pipe, prompt, **settings)
+        calls.append(request)
+        return generate(pipe, request, **options)
 
-    monkeypatch.setattr(TurboVideoPipeline, "__call__", counted)
+    monkeypatch.setattr(TurboVideoPipeline, "generate", counted)
     return calls
 
 
@@ -64,7 +64,7 @@ def test_stopped_after_four_of_nine_cells_and_run_again(config, loads, calls, tm
     calls.stop = -1
     page = ablate(config, grid, tmp_path)
     assert len(calls) == 9
-    assert len({(call["guidance_scale"], call["shift"]) for call in calls}) == 9
+    assert len({(call.guidance_scale, call.shift) for call in calls}) == 9
     assert len(loads) == 2  # once a run
     assert len({record["key"] for record in records(tmp_path / "cells.jsonl")}) == 9
 
@@ -112,7 +112,7 @@ def test_networks_are_loaded_as_often_as_they_change(config, loads, calls, tmp_p
     """The axis that needs one varies slowest, wherever it was named; a grid over topk needs sparse attention."""
     ablate(config, {"seed": [1, 2], "quant_scheme": ["channel", "block128"]}, tmp_path)
     assert [own.quant_scheme for own in loads] == ["channel", "block128"]
-    assert [call["seed"] for call in calls] == [1, 2, 1, 2]
+    assert [call.seed for call in calls] == [1, 2, 1, 2]
     with pytest.raises(UserError, match=r"sla_topk=0\.5 has no effect"):  # the stand-in has dense attention
         ablate(config, {"sla_topk": [0.5]}, tmp_path)
     assert loads[-1].attention_type == "sla"

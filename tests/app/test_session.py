@@ -144,21 +144,19 @@ def test_the_session_outlives_a_stopped_and_a_failed_video(config, loads, monkey
 def test_a_file_of_prompts_is_gone_on_with(config, loads, monkeypatch, tmp_path):
     prompts, record = tmp_path / "prompts.txt", tmp_path / "video.jsonl"
     prompts.write_text("# animals\na cat\n\na dog \n a bird\n")
-    made, call = [], TurboVideoPipeline.__call__
+    made, generate, most = [], TurboVideoPipeline.generate, 2
 
-    def counted(pipe, prompt, **settings):
-        if len(made) == 2:
+    def counted(pipe, request, **options):
+        if len(made) == most:
             raise KeyboardInterrupt
-        made.append(prompt)
-        return call(pipe, prompt, **settings)
+        made.append(request.prompt)
+        return generate(pipe, request, **options)
 
-    monkeypatch.setattr(TurboVideoPipeline, "__call__", counted)
+    monkeypatch.setattr(TurboVideoPipeline, "generate", counted)
     with pytest.raises(KeyboardInterrupt):
         session.batch(config, prompts)
     assert len(record.read_text().splitlines()) == 2
-    monkeypatch.setattr(
-        TurboVideoPipeline, "__call__", lambda *given, **named: made.append(given[1:]) or call(*given, **named)
-    )
+    most = -1
     made.clear()
     files = session.batch(config, prompts)
     assert [named["prompt"] for named in map(json.loads, record.read_text().splitlines())] == [
@@ -167,7 +165,7 @@ def test_a_file_of_prompts_is_gone_on_with(config, loads, monkeypatch, tmp_path)
         "a bird",
     ]
     assert [path.name for path in files] == ["video_0000.mp4", "video_0001.mp4", "video_0002.mp4"]
-    assert len(made) == 1
+    assert made == ["a bird"]
     loads.clear()
     assert session.batch(config, prompts) == files
     assert not loads

@@ -41,7 +41,7 @@ def only_parse(module) -> None:
     if "recipe" in config:
         make_recipe(config)
     else:
-        generate.check_settings(config)
+        generate.make_request(config)
 
 
 def command(words: list[str], *, parse: bool = False) -> None:

@@ -27,8 +27,8 @@ from turbojax.memory.estimates import Residency, analyze, estimate
 from turbojax.models.published import MODELS, ModelConfigs
 from turbojax.models.umt5 import UMT5Config
 from turbojax.models.vae import VAEConfig
-from turbojax.pipeline.denoise import sampler_program
-from turbojax.pipeline.pipeline import abstract_call
+from turbojax.pipeline.denoise import abstract_arguments, sampler_program
+from turbojax.pipeline.request import Request
 from turbojax.weights.load import with_options
 from turbojax.weights.skeleton import wan_skeleton
 
@@ -61,12 +61,14 @@ def compare(model: str, size: str, quant_scheme: str | None, **options) -> dict[
     config = with_options(MODELS[model](), quant_linear=quant_scheme is not None, quant_scheme=quant_scheme, **options)
     configs = ModelConfigs(config, VAEConfig.wan2_1(), UMT5Config.xxl())
     width, height = video_size(size, "16:9")
-    call = abstract_call(configs, {"width": width, "height": height})
-    program = lambda _: sampler_program(call.sampler, (0, 4), wan_skeleton(config).abstract(), call.arguments)[1]()  # noqa: E731
-    analysis = analyze(configs, call.workload, program)
+    request = Request(width=width, height=height)
+    workload, sampler = request.workload(configs), request.sampler_for(config)
+    arguments = abstract_arguments(request, configs)
+    program = lambda _: sampler_program(sampler, (0, 4), wan_skeleton(config).abstract(), arguments)[1]()  # noqa: E731
+    analysis = analyze(configs, workload, program)
     result = {}
     for name, where in (("resident", Residency()), ("streamed", STREAMED)):
-        found, guess = analysis(where)._asdict(), estimate(configs, call.workload, where)._asdict()
+        found, guess = analysis(where)._asdict(), estimate(configs, workload, where)._asdict()
         result[name] = {stage: {"analysis": found[stage], "estimate": guess[stage]} for stage in found}
     return result
 

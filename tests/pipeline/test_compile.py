@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from turbojax import TurboVideoPipeline, UserError
-from turbojax.pipeline.compile import Programs
+from turbojax.pipeline.compile import CompiledPrograms
 
 FIRST_CALL = dict(prompt="a red bird", num_frames=5, height=16, width=32, num_inference_steps=1)
 BIG = ("jit(sample)", "jit(_decode_chunk)", "jit(run_encoder)", "jit(zero_past_end)")
@@ -18,7 +18,7 @@ def fail():
 
 
 def test_a_program_is_built_once():
-    programs, built = Programs(), []
+    programs, built = CompiledPrograms(), []
     programs.start("ahead", lambda: built.append(threading.current_thread().name) or "program")
     programs.wait("ahead")
     assert [programs.get(name, lambda: built.append("here") or "other") for name in ("ahead", "now", "now")] == [
@@ -30,7 +30,7 @@ def test_a_program_is_built_once():
 
 
 def test_what_goes_wrong_in_the_background_comes_out():
-    programs = Programs()
+    programs = CompiledPrograms()
     programs.start("bad", fail)
     for ask in (lambda: programs.wait("bad"), lambda: programs.get("bad", list)):
         with pytest.raises(UserError, match="what went wrong"):
@@ -38,7 +38,7 @@ def test_what_goes_wrong_in_the_background_comes_out():
 
 
 def test_nothing_is_begun_for_weights_that_do_not_load():
-    programs, gate, built = Programs(), threading.Event(), []
+    programs, gate, built = CompiledPrograms(), threading.Event(), []
     for i in range(8):
         programs.start(i, lambda: gate.wait(10) and built.append(1))
     with pytest.raises(UserError), programs.needed():

@@ -16,8 +16,9 @@ from turbojax.media.image import resize, to_unit
 from turbojax.memory.estimates import Residency
 from turbojax.memory.planner import GB, USABLE_SHARE, WeightBytes
 from turbojax.models.clip import CLIPConfig
-from turbojax.models.image_condition import condition, video_shape
+from turbojax.models.image_condition import condition
 from turbojax.pipeline import pipeline
+from turbojax.pipeline.request import Request
 from turbojax.shapes.demo import demo_configs, demo_folder, demo_picture
 from turbojax.weights.layouts import clip_layout, generated, wan_layout
 from turbojax.weights.load import load_wan
@@ -151,9 +152,9 @@ def test_any_image(pipe, tmp_path, undecoded):
 
 def test_size_of_the_image():
     picture = demo_picture()  # 200 x 120
-    assert video_shape(832, 480, [picture], adaptive=True) == (816, 496)
-    assert video_shape(832, 480, [np.rot90(picture)], adaptive=True) == (496, 816)
-    assert video_shape(832, 480, [], adaptive=True) == (832, 480)
+    assert Request(image=picture).size == (816, 496)
+    assert Request(image=np.rot90(picture)).size == (496, 816)
+    assert Request(image=picture, adaptive_size=False).size == Request().size == (832, 480)
 
 
 def test_last_image(pipe, picture, undecoded):

@@ -237,11 +237,13 @@ def test_tiles_where_memory_is_short(demo_pipe, run, monkeypatch):
     monkeypatch.setattr(pipeline, "decode", decode)
     needed = decoding_bytes(demo_pipe.vae, *LATENTS[1:3])
     for memory in ({}, *({"bytes_limit": needed + more, "bytes_in_use": 100} for more in (100, 99))):
-        monkeypatch.setattr(decode, "memory_stats", lambda memory=memory: memory)
+        monkeypatch.setattr("turbojax.pipeline.decode.memory_stats", lambda memory=memory: memory)
         run(seed=5)
         run(seed=5, vae_tiling="off")
     assert used == [False, False, False, False, True, False]
-    monkeypatch.setattr(decode, "memory_stats", lambda: {"bytes_limit": 80 * 10**9, "bytes_in_use": 100})
+    monkeypatch.setattr(
+        "turbojax.pipeline.decode.memory_stats", lambda: {"bytes_limit": 80 * 10**9, "bytes_in_use": 100}
+    )
     monkeypatch.setattr(demo_pipe, "memory", needed / 1e9)
     run(seed=5)
     assert used[-1]

@@ -14,7 +14,7 @@ from tests.weights.checkpoints import diffusers, load_umt5, official, save, save
 from turbojax.errors import CheckpointError, UserError
 from turbojax.kernels.int8 import QUANT_SCHEMES, quantize_blocks
 from turbojax.models.wan import WanConfig
-from turbojax.pipeline.denoise import first_noise_level
+from turbojax.pipeline.request import first_noise_level
 from turbojax.weights import convert as module
 from turbojax.weights.convert import convert
 from turbojax.weights.encoders import load_vae

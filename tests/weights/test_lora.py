@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from tests.weights.checkpoints import DIFFUSERS, parameters, save, small, turbo
-from turbojax.app.generate import call_settings
+from turbojax.app.generate import make_request
 from turbojax.config import base_config
 from turbojax.errors import CheckpointError, UserError
 from turbojax.weights import convert
@@ -317,7 +317,7 @@ def test_a_strength_that_is_no_number(strength):
 def test_a_strength_is_checked_before_anything_is_loaded():
     config = base_config(weights="demo", lora="nowhere.safetensors", lora_strength=float("nan"))
     with pytest.raises(UserError, match="lora_strength is nan and must be a number from -100 to 100"):
-        call_settings(config)
+        make_request(config)
 
 
 @pytest.mark.parametrize(

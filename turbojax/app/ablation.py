@@ -13,7 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from turbojax.app.ablation_report import Row, write_report
-from turbojax.app.generate import LOAD_SETTINGS, Studio, call_settings
+from turbojax.app.generate import LOAD_SETTINGS, PipelineCache, make_request
 from turbojax.app.records import Records, fingerprint
 from turbojax.config import changed, parse_value
 from turbojax.errors import UserError
@@ -89,12 +89,12 @@ def ablate(
     cells = cells_of(grid)
     compared = [cell | reference for cell in cells]
     for cell in (*cells, *compared):
-        call_settings(changed(config, num_samples=1, **cell))
+        make_request(changed(config, num_samples=1, **cell))
     check_path(folder / "videos" / "video.mp4")
     folder = check_folder(folder)
     check_folder(folder / "frames")
     check_folder(folder / "videos")
-    finished, studio = Records(folder / "cells.jsonl", MEASURED), Studio()
+    finished, pipelines = Records(folder / "cells.jsonl", MEASURED), PipelineCache()
     work = list({str(cell): cell for cell in (*cells, *compared)}.values())
     records: dict[str, dict[str, Any]] = {}
     for cell in tqdm(work, desc="Cells", unit="cell", disable=None):
@@ -102,7 +102,7 @@ def ablate(
         key = cell_key(own, repeats, num_frames)
         record = finished.get(key)
         if record is None:
-            record = {"key": key, "cell": cell} | measure(studio, own, folder, key, repeats, num_frames)
+            record = {"key": key, "cell": cell} | measure(pipelines, own, folder, key, repeats, num_frames)
             finished.add(record)
         records[str(cell)] = record
     rows = []
@@ -122,12 +122,12 @@ def cell_key(config: ConfigDict, repeats: int, num_frames: int) -> str:
 
 
 def measure(
-    studio: Studio, config: ConfigDict, folder: Path, key: str, repeats: int, num_frames: int
+    pipelines: PipelineCache, config: ConfigDict, folder: Path, key: str, repeats: int, num_frames: int
 ) -> dict[str, Any]:
     """Makes a video and files of some of its frames; returns what the record says of them."""
     video = f"videos/{key}.mp4"
     for _ in range(repeats):
-        result = studio.make(config, folder / video)
+        result = pipelines.make(config, folder / video)
     (frames,) = result.videos
     files = []
     for i in np.linspace(0, len(frames) - 1, min(num_frames, len(frames))).round().astype(int):

@@ -13,7 +13,7 @@ from absl import logging
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from turbojax.app.generate import Studio, call_settings, read_pictures
+from turbojax.app.generate import PipelineCache, make_request
 from turbojax.app.records import Records, fingerprint
 from turbojax.app.signals import Terminated
 from turbojax.config import SETTINGS, changed, did_you_mean, parse_value
@@ -51,7 +51,7 @@ def interactive(
     with suppress(ImportError):
         import readline  # noqa: F401  # gives `input` earlier lines by the arrow keys
     check_file(check_path(config.output))
-    studio = Studio()
+    pipelines = PipelineCache()
     write("Type a prompt, or /help.")
     while True:
         try:
@@ -62,7 +62,7 @@ def interactive(
                 write(command(config, line))
             elif line:
                 config.prompt = line
-                result = studio.make(config, free(check_path(config.output)))
+                result = pipelines.make(config, free(check_path(config.output)))
                 write(f"{', '.join(map(str, result.files))}, {sum(result.timings.values()):.1f} s")
         except EOFError:
             return
@@ -95,7 +95,7 @@ def command(config: ConfigDict, line: str) -> str:
         raise UserError(f"/{name} needs a value; see /help")
     changes = size(text) if name == "size" else {name: parse_value(name, text)}
     new = changed(config, **changes)
-    call_settings(new)
+    make_request(new)
     check_file(check_path(new.output))
     config.update(changes)
     return ", ".join(f"{name} = {value}" for name, value in changes.items())
@@ -130,9 +130,9 @@ def batch(config: ConfigDict, prompts_file: str | Path) -> list[Path]:
     """
     prompts = read_prompts(user_path(prompts_file))
     output = check_file(check_path(config.output))
-    pictures = {name: picture.tobytes() for name, picture in read_pictures(config).items()}
-    call_settings(config)
-    finished, studio = Records(output.with_suffix(".jsonl")), Studio()
+    contents = (picture.tobytes() for picture in make_request(config).pictures)
+    pictures = dict(zip(("image", "last_image"), contents, strict=False))
+    finished, pipelines = Records(output.with_suffix(".jsonl")), PipelineCache()
     seen: Counter[str] = Counter()
     files: list[Path] = []
     before = 0
@@ -144,7 +144,7 @@ def batch(config: ConfigDict, prompts_file: str | Path) -> list[Path]:
             own = free(output, i)
             if own != numbered(output, i, 2):
                 logging.info("%s is there and stays; this prompt's video is %s", numbered(output, i, 2), own.name)
-            made = [path.name for path in studio.make(changed(config, prompt=prompt), own).files]
+            made = [path.name for path in pipelines.make(changed(config, prompt=prompt), own).files]
             record = {"key": key, "output": own.name, "prompt": prompt, "seed": config.seed, "files": made}
             finished.add(record)
         else:

@@ -20,8 +20,8 @@ from turbojax.bench.measure import peak_bytes, temporary_bytes
 from turbojax.models.published import MODELS
 from turbojax.models.vae import VAEConfig
 from turbojax.models.wan import WanConfig
-from turbojax.pipeline.denoise import latent_shape
 from turbojax.pipeline.pipeline import bytes_by_dtype
+from turbojax.pipeline.request import latent_shape
 from turbojax.train.losses import velocity_tangent
 from turbojax.train.recipes import RCM, SLA, Networks, Recipe
 from turbojax.train.schedule import LearningRate, Phases

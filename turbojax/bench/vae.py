@@ -14,7 +14,7 @@ from turbojax.models import tiling
 from turbojax.models import vae as vae_model
 from turbojax.models.tiling import Tiling, decode_tiled
 from turbojax.models.vae import VAEConfig, WanVAE
-from turbojax.pipeline.denoise import latent_shape
+from turbojax.pipeline.request import latent_shape
 from turbojax.weights.random import random_module
 from turbojax.weights.skeleton import Skeleton
 

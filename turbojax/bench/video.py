@@ -17,8 +17,9 @@ from turbojax.models.sizes import tree_bytes
 from turbojax.models.tokenizer import Tokenizer
 from turbojax.models.vae import VAEConfig
 from turbojax.models.wan import WanConfig, WanModel
-from turbojax.pipeline.denoise import latent_shape, make_sampler, sample
+from turbojax.pipeline.denoise import sample
 from turbojax.pipeline.pipeline import TurboVideoPipeline, bytes_by_dtype
+from turbojax.pipeline.request import latent_shape, make_sampler
 from turbojax.weights.load import with_options
 from turbojax.weights.random import random_module
 from turbojax.weights.skeleton import wan_skeleton

@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from turbojax.errors import UserError
-from turbojax.media.image import ImageSource, adaptive_size, read_image, resize, to_unit
+from turbojax.media.image import ImageSource, resize, to_unit
 from turbojax.models.clip import CLIPVision, clip_dtype, encode_image
 from turbojax.models.sizes import tree_bytes
 from turbojax.models.vae import Cache, VAEConfig, WanVAE, check_video
@@ -53,29 +53,17 @@ def takes_images(config: WanConfig) -> bool:
     return config.in_channels != config.out_channels
 
 
-def read_images(
-    config: WanConfig, image: ImageSource | None, last_image: ImageSource | None, background: str
-) -> list[np.ndarray]:
-    """The images of a call, uint8 `[H, W, 3]`: none, one, or the first and the last frame's.
-
-    Raises UserError where they are not what the network takes.
-    """
+def check_images(config: WanConfig, image: ImageSource | None, last_image: ImageSource | None) -> None:
+    """Raises UserError where the images of a call are not what the network takes."""
     if not takes_images(config):
         if image is not None or last_image is not None:
             raise UserError("this transformer makes videos from text alone; leave out the image, or take another one")
-        return []
+        return
     if image is None:
         raise UserError("this transformer makes videos from images; give image=, or a text-to-video checkpoint")
     if config.clip_dim and (last_image is None) != (config.clip_images == 1):
         takes = "a first and a last image" if config.clip_images > 1 else "a first image only"
         raise UserError(f"this transformer takes {takes}; give {'both' if last_image is None else 'no last_image'}")
-    sources = [image] if last_image is None else [image, last_image]
-    return [read_image(source, background=background) for source in sources]
-
-
-def video_shape(width: int, height: int, images: Sequence[np.ndarray], *, adaptive: bool) -> tuple[int, int]:
-    """Width and height of a video: as given, or in the first image's shape at that area."""
-    return adaptive_size(images[0].shape[1::-1], (width, height)) if images and adaptive else (width, height)
 
 
 def condition(vae: WanVAE, image: np.ndarray, *, num_frames: int, last_image: np.ndarray | None = None) -> jax.Array:

@@ -1,20 +1,15 @@
 """From latents to frames: whole, or in tiles where whole frames would not fit."""
 
 from collections.abc import Iterator
-from typing import Literal
 
 import numpy as np
 from absl import logging
 from tqdm import tqdm
 
-from turbojax.errors import UserError
 from turbojax.memory.planner import memory_stats
 from turbojax.models import vae as vae_model
 from turbojax.models.tiling import decode_tiled
 from turbojax.models.vae import WanVAE
-
-TilingName = Literal["auto", "on", "off"]
-VAE_TILING: tuple[str, ...] = ("auto", "on", "off")
 
 
 def decode(vae: WanVAE, latents: np.ndarray, *, tiled: bool = False) -> Iterator[np.ndarray]:
@@ -30,13 +25,8 @@ def decode(vae: WanVAE, latents: np.ndarray, *, tiled: bool = False) -> Iterator
         yield np.asarray(part)[0]  # travels while the next chunk is computed
 
 
-def check_tiling(vae_tiling: str) -> None:
-    if vae_tiling not in VAE_TILING:
-        raise UserError(f"{vae_tiling=} is unknown; choose {', '.join(VAE_TILING)}")
-
-
 def needs_tiling(vae: WanVAE, height: int, width: int, tiling: str, *, limit: int | None = None) -> bool:
-    """Whether decoding latents of this size goes in tiles; "auto" compares with the memory that is free.
+    """Returns True if latents of this size are decoded in tiles; "auto" compares with the memory that is free.
 
     limit: bytes to keep to where the device has more.
     """

@@ -1,4 +1,4 @@
-"""From noise to latents: sizes, samplers, and the steps by a transformer that is on the device or streamed to it.
+"""From noise to latents: the steps by a transformer that is on the device or streamed to it.
 
 B batch; latents `[B, 1 + (frames - 1) / 4, height / 8, width / 8, 16]`.
 """
@@ -6,8 +6,8 @@ B batch; latents `[B, 1 + (frames - 1) / 4, height / 8, width / 8, 16]`.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable, Hashable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,78 +15,15 @@ import numpy as np
 from absl import logging
 from flax import nnx
 
-from turbojax.diffusion import RCM, Embed, Euler, Sampler, Schedule, UniPC, Velocity, guide, normal, unembedded
+from turbojax.diffusion import RCM, Embed, Sampler, Schedule, Velocity, guide, normal, unembedded
 from turbojax.errors import UserError
-from turbojax.models.image_condition import takes_images
+from turbojax.models.image_condition import image_shapes
 from turbojax.models.offload import Streamed, embeddings_to_device
-from turbojax.models.vae import VAEConfig
-from turbojax.models.wan import TimeEmbedding, WanConfig, WanModel, patch_grid
+from turbojax.models.published import ModelConfigs
+from turbojax.models.umt5 import TEXT_LEN
+from turbojax.models.wan import TimeEmbedding, WanModel, patch_grid
+from turbojax.pipeline.request import Request
 from turbojax.weights.skeleton import wan_skeleton
-
-SamplerName = Literal["rcm", "euler", "unipc"]
-SAMPLERS: tuple[str, ...] = ("rcm", "euler", "unipc")
-TRAINED_FRAMES = 81  # of Wan's and TurboDiffusion's models
-
-
-def latent_shape(config: VAEConfig, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
-    """Returns the shape `[t, h, w, c]` of a video's latents; raises UserError for sizes that no latents have."""
-    step = 2 * config.spatial_factor  # patches of the transformer are 2 x 2 latents
-    for name, size in (("height", height), ("width", width)):
-        if size < step or size % step:
-            low = max(step, size // step * step)
-            raise UserError(f"{name}={size} must be a multiple of {step}; nearest: {low}, {low + step}")
-    if num_frames < 1 or (num_frames - 1) % config.temporal_factor:
-        low = max(0, (num_frames - 1) // config.temporal_factor) * config.temporal_factor + 1
-        raise UserError(
-            f"{num_frames=} must be 1 more than a multiple of {config.temporal_factor}; "
-            f"nearest: {low}, {low + config.temporal_factor}"
-        )
-    t = 1 + (num_frames - 1) // config.temporal_factor
-    return t, height // config.spatial_factor, width // config.spatial_factor, config.z_dim
-
-
-def beyond_training(num_frames: int) -> str | None:
-    """Says what to expect of more frames than the models were trained on; None for as many or fewer."""
-    if num_frames <= TRAINED_FRAMES:
-        return None
-    return (
-        f"{num_frames=} is more than the {TRAINED_FRAMES} that the models were trained on: expect motion that repeats, "
-        "returns or drifts, and time and memory that grow faster than the frames"
-    )
-
-
-def check_seed(seed: int) -> None:
-    """Raises UserError for a seed that is not in 0..2**64 - 1."""
-    if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**64:
-        raise UserError(f"{seed=} must be in 0..{2**64 - 1}")
-
-
-def check_sample_index(index: int, shape: Sequence[int]) -> None:
-    """Raises UserError for a sample past the seed's noise, whose places are numbered in 32 bits.
-
-    shape: of the latents, `[B, t, h, w, c]`.
-    """
-    most = 2**32 // math.prod(shape[1:]) - shape[0]
-    if not isinstance(index, int | np.integer) or not 0 <= index <= most:
-        raise UserError(f"sample_index={index} must be in 0..{most} for videos of this size")
-
-
-def make_sampler(
-    name: str | Sampler, *, num_steps: int, sigma_max: float, ode: bool = False, shift: float = 5.0
-) -> Sampler:
-    """Makes rCM for distilled models, Euler or UniPC for others (which start at their own noise level, 5000).
-
-    A sampler that is given goes through as it is.
-    """
-    if isinstance(name, Sampler):
-        return name
-    if name == "rcm":
-        return RCM(num_steps, sigma_max, ode)
-    if name == "euler":
-        return Euler(num_steps, shift)
-    if name == "unipc":
-        return UniPC(num_steps, shift)
-    raise UserError(f"sampler={name!r} is unknown; choose {', '.join(SAMPLERS)}")
 
 
 class Denoiser(NamedTuple):
@@ -186,34 +123,44 @@ def with_topk(transformer: Any, sla_topk: float | None) -> Any:
 
 
 def sampler_arguments(
-    sampler: Sampler,
-    shape: tuple[int, ...],
+    request: Request,
+    configs: ModelConfigs,
     text: jax.Array,
     *,
     negative: jax.Array | None,
-    guidance_scale: float,
-    seed: int,
-    sample_index: int,
-    latents: jax.Array | None,
-    noise: jax.Array | None,
     images: dict[str, jax.Array],
 ) -> tuple:
-    """Makes the arguments of `sample` besides the network; options as the pipeline's call takes them."""
-    if sample_index:
+    """Makes the arguments of `sample` besides the network.
+
+    text, negative: embeddings `[B, 512, D]` of the prompts and, with guidance, of the negative prompt.
+    """
+    sampler, shape = request.sampler_for(configs.transformer), request.shape(configs.vae)
+    latents, noise = request.latents, request.noise
+    if request.sample_index:
         draws = sampler.num_steps if isinstance(sampler, RCM) and not sampler.ode else 0
-        own, own_noise, step_key = draw_later(seed_words(seed), shape, np.uint32(sample_index), draws)
+        index = np.uint32(request.sample_index)
+        own, own_noise, step_key = draw_later(seed_words(request.seed), shape, index, draws)
         state = sampler.initial(own if latents is None else jnp.asarray(latents))
         noise = own_noise if noise is None else noise
     else:
-        state, step_key = first_state(sampler, shape, seed)
+        state, step_key = first_state(sampler, shape, request.seed)
         state = state if latents is None else sampler.initial(jnp.asarray(latents))
     noise = None if noise is None else jnp.asarray(noise)
-    timesteps, coefficients = sampler.schedule()
-    schedule = (
-        timesteps,
-        tuple(a.astype(state.dtype) for a in coefficients),
-    )  # on the host: no programs for small numbers
-    return state, text, negative, np.asarray(guidance_scale, np.float32), step_key, noise, schedule, images
+    timesteps, coefficients = sampler.schedule()  # on the host: no programs for small numbers
+    schedule = timesteps, tuple(a.astype(state.dtype) for a in coefficients)
+    guidance_scale = np.asarray(request.guidance_scale, np.float32)
+    return state, text, negative, guidance_scale, step_key, noise, schedule, images
+
+
+def abstract_arguments(request: Request, configs: ModelConfigs) -> tuple:
+    """Returns shapes and dtypes of `sampler_arguments`."""
+    shape = request.shape(configs.vae)
+    text = jax.ShapeDtypeStruct((shape[0], TEXT_LEN, configs.text.dim), configs.text.dtype)
+
+    def arguments(text: jax.Array, images: dict[str, jax.Array]) -> tuple:
+        return sampler_arguments(request, configs, text, negative=text if request.guided else None, images=images)
+
+    return jax.eval_shape(arguments, text, image_shapes(configs.transformer, configs.vae, (1, *shape[1:])))
 
 
 def first_state(sampler: Sampler, shape: tuple[int, ...], seed: int) -> tuple[jax.Array, jax.Array]:
@@ -284,9 +231,3 @@ def sampler_program(
         return jax.jit(sample, static_argnums=(0, 1, 2)).lower(graph, sampler, span, state, *arguments).compile()
 
     return name, build
-
-
-def first_noise_level(config: WanConfig, sigma_max: float | None) -> float:
-    """Returns rCM's first noise level; None takes the checkpoint's, or the one that published networks run with."""
-    published = 200.0 if takes_images(config) else 80.0
-    return next(level for level in (sigma_max, config.sigma_max, published) if level is not None)

@@ -1,7 +1,7 @@
 """From checkpoints, or from generated weights, to what a pipeline is made of."""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,8 +17,10 @@ from turbojax.models.published import TWO_EXPERTS, ModelConfigs, known_network, 
 from turbojax.models.tokenizer import Tokenizer
 from turbojax.models.vae import WanVAE
 from turbojax.models.wan import WanConfig
-from turbojax.pipeline.compile import Call, Programs, arrange, compile_ahead, settle
+from turbojax.pipeline.compile import CompiledPrograms, compile_ahead
+from turbojax.pipeline.plan import choose_placement, make_experts
 from turbojax.pipeline.program_cache import use_compilation_cache
+from turbojax.pipeline.request import Request
 from turbojax.pipeline.text import TextEncoder
 from turbojax.weights import files
 from turbojax.weights.encoders import load_encoder, open_clip, open_vae
@@ -37,13 +39,13 @@ class Loaded(NamedTuple):
     vae: WanVAE
     text: TextEncoder
     clip: CLIPVision | None
-    programs: Programs
+    programs: CompiledPrograms
 
 
 def load_published(
     path_or_repo: str | Path,
     given: Mapping[str, str | Path | None],
-    first_call: Callable[[ModelConfigs], Call],
+    request: Request,
     *,
     ahead: bool,
     memory: str | float,
@@ -54,7 +56,7 @@ def load_published(
 ) -> Loaded:
     """See `TurboVideoPipeline.from_pretrained`; given: paths of the networks around the transformer.
 
-    first_call: what the first call of such networks will be. ahead: compile it while the weights load.
+    request: the first call. ahead: compile what it runs while the weights load.
     options: as `turbojax.weights.load.load_wan` takes them.
     """
     high, low = files.find_networks(path_or_repo, quantized=options["quant_linear"])
@@ -70,7 +72,7 @@ def load_published(
     where = files.find_components(files.open_repository(path_or_repo), wanted)
     use_compilation_cache()
     text = TextEncoder.from_files(where["text_encoder"], where["tokenizer"], dtype=dtype, cache=cache_prompts)
-    vae_file, programs = open_vae(where["vae"], dtype=dtype), Programs()
+    vae_file, programs = open_vae(where["vae"], dtype=dtype), CompiledPrograms()
     clip_file = open_clip(where["image_encoder"], dtype=clip_dtype(dtype)) if config.clip_dim else None
     abstract_vae = vae_file.skeleton.abstract()
     configs = ModelConfigs(
@@ -80,13 +82,12 @@ def load_published(
         clip_file.skeleton.abstract().config if clip_file else None,
         1 if low is None else 2,
     )
-    call = first_call(configs)
-    residency = settle(configs, call, memory)
+    residency = choose_placement(configs, request, memory)
     text.streamed, streamed = residency.text_streamed, residency.transformer_streamed
     place = to_host if residency.idle_offloaded else to_device
-    experts = arrange(configs, residency, memory, boundary=boundary)
+    experts = make_experts(configs, residency, memory, boundary=boundary)
     if ahead:
-        compile_ahead(programs, experts, wan_skeleton(config).abstract(), abstract_vae, text, call, residency)
+        compile_ahead(programs, experts, text, request, configs, residency)
     with programs.needed(), out_of_memory(lambda: loading_suggestion(configs)):
         if low is not None:
             experts.add("low", load_wan(low, loras=loras, expert="low", streamed=streamed, **options))
@@ -101,30 +102,30 @@ def load_published(
 def load_random(
     model: str,
     tokenizer: Tokenizer,
-    first_call: Callable[[ModelConfigs], Call],
+    request: Request,
     *,
     ahead: bool,
     memory: str | float,
     seed: int,
     **options: Any,
 ) -> Loaded:
-    """See `TurboVideoPipeline.random`; first_call, ahead, options: as `load_published` takes them."""
+    """See `TurboVideoPipeline.random`; request, ahead, options: as `load_published` takes them."""
     config = with_options(known_network(model), **options)
     tell_no_effect(config, options)
     logging.warning("Weights are random: %s at full size, for measuring. The video will be noise.", model)
     use_compilation_cache()
     configs = published_configs(config, two=model in TWO_EXPERTS)
     transformer, vae, encoder = wan_skeleton(config), vae_skeleton(configs.vae), umt5_skeleton(configs.text)
-    call, programs = first_call(configs), Programs()
-    residency = settle(configs, call, memory)
-    streamed, experts = residency.transformer_streamed, arrange(configs, residency, memory)
+    programs = CompiledPrograms()
+    residency = choose_placement(configs, request, memory)
+    streamed, experts = residency.transformer_streamed, make_experts(configs, residency, memory)
     place = to_host if residency.idle_offloaded else to_device
     table = random_token_table(tokenizer.vocab_size, configs.text.dim, config.dtype, seed=seed)
     generate = functools.partial(random_module, seed=seed)
     load = functools.partial(generate, encoder, what="random umT5")
     text = TextEncoder(tokenizer, encoder.abstract(), table, load, streamed=residency.text_streamed)
     if ahead:
-        compile_ahead(programs, experts, transformer.abstract(), vae.abstract(), text, call, residency)
+        compile_ahead(programs, experts, text, request, configs, residency)
     with programs.needed(), out_of_memory(lambda: loading_suggestion(configs)):
         for i, name in enumerate(reversed(experts.names)):
             experts.add(name, random_module(transformer, seed=seed + i, what=f"random {model}", streamed=streamed))

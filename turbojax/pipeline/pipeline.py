@@ -9,10 +9,9 @@ B batch; video is `b t h w c`, latents `[B, 1 + (frames - 1) / 4, height / 8, wi
 
 import dataclasses
 import functools
-import inspect
 import itertools
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -23,43 +22,31 @@ import numpy as np
 from absl import logging
 from flax import nnx
 
-from turbojax.config import check_ranges
 from turbojax.diffusion import Sampler
 from turbojax.errors import UserError
 from turbojax.kernels.dispatch import compute_capability, slow_gpu
 from turbojax.media import video_checks
 from turbojax.media.image import ImageSource
-from turbojax.media.video import check_fps, check_path, files_of, numbered, open_video, save_video
+from turbojax.media.video import files_of, open_video, save_video
 from turbojax.memory.estimates import Residency
 from turbojax.memory.experts import BOUNDARY, Experts
 from turbojax.memory.planner import Plan, out_of_memory, parse, suggestion
 from turbojax.models.clip import CLIPVision
-from turbojax.models.image_condition import image_inputs, read_images, video_shape
+from turbojax.models.image_condition import image_inputs
 from turbojax.models.offload import ArraysByMemory, Streamed, arrays_by_memory, to_device
 from turbojax.models.published import ModelConfigs
 from turbojax.models.sizes import size_of
 from turbojax.models.tokenizer import Tokenizer
 from turbojax.models.vae import WanVAE
 from turbojax.models.wan import WanConfig, WanModel
-from turbojax.pipeline.compile import Call, Programs, plan_call
-from turbojax.pipeline.decode import TilingName, check_tiling, decode, needs_tiling
-from turbojax.pipeline.denoise import (
-    SamplerName,
-    beyond_training,
-    check_sample_index,
-    check_seed,
-    denoise,
-    first_noise_level,
-    latent_shape,
-    make_sampler,
-    sampler_arguments,
-    sampler_program,
-    streamed,
-    with_topk,
-)
+from turbojax.pipeline.compile import CompiledPrograms
+from turbojax.pipeline.decode import decode, needs_tiling
+from turbojax.pipeline.denoise import denoise, sampler_arguments, sampler_program, streamed, with_topk
 from turbojax.pipeline.loading import Loaded, load_published, load_random
+from turbojax.pipeline.plan import plan_call
+from turbojax.pipeline.request import Request, SamplerName, TilingName
 from turbojax.pipeline.text import TextEncoder
-from turbojax.pipeline.timing import Progress, Stopwatch, untold
+from turbojax.pipeline.timing import Progress, Stopwatch, no_progress
 from turbojax.weights.lora import LoRA
 from turbojax.weights.skeleton import wan_skeleton
 
@@ -78,40 +65,17 @@ class VideoOutput:
     warnings: list[str] = dataclasses.field(default_factory=list)
 
 
-def check_number(prompts: Sequence[str], num_samples: int) -> None:
-    if not prompts or num_samples < 1:
-        raise UserError(f"{len(prompts)} prompts and {num_samples=} ask for no video; give at least one of each")
-
-
-def told(*lines: str | None) -> list[str]:
-    """The lines that there are, after the log has been given them."""
-    warnings = [line for line in lines if line]
+def warn(lines: Iterable[str]) -> list[str]:
+    """Logs warnings, and returns them."""
+    warnings = list(lines)
     for line in warnings:
         logging.warning("%s", line)
     return warnings
 
 
-def abstract_call(configs: ModelConfigs, settings: Mapping[str, Any]) -> Call:
-    """settings: of `TurboVideoPipeline.__call__`, whose defaults stand for the others."""
-    call = inspect.signature(TurboVideoPipeline.__call__).bind(None, **{"prompt": "", **settings})
-    call.apply_defaults()
-    return Call.of(configs, call.arguments)
-
-
-def explaining_memory(call: Callable) -> Callable:
-    """A call of a pipeline that says what to change where the device's memory is not enough."""
-
-    @functools.wraps(call)
-    def explained(pipe: "TurboVideoPipeline", *arguments: Any, **settings: Any) -> Any:
-        def advice() -> str:
-            bound = inspect.signature(call).bind(pipe, *arguments, **settings).arguments
-            del bound["self"]
-            return suggestion(pipe.plan(**bound, exact=False), pipe.configs)
-
-        with out_of_memory(advice):
-            return call(pipe, *arguments, **settings)
-
-    return explained
+def as_request(given: Request | Mapping[str, Any] | None) -> Request:
+    """The request, or the one with these fields."""
+    return given if isinstance(given, Request) else Request(**(given or {}))
 
 
 def bytes_by_dtype(arrays: Any) -> dict[str, int]:
@@ -132,7 +96,7 @@ class TurboVideoPipeline:
         text: TextEncoder,
         *,
         clip: CLIPVision | None = None,
-        programs: Programs | None = None,
+        programs: CompiledPrograms | None = None,
     ):
         self.experts = transformer if isinstance(transformer, Experts) else Experts.of(transformer)
         self.vae, self.text, self.clip = vae, text, clip
@@ -147,7 +111,7 @@ class TurboVideoPipeline:
         self.load_seconds = 0.0
         self.memory: str | float = "auto"
         self._clock = Stopwatch()
-        self._programs = programs or Programs()
+        self._programs = programs or CompiledPrograms()
 
     @property
     def config(self) -> WanConfig:
@@ -178,7 +142,7 @@ class TurboVideoPipeline:
         dtype: Any = jnp.bfloat16,
         cache_prompts: bool = True,
         memory: str | float = "auto",
-        prepare: Mapping[str, Any] | None = None,
+        prepare: Request | Mapping[str, Any] | None = None,
     ) -> "TurboVideoPipeline":
         """Loads published or converted checkpoints; None follows what the checkpoint says.
 
@@ -198,8 +162,8 @@ class TurboVideoPipeline:
           "resident" everything; "stream" leaves transformers and text encoder in host memory and copies them a layer
           ahead; a number is the limit in GB to plan for, as "auto", which may also keep one of two experts in host
           memory at a time, see `turbojax.memory.experts`. Without a GPU "auto" is "resident".
-        prepare: settings of the first call, such as `dict(height=720, width=1280)`; what it runs is compiled while the
-          weights load.
+        prepare: the first call, a request or some of its fields, such as `dict(height=720, width=1280)`; what it runs
+          is compiled while the weights load.
 
         Raises UserError or CheckpointError with one sentence for what cannot be found or does not fit.
         """
@@ -207,7 +171,7 @@ class TurboVideoPipeline:
         loaded = load_published(
             path_or_repo,
             {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer, "image_encoder": image_encoder},
-            functools.partial(abstract_call, settings=prepare or {}),
+            as_request(prepare),
             ahead=prepare is not None,
             memory=memory,
             loras=loras,
@@ -236,7 +200,7 @@ class TurboVideoPipeline:
         dtype: Any = jnp.bfloat16,
         seed: int = 0,
         memory: str | float = "auto",
-        prepare: Mapping[str, Any] | None = None,
+        prepare: Request | Mapping[str, Any] | None = None,
     ) -> "TurboVideoPipeline":
         """The full-size network with generated weights, for benchmarks: it makes noise, not videos.
 
@@ -246,7 +210,7 @@ class TurboVideoPipeline:
         loaded = load_random(
             model,
             tokenizer,
-            functools.partial(abstract_call, settings=prepare or {}),
+            as_request(prepare),
             ahead=prepare is not None,
             memory=memory,
             seed=seed,
@@ -281,7 +245,6 @@ class TurboVideoPipeline:
         )
         return pipe
 
-    @explaining_memory
     def __call__(
         self,
         prompt: str | Sequence[str],
@@ -304,119 +267,103 @@ class TurboVideoPipeline:
         seed: int = 0,
         num_samples: int = 1,
         sample_index: int = 0,
-        latents: jax.Array | None = None,
-        noise: jax.Array | None = None,
+        latents: jax.Array | np.ndarray | None = None,
+        noise: jax.Array | np.ndarray | None = None,
         output: str | Path | None = None,
         fps: int = 16,
         vae_tiling: TilingName = "auto",
-        progress: Progress = untold,
+        progress: Progress = no_progress,
     ) -> VideoOutput:
-        """Makes num_samples videos of each prompt.
+        """Makes num_samples videos of each prompt; all but progress are the fields of a `Request`, described there.
 
-        image: the first frame (a path, an array or a PIL image) for networks that make videos from images; last_image:
-          the last frame, for those that take one. background shows through where they are transparent.
-        adaptive_size: with an image, the video has its shape and the area of height x width; False squeezes the image.
-        num_frames: 4 n + 1, up to 81 as trained; height, width: pixels, multiples of 16.
-        num_inference_steps: 1 to 4 for "rcm", about 50 for "euler" and "unipc".
-        guidance_scale: other than 1 runs the network for the negative prompt too (undistilled models).
-        sigma_max: first noise level of rCM, None for 80, with an image 200; ode: deterministic steps.
-        shift: of Euler's and UniPC's times.
-        sla_topk: another share of key blocks for this call; compiles once for each value.
-        latents: standard normal `[B, t, h, w, c]` in place of the seed's; noise: `[steps, B, t, h, w, c]` likewise for
-          the noise that rCM's SDE adds. B counts the samples of the first prompt, then those of the second.
-        output: a file to write while decoding, with fps frames a second, as `save_video` does; several videos are
-          numbered, clip_0000.mp4, clip_0001.mp4, ...
-        vae_tiling: decode in tiles that pass into each other, with less memory and more time: "on", "off", or "auto"
-          where whole frames would not fit.
-        seed: 0 to 2**64 - 1; the same one gives the same videos. It draws the noise of one batch, the samples of the
-          first prompt, then those of the second: the prompts of a list get different noise.
-        sample_index: the place in that batch of the first video that is made, so that sample i of prompt k can be made
-          alone, up to rounding: that prompt, the same seed, num_samples=1, sample_index = k * (samples a prompt) + i.
+        progress and errors: see `generate`.
+        """
+        request = Request(
+            prompt,
+            image=image,
+            last_image=last_image,
+            background=background,
+            adaptive_size=adaptive_size,
+            negative_prompt=negative_prompt,
+            num_frames=num_frames,
+            height=height,
+            width=width,
+            num_inference_steps=num_inference_steps,
+            guidance_scale=guidance_scale,
+            sampler=sampler,
+            sigma_max=sigma_max,
+            ode=ode,
+            shift=shift,
+            sla_topk=sla_topk,
+            seed=seed,
+            num_samples=num_samples,
+            sample_index=sample_index,
+            latents=latents,
+            noise=noise,
+            output=output,
+            fps=fps,
+            vae_tiling=vae_tiling,
+        )
+        return self.generate(request, progress=progress)
+
+    def generate(self, request: Request, *, progress: Progress = no_progress) -> VideoOutput:
+        """Makes the videos of a request.
+
         progress: called with a stage's name and the share of it that is done, as stages begin, after decoded chunks and
           before the steps of a streamed transformer. What it raises ends the call; no file is left then.
 
-        Raises UserError for impossible sizes and settings, for files that cannot be written, and where the network
-        returns NaN.
+        Raises UserError for what the networks cannot make, where memory is short (the sentence says what to change),
+        and where the network returns NaN.
         """
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        numbers = {"num_frames": num_frames, "height": height, "width": width, "num_samples": num_samples, "fps": fps}
-        scales = {"num_inference_steps": num_inference_steps, "guidance_scale": guidance_scale, "shift": shift}
-        check_ranges(numbers | scales)
-        check_number(prompts, num_samples)
-        check_seed(seed)
-        check_tiling(vae_tiling)
-        pictures = read_images(self.config, image, last_image, background)
-        width, height = video_shape(width, height, pictures, adaptive=adaptive_size)
-        sigma_max = first_noise_level(self.config, sigma_max)
-        steps = make_sampler(sampler, num_steps=num_inference_steps, sigma_max=sigma_max, ode=ode, shift=shift)
-        guided = guidance_scale != 1.0
-        shape = (len(prompts) * num_samples, *latent_shape(self.vae.config, num_frames, height, width))
-        for name, value, expected in (
-            ("latents", latents, shape),
-            ("noise", noise, (num_inference_steps, *shape)),
-        ):
-            if value is not None and value.shape != expected:
-                raise UserError(f"{name} has the shape {value.shape} and must have {expected}")
+        with out_of_memory(lambda: suggestion(self.plan(request, exact=False), self.configs)):
+            return self._generate(request, progress)
 
-        check_sample_index(sample_index, shape)
-        outputs = [] if output is None else [numbered(check_path(output), i, shape[0]) for i in range(shape[0])]
-        check_fps(fps)
-        unguided = "negative_prompt has no effect with guidance_scale=1" if negative_prompt and not guided else None
-        warnings = told(beyond_training(num_frames), unguided)
-        warnings += self.text.cut([*prompts, negative_prompt or ""] if guided else prompts)  # told when they are read
-
+    def _generate(self, request: Request, progress: Progress) -> VideoOutput:
+        request.check(self.configs)
+        warnings = warn(request.remarks())
+        prompts = [*request.prompts, request.negative_prompt or ""] if request.guided else request.prompts
+        warnings += self.text.cut(prompts)  # logged when they are read
         self._clock.take()  # what a call that failed has left
         self._clock.progress = progress
+        text, negative = self._embed_prompts(request)
+        images = self._encode_images(request)
+        with self._clock.stage("compile"):
+            self._programs.wait("noise")
+            arguments = sampler_arguments(request, self.configs, text, negative=negative, images=images)
+        clean = self._sample(request, arguments)
+        latents = np.asarray(clean)
+        if not np.isfinite(latents).all():
+            raise UserError("the network returned NaN or infinity; check the checkpoint, or try dtype float32")
+        videos = self._decode(request, latents)
+        warnings += warn(video_checks.warnings(videos))
+        written = [file for path in request.outputs for file in files_of(path, request.num_frames)]
+        return VideoOutput(videos, clean, self._clock.take(), written, warnings)
+
+    def _embed_prompts(self, request: Request) -> tuple[jax.Array, jax.Array | None]:
+        """Embeddings `[B, 512, D]` of the prompts and, with guidance, of the negative prompt."""
         with self._clock.stage("compile"):
             self._programs.wait("text")
         with self._clock.stage("text"):
-            text = jax.device_put(np.repeat(self.text(prompts), num_samples, axis=0))
-            negative = None
-            if guided:
-                negative = jax.device_put(np.repeat(self.text([negative_prompt or ""]), shape[0], axis=0))
-        images: dict[str, jax.Array] = {}
-        if pictures:
-            with self._clock.stage("compile"):
-                self._programs.wait("image")
-            with self._clock.stage("image"):
-                sizes = dict(num_frames=num_frames, width=width, height=height)
-                images = self._image_inputs(pictures, **sizes)
-        with self._clock.stage("compile"):
-            self._programs.wait("noise")
-            arguments = sampler_arguments(
-                steps,
-                shape,
-                text,
-                negative=negative,
-                guidance_scale=guidance_scale,
-                seed=seed,
-                sample_index=sample_index,
-                latents=latents,
-                noise=noise,
-                images=images,
-            )
-        clean = self._sample(steps, sla_topk, arguments)
-        host = np.asarray(clean)
-        if not np.isfinite(host).all():
-            raise UserError("the network returned NaN or infinity; check the checkpoint, or try dtype float32")
-        with self._clock.stage("compile"):
-            self._programs.wait("vae")
-        self.experts.release()
-        with self._clock.stage("vae"):
-            vae = to_device(self.vae)
-        tiled = needs_tiling(vae, *shape[2:4], vae_tiling, limit=parse(self.memory, None)[1])
-        videos = self._decode(vae, host, outputs, fps, tiled=tiled)
-        warnings += told(*video_checks.warnings(videos))
-        written = [file for path in outputs for file in files_of(path, num_frames)]
-        return VideoOutput(videos, clean, self._clock.take(), written, warnings)
+            text = jax.device_put(np.repeat(self.text(request.prompts), request.num_samples, axis=0))
+            if not request.guided:
+                return text, None
+            return text, jax.device_put(np.repeat(self.text([request.negative_prompt or ""]), request.batch, axis=0))
 
-    def _image_inputs(self, pictures: Sequence[np.ndarray], **sizes: int) -> dict[str, jax.Array]:
-        """`image_inputs` by networks that are on the device while it runs."""
-        clip = to_device(self.clip) if self.clip else None
-        return jax.block_until_ready(image_inputs(to_device(self.vae), clip, pictures, **sizes))
+    def _encode_images(self, request: Request) -> dict[str, jax.Array]:
+        """What the network takes of the images, by networks that are on the device while they encode them."""
+        if not request.pictures:
+            return {}
+        with self._clock.stage("compile"):
+            self._programs.wait("image")
+        with self._clock.stage("image"):
+            width, height = request.size
+            vae, clip = to_device(self.vae), to_device(self.clip) if self.clip else None
+            sizes = dict(num_frames=request.num_frames, width=width, height=height)
+            return jax.block_until_ready(image_inputs(vae, clip, request.pictures, **sizes))
 
-    def _sample(self, sampler: Sampler, sla_topk: float | None, arguments: tuple) -> jax.Array:
+    def _sample(self, request: Request, arguments: tuple) -> jax.Array:
         """The steps by the networks that make them; compiled once for each part, configuration and shape."""
+        sampler, sla_topk = request.sampler_for(self.config), request.sla_topk
         ranges = self.experts.step_ranges(sampler)
         programs: list[Any] = [None] * len(ranges)
         if not self.experts.streamed:
@@ -443,17 +390,21 @@ class TurboVideoPipeline:
         """Tells the progress before a step."""
         self._clock.progress("diffusion", float(next(shares)))
 
-    def _decode(
-        self, vae: WanVAE, latents: np.ndarray, outputs: Sequence[Path], fps: int, *, tiled: bool
-    ) -> np.ndarray:
+    def _decode(self, request: Request, latents: np.ndarray) -> np.ndarray:
         """Latents `[B, t, h, w, c]` to uint8 videos `[B, T, H, W, 3]`, written to the outputs as their frames come."""
-        c = vae.config
-        _, t, h, w, _ = latents.shape
-        shape = (1 + (t - 1) * c.temporal_factor, h * c.spatial_factor, w * c.spatial_factor, 3)
+        with self._clock.stage("compile"):
+            self._programs.wait("vae")
+        self.experts.release()
+        with self._clock.stage("vae"):
+            vae = to_device(self.vae)
+        _, _, h, w, _ = latents.shape
+        tiled = needs_tiling(vae, h, w, request.vae_tiling, limit=parse(self.memory, None)[1])
+        width, height = request.size
+        shape = (request.num_frames, height, width, 3)
         videos = np.empty((len(latents), *shape), np.uint8)
         done = 0
-        for latent, video, output in itertools.zip_longest(latents, videos, outputs):
-            writing = open_video(output, shape, fps) if output else nullcontext(None)
+        for latent, video, output in itertools.zip_longest(latents, videos, request.outputs):
+            writing = open_video(output, shape, request.fps) if output else nullcontext(None)
             with self._clock.stage("file"), writing as append, self._clock.stage("vae"):
                 start = 0
                 for frames in decode(vae, latent, tiled=tiled):
@@ -471,13 +422,21 @@ class TurboVideoPipeline:
         clip = self.clip.config if self.clip else None
         return ModelConfigs(self.config, self.vae.config, self.text.config, clip, len(self.experts.names))
 
-    def plan(self, *, memory: str | float | None = None, exact: bool = True, **settings: Any) -> Plan:
-        """What a call with these settings will need of the device, stage by stage; print it.
+    def plan(
+        self,
+        request: Request | None = None,
+        *,
+        memory: str | float | None = None,
+        exact: bool = True,
+        **settings: Any,
+    ) -> Plan:
+        """Plans what a call will need of the device, stage by stage; print it.
 
-        memory: as `from_pretrained` takes it, for what that would choose; None for the weights where they are.
-        exact: on a GPU, compile the call's programs (half a minute) instead of estimating.
-        Raises UserError for impossible sizes and settings.
+        settings: the request's fields, in its place. memory: as `from_pretrained` takes it, for what that would choose;
+        None for the weights where they are. exact: on a GPU, compile the call's programs (half a minute) instead of
+        estimating. Raises UserError for impossible sizes and settings.
         """
+        request = request or Request(**settings)
         residency = None
         if memory is None:
             memory = self.memory
@@ -487,7 +446,7 @@ class TurboVideoPipeline:
                 swap_experts=self.experts.swap_experts,
                 transformer_streamed=self.experts.streamed,
             )
-        return plan_call(self.configs, abstract_call(self.configs, settings), memory, residency=residency, exact=exact)
+        return plan_call(self.configs, request, memory, residency=residency, exact=exact)
 
     def memory_report(self) -> dict[str, dict[str, int]]:
         """Bytes by component and dtype, measured from the arrays; "host" has the token table and what is not on it."""

@@ -1,33 +1,96 @@
-"""The memory plan of a call before anything is loaded: of checkpoints, names and shapes are read."""
+"""The memory plan of a call, also before anything is loaded: of checkpoints, names and shapes are read."""
 
-from collections.abc import Mapping
+import dataclasses
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from absl import logging
 
+from turbojax.errors import UserError
 from turbojax.files import user_path
-from turbojax.memory.planner import Plan
+from turbojax.memory.estimates import Residency
+from turbojax.memory.experts import BOUNDARY, NAMES, Experts
+from turbojax.memory.planner import Plan, device_limit, parse, plan
+from turbojax.models.offload import offload_embeddings
 from turbojax.models.published import MODELS, TWO_EXPERTS, ModelConfigs, known_network, published_configs
 from turbojax.models.wan import WanConfig
-from turbojax.pipeline.compile import plan_call
-from turbojax.pipeline.pipeline import abstract_call
+from turbojax.pipeline.denoise import abstract_arguments, sampler_program, with_topk
+from turbojax.pipeline.request import Request, beyond_training
 from turbojax.weights import files
 from turbojax.weights.encoders import open_umt5, open_vae
 from turbojax.weights.load import open_wan, with_options
+from turbojax.weights.skeleton import wan_skeleton
+
+
+def plan_call(
+    configs: ModelConfigs,
+    request: Request,
+    memory: str | float = "auto",
+    *,
+    residency: Residency | None = None,
+    exact: bool | None = None,
+) -> Plan:
+    """Plans what a call needs of the device, see `turbojax.memory.planner.plan`.
+
+    residency: where weights are already, None to choose. exact: compile the programs, which takes the GPU's compiler
+    half a minute; None where the estimate is near the limit; without a GPU, it is an estimate either way.
+    """
+
+    def compile_sampler(embeddings_offloaded: bool) -> Any:
+        transformer = wan_skeleton(configs.transformer).abstract()
+        if embeddings_offloaded:
+            transformer = offload_embeddings(transformer)
+        sampler, arguments = request.sampler_for(configs.transformer), abstract_arguments(request, configs)
+        transformer = with_topk(transformer, request.sla_topk)
+        return sampler_program(sampler, (0, sampler.num_steps), transformer, arguments)[1]()
+
+    workload = request.workload(configs)
+    options: dict[str, Any] = dict(memory=memory, limit=device_limit(), residency=residency)
+    found = plan(configs, workload, **options)
+    if jax.default_backend() == "gpu" and exact is not False and not (exact is None and found.estimate_suffices):
+        found = plan(configs, workload, compile_sampler=compile_sampler, **options)
+    note = beyond_training(request.num_frames)
+    return dataclasses.replace(found, notes=(note,)) if note else found
+
+
+def choose_placement(configs: ModelConfigs, request: Request, memory: str | float) -> Residency:
+    """Chooses where weights go for this call; raises UserError where nothing fits."""
+    mode, limit = parse(memory, device_limit())
+    if mode != "auto" or limit is None:
+        return dataclasses.replace(Residency.from_mode(mode), vae_tiled=request.vae_tiling == "on")
+    found = plan_call(configs, request, memory)
+    if not found.fits:
+        raise UserError(found.reasons[-1])
+    if found.residency != Residency():
+        logging.info(" ".join(found.reasons))
+    return found.residency
+
+
+def make_experts(
+    configs: ModelConfigs, residency: Residency, memory: str | float, *, boundary: float = BOUNDARY
+) -> Experts:
+    """The place for one or two transformers, which are still to be added, as the plan wants them."""
+    return Experts(
+        names=NAMES if configs.transformers > 1 else NAMES[:1],
+        boundary=boundary,
+        swap_experts=residency.swap_experts and not residency.transformer_streamed,
+        embeddings_offloaded=residency.embeddings_offloaded,
+        limit=parse(memory, device_limit())[1],
+    )
 
 
 def plan_unloaded(
     path_or_repo: str | Path,
-    settings: Mapping[str, Any],
+    request: Request,
     *,
     memory: str | float = "auto",
     exact: bool | None = True,
     **options: Any,
 ) -> Plan:
-    """What a call with these settings would need; options as `find_configs` takes them, exact as `plan_call`."""
-    configs = find_configs(path_or_repo, **options)
-    return plan_call(configs, abstract_call(configs, settings), memory, exact=exact)
+    """Plans a call without loading anything; options as `find_configs` takes them, exact as `plan_call`."""
+    return plan_call(find_configs(path_or_repo, **options), request, memory, exact=exact)
 
 
 def find_configs(

@@ -13,8 +13,8 @@ from absl import logging
 Progress = Callable[[str, float], None]
 
 
-def untold(stage: str, share: float) -> None:
-    """Progress that nobody wants to know."""
+def no_progress(stage: str, share: float) -> None:
+    """Ignores the progress."""
 
 
 class Stopwatch:
@@ -27,7 +27,7 @@ class Stopwatch:
 
     def __init__(self):
         self.seconds: dict[str, float] = {}
-        self.progress: Progress = untold
+        self.progress: Progress = no_progress
         self._thread = threading.get_ident()
         jax.monitoring.register_event_duration_secs_listener(self._listen)
 

@@ -20,8 +20,8 @@ from turbojax.errors import UserError
 from turbojax.files import whole_file
 from turbojax.media.quality import psnr
 from turbojax.media.video_checks import flaws
-from turbojax.pipeline.denoise import latent_shape
 from turbojax.pipeline.pipeline import TurboVideoPipeline
+from turbojax.pipeline.request import latent_shape
 from turbojax.shapes import SHIPPED_SIGMA_MAX, SHIPPED_TOPK
 from turbojax.shapes.judge import Judge
 from turbojax.shapes.scene import Scene, caption, random_scene
@@ -109,7 +109,7 @@ def noise(tasks: Sequence[Task], shape: tuple[int, ...], steps: int, *, seed: in
 
 
 def make_videos(
-    pipe: TurboVideoPipeline, tasks: Sequence[Task], call: Mapping[str, Any], size: Mapping[str, int], *, seed: int
+    pipe: TurboVideoPipeline, tasks: Sequence[Task], call: Mapping[str, Any], size: Mapping[str, Any], *, seed: int
 ) -> np.ndarray:
     """uint8 `[B, T, H, W, 3]`; size: num_frames, height and width."""
     shape = latent_shape(pipe.vae.config, size["num_frames"], size["height"], size["width"])

@@ -13,7 +13,7 @@ from turbojax.diffusion.samplers import Sampler
 from turbojax.errors import UserError
 from turbojax.json_reader import AnyOf, Array, Boolean, Enum, Integer, Nullable, Number, Schema, String
 from turbojax.models.vae import VAEConfig, check_video
-from turbojax.pipeline.denoise import make_sampler
+from turbojax.pipeline.request import make_sampler
 from turbojax.train.autoencoder import Autoencoding
 from turbojax.train.losses import Tangent
 from turbojax.train.recipes import RCM, SLA, FlowMatching, Recipe

@@ -27,7 +27,7 @@ from turbojax.media.video import check_fps, read_video
 from turbojax.models import vae as vae_model
 from turbojax.models.umt5 import encode_text
 from turbojax.models.vae import WanVAE
-from turbojax.pipeline.denoise import latent_shape
+from turbojax.pipeline.request import latent_shape
 from turbojax.pipeline.text import TextEncoder
 from turbojax.text_files import read_text, split_lines
 from turbojax.train.data import (

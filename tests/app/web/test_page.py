@@ -33,7 +33,7 @@ class Gate:
         self.pipe, self.open, self.held = pipe, threading.Event(), threading.Event()
         self.open.set()
 
-    def __call__(self, *arguments, progress, **settings):
+    def generate(self, request, *, progress):
         def held(stage, share):
             progress(stage, share)
             if stage == "diffusion":
@@ -41,7 +41,7 @@ class Gate:
                 assert self.open.wait(PATIENCE)
                 progress(stage, share)
 
-        return self.pipe(*arguments, progress=held, **settings)
+        return self.pipe.generate(request, progress=held)
 
 
 @pytest.fixture(scope="module")

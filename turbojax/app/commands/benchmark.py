@@ -46,7 +46,7 @@ from turbojax.media.video import check_path, video_size
 from turbojax.models.published import MODELS
 from turbojax.models.tokenizer import Tokenizer
 from turbojax.models.vae import VAEConfig
-from turbojax.pipeline.denoise import latent_shape
+from turbojax.pipeline.request import latent_shape
 from turbojax.shapes import WORDS
 from turbojax.shapes.demo import demo_picture
 from turbojax.weights.load import with_options

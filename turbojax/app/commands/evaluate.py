@@ -24,7 +24,7 @@ from absl import flags
 from turbojax.app import cli
 from turbojax.errors import UserError
 from turbojax.files import check_file, check_folder, user_path, whole_file
-from turbojax.pipeline.denoise import check_seed
+from turbojax.pipeline.request import check_seed
 from turbojax.shapes import MODEL
 from turbojax.shapes.judge import train_judge
 from turbojax.shapes_training.evaluate import (

@@ -25,7 +25,7 @@ from turbojax.files import check_folder
 from turbojax.media.ffmpeg import check_decoder
 from turbojax.media.video import check_fps, video_size
 from turbojax.models.vae import VAEConfig
-from turbojax.pipeline.denoise import latent_shape
+from turbojax.pipeline.request import latent_shape
 from turbojax.shapes import MODEL
 from turbojax.train.make_shards import find_clips, load_encoders, make_shards
 from turbojax.weights.files import find_components, open_repository

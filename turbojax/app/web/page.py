@@ -16,7 +16,7 @@ from absl import logging
 from gradio.utils import get_upload_folder, is_in_or_equal
 from ml_collections import ConfigDict
 
-from turbojax.app.generate import Studio, limits, makes_from_images, plan
+from turbojax.app.generate import PipelineCache, limits, makes_from_images, plan
 from turbojax.app.web.album import Album, Entry
 from turbojax.app.web.form import AS_STARTED, MOST_FRAMES, NAMES, first_values, image_of, read_form, resolutions
 from turbojax.app.web.jobs import MOST, Job, Jobs
@@ -72,13 +72,13 @@ class Server:
     """What the page's events call: one queue, one pipeline, one folder of videos for all who look at the page."""
 
     def __init__(self, config: ConfigDict, folder: Path):
-        self.config, self.album, self.jobs, self.studio = config, Album(folder), Jobs(), Studio()
+        self.config, self.album, self.jobs, self.pipelines = config, Album(folder), Jobs(), PipelineCache()
 
     def make(self, config: ConfigDict, values: Mapping[str, Any], progress: Progress) -> tuple[Entry, list[str]]:
         """A job's work: a video in the album, and what the pipeline warns of."""
         path = self.album.new_path()
         try:
-            result = self.studio.make(config, path, progress)
+            result = self.pipelines.make(config, path, progress)
         except (MemoryError, jax.errors.JaxRuntimeError) as error:
             if not short_of_memory(error):
                 raise
