@@ -24,6 +24,6 @@ class CheckpointError(UserError):
 
 
 def quoted(value: Any) -> str:
-    """A value as errors show it: in Python's notation, on one line, at most some MOST_QUOTED characters."""
+    """Shows a value as errors do: in Python's notation, on one line, at most some MOST_QUOTED characters."""
     text = _short.repr(value)
     return text if len(text) <= MOST_QUOTED + 4 else f"{text[:MOST_QUOTED]}..."

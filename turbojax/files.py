@@ -24,7 +24,7 @@ _OLD = re.compile(r"\.(?P<name>.+)\.turbojax-[0-9a-f]{8}\.old")
 
 
 def user_path(path: str | os.PathLike) -> Path:
-    """The path that a user names, with ~ expanded; raises UserError where there is no such home folder."""
+    """Returns the path that a user names, with ~ expanded; raises UserError where there is no such home folder."""
     text = os.fspath(path)
     if "\0" in text:
         raise UserError(f"{text!r} is no path: it has a NUL character; leave that out")
@@ -62,7 +62,7 @@ def make_parent(path: Path) -> None:
 
 
 def check_file(path: str | os.PathLike) -> Path:
-    """The path of a file that is to be written after some work; raises UserError where it cannot be written."""
+    """Returns the path of a file that is to be written after some work; raises UserError where it cannot be written."""
     path = user_path(path)
     with _one_sentence(path):
         _check_regular(path)
@@ -71,7 +71,7 @@ def check_file(path: str | os.PathLike) -> Path:
 
 
 def check_folder(folder: str | os.PathLike) -> Path:
-    """A folder that is to be written to after some work; it is made. Raises UserError where it cannot be written to."""
+    """Makes a folder that is to be written to after some work. Raises UserError where it cannot be written to."""
     folder = user_path(folder)
     make_folder(folder)
     check_parent(folder / "file")
@@ -79,9 +79,9 @@ def check_folder(folder: str | os.PathLike) -> Path:
 
 
 def check_parent(path: Path) -> None:
-    """Tries whether something can be made beside `path`, or in the first folder above that is there.
+    """Makes and removes a file beside `path`, or in the first folder above that is there.
 
-    Leaves nothing; raises UserError where it cannot.
+    Raises UserError where it cannot.
     """
     with _one_sentence(path):
         folder = next(parent for parent in _behind_links(path).absolute().parents if parent.exists())
@@ -303,7 +303,7 @@ def _check_regular(path: Path) -> None:
 
 
 def _behind_links(path: Path) -> Path:
-    """The file or folder that is meant: a link stays one, and is not what is replaced."""
+    """Returns the file or folder behind a link, which stays a link and is not replaced itself."""
     return Path(os.path.realpath(path)) if os.path.islink(path) else path
 
 

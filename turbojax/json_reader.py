@@ -41,7 +41,7 @@ class Schema(Protocol):
     """The values that a field may have."""
 
     def check(self, value: Any, field: str) -> Any:
-        """The value as Python code uses it; raises Mismatch. field: its name in the error, "" for all of the file."""
+        """Returns the value as Python code uses it; raises Mismatch. field: its name in errors, "" for all of it."""
         ...
 
 
@@ -72,7 +72,7 @@ class Integer:
 
 @dataclasses.dataclass(frozen=True)
 class Number:
-    """A finite number, as a float; above: whether the minimum itself is too small."""
+    """A finite number, as a float; above: it must be above the minimum."""
 
     minimum: float
     maximum: float
@@ -271,7 +271,7 @@ def read_json_lines(
 
 
 def read_regular(path: str | os.PathLike, *, suggestion: str, error: type[UserError], most_bytes: int) -> bytes:
-    """The bytes of a regular file that holds at most most_bytes; raises `error`, see `read_json`."""
+    """Reads a regular file that holds at most most_bytes; raises `error`, see `read_json`."""
     try:
         with open(path, "rb", opener=without_waiting) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -303,7 +303,7 @@ def parse_json(
     error: type[UserError] = CheckpointError,
     most_bytes: int = MOST_BYTES,
 ) -> Any:
-    """`read_json` for what has been read: UTF-8, with or without a byte order mark. name: stands for the file."""
+    """Does as `read_json` with bytes that were read, UTF-8 with or without a byte order mark. name: of the file."""
     try:
         return schema.check(load(content, most_bytes), "")
     except Mismatch as problem:
@@ -318,7 +318,7 @@ def parse_json(
 def check_value(
     value: Any, schema: Schema, *, name: str, suggestion: str, error: type[UserError] = CheckpointError
 ) -> Any:
-    """`read_json` for what something else has parsed, such as the header of a safetensors file."""
+    """Does as `read_json` with a value that something else has parsed, such as the header of a safetensors file."""
     try:
         return schema.check(value, "")
     except Mismatch as problem:
@@ -326,7 +326,7 @@ def check_value(
 
 
 def load(content: bytes, most_bytes: int = MOST_BYTES) -> Any:
-    """A value of JSON without a schema yet; raises ValueError, of which Mismatch is one."""
+    """Parses JSON without a schema yet; raises ValueError, of which Mismatch is one."""
     if len(content) > most_bytes:
         raise Mismatch(f"it holds more than {most_bytes} bytes")
     check_nesting(content)

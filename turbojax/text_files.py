@@ -12,7 +12,7 @@ LINE_END = re.compile(r"\r\n|\n|\r")  # str.splitlines also ends lines at U+2028
 
 
 def read_text(path: str | os.PathLike) -> str:
-    """The text of a regular file in UTF-8, with or without a byte order mark, or in UTF-16 with one.
+    """Reads a regular file of text in UTF-8, with or without a byte order mark, or in UTF-16 with one.
 
     Raises UserError for another file, and for bytes that are neither, by their line.
     """
@@ -37,7 +37,7 @@ def read_text(path: str | os.PathLike) -> str:
 
 
 def split_lines(text: str) -> list[str]:
-    r"""The lines of a text, which end in \n, \r\n or \r and nowhere else."""
+    r"""Splits a text into its lines, which end in \n, \r\n or \r and nowhere else."""
     return LINE_END.split(text)
 
 

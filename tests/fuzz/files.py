@@ -68,7 +68,7 @@ def to_safetensors(tensors: Iterable[tuple[str, np.ndarray]], metadata: dict[str
 
 
 def to_pth(tensors: Tensors) -> bytes:
-    """As our writer and PyTorch's newest lay it out."""
+    """Writes a file as our writer does, and as PyTorch's newest."""
     file = BytesIO()
     pth.write(file, tensors.items())
     return file.getvalue()

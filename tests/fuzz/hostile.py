@@ -95,7 +95,7 @@ def headers() -> Iterator[bytes]:
 
 
 def texts() -> Iterator[bytes]:
-    """What is no JSON, or more of it than anybody needs."""
+    """Yields texts that are no JSON, or more of it than anybody needs."""
     yield b"[" * 100_000
     yield b'{"a":' * 100_000
     yield b'{"dim":' + b"9" * 10**5 + b"}"

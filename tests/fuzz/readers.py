@@ -52,14 +52,14 @@ def read_safetensors(folder: Path) -> None:
 
 
 def read_unchanged_pth(folder: Path) -> None:
-    """Of a file whose values are whole: those values, or nothing."""
+    """Reads a file whose values are whole: returns those, or refuses it."""
     got = read_tensors(folder / "unchanged.pth")
     if got.keys() != SMALL.keys() or any(not np.array_equal(got[name], value) for name, value in SMALL.items()):
         raise WrongValuesError(f"values changed without a word: {got}")
 
 
 def convert_damaged(folder: Path) -> None:
-    """Of a file with wrong bytes anywhere: what was in it before, or nothing."""
+    """Converts a file with wrong bytes anywhere: to what was in it before, or refuses it."""
     convert(folder / "x.pth", folder / "out.safetensors", dtype=jnp.bfloat16, overwrite=True)
     got, wanted = read_tensors(folder / "out.safetensors"), files.networks()["transformer"][0]
     if got.keys() != wanted.keys() or any(got[name].tobytes() != value.tobytes() for name, value in wanted.items()):

@@ -73,7 +73,7 @@ def run(numbers: range, *, seed: int) -> Summary:
 
 
 def reports(numbers: range, seed: int, errors: Any):
-    """What a worker says of these inputs, and how it ended if that was before the last."""
+    """Yields what a worker says of these inputs, and how it ended if that was before the last."""
     command = [
         sys.executable,
         "-m",

@@ -38,7 +38,7 @@ def official(tensors: Tensors, patch: tuple[int, int, int] = (1, 2, 2)) -> Tenso
 
 
 def training(tensors: Tensors) -> Tensors:
-    """What TurboDiffusion's training saves: a prefix, wrappers inside names, bookkeeping."""
+    """TurboDiffusion's training checkpoints: a prefix, wrappers inside names, bookkeeping."""
     wrapped = {
         f"net.{name}".replace("blocks.0.", "blocks.0._checkpoint_wrapped_module."): tensors[name] for name in tensors
     }

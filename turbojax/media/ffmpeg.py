@@ -24,7 +24,7 @@ from absl import logging
 
 from turbojax.errors import UserError
 
-X264 = ("-preset", "superfast", "-crf", "12")  # fast, and 44 dB; docs/performance.md has the alternatives
+X264 = ("-preset", "superfast", "-crf", "12")  # fast, and 44 dB; docs/notes has the alternatives
 PIPE_BYTES = 2**20  # of the pipe to the encoder, where the system allows it
 MOST_PIXELS = 2**26  # of a frame that is read: 8192 x 8192
 MATRICES = ("bt709", "smpte170m", "bt470bg", "fcc", "smpte240m", "bt2020nc", "bt2020ncl", "bt2020c")
@@ -35,7 +35,7 @@ STREAM = re.compile(
 
 
 def program() -> str:
-    """The path of ffmpeg, which may be no such program; raises OSError where none is found."""
+    """Returns the path of ffmpeg, which may be no such program; raises OSError where none is found."""
     try:
         return imageio_ffmpeg.get_ffmpeg_exe()
     except RuntimeError as error:
@@ -43,7 +43,7 @@ def program() -> str:
 
 
 def check_encoder() -> None:
-    """Encodes two frames in memory, once for each program; raises UserError with the ways out where that fails."""
+    """Encodes two frames in memory, once for each program; raises UserError with what to do where that fails."""
     suggestion = "end the output in .gif or .png, or set IMAGEIO_FFMPEG_EXE to an ffmpeg with libx264"
     check(try_encoder, "mp4 cannot be written", suggestion)
 
@@ -64,7 +64,7 @@ def check_decoder() -> None:
 
 
 def check(trial: Callable[[str], None], consequence: str, suggestion: str) -> None:
-    """Tries the program; raises UserError with its reason, what cannot be done without it, and the ways out."""
+    """Tries the program; raises UserError with its reason, what cannot be done without it, and what to do."""
     try:
         trial(program())
     except OSError as error:
@@ -147,7 +147,7 @@ def url(path: str | os.PathLike) -> str:
 def running(
     command: Sequence[str], messages: IO[bytes], *, stdin: int = subprocess.DEVNULL, stdout: int = subprocess.DEVNULL
 ) -> Iterator[subprocess.Popen[bytes]]:
-    """ffmpeg as a process that ends with the block; what it prints goes to messages."""
+    """Runs ffmpeg as a process that ends with the block; what it prints goes to messages."""
     with starting(command[0]):
         # In a session of its own: ctrl-C is for this process, which ends the other.
         process = subprocess.Popen(command, stdin=stdin, stdout=stdout, stderr=messages, start_new_session=True)
@@ -191,7 +191,7 @@ def source(path: Path) -> list[str]:
 
 
 def describe(path: Path) -> Stream:
-    """The video in a file; raises OSError where ffmpeg finds none."""
+    """Describes the video in a file; raises OSError where ffmpeg finds none."""
     command = [program(), "-hide_banner", *source(path)]
     with starting(command[0]):
         done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL, start_new_session=True)
@@ -213,7 +213,7 @@ def named_colours(text: str) -> tuple[str | None, str | None]:
 
 
 def read_frames(path: Path, *, fps: int) -> Generator[np.ndarray]:
-    """The frames of a video file at that many a second, those nearest in time, uint8 `[H, W, 3]`.
+    """Yields the frames of a video file at that many a second, those nearest in time, uint8 `[H, W, 3]`.
 
     Colours are converted by the matrix and range that the file names, else by those that players guess. Raises OSError
     for a file that ffmpeg cannot read.
@@ -238,7 +238,7 @@ def read_frames(path: Path, *, fps: int) -> Generator[np.ndarray]:
 
 
 def read_ppm(stream: IO[bytes]) -> np.ndarray | None:
-    """The next frame of a stream of PPM images, which say their size, uint8 `[H, W, 3]`; None at the end."""
+    """Reads the next frame of a stream of PPM images, which say their size, uint8 `[H, W, 3]`; None at the end."""
     lines = [stream.readline() for _ in range(3)]
     if not lines[2]:
         return None

@@ -38,7 +38,7 @@ ImageSource = str | os.PathLike | np.ndarray | Image.Image
 
 
 def read_image(source: ImageSource, *, background: str = "white") -> np.ndarray:
-    """Any image as uint8 `[H, W, 3]`, upright.
+    """Reads any image as uint8 `[H, W, 3]`, upright.
 
     source: a file's path; an array `[H, W]`, `[H, W, 1]`, `[H, W, 3]` or `[H, W, 4]` of uint8, uint16 or floats in
       0..1; or a PIL image. EXIF orientation is applied, 16 bits are rounded to 8, and of an animation the first frame
@@ -57,7 +57,7 @@ def read_image(source: ImageSource, *, background: str = "white") -> np.ndarray:
 
 
 def check_colour(background: str) -> tuple[int, ...]:
-    """Red, green and blue of a colour by name or as "#rrggbb"; raises UserError for what is none."""
+    """Returns red, green and blue of a colour by name or as "#rrggbb"; raises UserError for what is none."""
     try:
         return ImageColor.getrgb(background)[:3]
     except ValueError as error:
@@ -67,7 +67,7 @@ def check_colour(background: str) -> tuple[int, ...]:
 
 
 def from_file(source: str | os.PathLike, background: tuple[int, ...]) -> np.ndarray:
-    """An image file; whatever Pillow raises becomes one sentence."""
+    """Reads an image file; whatever Pillow raises becomes one sentence."""
     if URL.match(os.fspath(source)):
         raise UserError(f"the image {quoted(os.fspath(source))} is an address; download it, and give the file")
     path = user_path(source)
@@ -104,7 +104,7 @@ def from_file(source: str | os.PathLike, background: tuple[int, ...]) -> np.ndar
 
 
 def what_it_is(path: Path) -> str:
-    """The kind of a file that is no image and what to do with it, as the end of a sentence."""
+    """Names the kind of a file that is no image, and what to do with it, as the end of a sentence."""
     with path.open("rb") as file:
         start = file.read(1000)
     if not start:
@@ -121,7 +121,7 @@ def brief(error: Exception) -> str:
 
 
 def mend_transparency(image: Image.Image) -> None:
-    """The level of a PNG file that is transparent, in the bits that Pillow makes of a level but not of this one."""
+    """Brings the transparent level of a PNG file to the bits that Pillow gives all other levels."""
     key = image.info.get("transparency")
     if isinstance(image, PngImagePlugin.PngImageFile) and key is not None and image.tile:
         match image.tile[0].args:
@@ -134,7 +134,7 @@ def mend_transparency(image: Image.Image) -> None:
 
 
 def as_pil(array: np.ndarray) -> Image.Image:
-    """An array as a PIL image; raises UserError for other shapes, types and values."""
+    """Returns an array as a PIL image; raises UserError for other shapes, types and values."""
     if array.ndim not in (2, 3) or array.size == 0 or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
         raise UserError(f"an image is [H, W], or [H, W, C] with 1, 3 or 4 channels, not {list(array.shape)}")
     if array.ndim == 3 and array.shape[2] == 1:
@@ -200,7 +200,7 @@ def to_srgb(image: Image.Image) -> Image.Image:
 
 
 def convert(image: Image.Image, profile: ImageCms.ImageCmsProfile | ImageCms.core.CmsProfile) -> Image.Image:
-    """From a profile's colours to sRGB's, as photo programs do by default; raises PyCMSError."""
+    """Converts a profile's colours to sRGB's, as photo programs do by default; raises PyCMSError."""
     converted = ImageCms.profileToProfile(
         image,
         profile,
@@ -219,7 +219,7 @@ def to_8_bits(levels: np.ndarray) -> np.ndarray:
 
 
 def adaptive_size(image: tuple[int, int], video: tuple[int, int], *, step: int = 16) -> tuple[int, int]:
-    """The width and height, multiples of `step`, that keep the image's shape at the area of a video's size.
+    """Returns width and height, multiples of `step`, that keep the image's shape at the area of a video's size.
 
     image, video: width and height. Raises UserError for an image so long that a side would pass LONGEST_SIDE.
     Source: TurboDiffusion, inference/wan2.2_i2v_infer.py (`adaptive_resolution`); a tie goes to the even multiple.
@@ -233,7 +233,7 @@ def adaptive_size(image: tuple[int, int], video: tuple[int, int], *, step: int =
 
 
 def resize(image: np.ndarray, width: int, height: int) -> np.ndarray:
-    """The image `[H, W, 3]` at that size, bilinear with antialiasing on 8-bit levels, as the models are run."""
+    """Resizes an image `[H, W, 3]`, bilinear with antialiasing on 8-bit levels, as the models are run."""
     if image.shape[:2] == (height, width):
         return image
     return np.array(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))

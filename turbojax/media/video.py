@@ -19,20 +19,8 @@ from turbojax.media.ffmpeg import check_decoder, check_encoder, mp4_encoder, rea
 
 # Width and height in pixels, as Wan and TurboDiffusion use them.
 SIZES: dict[str, dict[str, tuple[int, int]]] = {
-    "480p": {
-        "16:9": (832, 480),
-        "9:16": (480, 832),
-        "4:3": (640, 480),
-        "3:4": (480, 640),
-        "1:1": (640, 640),
-    },
-    "720p": {
-        "16:9": (1280, 720),
-        "9:16": (720, 1280),
-        "4:3": (960, 720),
-        "3:4": (720, 960),
-        "1:1": (960, 960),
-    },
+    "480p": {"16:9": (832, 480), "9:16": (480, 832), "4:3": (640, 480), "3:4": (480, 640), "1:1": (640, 640)},
+    "720p": {"16:9": (1280, 720), "9:16": (720, 1280), "4:3": (960, 720), "3:4": (720, 960), "1:1": (960, 960)},
 }
 FORMATS = (".mp4", ".gif", ".png")
 MOST_QUEUED = 8  # for the encoder; a bound on memory
@@ -48,7 +36,7 @@ def video_size(resolution: str, aspect_ratio: str) -> tuple[int, int]:
 
 
 def check_path(path: str | os.PathLike) -> Path:
-    """The path of a video to be written; raises UserError where none can be, for mp4 after encoding two frames."""
+    """Returns the path of a video to be written; raises UserError where none can be. Tries the encoder of mp4."""
     path = user_path(path)
     if path.suffix.lower() not in FORMATS:
         raise UserError(f"output {str(path)!r} has no video format; end it in {', '.join(FORMATS)}")
@@ -147,7 +135,7 @@ def in_a_thread(write: Callable[[np.ndarray], None]) -> Iterator[Callable[[np.nd
 
 @contextmanager
 def gif_encoder(path: Path, fps: int) -> Iterator[Callable[[np.ndarray], None]]:
-    """GIF has hundredths of a second: each frame ends at the one nearest to its time, so that errors do not add up."""
+    """Encodes at the end; each frame ends at the nearest hundredth of a second, so that GIF's errors do not add up."""
     if fps > 50:
         logging.warning("Browsers slow down a GIF of more than 50 frames a second, not %d; mp4 has no such limit", fps)
     frames: list[Image.Image] = []
@@ -176,7 +164,7 @@ def files_of(path: Path, num_frames: int) -> list[Path]:
 
 
 def read_video(path: str | os.PathLike, *, num_frames: int, height: int, width: int, fps: int = 16) -> np.ndarray:
-    """The first num_frames frames of a video at `fps` frames a second, uint8 `[num_frames, height, width, 3]`.
+    """Reads the first num_frames frames of a video at `fps` frames a second, uint8 `[num_frames, height, width, 3]`.
 
     Frames are the nearest in time to those of the file. They are resized to cover height x width pixels and cut around
     their centre. Raises UserError for a file that cannot be read or is too short.

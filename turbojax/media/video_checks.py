@@ -9,7 +9,7 @@ SAME = 8  # levels that a pixel may differ from the first frame's and count as s
 ENOUGH = 128  # pixels of the shorter side that are looked at
 FEW = 1e-3  # share of the pixels that may be otherwise
 
-# What is wrong, and the way out.
+# Flaws, and what to do about them.
 FLAWS: dict[str, str] = {
     "not finite": "the network or the VAE returned NaN or infinity; check the checkpoint, or try dtype float32",
     "black": "check that VAE and transformer belong together, and try dtype float32 or another seed",
@@ -18,7 +18,7 @@ FLAWS: dict[str, str] = {
 
 
 def flaws(video: np.ndarray) -> tuple[str, ...]:
-    """Names of FLAWS that a video has; uint8 levels or floats in [-1, 1], `[T, H, W, 3]`. One frame is never static."""
+    """Names the FLAWS of a video, uint8 levels or floats in [-1, 1], `[T, H, W, 3]`. One frame is never static."""
     step = max(1, min(video.shape[1:3]) // ENOUGH)
     video = video[:, ::step, ::step]
     if video.dtype != np.uint8:
@@ -34,7 +34,7 @@ def flaws(video: np.ndarray) -> tuple[str, ...]:
 
 
 def warnings(videos: np.ndarray) -> Iterator[str]:
-    """A line for each flaw of each video `[B, T, H, W, 3]`, with the way out."""
+    """Yields a line for each flaw of each video `[B, T, H, W, 3]`, with what to do."""
     for i, video in enumerate(videos):
         for name in flaws(video):
             yield f"{'The video' if len(videos) == 1 else f'Video {i}'} is {name}: {FLAWS[name]}"

@@ -64,7 +64,7 @@ def clip_rules(tensors: Mapping[str, np.ndarray]) -> tuple[Rule, ...]:
 
 
 def clip_tensors(tensors: Mapping[str, np.ndarray], num_layers: int) -> dict[str, np.ndarray]:
-    """The checkpoint's tensors without the layers from num_layers on; the official to_qkv as its q, k and v."""
+    """Returns the checkpoint's tensors without the layers from num_layers on; the official to_qkv as its q, k and v."""
     out: dict[str, np.ndarray] = {}
     for name, tensor in tensors.items():
         if (layer := _layer_of(name)) is not None and layer >= num_layers:
@@ -79,7 +79,7 @@ def clip_tensors(tensors: Mapping[str, np.ndarray], num_layers: int) -> dict[str
 
 
 def detect_clip_config(tensors: Mapping[str, np.ndarray], **changes: Any) -> CLIPConfig:
-    """The configuration that names and shapes tell, with `changes` on top. Raises CheckpointError for another file."""
+    """Detects the configuration by names and shapes, with `changes` on top. Raises CheckpointError for another file."""
     official = clip_rules(tensors) is CLIP_OFFICIAL
     patch, first = (
         ("visual.patch_embedding.weight", "visual.transformer.0.mlp.0.weight")

@@ -37,7 +37,7 @@ INFERENCE_DEFAULTS = ("sla_topk", "sigma_max")  # settings that `convert` takes 
 
 
 class Summary(NamedTuple):
-    """What was written: the component, the number of tensors and their bytes."""
+    """Component that was written, its number of tensors and their bytes."""
 
     component: str
     tensors: int
@@ -70,7 +70,7 @@ def convert(
     sla_topk: float | None = None,
     sigma_max: float | None = None,
 ) -> Summary:
-    """Converts a transformer, VAE or text encoder, told apart by the names of its tensors.
+    """Converts a transformer, VAE or text encoder; the names of its tensors say which it is.
 
     quantize: "block128" or "channel" for int8 linear layers in a transformer's blocks; None keeps what the file has.
     dtype: of everything that is not int8 or a scale.
@@ -92,7 +92,7 @@ def convert(
         name: value for name, value in zip(INFERENCE_DEFAULTS, (sla_topk, sigma_max), strict=True) if value is not None
     }
     if component == "transformer":
-        checkpoint = to_run_with(open_wan(source), run_with, format=format)
+        checkpoint = with_inference_defaults(open_wan(source), run_with, format=format)
         tensors = CheckedTensors(checkpoint.tensors, checksums=True)
         checkpoint = checkpoint._replace(tensors=tensors)
         summary = write_transformer(checkpoint, output, quantize=quantize, dtype=dtype, format=format, names=names)
@@ -106,7 +106,7 @@ def convert(
     return convert_encoder(source, output, component, dtype=dtype)
 
 
-def to_run_with(checkpoint: WanCheckpoint, settings: Mapping[str, Any], *, format: str) -> WanCheckpoint:
+def with_inference_defaults(checkpoint: WanCheckpoint, settings: Mapping[str, Any], *, format: str) -> WanCheckpoint:
     """Sets INFERENCE_DEFAULTS of the checkpoint; raises UserError where they cannot be or have no effect."""
     if settings and format == "pth":
         raise UserError(f"a .pth file has no place for {' and '.join(settings)}; take format='safetensors'")
@@ -136,7 +136,7 @@ def check_output(output: Path, *, format: str, names: str, overwrite: bool) -> N
 
 
 def component_of(tensors: Mapping[str, np.ndarray]) -> str:
-    """Which of the three a checkpoint is; "transformer" unless its names say otherwise, so that errors name one."""
+    """Tells the component from the names; "transformer" unless they say otherwise, so that errors name one."""
     if any(name.endswith(("token_embedding.weight", "shared.weight")) for name in tensors):
         return "text encoder"
     if any(name.startswith("decoder.") for name in tensors):
@@ -207,7 +207,7 @@ def write_wan(
 
 
 def header_for(output: Path, config: WanConfig, layout: Layout, rules: tuple[Rule, ...]) -> dict[str, str]:
-    """The header of a file with these names, empty where the format has none.
+    """Makes the header of a file with these names, empty where the format has none.
 
     Raises UserError where a reader of the file would take it for another network; warns of settings that have to be
     given to it from then on.
@@ -226,7 +226,7 @@ def header_for(output: Path, config: WanConfig, layout: Layout, rules: tuple[Rul
 def write_file(
     output: Path, tensors: Iterator[tuple[str, np.ndarray]], specs: Mapping[str, Any], metadata: dict[str, str]
 ) -> None:
-    """Named arrays as a .safetensors file, or a .pth file without the metadata."""
+    """Writes named arrays as a .safetensors file, or a .pth file without the metadata."""
     if output.suffix == ".pth":
         write_pth(output, tensors)
     else:
@@ -240,7 +240,7 @@ def stored_dtype(name: str, dtype: Any) -> np.dtype:
 
 
 def convert_encoder(source: Any, output: Path, component: str, *, dtype: Any) -> Summary:
-    """A VAE or a text encoder under the names it has, cast; checked against the module first."""
+    """Writes a VAE or a text encoder under the names it has, cast; checks it against the module first."""
     open_vae(source) if component == "VAE" else open_umt5(source)
     tensors = CheckedTensors(read_tensors(source), checksums=True)
     specs = {name: jax.ShapeDtypeStruct(spec.shape, jnp.dtype(dtype)) for name, spec in tensors.specs.items()}

@@ -72,7 +72,7 @@ def write_converted(output: Path, config: WanConfig, tensor: Callable[[TensorKey
 
 
 def stack_layers(tensor: Callable[[TensorKey], Any], name: str, spec: jax.ShapeDtypeStruct) -> np.ndarray:
-    """A parameter as the module holds it, those of the blocks with a leading axis of layers."""
+    """Puts a parameter together as the module holds it, those of the blocks with a leading axis of layers."""
     array = np.empty(spec.shape, spec.dtype)
     for layer in range(spec.shape[0]) if is_stacked(name) else (None,):
         value = np.asarray(tensor(TensorKey(name, layer)))

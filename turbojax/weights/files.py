@@ -76,7 +76,7 @@ class Repository(NamedTuple):
 
 
 def open_repository(path_or_repo: str | Path) -> Repository:
-    """A folder, the folder of a file, or a Hugging Face repository "owner/name"."""
+    """Opens a folder, the folder of a file, or a Hugging Face repository "owner/name"."""
     path = user_path(path_or_repo)
     remove_stale(path.parent)  # of a converted folder that lost its name when its conversion was killed
     if path.is_file():
@@ -95,7 +95,7 @@ def open_repository(path_or_repo: str | Path) -> Repository:
 
 
 def open_hub(name: str) -> Repository:
-    """A Hugging Face repository; downloads go to its cache folder and resume."""
+    """Opens a Hugging Face repository; downloads go to its cache folder and resume."""
     import huggingface_hub.constants
 
     if huggingface_hub.constants.HF_HUB_CACHE.startswith("~"):  # it would make a folder of that name
@@ -118,7 +118,7 @@ def open_hub(name: str) -> Repository:
 
 
 def cached_files(name: str) -> list[str]:
-    """Files of a repository that were downloaded before, for use without a network."""
+    """Lists files of a repository that were downloaded before, for use without a network."""
     import huggingface_hub
 
     try:
@@ -134,7 +134,7 @@ def unreachable(what: str, error: Exception) -> str:
 
 
 def find(repository: Repository, component: str, *, quantized: bool | None = None) -> Path | None:
-    """The local path of a component's file, or None if the repository has none.
+    """Finds the local path of a component's file; None if the repository has none.
 
     quantized: where a repository has both forms (NAME.pth and NAME-quant.pth), which one; None takes the plain one.
     """
@@ -152,7 +152,7 @@ def find(repository: Repository, component: str, *, quantized: bool | None = Non
 
 
 def find_networks(path_or_repo: str | Path, *, quantized: bool | None = None) -> tuple[Path, Path | None]:
-    """The transformer's file, or the files of the two experts for high and for low noise.
+    """Finds the transformer's file, or the files of the two experts for high and for low noise.
 
     path_or_repo: a repository, a folder, a file or a converted folder; of an expert, the other one's lies beside it.
     Raises UserError where there is none, or one expert without the other.
@@ -172,7 +172,7 @@ def find_networks(path_or_repo: str | Path, *, quantized: bool | None = None) ->
 
 
 def sole_transformer(repository: Repository, *, quantized: bool | None = None) -> Path:
-    """The transformer that a repository holds; raises UserError where there is none."""
+    """Finds the transformer that a repository holds; raises UserError where there is none."""
     found = find(repository, "transformer", quantized=quantized)
     if found is None:
         raise UserError(f"{repository.name} holds no transformer checkpoint; give the file's path")
@@ -180,7 +180,7 @@ def sole_transformer(repository: Repository, *, quantized: bool | None = None) -
 
 
 def find_other(path: Path) -> tuple[Path, Path | None]:
-    """A file, and the other expert's if its name says "high" or "low"; the one for high noise first."""
+    """Returns a file, and the other expert's if its name says "high" or "low"; the one for high noise first."""
     for own, other in (("high", "low"), ("low", "high")):
         if re.search(word(own), path.name):
             beside = path.with_name(re.sub(word(own), other, path.name))
@@ -205,7 +205,7 @@ def transformer_path(path_or_repo: str | Path) -> Path:
 
 
 def find_components(repository: Repository | None, given: Mapping[str, str | Path | None]) -> dict[str, Path]:
-    """Each component's local path: the given one, else the repository's own, else that of a repository that has it.
+    """Finds each component: the path that is given, else the repository's own, else one of a repository that has it.
 
     Raises UserError for a component that is nowhere.
     """
@@ -222,7 +222,7 @@ def find_components(repository: Repository | None, given: Mapping[str, str | Pat
 
 
 def fetch(repository: Repository, name: str) -> Path:
-    """A file with what belongs to it: the shards of an index, the configuration beside it."""
+    """Gets a file with what belongs to it: the shards of an index, the configuration beside it."""
     path = repository.get(name)
     folder = name.rpartition("/")[0]
     beside = [n for n in repository.files if n.rpartition("/")[0] == folder]

@@ -26,7 +26,7 @@ MAX_TENSORS, MAX_NAME = 20_000, 500  # published checkpoints have some 1,000, wi
 
 
 def read_tensors(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """All tensors of a checkpoint by name, as read-only views of the memory-mapped file.
+    """Reads all tensors of a checkpoint by name, as read-only views of the memory-mapped file.
 
     `path` is a .safetensors file, a *.safetensors.index.json of a sharded one, a .pth, .pt or .bin file of
     PyTorch 1.6 or later, or a folder with one index or one .safetensors file. bfloat16 and float8 come as
@@ -79,7 +79,7 @@ def reason(error: BaseException) -> str:
 
 
 def checkpoint_file(folder: Path) -> Path:
-    """The one checkpoint of a folder; a path that is no folder as it is. Raises CheckpointError."""
+    """Finds the one checkpoint of a folder; returns a path that is no folder as it is. Raises CheckpointError."""
     if not folder.is_dir():
         return folder
     names = sorted(entry.name for entry in folder.iterdir() if entry.is_file() and entry.name[0] != ".")
@@ -97,7 +97,7 @@ def checkpoint_file(folder: Path) -> Path:
 
 
 def _checked(path: Path, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The tensors, if their number and names are such as a checkpoint may have: each takes time wherever it goes."""
+    """Returns the tensors; raises CheckpointError for too many or too long names, which would take time everywhere."""
     if len(tensors) > MAX_TENSORS:
         raise CheckpointError(f"{path} holds {len(tensors)} tensors; a checkpoint has {MAX_TENSORS} at most")
     if long := next((name for name in tensors if len(name) > MAX_NAME), None):
@@ -106,7 +106,7 @@ def _checked(path: Path, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray
 
 
 def read_index(index: Path) -> dict[str, str]:
-    """The file of each tensor, by an index of shards, which lie beside it; raises CheckpointError."""
+    """Reads the file of each tensor from an index of shards, which lie beside it; raises CheckpointError."""
     return read_json(index, INDEX, suggestion=AGAIN)["weight_map"]
 
 
@@ -145,7 +145,7 @@ def _read_pth(path: Path) -> dict[str, np.ndarray]:
 
 
 def file_metadata(path: str | os.PathLike) -> dict[str, str]:
-    """The text entries in the header of a safetensors file; empty for other files."""
+    """Reads the text entries in the header of a safetensors file; empty for other files."""
     path = user_path(path)
     if path.suffix != ".safetensors":
         return {}

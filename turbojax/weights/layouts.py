@@ -210,7 +210,7 @@ def decoder_layout(config: VAEConfig, widths: list[int]) -> Layout:
 
 
 def generated(layout: Mapping[str, tuple[int, ...]], dtype, *, seed: int = 0) -> Iterator[tuple[str, np.ndarray]]:
-    """Tensors with generated values that keep activations near unit size, one at a time; for demos and tests.
+    """Generates tensors, one at a time, whose values keep activations near unit size; for demos and tests.
 
     int8 weights and their float32 scales keep their own types, everything else has `dtype`.
     """
@@ -238,7 +238,7 @@ def value_of(name: str, normal: np.ndarray) -> np.ndarray:
 
 
 def layout_tensors(module: nnx.Module, layout: Layout, rules: Iterable[Rule]) -> Iterator[tuple[str, np.ndarray]]:
-    """The module's parameters as the checkpoint of that layout holds them, one after the other.
+    """Yields the module's parameters one after the other as the checkpoint of that layout holds them.
 
     rules: those that read the layout. Their transforms only move elements, so running them on the places of the
     elements tells where each one comes from. Names that no parameter stands behind are left out.

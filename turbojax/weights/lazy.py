@@ -1,4 +1,4 @@
-"""Tensors that are made, or looked at, when they are asked for."""
+"""Tensors that are made, or checked, when they are asked for."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
@@ -34,7 +34,7 @@ def specs_of(tensors: Mapping[K, np.ndarray]) -> Mapping[K, ShapeDtype]:
 
 
 class CheckedTensors(LazyTensors[K]):
-    """A checkpoint's tensors, each looked at when it is asked for, as it is read anyway.
+    """A checkpoint's tensors, each checked when it is asked for, as it is read anyway.
 
     One of zeros alone is noted, see `warn`. checksums: check the CRC-32 that a .pth file has, too, for which all of it
     is read; raises CheckpointError where it is wrong.
@@ -72,12 +72,12 @@ def name_of(key: Any) -> str:
 
 
 def may_not_be_zero(name: str) -> bool:
-    """Tells whether no trained network has this parameter all zero; biases and SLA's projection may be."""
+    """Returns True if no trained network has this parameter all zero; biases and SLA's projection may be."""
     return ".proj_l." not in name and not name.partition("[")[0].endswith(".bias")
 
 
 def all_zero(tensor: np.ndarray) -> bool:
-    """Tells whether every number is zero; reads no further than the first thousand where one of them is not."""
+    """Returns True if every number is zero; reads no further than the first thousand where one of them is not."""
     if not tensor.size or np.any(tensor.flat[:1024]):
         return False
     return not np.any(tensor.reshape(-1).view(np.uint8) if tensor.flags.c_contiguous else tensor)

@@ -25,7 +25,7 @@ from turbojax.weights.converted import OrbaxTensors, is_converted
 from turbojax.weights.io import checkpoint_file, read_tensors
 from turbojax.weights.layouts import wan_layout
 from turbojax.weights.lazy import CheckedTensors
-from turbojax.weights.lora import Changes, Expert, LoRA, merge, read_loras
+from turbojax.weights.lora import Changes, Expert, LoRA, apply_changes, read_loras
 from turbojax.weights.parameters import all_finite, load_parameters
 from turbojax.weights.rules import Rule, TensorKey, assign, describe, relaid, rename
 from turbojax.weights.settings import config_num_heads, read_configuration, read_header, with_header
@@ -39,7 +39,7 @@ class WanCheckpoint(NamedTuple):
     config: WanConfig
     tensors: Mapping[TensorKey, np.ndarray]
     what: str
-    stacked: bool = False  # whether the layers of a parameter lie together, and are best read one after another
+    stacked: bool = False  # the layers of a parameter lie together and are best read one after another
 
 
 def open_wan(path: str | os.PathLike) -> WanCheckpoint:
@@ -64,7 +64,7 @@ def open_wan(path: str | os.PathLike) -> WanCheckpoint:
 
 
 def check_wan(tensors: Mapping[str, np.ndarray], *, num_heads: int | None, what: str) -> WanCheckpoint:
-    """Names and shapes of a transformer's tensors, checked as a whole; see `open_wan`."""
+    """Checks names and shapes of a transformer's tensors as a whole; see `open_wan`."""
     cleaned: dict[str, np.ndarray] = {}
     for name, tensor in tensors.items():
         if cleaned.setdefault(clean_name(name), tensor) is not tensor:
@@ -78,7 +78,7 @@ def check_wan(tensors: Mapping[str, np.ndarray], *, num_heads: int | None, what:
 def detect_config(
     tensors: Mapping[str, np.ndarray], rules: Iterable[Rule], *, num_heads: int | None, what: str
 ) -> WanConfig:
-    """The configuration that names and shapes tell, of tensors that `rules` rename."""
+    """Detects the configuration by names and shapes of tensors that `rules` rename."""
     quantized = any(name.endswith((".int8_weight", ".scale")) for name in tensors)
     shapes = renamed_shapes(tensors, rules)
     return detect_wan_config(shapes, quantized=quantized, num_heads=num_heads, what=what)
@@ -97,7 +97,7 @@ def renamed_shapes(tensors: Mapping[str, np.ndarray], rules: Iterable[Rule]) -> 
 def with_options(
     config: WanConfig, *, quant_linear: bool | None = None, quant_scheme: str | None = None, **changes: Any
 ) -> WanConfig:
-    """The checkpoint's configuration with what the user asked for; None keeps what the checkpoint says.
+    """Returns the checkpoint's configuration with what the user asked for; None keeps what the checkpoint says.
 
     Raises UserError for what cannot be, such as an int8 scheme for linear layers that are not int8.
     """
@@ -151,7 +151,7 @@ def load_wan(
 def build_wan(
     checkpoint: WanCheckpoint, changes: Changes | None = None, *, streamed: bool = False, **options: Any
 ) -> WanModel | Streamed:
-    """The network of a checked checkpoint, with the changes of LoRAs; options as `load_wan` takes them."""
+    """Builds the network of a checked checkpoint, with the changes of LoRAs; options as `load_wan` takes them."""
     config = with_options(checkpoint.config, **options)
     skeleton, tensors, what = wan_skeleton(config), checkpoint.tensors, checkpoint.what
     if isinstance(tensors, OrbaxTensors) and tensors.skeleton.specs == skeleton.specs and not (changes or streamed):
@@ -228,7 +228,7 @@ class TensorSource:
 
     def changed(self, key: TensorKey, stored: Any) -> Any:
         changes = self.changes.get(key)
-        return merge(stored, changes) if changes else stored
+        return apply_changes(stored, changes) if changes else stored
 
     def untrained_projection(self, key: TensorKey) -> np.ndarray:
         if key == TensorKey("blocks.self_attn.proj_l.weight", 0):
@@ -247,7 +247,7 @@ def scheme(config: WanConfig) -> str | None:
 
 @functools.partial(jax.jit, static_argnums=1)
 def quantize_weight(weight: jax.Array, scheme: int8.Scheme) -> tuple[jax.Array, jax.Array]:
-    """int8 weight and scales; scales are NaN where any weight is NaN or infinite, which XLA's maximum may hide."""
+    """Returns int8 weight and scales, NaN where any weight is NaN or infinite, which XLA's maximum may hide."""
     q, scale = int8.quantize_weight(weight, scheme)
     return q, jnp.where(all_finite(weight), scale, jnp.nan)
 

@@ -52,8 +52,8 @@ class LoRA:
             )
 
 
-def merge(value: Any, changes: Sequence[Change]) -> jax.Array:
-    """The parameter with its changes, in float32."""
+def apply_changes(value: Any, changes: Sequence[Change]) -> jax.Array:
+    """Adds the changes to a parameter, in float32."""
     value = jnp.asarray(value, jnp.float32)
     for change in changes:
         if isinstance(change, LowRank):
@@ -70,7 +70,7 @@ def add_product(weight: jax.Array, up: jax.Array, down: jax.Array, scale: float)
 
 
 def read_loras(loras: Sequence[LoRA], config: WanConfig, *, expert: Expert | None = None) -> Changes:
-    """What the files change in this network, an expert of two or the only one.
+    """Reads what the files change in this network, an expert of two or the only one.
 
     Raises CheckpointError for a file that is damaged, of another network, or of a kind that cannot be merged; warns of
     tensors that have no place.
@@ -84,7 +84,7 @@ def read_loras(loras: Sequence[LoRA], config: WanConfig, *, expert: Expert | Non
 
 
 def read_lora(lora: LoRA, config: WanConfig, *, expert: Expert | None = None) -> dict[TensorKey, Change]:
-    """One file, see `read_loras`; without the changes that change nothing, which would quantize int8 layers again."""
+    """Reads one file, see `read_loras`, without changes by zero, for which int8 layers would be quantized again."""
     path = user_path(lora.path)
     stored = read_tensors(path)
     second = {name for name in stored if name.startswith(_SECOND)}

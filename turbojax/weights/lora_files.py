@@ -57,7 +57,7 @@ _METHODS = re.compile(r"(?i)lora|dora|magnitude|lokr|loha|hada|oft_|ia3|lycoris"
 _PREFIX = re.compile(r"^(?:base_model\.model\.|transformer_2\.)+")
 _KOHYA = "lora_unet_"
 
-MOST_PIECES = 8  # of a module's dotted name
+MOST_PARTS = 8  # of a module's dotted name
 MOST_ALPHA = 1e6
 _ALPHA = Nullable(Number(-MOST_ALPHA, MOST_ALPHA))
 _SWITCH = Nullable(Boolean())
@@ -80,7 +80,7 @@ class Unfit(ValueError):
 def changes_of(
     path: Path, tensors: Mapping[str, np.ndarray], config: WanConfig, *, strength: float, network: str
 ) -> tuple[dict[TensorKey, Change], list[str]]:
-    """The changes of parameters that a file's tensors say, and the names that belong to another network.
+    """Returns the changes of parameters in a file's tensors, and the names that belong to another network.
 
     network: diffusers' name of the network, for the settings in the header.
     Raises CheckpointError for what cannot be merged.
@@ -116,8 +116,10 @@ def changes_of(
 def by_parameter(
     tensors: Mapping[str, np.ndarray], config: WanConfig
 ) -> tuple[dict[str, dict[str, np.ndarray]], list[str], list[str]]:
-    """The tensors by the parameter they change and what they are ("up", "down", "alpha" or "diff"); the other names;
-    and a line for each that is given twice."""
+    """Sorts tensors by the parameter that they change and what they are ("up", "down", "alpha" or "diff").
+
+    Returns them, the other names, and a line for each that is given twice.
+    """
     kohya = {_KOHYA + module.replace(".", "_"): module for module in modules_of(wan_layout(plain(config)))}
     parts: dict[str, dict[str, np.ndarray]] = {}
     others, twice = [], []
@@ -136,13 +138,13 @@ def by_parameter(
 
 
 def unread_parts(names: Iterable[str], config: WanConfig) -> list[str]:
-    """The names, of those that are not read, of the network's modules and of methods that change modules."""
+    """Finds names that are not read and belong to the network's modules, or to methods that change modules."""
     own = modules_of(wan_layout(plain(config)))
     modules = own | modules_of(diffusers_layout(plain(config))) | {_KOHYA + module.replace(".", "_") for module in own}
 
     def of_network(name: str) -> bool:
-        pieces = clean_name(_PREFIX.sub("", name)).split(".")[:MOST_PIECES]
-        return any(".".join(pieces[:count]) in modules for count in range(1, 1 + len(pieces)))
+        parts = clean_name(_PREFIX.sub("", name)).split(".")[:MOST_PARTS]
+        return any(".".join(parts[:count]) in modules for count in range(1, 1 + len(parts)))
 
     return sorted(name for name in names if _METHODS.search(name) or of_network(name))
 
@@ -150,7 +152,7 @@ def unread_parts(names: Iterable[str], config: WanConfig) -> list[str]:
 def change_of(
     parts: Mapping[str, np.ndarray], rule: Rule, shape: tuple[int, ...], strength: float, alpha: float | None
 ) -> Change:
-    """The change that a parameter's tensors say; raises Unfit. alpha: of all modules, where they have none."""
+    """Makes the change of a parameter from its tensors; raises Unfit. alpha: of all modules, where they have none."""
     for kind, tensor in parts.items():
         if kind != "alpha" and 0 in tensor.shape:
             raise Unfit(f"has no values: {kind} is {list(tensor.shape)}")
@@ -219,7 +221,7 @@ def parameter_shapes(config: WanConfig) -> dict[TensorKey, tuple[int, ...]]:
 
 
 def stored_alpha(path: Path, network: str) -> float | None:
-    """Alpha of all modules, from the file's header or PEFT's configuration beside it; None stands for the rank."""
+    """Reads alpha of all modules from the file's header or PEFT's configuration beside it; None stands for the rank."""
     again = "download it again"
     if (text := file_metadata(path).get("lora_adapter_metadata")) is not None:
         named = {f"{prefix}{name}": schema for name, schema in _ADAPTER.items() for prefix in ("", f"{network}.")}

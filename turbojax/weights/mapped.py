@@ -50,7 +50,7 @@ def map_file(path: Path) -> MappedFile:
 
 
 def mapping_of(tensor: Any) -> MappedFile | None:
-    """The file that a tensor is a view of."""
+    """Returns the file that a tensor is a view of; None for others."""
     while isinstance(tensor, np.ndarray) and not isinstance(tensor, MappedFile):
         tensor = tensor.base
     return tensor if isinstance(tensor, MappedFile) else None

@@ -97,7 +97,7 @@ def merge(
 def merge_checkpoints(
     base: WanCheckpoint, diff_base: WanCheckpoint, diff_target: WanCheckpoint, *, weight: float
 ) -> WanCheckpoint:
-    """The merged checkpoint, of which nothing has been read yet."""
+    """Describes the merged checkpoint; nothing of it is read yet."""
     for other in (base, diff_base, diff_target):
         if other.config.quant:
             raise UserError(

@@ -43,7 +43,7 @@ def save_orbax(path: str | os.PathLike, tree: Any) -> None:
 
 
 def load_orbax(path: str | os.PathLike, abstract_tree: Any) -> Any:
-    """The checkpoint of `save_orbax` as a tree like `abstract_tree`, whose leaves are jax.ShapeDtypeStruct.
+    """Loads the checkpoint of `save_orbax` as a tree like `abstract_tree`, whose leaves are jax.ShapeDtypeStruct.
 
     A leaf with a sharding becomes a jax.Array placed by it, one without becomes a numpy array. Raises
     CheckpointError if there is no such checkpoint, it is damaged, or a name, shape or dtype differs.

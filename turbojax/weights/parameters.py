@@ -62,7 +62,7 @@ def load_parameters(
     with progress_bar(skeleton.specs, f"Loading {what}") as bar:
 
         def values(name: str, spec: jax.ShapeDtypeStruct, small: bool) -> Iterator[tuple[int | None, Any]]:
-            """The parameter's layers, or (None, the whole of it); read when asked for."""
+            """Yields the parameter's layers, or (None, the whole of it); each is read when it is asked for."""
             layers = range(spec.shape[0]) if is_stacked(name) else [None]
             for layer in layers:
                 stored = tensor(TensorKey(name, layer))
@@ -88,7 +88,7 @@ def load_parameters(
 
 
 def layers_on_host(spec: jax.ShapeDtypeStruct, values: Iterator[tuple[int | None, jax.Array]]) -> list[jax.Array]:
-    """Each waited for, so that the device holds one at a time."""
+    """Copies each layer to pinned host memory and waits for it, so that the device holds one at a time."""
     return [jax.block_until_ready(to_pinned_host(value.astype(spec.dtype))) for _, value in values]
 
 

@@ -99,7 +99,7 @@ _TUPLE_SIZES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 
 def decode(where: Path, program: bytes) -> Any:
-    """The value of a pickle made of plain containers and tensors (`Tensor`).
+    """Returns the value of a pickle made of plain containers and tensors (`Tensor`).
 
     Raises CheckpointError for anything else, by name; what is damaged may also raise what `pickletools` does.
     """
@@ -199,7 +199,7 @@ def _update(stack: list[Any], items: list[Any]) -> None:
 
 def _global(where: Path, module: Any, name: Any) -> Global:
     if type(module) is not str or type(name) is not str:
-        raise _refusal(where, f"for a name that is a {type(module).__name__} and a {type(name).__name__}")
+        raise _refusal(where, "for an object whose name is not text")
     full = f"{module}.{name}"
     if full not in _CALLABLES and full not in _DTYPE_OF:
         raise _refusal(where, f"to run {quoted(full)}")
@@ -220,7 +220,7 @@ def _storage(where: Path, reference: Any) -> Storage:
 
 
 def _call(where: Path, function: Any, args: Any) -> Any:
-    """What the named PyTorch function would return, for the few names that `_global` lets through."""
+    """Returns what the named PyTorch function would, for the few names that `_global` lets through."""
     match function, args:
         case Global("collections.OrderedDict"), ():
             return {}

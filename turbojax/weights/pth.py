@@ -28,7 +28,7 @@ WRAPPERS = ("state_dict", "model", "model_state", "module", "ema")
 
 
 def parse(where: Path, data: np.ndarray) -> tuple[dict[str, np.ndarray], list[Stored]]:
-    """Tensors of the zip checkpoint `where` as views into `data`, its mapped bytes (uint8), and what they are views of.
+    """Returns tensors of the zip checkpoint `where` as views into `data`, its mapped bytes (uint8), and their storages.
 
     Raises CheckpointError if the pickle asks for anything but plain tensors, a tensor lies outside its storage, or all
     together are larger than a file of this size can mean. A damaged file may also raise what `pickletools`, `struct`
@@ -67,7 +67,7 @@ def _read(where: Path, data: np.ndarray, name: str, stored: Stored) -> bytes:
 
 
 def _pick_tensors(where: Path, tree: Any) -> dict[str, Tensor]:
-    """The tensors of the one wrapper the dictionary has, else its own."""
+    """Returns the tensors of the one wrapper that the dictionary has, else its own."""
 
     def tensors(value: Any) -> dict[str, Tensor]:
         items = value.items() if isinstance(value, dict) else ()

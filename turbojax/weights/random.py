@@ -16,7 +16,7 @@ from turbojax.weights.skeleton import Skeleton
 
 
 def random_module(skeleton: Skeleton, *, seed: int = 0, what: str = "random weights", streamed: bool = False) -> Any:
-    """A module with generated parameters, made on the device a layer at a time; the same seed gives the same values.
+    """Makes a module with generated parameters, on the device a layer at a time; a seed gives the same values always.
 
     streamed: leave the blocks in host memory, see `turbojax.models.offload`.
     """

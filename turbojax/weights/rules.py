@@ -35,7 +35,7 @@ class Rule(NamedTuple):
 
 
 class TensorKey(NamedTuple):
-    """Where one tensor goes: the parameter's path, and the layer if the parameter is stacked."""
+    """The place of one tensor: the parameter's path, and the layer if the parameter is stacked."""
 
     target: str
     layer: int | None
@@ -52,7 +52,7 @@ def conv2d_kernel(weight: np.ndarray) -> np.ndarray:
 
 
 def rename(name: str, rules: Iterable[Rule]) -> tuple[TensorKey, Rule] | None:
-    """The first rule that matches `name` and where it sends it; None if no rule does."""
+    """Returns where the first rule that matches sends `name`, and that rule; None if no rule does."""
     for rule in rules:
         if match := re.fullmatch(rule.pattern, name):
             if rule.target is None:
@@ -79,12 +79,12 @@ def count_layers(layers: Iterable[int]) -> int:
 
 
 def of_kind(dtype: Any, wanted: Any) -> bool:
-    """Tells whether a dtype can stand for the wanted one: int8 codes are int8, all else is floating point."""
+    """Returns True if a dtype can stand for the wanted one: int8 codes are int8, all else is floating point."""
     return dtype == np.int8 if wanted == np.int8 else bool(jnp.issubdtype(dtype, jnp.floating))
 
 
 def relaid(rule: Rule, tensor: np.ndarray) -> np.ndarray:
-    """The tensor in our layout; as it is where it has too few axes for that, to be reported as misshapen."""
+    """Changes a tensor to our layout, or leaves it where it has too few axes, to be reported as misshapen."""
     if rule.transform is None or tensor.ndim < 2:
         return tensor
     try:

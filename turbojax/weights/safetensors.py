@@ -44,7 +44,7 @@ class ShapeDtype(Protocol):
 
 
 def read_header(where: Path, data: np.ndarray) -> tuple[dict[str, Any], dict[str, str], int]:
-    """The header of the file `where`: its tensors, its metadata, and where the tensors' bytes start.
+    """Reads the header of the file `where`: its tensors, its metadata, and where the tensors' bytes start.
 
     data: the file's bytes, uint8. Raises CheckpointError for a header out of proportion, what the library or the parser
     of JSON raise for a damaged one.
@@ -63,7 +63,7 @@ def read_header(where: Path, data: np.ndarray) -> tuple[dict[str, Any], dict[str
 
 
 def parse(where: Path, data: np.ndarray) -> dict[str, np.ndarray]:
-    """Tensors of the file `where` as views into `data`, its mapped bytes (uint8); raises as `read_header` does.
+    """Returns tensors of the file `where` as views into `data`, its mapped bytes (uint8); raises as `read_header` does.
 
     The library itself has no bfloat16 or float8 arrays for NumPy.
     """

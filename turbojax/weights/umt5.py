@@ -56,7 +56,7 @@ def umt5_rules(tensors: Mapping[str, np.ndarray]) -> tuple[Rule, ...]:
 
 
 def detect_umt5_config(tensors: Mapping[str, np.ndarray], **changes: Any) -> UMT5Config:
-    """The config that names and shapes tell, with `changes` (for instance dtype) on top.
+    """Detects the configuration by names and shapes, with `changes` (for instance dtype) on top.
 
     max_distance leaves no trace in a checkpoint; it is 128 in every released umT5.
     Raises CheckpointError if this is no umT5 encoder or a tensor it goes by is missing or misshapen.

@@ -99,7 +99,7 @@ RELEASED = {(c.dim, c.ffn_dim, c.num_layers) for c in (WanConfig.t2v_1_3b(), Wan
 
 
 def clean_name(name: str) -> str:
-    """A name without training prefixes and wrappers."""
+    """Removes training prefixes and wrappers from a name."""
     return DECORATION.sub("", name)
 
 
@@ -119,7 +119,7 @@ def wan_rules(names: Iterable[str], *, what: str) -> tuple[Rule, ...]:
 def detect_wan_config(
     shapes: Mapping[TensorKey, tuple[int, ...]], *, quantized: bool, num_heads: int | None, what: str
 ) -> WanConfig:
-    """The configuration that parameters of these shapes belong to.
+    """Detects the configuration that parameters of these shapes belong to.
 
     A size is what most of the tensors that show it say, and a released model is known by a few of them, so that a
     missing or misshapen tensor does not pass for another model.
@@ -138,7 +138,7 @@ def detect_wan_config(
     dim = size(("blocks.norm3.weight", 0), ("blocks.norm3.bias", 0), ("patch_embedding.bias", 0))
     ffn_dim = size(("blocks.ffn.fc1.weight", 0), ("blocks.ffn.fc1.bias", 0), ("blocks.ffn.fc2.weight", 1))
     if dim is None or ffn_dim is None:
-        raise CheckpointError(f"{what} has no blocks.0.norm3 or blocks.0.ffn, so the model's size cannot be told")
+        raise CheckpointError(f"{what} has no blocks.0.norm3 or blocks.0.ffn, so the model's size is unknown")
     head_dim = size(("blocks.self_attn.proj_l.weight", 0), ("blocks.self_attn.proj_l.bias", 0))
     config = WanConfig(
         dim=dim,
@@ -168,6 +168,6 @@ def usual_num_heads(dim: int, head_dim: int | None) -> int:
 
 
 def detect_quantization(shapes: Mapping[TensorKey, tuple[int, ...]]) -> QuantConfig:
-    """By the scales: a matrix for 128 x 128 blocks, a vector for channels."""
+    """Detects the int8 scheme by the scales: a matrix for 128 x 128 blocks, a vector for channels."""
     axes = Counter(len(shape) for key, shape in shapes.items() if key.target.endswith(".scale"))
     return QuantConfig("channel" if axes[1] > axes[2] else "block128")

@@ -28,14 +28,14 @@ AGAIN = "download it again"
 
 
 class Stored(NamedTuple):
-    """An entry's bytes in the file. crc: their CRC-32; 0 where PyTorch was told not to compute it."""
+    """An entry's bytes in the file. crc: their CRC-32; 0 where PyTorch was asked not to compute it."""
 
     start: int
     size: int
     crc: int
 
     def check(self, data: np.ndarray) -> bool:
-        """Tells whether the bytes have their CRC-32; reads them all."""
+        """Returns True if the bytes have their CRC-32; reads them all."""
         found, step = 0, 2**24
         for at in range(self.start, self.start + self.size, step):
             found = zlib.crc32(data[at : min(at + step, self.start + self.size)].data, found)
@@ -54,7 +54,7 @@ class _Listed(NamedTuple):
 
 
 def read_entries(where: Path, data: np.ndarray) -> dict[str, Stored]:
-    """The entries of the zip file `where` by name, in the order of the file. data: its bytes, uint8.
+    """Returns the entries of the zip file `where` by name, in the order of the file. data: its bytes, uint8.
 
     Raises CheckpointError if it is compressed, or not whole in every header; struct.error where it is cut off.
     """
@@ -127,7 +127,7 @@ def _zip64(extra: bytes) -> tuple[int, ...]:
 
 
 def _stored(where: Path, data: np.ndarray, entry: _Listed, following: int) -> Stored:
-    """An entry's bytes, after its own header was held against the directory. following: where the next one begins."""
+    """Checks an entry's own header against the directory; returns its bytes. following: where the next one begins."""
     sign, _, flags, method, _, _, crc, packed, size, name_length, extra_length = LOCAL.unpack_from(
         data.data, entry.offset
     )

@@ -13,48 +13,24 @@ what the input says of them is told in a warning. Files named transformer.safete
 text_encoder.safetensors in one folder, with the tokenizer's folder, load as --config.weights=FOLDER.
 """
 
-import jax.numpy as jnp
-from absl import flags, logging
+from absl import flags
 
-from turbojax.app import cli
+from turbojax.app import checkpoint_flags, cli
 from turbojax.errors import UserError
 from turbojax.weights.convert import convert
 
 FLAGS = flags.FlagValues()
 INPUT = flags.DEFINE_string("input", None, "checkpoint to read", flag_values=FLAGS)
-OUTPUT = flags.DEFINE_string("output", None, "file or folder to write", flag_values=FLAGS)
-QUANTIZE = flags.DEFINE_enum(
-    "quantize", "none", ["none", "block128", "channel"], "int8 linear layers in the blocks", flag_values=FLAGS
-)
-DTYPE = flags.DEFINE_enum(
-    "dtype", "bfloat16", ["bfloat16", "float16", "float32"], "of all other tensors", flag_values=FLAGS
-)
-FORMAT = flags.DEFINE_enum("format", "safetensors", ["safetensors", "pth", "orbax"], "what to write", flag_values=FLAGS)
-NAMES = flags.DEFINE_enum(
-    "names", "turbodiffusion", ["turbodiffusion", "official", "diffusers"], "whose names", flag_values=FLAGS
-)
-TOPK = flags.DEFINE_float("sla_topk", None, "share of key blocks to run it with", flag_values=FLAGS)
+WRITTEN = checkpoint_flags.define(FLAGS, dtype="bfloat16", dtype_help="of all other tensors")
+TOPK = flags.DEFINE_float("sla_topk", None, "fraction of key blocks to run it with", flag_values=FLAGS)
 SIGMA_MAX = flags.DEFINE_float("sigma_max", None, "first noise level of rcm to run it with", flag_values=FLAGS)
-OVERWRITE = flags.DEFINE_bool("overwrite", False, "replace an output that exists", flag_values=FLAGS)
 
 
 def main() -> None:
-    if not INPUT.value or not OUTPUT.value:
+    if not INPUT.value or not FLAGS.output:
         raise UserError("give --input=CHECKPOINT and --output=FILE, see --help")
-    summary = convert(
-        INPUT.value,
-        OUTPUT.value,
-        quantize=None if QUANTIZE.value == "none" else QUANTIZE.value,
-        dtype=jnp.dtype(DTYPE.value),
-        format=FORMAT.value,
-        names=NAMES.value,
-        overwrite=OVERWRITE.value,
-        sla_topk=TOPK.value,
-        sigma_max=SIGMA_MAX.value,
-    )
-    logging.info(
-        "Wrote %s: %s, %d tensors, %.2f GB", OUTPUT.value, summary.component, summary.tensors, summary.bytes / 1e9
-    )
+    summary = convert(INPUT.value, FLAGS.output, sla_topk=TOPK.value, sigma_max=SIGMA_MAX.value, **WRITTEN())
+    checkpoint_flags.log_written(FLAGS, summary)
 
 
 def run() -> None:
