@@ -26,7 +26,7 @@ SHAPES = [
 
 
 def implementations(quant: int8.QuantConfig, m: int, n: int, k: int) -> list[str]:
-    return ["triton"] if int8.mosaic_obstacle(quant, m, n, k) else ["triton", "mosaic"]
+    return ["triton"] if int8.api.mosaic_unsupported(quant, m, n, k) else ["triton", "mosaic"]
 
 
 def arrays(m: int, n: int, k: int):

@@ -43,38 +43,40 @@ def takes(values: str) -> bool:
 
 def test_xla_keeps_the_rounding():
     x = np.linspace(-450, 450, 4000, dtype=np.float32)
-    rounded = jax.jit(lambda x: sage.to_e4m3(x).astype(jnp.float32))(x)
+    rounded = jax.jit(lambda x: sage.reference.to_e4m3(x).astype(jnp.float32))(x)
     np.testing.assert_array_equal(rounded, x.clip(-448, 448).astype(jnp.float8_e4m3fn).astype(np.float32))
 
 
 @pytest.mark.parametrize("block", [64, 128])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_quantization_is_the_reference_s(shape, block):
-    from turbojax.kernels import sage_triton
+    from turbojax.kernels.sage import triton_quantize
 
     x = arrays(shape)[1]
     mean = jnp.mean(x.astype(jnp.float32), axis=1)
     for centred, means in ((None, True), (mean, False)):
-        code, scale, block_means = sage_triton.quantize_rows(x, block, mean=centred, means=means)
-        expected, expected_scale = on_cpu(lambda x, mean: sage.quantize_rows(centre(x, mean), block), x, centred)
+        code, scale, block_means = triton_quantize.quantize_rows(x, block, mean=centred, means=means)
+        expected, expected_scale = on_cpu(
+            lambda x, mean: sage.reference.quantize_rows(centre(x, mean), block), x, centred
+        )
         rows = np.moveaxis(expected, 1, 3).reshape(code.shape)
         steps = np.abs(np.asarray(code[:, : shape[1]], np.int32) - rows[:, : shape[1]])
         assert steps.max() <= 1
         assert steps.mean() <= 1e-5
         np.testing.assert_allclose(scale, expected_scale, rtol=1e-6)
         if means:
-            np.testing.assert_allclose(block_means, sla.block_means(x, block), rtol=1e-5, atol=1e-5)
+            np.testing.assert_allclose(block_means, sla.reference.block_means(x, block), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_values_are_the_reference_s(shape):
     if not takes("float8"):
         pytest.skip("no float8 here")
-    from turbojax.kernels import sage_triton
+    from turbojax.kernels.sage import triton_quantize
 
     v = arrays(shape)[2]
-    code, scale = sage_triton.quantize_values(v)
-    expected, expected_scale = on_cpu(sage.quantize_values, v)
+    code, scale = triton_quantize.quantize_values(v)
+    expected, expected_scale = on_cpu(sage.reference.quantize_values, v)
     np.testing.assert_allclose(scale, expected_scale, rtol=1e-6)
     np.testing.assert_array_equal(np.asarray(code), operand_order(jnp.asarray(expected)))
 
@@ -101,11 +103,11 @@ def test_forward(shape, blocks, values):
 def test_results_are_the_same_from_run_to_run_and_with_other_tiles(values, warps, stages):
     if not takes(values):
         pytest.skip("no float8 here")
-    from turbojax.kernels import sage_fused, sage_triton
+    from turbojax.kernels.sage import fused, triton_forward
 
     inputs = arrays((1, 4000, 2, 128))
-    settings = sage_fused.settings(6, block_q=64, block_k=128, values=values)
-    other = dataclasses.replace(settings, tiles=sage_triton.Tiles(warps, stages))
-    first, again, third = (sage_fused.attention(*inputs, s) for s in (settings, settings, other))
+    settings = fused.settings(6, block_q=64, block_k=128, values=values)
+    other = dataclasses.replace(settings, tiles=triton_forward.Tiles(warps, stages))
+    first, again, third = (fused.attention(*inputs, s) for s in (settings, settings, other))
     assert bool((first == again).all())
     np.testing.assert_allclose(np.asarray(third, np.float32), np.asarray(first, np.float32), atol=2e-2)

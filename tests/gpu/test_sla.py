@@ -71,11 +71,11 @@ def test_attention(length, batch, heads, dim, topk, blocks):
 )
 def test_hopper_kernel(length, dim, block_k, count):
     """Two or three tiles a program; last steps whole and shorter, ended by the last key and not."""
-    from turbojax.kernels import sla_mosaic
+    from turbojax.kernels.sla import mosaic_forward
 
     with jax.default_matmul_precision("highest"):
         inputs, expected = operands(length, 40, dim, block_k, count)
-    run = jax.jit(functools.partial(sla_mosaic.sparse_forward, block_k=block_k))
+    run = jax.jit(functools.partial(mosaic_forward.sparse_forward, block_k=block_k))
     bounds = jnp.full(inputs[3].shape[:3], 30.0).at[:, :, 1].set(90.0)  # one of a head's tiles looks for a maximum
     got = run(*inputs, bounds)
     assert bool((got == run(*inputs, bounds)).all())
@@ -96,12 +96,12 @@ def test_large_scores(size):
 
 @pytest.mark.parametrize(("rows", "blocks", "count"), [(100, 5, 5), (1000, 1182, 118), (64, 4096, 600)])
 def test_choose_blocks_is_top_k(rows, blocks, count):
-    from turbojax.kernels import sla_summary_triton
+    from turbojax.kernels.sla import triton_summary
 
     scores = jax.random.normal(jax.random.key(rows), (1, 1, rows, blocks))
     for s in (scores, jnp.round(scores * 4) / 4, jnp.zeros_like(scores)):
         expected = jnp.sort(lax.top_k(s, count)[1], axis=-1)
-        np.testing.assert_array_equal(sla_summary_triton.choose_blocks(s, count), expected)
+        np.testing.assert_array_equal(triton_summary.choose_blocks(s, count), expected)
 
 
 @pytest.mark.parametrize(

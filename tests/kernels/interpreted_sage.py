@@ -16,7 +16,8 @@ from tests.golden_io import GOLDEN, load
 from tests.kernels import interpreter
 from tests.parity.sage import FORMS, as_rows, operand_order
 from turbojax.errors import UserError
-from turbojax.kernels import sage, sage_triton, sla, triton_call
+from turbojax.kernels import sage, sla, triton_call
+from turbojax.kernels.sage import triton_quantize
 
 BF16 = jnp.bfloat16
 
@@ -38,20 +39,20 @@ def arrays(length: int, *, batch: int = 1, heads: int = 2, dim: int = 64):
 def test_quantize_rows(block, dim, centred):
     x = arrays(200, batch=2, dim=dim)[1]
     mean = jnp.mean(x.astype(jnp.float32), axis=1) if centred else None
-    code, scale, means = sage_triton.quantize_rows(x, block, mean=mean, means=True)
+    code, scale, means = triton_quantize.quantize_rows(x, block, mean=mean, means=True)
     subtracted = x if mean is None else x.astype(jnp.float32) - mean[:, None]
-    expected, expected_scale = sage.quantize_rows(subtracted, block)
+    expected, expected_scale = sage.reference.quantize_rows(subtracted, block)
     np.testing.assert_array_equal(code, as_rows(expected, code.shape[1]))
     np.testing.assert_allclose(scale, expected_scale, rtol=2e-7)
-    np.testing.assert_allclose(means, sla.block_means(x, block), atol=1e-6)
+    np.testing.assert_allclose(means, sla.reference.block_means(x, block), atol=1e-6)
 
 
 def test_quantize_rows_beside_halves():
     """A block whose scale is 1 + 1e-7, with elements in steps of a half: one rounding too many shows. One of zeros."""
     x = (jnp.arange(64 * 64) % 509 - 254).astype(BF16).reshape(1, 64, 1, 64) / 2
     x = jnp.concatenate((x, jnp.zeros_like(x)), axis=1)
-    code, scale, _ = sage_triton.quantize_rows(x, 64)
-    expected, expected_scale = sage.quantize_rows(x, 64)
+    code, scale, _ = triton_quantize.quantize_rows(x, 64)
+    expected, expected_scale = sage.reference.quantize_rows(x, 64)
     np.testing.assert_array_equal(code, as_rows(expected, 128))
     np.testing.assert_allclose(scale, expected_scale, rtol=2e-7)
 
@@ -59,8 +60,8 @@ def test_quantize_rows_beside_halves():
 @pytest.mark.parametrize("dim", [64, 128])
 def test_quantize_values(dim):
     v = arrays(300, batch=2, dim=dim)[2].at[:, :, 0, 3].set(0)
-    code, scale = sage_triton.quantize_values(v)
-    expected, expected_scale = sage.quantize_values(v)
+    code, scale = triton_quantize.quantize_values(v)
+    expected, expected_scale = sage.reference.quantize_values(v)
     np.testing.assert_allclose(scale, expected_scale, rtol=2e-7)
     np.testing.assert_array_equal(code, operand_order(expected))
 
@@ -80,7 +81,7 @@ def both(q, k, v, **options):
 
 
 @pytest.mark.parametrize("values", ["float8", "float8_values", "exact"])
-@pytest.mark.parametrize(("block_q", "block_k"), sla.BLOCKS[::2])
+@pytest.mark.parametrize(("block_q", "block_k"), sla.api.BLOCKS[::2])
 def test_forward(block_q, block_k, values):
     """Of two samples, with partial blocks. The reference rounds each branch to bfloat16, the kernel P of two forms."""
     options = {"topk": 0.7, "block_q": block_q, "block_k": block_k, "values": values, "overwrite_q": True}
@@ -159,7 +160,7 @@ def test_golden(name, blocks):
     }
     k_mean = jnp.mean(k.astype(jnp.float32), axis=1)
     for key, x, block, mean in (("q", q, block_q, None), ("k", k, block_k, k_mean)):
-        code, scale, _ = sage_triton.quantize_rows(x, block, mean=mean)
+        code, scale, _ = triton_quantize.quantize_rows(x, block, mean=mean)
         np.testing.assert_array_equal(code[:, : x.shape[1]], recorded[f"{key}_int8"])
         np.testing.assert_allclose(scale, recorded[f"{key}_scale"], atol=5e-8)
     no_linear_branch = jnp.zeros((q.shape[-1], q.shape[-1])), jnp.zeros(q.shape[-1])

@@ -15,7 +15,9 @@ from jax import lax
 
 from tests.golden_io import GOLDEN, load
 from tests.kernels import interpreter
-from turbojax.kernels import sla, sla_backward_triton, sla_fused, sla_summary_triton, sla_triton, triton_call
+from turbojax.kernels import sla, triton_call
+from turbojax.kernels.sizes import cdiv
+from turbojax.kernels.sla import fused, triton_backward, triton_forward, triton_summary
 
 BF16 = jnp.bfloat16
 
@@ -54,10 +56,10 @@ def as_float32(values):
 @pytest.mark.parametrize(("length", "block", "dim"), [(64, 64, 64), (150, 64, 128), (130, 128, 64)])
 def test_block_means_and_key_summary(length, block, dim):
     _, k, v, _, _ = arrays(length, batch=2, heads=3, dim=dim)
-    means, state, normalizer, norm = sla_summary_triton.key_summary(k, v, block, norms=True)
-    expected = sla.block_means(k, block)
+    means, state, normalizer, norm = triton_summary.key_summary(k, v, block, norms=True)
+    expected = sla.reference.block_means(k, block)
     np.testing.assert_allclose(means, expected, atol=1e-6)
-    again, norms = sla_summary_triton.block_means(k, block)
+    again, norms = triton_summary.block_means(k, block)
     np.testing.assert_allclose(again, expected, atol=1e-6)
     of_rows = jnp.linalg.norm(k.astype(jnp.float32), axis=-1).transpose(0, 2, 1)
     np.testing.assert_allclose(norm, of_rows.max(axis=2), rtol=1e-6)
@@ -72,9 +74,9 @@ def test_block_means_and_key_summary(length, block, dim):
 def test_key_summary_in_shares(monkeypatch):
     """The sequence in several parts, the last one short, is the sequence in one."""
     _, k, v, _, _ = arrays(300, dim=64)
-    whole = sla_summary_triton.key_summary(k, v, 64)
-    monkeypatch.setattr(sla_summary_triton, "SUMMARY_PROGRAMS", 4)
-    for got, expected in zip(sla_summary_triton.key_summary(k, v, 64)[:3], whole[:3], strict=True):
+    whole = triton_summary.key_summary(k, v, 64)
+    monkeypatch.setattr(triton_summary, "SUMMARY_PROGRAMS", 4)
+    for got, expected in zip(triton_summary.key_summary(k, v, 64)[:3], whole[:3], strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -84,13 +86,13 @@ def test_choose_blocks_is_top_k(blocks, count):
     coarse = jnp.round(scores * 2) / 2 * jnp.where(scores > 1, 0.0, 1.0)  # many ties, and zeros of either sign
     for s in (scores, coarse, -jnp.abs(scores), jnp.zeros_like(scores), jnp.full_like(scores, -jnp.inf)):
         expected = jnp.sort(lax.top_k(s, count)[1], axis=-1)
-        np.testing.assert_array_equal(sla_summary_triton.choose_blocks(s, count), expected)
+        np.testing.assert_array_equal(triton_summary.choose_blocks(s, count), expected)
 
 
-def fused(inputs, topk: float, block_q: int, block_k: int) -> jax.Array:
+def run_fused(inputs, topk: float, block_q: int, block_k: int) -> jax.Array:
     length, dim = inputs[0].shape[1], inputs[0].shape[3]
-    count = sla.num_selected(topk, -(-length // block_k))
-    return sla_fused.attention(*inputs, sla_fused.settings("triton", count, block_q=block_q, block_k=block_k, dim=dim))
+    count = sla.num_selected(topk, cdiv(length, block_k))
+    return fused.attention(*inputs, fused.settings("triton", count, block_q=block_q, block_k=block_k, dim=dim))
 
 
 @pytest.mark.parametrize(
@@ -108,7 +110,7 @@ def test_attention(length, batch, dim, topk, block_q, block_k):
     """Against float32 on the same bfloat16 inputs, within the golden files' measure for a bfloat16 kernel."""
     inputs = arrays(length, batch=batch, dim=dim)
     reference = jax.jit(functools.partial(sla.sparse_linear_attention, topk=topk, block_q=block_q, block_k=block_k))
-    rms, largest = errors(fused(inputs, topk, block_q, block_k), reference(*as_float32(inputs)))
+    rms, largest = errors(run_fused(inputs, topk, block_q, block_k), reference(*as_float32(inputs)))
     assert rms < 4e-3
     assert largest < 3e-2
 
@@ -116,21 +118,21 @@ def test_attention(length, batch, dim, topk, block_q, block_k):
 @pytest.mark.parametrize(("length", "count", "block_k"), [(300, 3, 64), (256, 4, 64), (330, 2, 128), (40, 1, 64)])
 def test_values_a_step_late_change_nothing(length, count, block_k):
     inputs = arrays(length, dim=64)
-    settings = sla_fused.settings("triton", count, block_q=64, block_k=block_k, dim=64)
+    settings = fused.settings("triton", count, block_q=64, block_k=block_k, dim=64)
     assert not settings.tiles.late
     late = dataclasses.replace(settings, tiles=settings.tiles._replace(late=True))
-    np.testing.assert_array_equal(sla_fused.attention(*inputs, late), sla_fused.attention(*inputs, settings))
+    np.testing.assert_array_equal(fused.attention(*inputs, late), fused.attention(*inputs, settings))
 
 
 @pytest.mark.parametrize("late", [False, True])
 @pytest.mark.parametrize(("length", "count", "block_k"), [(300, 3, 64), (256, 4, 64), (330, 2, 128), (40, 1, 64)])
 def test_bounded_scores_need_no_maximum(monkeypatch, length, count, block_k, late):
     inputs = arrays(length, dim=64)
-    settings = sla_fused.settings("triton", count, block_q=64, block_k=block_k, dim=64)
+    settings = fused.settings("triton", count, block_q=64, block_k=block_k, dim=64)
     settings = dataclasses.replace(settings, tiles=settings.tiles._replace(late=late))
-    got, (*_, lse) = jax.block_until_ready(sla_fused.forward(*inputs, settings))  # kernels read BOUND when they run
-    monkeypatch.setattr(sla_triton, "BOUND", triton.language.constexpr(0.0))
-    expected, (*_, expected_lse) = jax.block_until_ready(sla_fused.forward(*inputs, settings))
+    got, (*_, lse) = jax.block_until_ready(fused.forward(*inputs, settings))  # kernels read BOUND when they run
+    monkeypatch.setattr(triton_forward, "BOUND", triton.language.constexpr(0.0))
+    expected, (*_, expected_lse) = jax.block_until_ready(fused.forward(*inputs, settings))
     assert (got != expected).any() or length < block_k  # no whole block, no loop
     assert errors(got, expected)[1] < 2e-2
     np.testing.assert_allclose(lse, expected_lse, atol=1e-4)
@@ -140,7 +142,9 @@ def test_large_scores():
     """Of 9 times normal q and k, hundreds from zero: without a maximum their weights would be infinite."""
     q, k, *others = arrays(300, dim=64)
     inputs = [(q * 9).astype(BF16), (k * 9).astype(BF16), *others]
-    rms, _ = errors(fused(inputs, 0.6, 64, 64), sla.sparse_linear_attention(*as_float32(inputs), topk=0.6, block_q=64))
+    rms, _ = errors(
+        run_fused(inputs, 0.6, 64, 64), sla.sparse_linear_attention(*as_float32(inputs), topk=0.6, block_q=64)
+    )
     assert rms < 4e-3
 
 
@@ -152,12 +156,10 @@ def test_golden_files(name):
     q, k, v = (jnp.asarray(t[f"in.{name}.{key}"]).astype(BF16) for key in "qkv")
     inputs = [q, k, v, *(jnp.asarray(t[f"w.{name}.proj_l.{key}"]) for key in ("weight", "bias"))]
     table = jnp.asarray(t[f"out.{name}.lut_sorted"])
-    settings = sla_fused.settings(
-        "triton", table.shape[-1], block_q=case["BLKQ"], block_k=case["BLKK"], dim=q.shape[-1]
-    )
-    k_means = sla_summary_triton.key_summary(k, v, case["BLKK"]).means
-    np.testing.assert_array_equal(sla_fused.block_table(q, k_means, settings)[0], table)
-    out, gradient = jax.vjp(lambda *inputs: sla_fused.attention(*inputs, settings), *inputs)
+    settings = fused.settings("triton", table.shape[-1], block_q=case["BLKQ"], block_k=case["BLKK"], dim=q.shape[-1])
+    k_means = triton_summary.key_summary(k, v, case["BLKK"]).means
+    np.testing.assert_array_equal(fused.block_table(q, k_means, settings)[0], table)
+    out, gradient = jax.vjp(lambda *inputs: fused.attention(*inputs, settings), *inputs)
     rms, largest = errors(out, t[f"out.{name}.o"])
     assert rms < 2e-3
     assert largest < 1.3e-2
@@ -189,7 +191,7 @@ def test_inverted_table():
     """Every pair once, by key block, query blocks in order; a key block that nobody chose has none."""
     chosen = np.random.default_rng(0).random((2, 3, 5, 9)) < 0.5
     table = np.argsort(~chosen[..., :8], axis=-1, kind="stable")[..., :3]
-    queries, begins = sla_backward_triton.invert_table(jnp.sort(jnp.asarray(table, jnp.int32), axis=-1), 9)
+    queries, begins = triton_backward.invert_table(jnp.sort(jnp.asarray(table, jnp.int32), axis=-1), 9)
     for b, n in np.ndindex(2, 3):
         for j in range(9):
             expected = [i for i in range(5) if j in table[b, n, i]]

@@ -30,11 +30,11 @@ def test_choice_by_compute_capability(monkeypatch, capability):
     x, table = jax.ShapeDtypeStruct((1, 1024, 256), jnp.bfloat16), (jax.ShapeDtypeStruct((1024, 64), jnp.float32),) * 2
     blocks = {"block_q": 128, "block_k": 64}
     chosen = (
-        int8.choose_matmul(None, q.dtype, BLOCK128, (1024, 512, 1536)),
-        sla.choose(None, q, **blocks),
-        sage.choose(None, q, **blocks, values="exact"),
+        int8.api.choose_matmul(None, q.dtype, BLOCK128, (1024, 512, 1536)),
+        sla.api.choose(None, q, **blocks),
+        sage.api.choose(None, q, **blocks, values="exact"),
         norms.choose(None, x, table),
-        attention.cudnn_obstacle(q) is None,
+        attention.cudnn_unsupported(q) is None,
     )
     assert chosen == GPUS[capability]
     assert has_kernels(capability) == (chosen[0] != "reference")

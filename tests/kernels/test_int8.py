@@ -118,10 +118,10 @@ def test_unknown_scheme_is_refused():
 )
 def test_choice_of_implementation(monkeypatch, capability, dtype, scheme, sizes, expected):
     monkeypatch.setattr(dispatch, "compute_capability", lambda: capability)
-    assert int8.choose_matmul(None, dtype, QUANT_SCHEMES[scheme], sizes) == expected
+    assert int8.api.choose_matmul(None, dtype, QUANT_SCHEMES[scheme], sizes) == expected
     for name in ("mosaic", "triton"):
         if expected in ("mosaic", name):  # where the Hopper kernel runs, Triton does, too
-            assert int8.choose_matmul(name, dtype, QUANT_SCHEMES[scheme], sizes) == name
+            assert int8.api.choose_matmul(name, dtype, QUANT_SCHEMES[scheme], sizes) == name
         else:
             with pytest.raises(UserError, match=f"implementation='{name}' of the int8 matmul takes"):
-                int8.choose_matmul(name, dtype, QUANT_SCHEMES[scheme], sizes)
+                int8.api.choose_matmul(name, dtype, QUANT_SCHEMES[scheme], sizes)

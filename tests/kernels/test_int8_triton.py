@@ -6,15 +6,15 @@ pytest.importorskip("triton")
 
 from tests.kernels.ahead_of_time import BF16, F32, INT8, SHARED_MEMORY, usage
 from tests.kernels.interpreter_process import run_in_the_interpreter
-from turbojax.kernels import int8_triton
+from turbojax.kernels.int8 import triton_matmul, triton_quantize
 
 MATMUL = {"x": INT8, "x_scale": F32, "w": INT8, "w_scale": F32, "bias": BF16, "residual": BF16, "gate": F32}
 MATMUL |= {"y": BF16, "y_scale": F32}
 SHAPE = {"M": 75600, "N": 5120, "K": 5120}
-BLOCK, CHANNEL, WEIGHTS = int8_triton.BLOCK_TILES, int8_triton.CHANNEL_TILES, int8_triton.DEQUANTIZING_TILES
+BLOCK, CHANNEL, WEIGHTS = triton_matmul.BLOCK_TILES, triton_matmul.CHANNEL_TILES, triton_matmul.DEQUANTIZING_TILES
 
 
-def tile_constants(tiles: int8_triton.Tiles) -> dict[str, int]:
+def tile_constants(tiles: triton_matmul.Tiles) -> dict[str, int]:
     return {"TILE_M": tiles.rows, "TILE_N": tiles.columns, "BAND": tiles.band}
 
 
@@ -22,7 +22,7 @@ def matmul(scheme: str, tiles, *, group=128, gelu=False, requantize=False, sampl
     constants = {"SCHEME": scheme, "GROUP": group, "HAS_BIAS": True, "GELU": gelu, "REQUANTIZE": requantize}
     constants |= {"RESIDUAL": samples > 0, "BATCH": max(1, samples)}
     pointers = MATMUL | ({"y": INT8} if requantize else {})
-    return int8_triton.int8_matmul_kernel, pointers, SHAPE | constants | tile_constants(tiles), tiles
+    return triton_matmul.int8_matmul_kernel, pointers, SHAPE | constants | tile_constants(tiles), tiles
 
 
 KERNELS = {
@@ -35,22 +35,22 @@ KERNELS = {
     "channel": matmul("channel", CHANNEL),
     "channel_residual": matmul("channel", CHANNEL, samples=1),
     "dequantizing": (
-        int8_triton.dequantizing_matmul_kernel,
+        triton_matmul.dequantizing_matmul_kernel,
         {"x": BF16, "w": INT8, "w_scale": F32, "bias": BF16, "y": BF16},
         SHAPE | {"SCHEME": "block128", "HAS_BIAS": True, "GELU": False} | tile_constants(WEIGHTS),
         WEIGHTS,
     ),
     "quantize_blocks": (
-        int8_triton.quantize_blocks_kernel,
+        triton_quantize.quantize_blocks_kernel,
         {"x": BF16, "q": INT8, "scale": F32},
         {"M": 75600, "K": 5120, "GROUP": 128},
-        int8_triton.Tiles(128, 128, 16, 1),
+        triton_matmul.Tiles(128, 128, 16, 1),
     ),
     "norm_quantize": (
-        int8_triton.norm_quantize_kernel,
+        triton_quantize.norm_quantize_kernel,
         {"x": BF16, "statistics": F32, "gain": F32, "shift": F32, "q": INT8, "q_scale": F32},
         {"M": 75600, "L": 75600, "D": 5120, "GROUP": 128},
-        int8_triton.Tiles(128, 128, 16, 1),
+        triton_matmul.Tiles(128, 128, 16, 1),
     ),
 }
 

@@ -12,6 +12,7 @@ from tests.kernels.ahead_of_time import BF16, F32, SHARED_MEMORY, usage
 from tests.kernels.interpreter_process import run_in_the_interpreter
 from turbojax.errors import UserError
 from turbojax.kernels import dispatch, norms, norms_triton
+from turbojax.kernels.sizes import next_power_of_2
 
 
 def test_kernel_in_the_interpreter():
@@ -23,7 +24,7 @@ def test_kernel_in_the_interpreter():
 def test_kernel_compiles_within_limits(width, head_dim, capability):
     """No spilled registers, and no shared memory beyond that of one sum: pairs are split and joined within threads."""
     pointers = {"x": BF16, "weight": F32, "cos": F32, "sin": F32, "y": BF16}
-    constants = {"L": 75600, "D": width, "H": head_dim, "EPS": 1e-6, "WIDTH": norms_triton.padded(width)}
+    constants = {"L": 75600, "D": width, "H": head_dim, "EPS": 1e-6, "WIDTH": next_power_of_2(width)}
     warps = norms_triton.warps(width)
     used = usage(norms_triton.rms_norm_rotate_kernel, pointers, constants, warps=warps, stages=1, capability=capability)
     assert used.stack == 0

@@ -8,8 +8,9 @@ pytest.importorskip("triton")
 from tests.kernels.ahead_of_time import BF16, F32, INT8, INT32, SHARED_MEMORY, usage
 from tests.kernels.interpreter_process import run_in_the_interpreter
 from turbojax.errors import UserError
-from turbojax.kernels import dispatch, sage, sage_triton, sla
-from turbojax.kernels.sage_triton import Tiles
+from turbojax.kernels import dispatch, sage, sla
+from turbojax.kernels.sage import triton_forward, triton_quantize
+from turbojax.kernels.sage.triton_forward import Tiles
 
 E4M3 = "*fp8e4nv"
 SHAPE = {"L": 75600, "N": 40}  # the last blocks are partial
@@ -22,11 +23,11 @@ FORWARD = {"q_code": INT8, "q_scale": F32, "k_code": INT8, "k_scale": F32, "v_sc
 }
 QUANTIZE = {"x": BF16, "mean": F32, "code": INT8, "scale": F32, "means": F32}
 QUANTIZERS = {
-    "quantize_q": (sage_triton.quantize_rows_kernel, QUANTIZE, {"BLOCK": 64, "CENTRED": False, "MEANS": True}),
-    "quantize_k": (sage_triton.quantize_rows_kernel, QUANTIZE, {"BLOCK": 128, "CENTRED": True, "MEANS": False}),
-    "channel_amax": (sage_triton.channel_amax_kernel, {"v": BF16, "amax": F32}, {"CHUNK": 1024, "ROWS": 64}),
+    "quantize_q": (triton_quantize.quantize_rows_kernel, QUANTIZE, {"BLOCK": 64, "CENTRED": False, "MEANS": True}),
+    "quantize_k": (triton_quantize.quantize_rows_kernel, QUANTIZE, {"BLOCK": 128, "CENTRED": True, "MEANS": False}),
+    "channel_amax": (triton_quantize.channel_amax_kernel, {"v": BF16, "amax": F32}, {"CHUNK": 1024, "ROWS": 64}),
     "quantize_v": (
-        sage_triton.quantize_values_kernel,
+        triton_quantize.quantize_values_kernel,
         {"v": BF16, "amax": F32, "code": E4M3},
         {"ROWS": 128, "LARGEST": 2.25},
     ),
@@ -45,15 +46,15 @@ def check(kernel, pointers, constants, capability: int, tiles: Tiles):
 
 
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
-@pytest.mark.parametrize(("block_q", "block_k"), sla.BLOCKS)
+@pytest.mark.parametrize(("block_q", "block_k"), sla.api.BLOCKS)
 @pytest.mark.parametrize(("values", "dim"), [("float8", 128), ("exact", 128), ("float8", 64)])
 def test_forward_compiles_within_limits(values, dim, block_q, block_k, capability):
     if values == "float8" and capability < 89:
         pytest.skip("no float8 there")
     constants = {"H": dim, "COUNT": 59, "BLOCK_Q": block_q, "BLOCK_K": block_k, "VALUES": values, "SCALE": 0.1275}
     pointers = FORWARD | {"v": E4M3 if values == "float8" else BF16}
-    tiles = sage_triton.forward_tiles(divmod(capability, 10), block_q=block_q, block_k=block_k, values=values)
-    check(sage_triton.sage_forward_kernel, pointers, SHAPE | constants, capability, tiles)
+    tiles = triton_forward.forward_tiles(divmod(capability, 10), block_q=block_q, block_k=block_k, values=values)
+    check(triton_forward.sage_forward_kernel, pointers, SHAPE | constants, capability, tiles)
 
 
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
@@ -71,7 +72,7 @@ def choose(
 ):
     monkeypatch.setattr(dispatch, "compute_capability", lambda: capability)
     q = jnp.zeros((1, 8, 1, dim), dtype)
-    return sage.choose(implementation, q, block_q=blocks[0], block_k=blocks[1], values=values)
+    return sage.api.choose(implementation, q, block_q=blocks[0], block_k=blocks[1], values=values)
 
 
 def test_none_takes_the_kernels_where_they_run(monkeypatch):

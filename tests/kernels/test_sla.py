@@ -68,7 +68,7 @@ def test_block_map_takes_no_gradient_and_the_rest_is_finite():
 
 
 def test_a_channel_of_zeros_stays_zero():
-    code, scale = sage.quantize_values(jnp.zeros((1, 8, 1, 4)))
+    code, scale = sage.reference.quantize_values(jnp.zeros((1, 8, 1, 4)))
     assert not np.asarray(code, np.float32).any()
     assert bool(jnp.isfinite(scale).all())
 
@@ -84,7 +84,7 @@ def test_named_implementations_run_or_raise(monkeypatch):
     monkeypatch.setattr(triton_call, "override", print)  # as if there were one
 
     def choose(shape=(1, 100, 2, 64), dtype=jnp.bfloat16, block_q=128, block_k=64, name="triton"):
-        return sla.choose(name, jax.ShapeDtypeStruct(shape, dtype), block_q=block_q, block_k=block_k)
+        return sla.api.choose(name, jax.ShapeDtypeStruct(shape, dtype), block_q=block_q, block_k=block_k)
 
     assert choose() == choose(name=None) == "triton"
     assert choose(name=None, dtype=jnp.float32) == "reference"

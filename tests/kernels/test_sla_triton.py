@@ -6,7 +6,8 @@ pytest.importorskip("triton")
 
 from tests.kernels.ahead_of_time import BF16, F32, INT32, SHARED_MEMORY, usage
 from tests.kernels.interpreter_process import run_in_the_interpreter
-from turbojax.kernels import sla, sla_backward_triton, sla_linear_triton, sla_summary_triton, sla_triton
+from turbojax.kernels import sla
+from turbojax.kernels.sla import triton_backward, triton_forward, triton_linear, triton_summary
 
 SHAPE = {"L": 75600, "N": 40}  # with a partial block at the end
 FORWARD = dict.fromkeys(("q", "k", "v", "projected", "out", "sparse"), BF16) | {"table": INT32}
@@ -33,26 +34,26 @@ def assert_within_limits(kernel, pointers, constants, *, warps: int, stages: int
 @pytest.mark.parametrize(
     ("block_q", "block_k", "dim", "residuals"),
     [
-        *((*blocks, dim, False) for blocks in sla.BLOCKS for dim in (64, 128)),
+        *((*blocks, dim, False) for blocks in sla.api.BLOCKS for dim in (64, 128)),
         (128, 64, 128, True),
         (64, 64, 128, True),
     ],
 )
 def test_sparse_forward_compiles_within_limits(block_q, block_k, dim, residuals, capability):
-    tiles = sla_triton.tiles(divmod(capability, 10), block_q=block_q, block_k=block_k, dim=dim)
+    tiles = triton_forward.tiles(divmod(capability, 10), block_q=block_q, block_k=block_k, dim=dim)
     blocks = {"BLOCK_Q": block_q, "BLOCK_K": block_k, "KEYS": tiles.step, "COUNT": 59}
     constants = SHAPE | blocks | {"H": dim, "SCALE": 0.1275, "RESIDUALS": residuals, "LATE": tiles.late}
     settings = {"warps": tiles.warps, "stages": tiles.stages, "capability": capability}
-    assert_within_limits(sla_triton.sparse_forward_kernel, FORWARD, constants, **settings)
+    assert_within_limits(triton_forward.sparse_forward_kernel, FORWARD, constants, **settings)
 
 
 @pytest.mark.parametrize("capability", SHARED_MEMORY)
 @pytest.mark.parametrize(("block_q", "block_k", "dim"), [(128, 64, 64), (128, 64, 128), (64, 64, 128)])
 def test_sparse_backward_compiles_within_limits(block_q, block_k, dim, capability):
-    tiles = sla_backward_triton.tiles(divmod(capability, 10), block_q=block_q, block_k=block_k, dim=dim)
+    tiles = triton_backward.tiles(divmod(capability, 10), block_q=block_q, block_k=block_k, dim=dim)
     shared = SHAPE | {"H": dim, "BLOCK_Q": block_q, "BLOCK_K": block_k, "SCALE": 0.1275}
     constants = {"KEYS": tiles[0].step, "COUNT": 59}, {"ROWS": tiles[1].step, "ENTRIES": 59 * 591}
-    kernels = sla_backward_triton.query_gradient_kernel, sla_backward_triton.key_gradients_kernel
+    kernels = triton_backward.query_gradient_kernel, triton_backward.key_gradients_kernel
     for kernel, tile, own in zip(kernels, tiles, constants, strict=True):
         pointers = {name: type for name, type in BACKWARD.items() if name in kernel.arg_names}
         settings = {"warps": tile.warps, "stages": tile.stages, "capability": capability, "spilled": 32}
@@ -64,25 +65,23 @@ def test_sparse_backward_compiles_within_limits(block_q, block_k, dim, capabilit
 def test_small_kernels_compile_within_limits(dim, capability):
     shape = SHAPE | {"H": dim}
     for norms in (False, True):
-        summary = shape | {"ROWS": sla_summary_triton.KEY_ROWS, "SHARE": 182, "SHARES": 13, "NORMS": norms}
+        summary = shape | {"ROWS": triton_summary.KEY_ROWS, "SHARE": 182, "SHARES": 13, "NORMS": norms}
         assert_within_limits(
-            sla_summary_triton.key_summary_kernel, SUMMARY, summary, warps=8, stages=3, capability=capability
+            triton_summary.key_summary_kernel, SUMMARY, summary, warps=8, stages=3, capability=capability
         )
     means, block = {"x": BF16, "means": F32, "norms": F32}, shape | {"BLOCK": 128}
-    assert_within_limits(sla_summary_triton.block_means_kernel, means, block, warps=4, stages=1, capability=capability)
+    assert_within_limits(triton_summary.block_means_kernel, means, block, warps=4, stages=1, capability=capability)
     choose = {"BLOCKS": 4000, "COUNT": 400, "WIDTH": 4096}
     scores = {"scores": F32, "table": INT32}
-    assert_within_limits(
-        sla_summary_triton.choose_blocks_kernel, scores, choose, warps=2, stages=1, capability=capability
-    )
+    assert_within_limits(triton_summary.choose_blocks_kernel, scores, choose, warps=2, stages=1, capability=capability)
 
 
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("dim", [64, 128])
 def test_linear_backward_compiles_within_limits(dim, capability):
     for name in ("linear_queries_kernel", "linear_state_kernel", "linear_keys_kernel"):
-        kernel = getattr(sla_linear_triton, name)
+        kernel = getattr(triton_linear, name)
         pointers = {name: type for name, type in BACKWARD.items() if name in kernel.arg_names}
-        constants = SHAPE | {"H": dim, "ROWS": sla_linear_triton.ROWS, "SHARE": 91, "SHARES": 13}
+        constants = SHAPE | {"H": dim, "ROWS": triton_linear.ROWS, "SHARE": 91, "SHARES": 13}
         constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
         assert_within_limits(kernel, pointers, constants, warps=8, stages=2, capability=capability, spilled=32)

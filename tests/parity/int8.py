@@ -20,7 +20,7 @@ def recompute(config: dict, t: dict[str, np.ndarray]) -> dict[str, tuple[np.ndar
     quant = int8.QuantConfig()
     x_q = int8.quantize(x, quant, implementation="reference")
     w_q, w_scale = int8.quantize_weight(w, quant.scheme)
-    y_f32 = int8.matmul_blocks(x_q.q, x_q.scale, w_q, w_scale)
+    y_f32 = int8.reference.matmul_blocks(x_q.q, x_q.scale, w_q, w_scale)
     y_bf16, y = (
         int8.matmul(x_q, w_q, w_scale, b, quant, implementation="reference").astype(jnp.float32) for b in (None, bias)
     )

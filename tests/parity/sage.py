@@ -15,8 +15,8 @@ FORMS = {"o_s": "exact", "o_s_v8": "float8_values", "o_s_fp8": "float8"}
 
 def recompute(config: dict, t: dict[str, np.ndarray]) -> dict[str, tuple[np.ndarray, float]]:
     """Every `out.*` key with our own value and its absolute tolerance, 5e-6 where the fixture has none of its own."""
-    only(config, "v_scale_max", sage.E4M3_OF_V)
-    only(config, "p_offset_log2", sage.P_OFFSET)
+    only(config, "v_scale_max", sage.reference.E4M3_OF_V)
+    only(config, "p_offset_log2", sage.reference.P_OFFSET)
     out: dict[str, np.ndarray] = {}
     for name, case in config["cases"].items():
         q, k, v = (jnp.asarray(t[f"in.{name}.{key}"]) for key in ("q", "k", "v"))
@@ -24,7 +24,7 @@ def recompute(config: dict, t: dict[str, np.ndarray]) -> dict[str, tuple[np.ndar
         out[f"out.{name}.k_mean"] = jnp.mean(k, axis=1, keepdims=True)
         out[f"out.{name}.o_l"] = sla.linear_branch(q, k, v, weight, bias)
         for text, largest in numbered(t, rf"out\.{re.escape(name)}\.v_scale_s(.*)").items():
-            code, scale = sage.quantize_values(v, largest=largest)
+            code, scale = sage.reference.quantize_values(v, largest=largest)
             out[f"out.{name}.v_fp8_bits_s{text}"] = jax.lax.bitcast_convert_type(code, jnp.int8)
             out[f"out.{name}.v_scale_s{text}"] = scale
         for blocks in [key for key in case if re.fullmatch(r"q\d+_k\d+", key)]:
@@ -37,9 +37,9 @@ def block_values(q, k, v, blocks: str, topk: float) -> dict[str, np.ndarray]:
     block_q, block_k = map(int, re.findall(r"\d+", blocks))
     sizes = {"block_q": block_q, "block_k": block_k}
     table = sla.block_table(q, k, topk=topk, **sizes)
-    q_code, q_scale = sage.quantize_rows(q, block_q)
-    k_code, k_scale = sage.quantize_rows(k - jnp.mean(k, axis=1, keepdims=True), block_k)
-    out = {form: sage.sage_sparse(q, k, v, table, values=values, **sizes) for form, values in FORMS.items()}
+    q_code, q_scale = sage.reference.quantize_rows(q, block_q)
+    k_code, k_scale = sage.reference.quantize_rows(k - jnp.mean(k, axis=1, keepdims=True), block_k)
+    out = {form: sage.reference.sage_sparse(q, k, v, table, values=values, **sizes) for form, values in FORMS.items()}
     return out | {
         "q_int8": as_rows(q_code, q.shape[1]),
         "q_scale": q_scale,

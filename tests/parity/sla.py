@@ -8,6 +8,7 @@ import numpy as np
 
 from tests.golden_io import number
 from turbojax.kernels import sla
+from turbojax.kernels.sizes import cdiv
 
 # Absolute tolerances by the end of the key; other keys get 1e-5 of their largest value.
 TOLERANCES = {
@@ -59,9 +60,9 @@ def values(case: dict, maps: list[str], q, k, v, do, weight, bias) -> dict[str, 
         "o": o,
         "o_s": sla.sparse_softmax(q, k, v, table, **blocks),
         "o_l": sla.linear_branch(q, k, v, weight, bias),
-        "pooled_score": sla.pooled_scores(q, k, **blocks),
+        "pooled_score": sla.reference.pooled_scores(q, k, **blocks),
         "lut_sorted": table,
-        "sparse_map": as_map(table, -(-k.shape[1] // case["BLKK"])),
+        "sparse_map": as_map(table, cdiv(k.shape[1], case["BLKK"])),
         **{key: other_map(q, k, key) for key in maps},
     }
 
@@ -71,7 +72,7 @@ def other_map(q, k, key: str) -> jax.Array:
     block_q, block_k, share = OTHER_MAP.fullmatch(key).groups()
     topk = number(share if "p" in share else f"{share[0]}.{share[1:] or 0}")
     table = sla.block_table(q, k, topk=topk, block_q=int(block_q), block_k=int(block_k))
-    return as_map(table, -(-k.shape[1] // int(block_k)))
+    return as_map(table, cdiv(k.shape[1], int(block_k)))
 
 
 def as_map(table: jax.Array, key_blocks: int) -> jax.Array:

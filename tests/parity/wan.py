@@ -152,7 +152,7 @@ def block_map(block: wan.Block, x, e0, table) -> dict:
     h = norms.modulated_norm(x, 1 + scale, shift, eps=block.eps)
     q, k = attn.norm_q.rotated(attn.q(h), table), attn.norm_k.rotated(attn.k(h), table)
     blocks = {"block_q": c.blocks[0], "block_k": c.blocks[1]}
-    scores = sla.pooled_scores(q, k, **blocks)
+    scores = sla.reference.pooled_scores(q, k, **blocks)
     chosen = sla.block_table(q, k, topk=c.sla_topk, **blocks)
     return {"pooled_score": scores, "sparse_map": as_map(chosen, scores.shape[-1])}
 

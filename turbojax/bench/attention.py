@@ -11,6 +11,7 @@ from absl import logging
 from turbojax.bench.measure import seconds_per_call
 from turbojax.kernels import sage, sla
 from turbojax.kernels.attention import dot_product_attention
+from turbojax.kernels.sizes import cdiv
 
 # Heads, tokens, topk: 1.3B and 14B at 480p, 14B at 720p, 81 frames; head dim 128.
 SHAPES = ((12, 32760, 0.10), (12, 32760, 0.15), (40, 32760, 0.10), (40, 75600, 0.10), (40, 75600, 0.15))
@@ -66,22 +67,22 @@ def milliseconds(function: Callable, inputs, *, calls: int = 5) -> float:
 
 def sla_parts(inputs: list[jax.Array], topk: float) -> dict[str, Any]:
     """Measures each kernel in milliseconds, and the bytes that the parts around the sparse kernel cannot do without."""
-    from turbojax.kernels import sla_fused, sla_mosaic, sla_summary_triton, sla_triton
+    from turbojax.kernels.sla import fused, mosaic_forward, triton_forward, triton_summary
 
     q, k, v, weight, bias = inputs
-    settings = sla_fused.settings("mosaic", chosen_blocks(q, topk, 64), block_q=128, block_k=64, dim=DIM)
-    key_summary = functools.partial(sla_summary_triton.key_summary, block=64, norms=True)
+    settings = fused.settings("mosaic", chosen_blocks(q, topk, 64), block_q=128, block_k=64, dim=DIM)
+    key_summary = functools.partial(triton_summary.key_summary, block=64, norms=True)
     k_means, state, normalizer, k_norm = jax.jit(key_summary)(k, v)
-    table, q_norms = jax.jit(lambda q, k_means: sla_fused.block_table(q, k_means, settings))(q, k_means)
-    bounds = sla_fused.score_bounds(q_norms, k_norm, DIM)
-    operands = (q, k, v, table, sla_fused.project_state(state, weight), normalizer, bias.astype(jnp.float32), bounds)
-    triton = functools.partial(sla_triton.sparse_forward, block_q=128, block_k=64, tiles=settings.tiles)
-    mosaic = functools.partial(sla_mosaic.sparse_forward, block_k=64)
+    table, q_norms = jax.jit(lambda q, k_means: fused.block_table(q, k_means, settings))(q, k_means)
+    bounds = fused.score_bounds(q_norms, k_norm, DIM)
+    operands = (q, k, v, table, fused.project_state(state, weight), normalizer, bias.astype(jnp.float32), bounds)
+    triton = functools.partial(triton_forward.sparse_forward, block_q=128, block_k=64, tiles=settings.tiles)
+    mosaic = functools.partial(mosaic_forward.sparse_forward, block_k=64)
     pairs = table.size * 128 * 64
     parts = {
         "key_summary_ms": milliseconds(key_summary, (k, v)),
-        "block_map_ms": milliseconds(lambda q, k_means: sla_fused.block_table(q, k_means, settings), (q, k_means)),
-        "query_means_ms": milliseconds(lambda q: sla_summary_triton.block_means(q, 128), (q,)),
+        "block_map_ms": milliseconds(lambda q, k_means: fused.block_table(q, k_means, settings), (q, k_means)),
+        "query_means_ms": milliseconds(lambda q: triton_summary.block_means(q, 128), (q,)),
         "sparse_mosaic_ms": milliseconds(mosaic, operands),
         "sparse_triton_ms": milliseconds(lambda *a: triton(*a)[0], operands),
     }
@@ -96,27 +97,31 @@ def sla_parts(inputs: list[jax.Array], topk: float) -> dict[str, Any]:
 
 def sage_parts(inputs: list[jax.Array], topk: float) -> dict[str, Any]:
     """Measures each kernel of SageSLA, with the blocks and float8 values of published checkpoints on Hopper."""
-    from turbojax.kernels import sage_fused, sage_triton, sla_fused, sla_summary_triton
+    from turbojax.kernels.sage import fused, triton_forward, triton_quantize
+    from turbojax.kernels.sla.fused import project_state, table_of_means
+    from turbojax.kernels.sla.triton_summary import key_summary, mean_of_means
 
     q, k, v, weight, bias = inputs
-    settings = sage_fused.settings(chosen_blocks(q, topk, 128), block_q=64, block_k=128, values="float8")
-    k_means, state, normalizer, _ = jax.jit(lambda k, v: sla_summary_triton.key_summary(k, v, 128))(k, v)
-    k_mean = sla_summary_triton.mean_of_means(k_means, k.shape[1], 128)
-    quantize_q = functools.partial(sage_triton.quantize_rows, block=64, means=True)
-    quantize_k = functools.partial(sage_triton.quantize_rows, block=128)
+    settings = fused.settings(chosen_blocks(q, topk, 128), block_q=64, block_k=128, values="float8")
+    k_means, state, normalizer, _ = jax.jit(lambda k, v: key_summary(k, v, 128))(k, v)
+    k_mean = mean_of_means(k_means, k.shape[1], 128)
+    quantize_q = functools.partial(triton_quantize.quantize_rows, block=64, means=True)
+    quantize_k = functools.partial(triton_quantize.quantize_rows, block=128)
     q_code, q_scale, q_means = jax.jit(quantize_q)(q)
     k_code, k_scale, _ = jax.jit(lambda k, mean: quantize_k(k, mean=mean))(k, k_mean)
-    v_code, v_scale = jax.jit(sage_triton.quantize_values)(v)
+    v_code, v_scale = jax.jit(triton_quantize.quantize_values)(v)
 
-    block_map = functools.partial(sla_fused.table_of_means, count=settings.count)
+    block_map = functools.partial(table_of_means, count=settings.count)
     table = jax.jit(block_map)(q_means, k_means, k_mean)
-    projected = sla_fused.project_state(state, weight)
+    projected = project_state(state, weight)
     operands = (q, q_code, q_scale, k_code, k_scale, v_code, v_scale, table, projected, normalizer)
-    sparse = functools.partial(sage_triton.sage_forward, block_q=64, block_k=128, values="float8", tiles=settings.tiles)
+    sparse = functools.partial(
+        triton_forward.sage_forward, block_q=64, block_k=128, values="float8", tiles=settings.tiles
+    )
     return {
         "quantize_q_ms": milliseconds(quantize_q, (q,)),
         "quantize_k_ms": milliseconds(lambda k, mean: quantize_k(k, mean=mean), (k, k_mean)),
-        "quantize_v_ms": milliseconds(sage_triton.quantize_values, (v,)),
+        "quantize_v_ms": milliseconds(triton_quantize.quantize_values, (v,)),
         "block_map_ms": milliseconds(block_map, (q_means, k_means, k_mean)),
         "sparse_ms": milliseconds(sparse, (*operands, bias.astype(jnp.float32))),
         "bytes_of_sparse": 2 * q.nbytes + q.nbytes // 2 + 2 * table.size * 128 * DIM,
@@ -125,7 +130,7 @@ def sage_parts(inputs: list[jax.Array], topk: float) -> dict[str, Any]:
 
 def chosen_blocks(q: jax.Array, topk: float, block: int) -> int:
     """Returns the number of key blocks that each query block attends to."""
-    return sla.num_selected(topk, -(-q.shape[1] // block))
+    return sla.num_selected(topk, cdiv(q.shape[1], block))
 
 
 def measure_backward(*, heads: int = 12, tokens: int = 32760, topk: float = 0.1) -> dict[str, float]:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from turbojax.kernels import dispatch
+from turbojax.kernels.sizes import cdiv
 
 Implementation = Literal["cudnn", "reference"]
 
@@ -28,12 +29,12 @@ def dot_product_attention(
     implementation: "cudnn" (last = 1 alone) or "reference"; None takes cuDNN where it can run. A named one runs or
       raises.
     """
-    if dispatch.choose("dense attention", implementation, {"cudnn": cudnn_obstacle(q, last=last)}) == "cudnn":
+    if dispatch.choose("dense attention", implementation, {"cudnn": cudnn_unsupported(q, last=last)}) == "cudnn":
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
     return attention_reference(q, k, v, last=last)
 
 
-def cudnn_obstacle(q: jax.Array, *, last: int = 1) -> str | None:
+def cudnn_unsupported(q: jax.Array, *, last: int = 1) -> str | None:
     """Names what cuDNN's flash attention takes instead of arrays like q; None where it takes them."""
     if last != 1:
         return f"keys one by one, not {last=}"
@@ -51,8 +52,8 @@ def attention_reference(q: jax.Array, k: jax.Array, v: jax.Array, *, last: int =
     batch, length, heads, dim = q.shape
     block = max(1, min(length, SCORES_IN_MEMORY // (batch * heads * k.shape[1])))
     if TILE < block < length:
-        count = -(-length // (block // TILE * TILE))
-        block = -(-length // (count * TILE)) * TILE
+        count = cdiv(length, block // TILE * TILE)
+        block = cdiv(length, count * TILE) * TILE
 
     # n equal keys add n times the exponential of one.
     more = jnp.zeros((1, 1, 1, k.shape[1]), jnp.float32).at[..., -1].set(math.log(last))

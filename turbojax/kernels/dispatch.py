@@ -50,7 +50,7 @@ def no_kernels() -> str | None:
     return None if has_kernels(compute_capability()) else "an NVIDIA GPU of compute capability 8.0 or later"
 
 
-def triton_obstacle(dtype: Any) -> str | None:
+def triton_unsupported(dtype: Any) -> str | None:
     """Names what our Triton kernels take instead of a dtype or device, see `choose`; None where they run."""
     if triton_call.override is None and (takes := no_kernels()):
         return takes

@@ -95,7 +95,7 @@ def rms_norm_rotate(
 def choose(implementation: Implementation | None, x: jax.Array, table: Table) -> Implementation:
     """The implementation that runs: the named one, or the kernel if it can."""
     head_dim = 2 * table[0].shape[-1]
-    takes = dispatch.triton_obstacle(x.dtype)
+    takes = dispatch.triton_unsupported(x.dtype)
     if not takes and head_dim not in (64, 128):
         takes = f"a head dim of 64 or 128, not {head_dim}"
     return dispatch.choose("the rotary norm", implementation, {"triton": takes})

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
+from turbojax.kernels.sizes import next_power_of_2
 from turbojax.kernels.triton_call import triton_call
 
 
@@ -49,16 +50,11 @@ def rms_norm_rotate(x: jax.Array, weight: jax.Array, cos: jax.Array, sin: jax.Ar
         D=width,
         H=dim,
         EPS=eps,
-        WIDTH=padded(width),
+        WIDTH=next_power_of_2(width),
     )
     return y
 
 
-def padded(width: int) -> int:
-    """The next power of two."""
-    return 1 << (width - 1).bit_length()
-
-
 def warps(width: int) -> int:
     """Warps a program: 32 values of a row a thread."""
-    return max(1, min(8, padded(width) // 1024))
+    return max(1, min(8, next_power_of_2(width) // 1024))

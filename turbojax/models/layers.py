@@ -46,7 +46,7 @@ class Dense(nnx.Module):
 
 
 class Int8Dense(nnx.Module):
-    """Dense with an int8 weight `[out, in]` that is dequantized inside the matmul, see `turbojax.kernels.int8`."""
+    """Dense with an int8 weight `[out, in]`, dequantized inside the matmul, see `turbojax.kernels.int8.reference`."""
 
     def __init__(self, features_in: int, features_out: int, *, quant: int8.QuantConfig, dtype, rngs: nnx.Rngs):
         self.quant, self.dtype = quant, dtype

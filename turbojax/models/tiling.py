@@ -18,6 +18,7 @@ import numpy as np
 from flax import nnx
 
 from turbojax.errors import UserError
+from turbojax.kernels.sizes import cdiv
 from turbojax.models.vae import CHUNK, Cache, WanVAE, check_latents, check_video, chunk_sizes, to_uint8
 
 
@@ -46,8 +47,8 @@ def cut(length: int, tiling: Tiling) -> Cut:
     """As few tiles as do, as small as they may be, evenly placed."""
     if length <= tiling.size:
         return Cut(length, (0,))
-    count = -(-(length - tiling.overlap) // (tiling.size - tiling.overlap))
-    side = -(-(length + (count - 1) * tiling.overlap) // count)
+    count = cdiv(length - tiling.overlap, tiling.size - tiling.overlap)
+    side = cdiv(length + (count - 1) * tiling.overlap, count)
     return Cut(side, tuple(i * (length - side) // (count - 1) for i in range(count)))
 
 

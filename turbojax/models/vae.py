@@ -21,6 +21,7 @@ from jax import lax
 
 from turbojax.errors import UserError
 from turbojax.kernels.attention import dot_product_attention
+from turbojax.kernels.sizes import cdiv
 from turbojax.models.layers import Dense, along_last
 from turbojax.models.sizes import tree_bytes
 
@@ -143,7 +144,7 @@ class CausalConv3d(nnx.Module):
 
     def settled(self, frame: int) -> int:
         """The result's frame from which on nothing changes, if the input's does not from `frame` on."""
-        return -(-(frame + self.kernel.shape[0] - 1) // self.stride)
+        return cdiv(frame + self.kernel.shape[0] - 1, self.stride)
 
     def __call__(self, x: jax.Array, past: jax.Array) -> tuple[jax.Array, jax.Array]:
         joined = join_frames(jnp.concatenate((past, x), axis=1), self.kernel.shape[0], stride=self.stride)

@@ -69,7 +69,7 @@ class WanConfig:
     clip_images: images whose tokens it takes: 2 for the model of a first and a last frame.
     attention_type: self-attention: "original" (dense), "sla", or "sagesla" (int8 and float8, forward only).
     sla_topk, sla_blocks: share of key blocks, and rows of query and key blocks (None: as published).
-    sage_values: how SageSLA multiplies with v, see `turbojax.kernels.sage`.
+    sage_values: how SageSLA multiplies with v, see `turbojax.kernels.sage.reference`.
     sigma_max: first noise level that rCM's steps begin with; None: as published.
     attention_implementation: "reference" for attention that `jax.jvp` can differentiate; None for the fastest.
     quant: how the linear layers inside the blocks hold int8 weights; None for `dtype`.

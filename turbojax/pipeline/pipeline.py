@@ -155,7 +155,7 @@ class TurboVideoPipeline:
         quant_linear: True for int8 linear layers in the blocks, quantizing while loading where the file is not.
         quant_scheme: a name of `turbojax.kernels.int8.QUANT_SCHEMES`, "block128" unless the checkpoint has another.
         attention_type: "original", "sla" or "sagesla". sla_topk: share of key blocks that the latter two attend to.
-        sage_values: how SageSLA multiplies with v, see `turbojax.kernels.sage`.
+        sage_values: how SageSLA multiplies with v, see `turbojax.kernels.sage.reference`.
         cache_prompts: keep text embeddings in the user's cache folder. The text encoder is checked here and loaded at
           the first prompt that is not there.
         memory: "auto" keeps on the device what fits beside a call with the settings of `prepare`, or the default ones;

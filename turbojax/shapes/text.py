@@ -19,6 +19,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 from tqdm import tqdm
 
 from turbojax.files import whole_file
+from turbojax.kernels.sizes import cdiv
 from turbojax.models.layers import Dense
 from turbojax.models.tokenizer import Tokenizer, build
 from turbojax.models.umt5 import UMT5Config, UMT5Encoder
@@ -51,7 +52,7 @@ def word_tokenizer(words: list[str]) -> Words:
 
 
 def text_config(tokenizer: Words, **changes: Any) -> UMT5Config:
-    size = -(-tokenizer.get_vocab_size() // 8) * 8
+    size = cdiv(tokenizer.get_vocab_size(), 8) * 8
     widths = dict(dim=128, attention_dim=128, ffn_dim=256, num_heads=4, num_layers=3)
     settings: dict[str, Any] = {"vocab_size": size, "dtype": jnp.float32, **widths, **changes}
     return UMT5Config(**settings)

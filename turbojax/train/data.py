@@ -39,6 +39,7 @@ from absl import logging
 from turbojax.errors import CheckpointError, UserError
 from turbojax.files import user_path, whole_file
 from turbojax.json_reader import Array, Enum, FileName, Integer, Object, String, parse_json, read_json
+from turbojax.kernels.sizes import cdiv
 from turbojax.models.umt5 import TEXT_LEN
 from turbojax.weights.io import file_metadata, read_tensors, write_safetensors
 
@@ -262,7 +263,7 @@ def finite(values: np.ndarray) -> bool:
 
 def rows_for(longest: int) -> int:
     """Rows S of text in a batch: with the one that a network adds for those left out, a multiple of TILE."""
-    return min(TEXT_LEN, -(-(longest + 1) // TILE) * TILE - 1)
+    return min(TEXT_LEN, cdiv(longest + 1, TILE) * TILE - 1)
 
 
 def read_negative(folder: Path, index: Index) -> np.ndarray:

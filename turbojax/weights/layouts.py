@@ -10,6 +10,7 @@ import numpy as np
 from flax import nnx
 
 from turbojax.kernels.int8 import BLOCK
+from turbojax.kernels.sizes import cdiv
 from turbojax.models.clip import CLIPConfig
 from turbojax.models.umt5 import UMT5Config
 from turbojax.models.vae import VAEConfig
@@ -25,7 +26,7 @@ def linear(name: str, features_in: int, features_out: int, *, bias: bool = True)
 
 
 def int8_linear(name: str, features_in: int, features_out: int, *, scheme: str) -> Layout:
-    blocks = (-(-features_out // BLOCK), -(-features_in // BLOCK))
+    blocks = (cdiv(features_out, BLOCK), cdiv(features_in, BLOCK))
     return {
         f"{name}.int8_weight": (features_out, features_in),
         f"{name}.scale": blocks if scheme == "block128" else (features_out,),

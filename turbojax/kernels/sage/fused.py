@@ -1,4 +1,4 @@
-"""SageSLA out of fused Triton kernels, forward only; the equations are in `turbojax.kernels.sage`.
+"""SageSLA out of fused Triton kernels, forward only; the equations are in `reference`.
 
 block means of k, phi(k)^T v, sum phi(k)                 reads k and v
 int8 q with its block means, int8 k less its mean        read q and k, write half as much
@@ -15,10 +15,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from turbojax.errors import UserError
-from turbojax.kernels import sage_triton, sla_summary_triton
 from turbojax.kernels.dispatch import compute_capability
-from turbojax.kernels.sage import Values, quantize_values
-from turbojax.kernels.sla_fused import project_state, table_of_means
+from turbojax.kernels.sage import triton_forward, triton_quantize
+from turbojax.kernels.sage.reference import Values, quantize_values
+from turbojax.kernels.sla.fused import project_state, table_of_means
+from turbojax.kernels.sla.triton_summary import key_summary, mean_of_means
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,14 +34,14 @@ class Settings:
     block_q: int
     block_k: int
     values: Values
-    tiles: sage_triton.Tiles
+    tiles: triton_forward.Tiles
     overwrite_q: bool = False
 
 
 def settings(count: int, *, block_q: int, block_k: int, values: Values, overwrite_q: bool = False) -> Settings:
     """The fastest settings for the device's compute capability."""
     capability = compute_capability() or (9, 0)
-    tiles = sage_triton.forward_tiles(capability, block_q=block_q, block_k=block_k, values=values)
+    tiles = triton_forward.forward_tiles(capability, block_q=block_q, block_k=block_k, values=values)
     return Settings(count, block_q, block_k, values, tiles, overwrite_q)
 
 
@@ -50,13 +51,13 @@ def attention(
 ) -> jax.Array:
     """`sage.sage_sparse_linear_attention` of bfloat16 q, k, v `[B, L, N, H]`."""
     s = settings
-    k_means, state, normalizer, _ = sla_summary_triton.key_summary(k, v, s.block_k)
-    k_mean = sla_summary_triton.mean_of_means(k_means, k.shape[1], s.block_k)
-    k_code, k_scale, _ = sage_triton.quantize_rows(k, s.block_k, mean=k_mean)
+    k_means, state, normalizer, _ = key_summary(k, v, s.block_k)
+    k_mean = mean_of_means(k_means, k.shape[1], s.block_k)
+    k_code, k_scale, _ = triton_quantize.quantize_rows(k, s.block_k, mean=k_mean)
     q, k_code = lax.optimization_barrier((q, k_code))  # k's memory is free before q's codes take some
-    q_code, q_scale, q_means = sage_triton.quantize_rows(q, s.block_q, means=True)
+    q_code, q_scale, q_means = triton_quantize.quantize_rows(q, s.block_q, means=True)
     v_code, v_scale = prepare_values(v, s.values)
-    return sage_triton.sage_forward(
+    return triton_forward.sage_forward(
         q,
         q_code,
         q_scale,
@@ -77,9 +78,9 @@ def attention(
 
 
 def prepare_values(v: jax.Array, values: Values) -> tuple[jax.Array, jax.Array]:
-    """v as `sage_triton.sage_forward` takes it, and its scales, float32 `[B, N, H]`."""
+    """v as `triton_forward.sage_forward` takes it, and its scales, float32 `[B, N, H]`."""
     if values == "float8":
-        return sage_triton.quantize_values(v)
+        return triton_quantize.quantize_values(v)
     if values == "float8_values":
         code, scale = quantize_values(v)
         return code.astype(v.dtype), scale

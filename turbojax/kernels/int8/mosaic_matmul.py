@@ -1,4 +1,4 @@
-"""Hopper kernel of the int8 linear layer in Pallas Mosaic GPU; the equations are in `turbojax.kernels.int8`.
+"""Hopper kernel of the int8 linear layer in Pallas Mosaic GPU; the equations are in `reference`.
 
 One warp group feeds two others by TMA, over the tiles of a persistent grid. While one of the two waits for its tensor
 core sums the other scales its own, which hides the conversion to float32: it takes nearly as many cycles. A cluster of
@@ -16,7 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from turbojax.errors import UserError
 from turbojax.kernels import mosaic
-from turbojax.kernels.int8 import BLOCK, HOPPER_STAGES
+from turbojax.kernels.int8.reference import BLOCK, HOPPER_STAGES
 from turbojax.kernels.norms import Residual
 
 CONSUMERS = 2  # warp groups that compute

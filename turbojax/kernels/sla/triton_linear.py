@@ -1,4 +1,4 @@
-"""Triton kernels of the linear branch's gradients; the equations are in `turbojax.kernels.sla`.
+"""Triton kernels of the linear branch's gradients; the equations are in `reference`.
 
 With z = sum phi(k), r = 1e-5 + phi(q) z, y = phi(q) / r and P = phi(k)^T v W^T the branch is y P + b. From g, the
 gradient of the output:
@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from turbojax.kernels.sla_summary_triton import launch_in_shares, shares_of
+from turbojax.kernels.sla.triton_summary import launch_in_shares, shares_of
 
 ROWS = 64  # of a step
 launch = functools.partial(launch_in_shares, rows=ROWS, stages=2)

@@ -1,8 +1,8 @@
 """SageSLA: sparse-linear attention with int8 q k^T and float8 values (TurboDiffusion, arXiv 2512.16093; SageAttention,
 arXiv 2411.10958). Forward only.
 
-As `turbojax.kernels.sla`, but the sparse branch quantizes q by blocks of `block_q` rows, and k, less its mean over the
-sequence, by blocks of `block_k` rows:
+As `turbojax.kernels.sla.reference`, but the sparse branch quantizes q by blocks of `block_q` rows, and k, less its mean
+over the sequence, by blocks of `block_k` rows:
 
     scale = max |x| / 127 + 1e-7 over the block,  code = round(x / scale), halves away from zero
     S = (q_code k_code^T) q_scale k_scale / sqrt(H)
@@ -16,21 +16,15 @@ Subtracting the mean of k changes no softmax: it adds one number to a whole row 
 
 2.25 leaves room for float16 sums of products in the published kernels; 8.807 = log2(448) puts P's largest value at the
 format's. No step holds `[L, L]`.
-
-Implementations: "triton" (bfloat16, compute capability 8.0 and later, float8 from 8.9 on) and "reference" (jnp,
-anything, anywhere). None chooses; a named one runs or raises.
 """
 
-import math
 from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from turbojax.errors import UserError
-from turbojax.kernels import dispatch
-from turbojax.kernels.sla import Implementation, block_table, linear_branch, num_selected, triton_obstacle
+from turbojax.kernels.sla.reference import LOG2_E
 
 Values = Literal["exact", "float8", "float8_values"]
 VALUES: tuple[Values, ...] = get_args(Values)
@@ -38,7 +32,6 @@ VALUES: tuple[Values, ...] = get_args(Values)
 E4M3_OF_V = 2.25
 LARGEST_E4M3 = 448.0
 P_OFFSET = 8.807
-LOG2_E = math.log2(math.e)
 
 
 def rows_to_blocks(x: jax.Array, block: int) -> jax.Array:
@@ -138,51 +131,3 @@ def float8_product(scores: jax.Array, v: jax.Array) -> jax.Array:
     )
     (_, total, denominator), _ = lax.scan(add_block, start, (jnp.moveaxis(scores, 3, 0), jnp.moveaxis(v, 2, 0)))
     return total / denominator[..., None]
-
-
-def choose(
-    implementation: Implementation | None, q: jax.Array, *, block_q: int, block_k: int, values: Values
-) -> Implementation:
-    """The implementation that runs: the named one, or the fused one if it can; float8 never falls back on a GPU."""
-    obstacle = triton_obstacle(q, block_q=block_q, block_k=block_k)
-    chosen = dispatch.choose("SageSLA", implementation, {"triton": obstacle})
-    capability = dispatch.compute_capability()
-    if chosen == "triton" and values != "exact" and capability is not None and capability < (8, 9):
-        has = ".".join(map(str, capability))
-        raise UserError(f'sage_values="{values}" needs compute capability 8.9, not {has}; set sage_values="exact"')
-    return chosen
-
-
-def sage_sparse_linear_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    proj_weight: jax.Array,
-    proj_bias: jax.Array,
-    *,
-    topk: float,
-    block_q: int = 64,
-    block_k: int = 128,
-    values: Values = "float8",
-    implementation: Implementation | None = None,
-    overwrite_q: bool = False,
-) -> jax.Array:
-    """The whole of the module docstring plus SLA's linear branch, from unquantized q, k, v.
-
-    q, k (rotated) and v `[B, L, N, H]`, proj_weight `[H, H]` (out, in). The default blocks are those that the published
-    checkpoints run with on Hopper; elsewhere they are 128 and 64. overwrite_q: the result takes q's memory, which
-    costs a copy if q is needed elsewhere. Raises UserError where a named implementation cannot run, and where the fused
-    one is differentiated.
-    """
-    if values not in VALUES:
-        raise UserError(f"{values=} is unknown; choose {' or '.join(VALUES)}")
-    if choose(implementation, q, block_q=block_q, block_k=block_k, values=values) == "triton":
-        from turbojax.kernels import sage_fused
-
-        count = num_selected(topk, -(-k.shape[1] // block_k))
-        blocks = {"block_q": block_q, "block_k": block_k}
-        settings = sage_fused.settings(count, **blocks, values=values, overwrite_q=overwrite_q)
-        return sage_fused.attention(q, k, v, proj_weight, proj_bias, settings)
-    table = block_table(q, k, topk=topk, block_q=block_q, block_k=block_k)
-    sparse = sage_sparse(q, k, v, table, block_q=block_q, block_k=block_k, values=values)
-    return sparse + linear_branch(q, k, v, proj_weight, proj_bias)

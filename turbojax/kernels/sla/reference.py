@@ -8,57 +8,19 @@ B batch, L tokens, N heads, H head dim. Queries are cut in blocks I of `block_q`
     output  = sparse + linear W_l^T + b_l
 
 The block map takes no gradient, and no step holds `[L, L]`.
-
-Implementations: "mosaic" (Hopper, blocks of 128 queries; its gradients are Triton's), "triton" (bfloat16, compute
-capability 8.0 and later) and "reference" (jnp, anything, anywhere). None chooses; a named one runs or raises.
 """
 
-from typing import Literal
+import math
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from turbojax.errors import UserError
-from turbojax.kernels import dispatch
 
-Implementation = Literal["mosaic", "triton", "reference"]
-
-BLOCKS = ((128, 64), (64, 64), (64, 128))  # rows of query and key blocks that the kernels take
-MOST_KEY_BLOCKS = 4096
 # Scores no further from zero than this need no maximum: their exponentials, and sums of them, stay within float32.
 BOUND = 60.0
-
-
-def choose(implementation: Implementation | None, q: jax.Array, *, block_q: int, block_k: int) -> Implementation:
-    """The implementation that runs: the named one, or the fastest one that can; q `[B, L, N, H]`."""
-    triton = triton_obstacle(q, block_q=block_q, block_k=block_k)
-    mosaic = triton or mosaic_obstacle(q, block_q=block_q)
-    return dispatch.choose("sparse-linear attention", implementation, {"mosaic": mosaic, "triton": triton})
-
-
-def triton_obstacle(q: jax.Array, *, block_q: int, block_k: int) -> str | None:
-    """Why the Triton kernels cannot run, as what they take instead; None if they can."""
-    if takes := dispatch.triton_obstacle(q.dtype):
-        return takes
-    if q.shape[-1] not in (64, 128):
-        return f"a head dim of 64 or 128, not {q.shape[-1]}"
-    if (block_q, block_k) not in BLOCKS:
-        return f"blocks (block_q, block_k) of {', '.join(map(str, BLOCKS))}, not {(block_q, block_k)}"
-    if q.shape[1] > MOST_KEY_BLOCKS * block_k:
-        return f"up to {MOST_KEY_BLOCKS * block_k} tokens with {block_k=}, not {q.shape[1]}"
-    return None
-
-
-def mosaic_obstacle(q: jax.Array, *, block_q: int) -> str | None:
-    """What the Hopper kernel takes besides, as `triton_obstacle`."""
-    if dispatch.compute_capability() != (9, 0):
-        return "a GPU of compute capability 9.0"
-    if q.shape[1] % 8:  # Mosaic's tiled copies drop the rows behind the last full group of 8
-        return f"lengths in eights, not {q.shape[1]}"
-    if block_q != 128:
-        return f"blocks of 128 queries, not {block_q}"
-    return None
+LOG2_E = math.log2(math.e)
 
 
 def num_selected(topk: float, key_blocks: int) -> int:
@@ -133,32 +95,3 @@ def linear_branch(q: jax.Array, k: jax.Array, v: jax.Array, proj_weight: jax.Arr
     """The linear branch with its projection, `[B, L, N, H]` in q's dtype."""
     linear = jnp.einsum("blnh,dh->blnd", linear_attention(q, k, v), proj_weight.astype(q.dtype))
     return linear + proj_bias.astype(q.dtype)[None, None, None]
-
-
-def sparse_linear_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    proj_weight: jax.Array,
-    proj_bias: jax.Array,
-    *,
-    topk: float,
-    block_q: int = 128,
-    block_k: int = 64,
-    implementation: Implementation | None = None,
-) -> jax.Array:
-    """The whole of the module docstring; q, k (rotated) and v `[B, L, N, H]`, proj_weight `[H, H]` (out, in).
-
-    The default blocks are those that TurboDiffusion's published checkpoints run with. Kernels have gradients by
-    `jax.vjp` only: training by `jax.jvp` (sCM) needs implementation="reference".
-    """
-    chosen = choose(implementation, q, block_q=block_q, block_k=block_k)
-    if chosen != "reference":
-        from turbojax.kernels import sla_fused
-
-        count = num_selected(topk, -(-k.shape[1] // block_k))
-        settings = sla_fused.settings(chosen, count, block_q=block_q, block_k=block_k, dim=q.shape[-1])
-        return sla_fused.attention(q, k, v, proj_weight, proj_bias, settings)
-    table = block_table(q, k, topk=topk, block_q=block_q, block_k=block_k)
-    sparse = sparse_softmax(q, k, v, table, block_q=block_q, block_k=block_k)
-    return sparse + linear_branch(q, k, v, proj_weight, proj_bias)

@@ -1,4 +1,4 @@
-"""Triton kernels of what sparse-linear attention needs of whole blocks and heads; equations: `turbojax.kernels.sla`.
+"""Triton kernels of what sparse-linear attention needs of whole blocks and heads; equations are in `reference`.
 
 Block means and the block map that comes of them, the state of the linear branch, and norms that bound the scores. B
 batch, L tokens, N heads, H head dim (64 or 128); q, k, v bfloat16 `[B, L, N, H]`, read in place. Nothing is summed by
@@ -14,9 +14,11 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from turbojax.kernels import triton_call
+from turbojax.kernels.sizes import cdiv, next_power_of_2
+from turbojax.kernels.sla import reference
+from turbojax.kernels.triton_call import triton_call
 
-LOG2_E = tl.constexpr(math.log2(math.e))
+LOG2_E = tl.constexpr(reference.LOG2_E)
 SUMMARY_PROGRAMS = 528  # about: four for each multiprocessor of an H100
 KEY_ROWS = 32  # keys of a step of `key_summary`: the most that leave a multiprocessor two programs, without norms
 
@@ -128,13 +130,13 @@ def choose_blocks_kernel(scores, table, BLOCKS: tl.constexpr, COUNT: tl.constexp
 
 
 def block_means(x: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
-    """As `sla.block_means`: x `[B, L, N, H]` to float32 `[B, N, ceil(L / block), H]`.
+    """As `reference.block_means`: x `[B, L, N, H]` to float32 `[B, N, ceil(L / block), H]`.
 
     Also the largest norm of a row of each block, float32 `[B, N, ceil(L / block)]`.
     """
     batch, length, heads, dim = x.shape
-    blocks = -(-length // block)
-    means, largest = triton_call.triton_call(
+    blocks = cdiv(length, block)
+    means, largest = triton_call(
         block_means_kernel,
         x,
         out_shape=(
@@ -154,9 +156,9 @@ def block_means(x: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
 
 def shares_of(length: int, heads: int, rows: int) -> tuple[int, int]:
     """How a head's groups of `rows` rows are shared out to programs: groups a program, and programs."""
-    groups = -(-length // rows)
-    share = -(-groups // max(1, SUMMARY_PROGRAMS // heads))
-    return share, -(-groups // share)
+    groups = cdiv(length, rows)
+    share = cdiv(groups, max(1, SUMMARY_PROGRAMS // heads))
+    return share, cdiv(groups, share)
 
 
 def launch_in_shares(
@@ -174,7 +176,7 @@ def launch_in_shares(
     share, shares = shares_of(length, batch * heads, rows)
     if own_sums:
         constants["SHARES"] = shares
-    return triton_call.triton_call(
+    return triton_call(
         kernel,
         x,
         *arrays,
@@ -207,7 +209,7 @@ class KeySummary(NamedTuple):
 def key_summary(k: jax.Array, v: jax.Array, block: int, *, norms: bool = False) -> KeySummary:
     """Reads k and v `[B, L, N, H]` once."""
     batch, length, heads, dim = k.shape
-    groups = -(-length // KEY_ROWS)
+    groups = cdiv(length, KEY_ROWS)
     _, shares = shares_of(length, batch * heads, KEY_ROWS)
     means, states, normalizers, largest = launch_in_shares(
         key_summary_kernel,
@@ -230,7 +232,7 @@ def key_summary(k: jax.Array, v: jax.Array, block: int, *, norms: bool = False) 
 
 def block_rows(length: int, block: int) -> jax.Array:
     """Rows that each block has, float32 `[ceil(length / block)]`."""
-    return jnp.minimum(block, length - block * jnp.arange(-(-length // block))).astype(jnp.float32)
+    return jnp.minimum(block, length - block * jnp.arange(cdiv(length, block))).astype(jnp.float32)
 
 
 def mean_of_means(means: jax.Array, length: int, block: int) -> jax.Array:
@@ -253,8 +255,8 @@ def choose_blocks(scores: jax.Array, count: int) -> jax.Array:
     The same as sorted `lax.top_k`, which takes the first of equal scores; up to 4096 blocks.
     """
     *leading, blocks = scores.shape
-    width = 1 << (blocks - 1).bit_length()
-    (table,) = triton_call.triton_call(
+    width = next_power_of_2(blocks)
+    (table,) = triton_call(
         choose_blocks_kernel,
         scores,
         out_shape=(jax.ShapeDtypeStruct((*leading, count), jnp.int32),),

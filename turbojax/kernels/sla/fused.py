@@ -1,4 +1,4 @@
-"""Sparse-linear attention out of fused kernels, with its gradients; the equations are in `turbojax.kernels.sla`.
+"""Sparse-linear attention out of fused kernels, with its gradients; the equations are in `reference`.
 
 block means of q, the longest query of each block    reads q
 block means of k, phi(k)^T v, sum phi(k), longest k  reads k and v
@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from turbojax.kernels import sla_backward_triton, sla_linear_triton, sla_mosaic, sla_summary_triton, sla_triton
 from turbojax.kernels.dispatch import compute_capability
+from turbojax.kernels.sla import mosaic_forward, triton_backward, triton_forward, triton_linear, triton_summary
 
 SparseKernel = Literal["mosaic", "triton"]
 
@@ -32,25 +32,27 @@ class Settings:
     block_q: int
     block_k: int
     sparse_kernel: SparseKernel
-    tiles: sla_triton.Tiles
-    backward_tiles: tuple[sla_triton.Tiles, sla_triton.Tiles]
+    tiles: triton_forward.Tiles
+    backward_tiles: tuple[triton_forward.Tiles, triton_forward.Tiles]
 
 
 def settings(sparse_kernel: SparseKernel, count: int, *, block_q: int, block_k: int, dim: int) -> Settings:
     """The fastest settings for the device's compute capability."""
     capability, sizes = compute_capability(), {"block_q": block_q, "block_k": block_k, "dim": dim}
-    forward, backward = sla_triton.tiles(capability, **sizes), sla_backward_triton.tiles(capability, **sizes)
+    forward, backward = triton_forward.tiles(capability, **sizes), triton_backward.tiles(capability, **sizes)
     return Settings(count, block_q, block_k, sparse_kernel, forward, backward)
 
 
 def sparse_forward(
     *arrays: jax.Array, settings: Settings, residuals: bool
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
-    """`sla_triton.sparse_forward`, or the Hopper kernel in its place, which has no residuals."""
+    """`triton_forward.sparse_forward`, or the Hopper kernel in its place, which has no residuals."""
     s = settings
     if s.sparse_kernel == "mosaic" and not residuals:
-        return sla_mosaic.sparse_forward(*arrays, block_k=s.block_k), None, None
-    return sla_triton.sparse_forward(*arrays, block_q=s.block_q, block_k=s.block_k, tiles=s.tiles, residuals=residuals)
+        return mosaic_forward.sparse_forward(*arrays, block_k=s.block_k), None, None
+    return triton_forward.sparse_forward(
+        *arrays, block_q=s.block_q, block_k=s.block_k, tiles=s.tiles, residuals=residuals
+    )
 
 
 def exact_einsum(equation: str, *arrays: jax.Array) -> jax.Array:
@@ -59,19 +61,19 @@ def exact_einsum(equation: str, *arrays: jax.Array) -> jax.Array:
 
 
 def block_table(q: jax.Array, k_means: jax.Array, settings: Settings) -> tuple[jax.Array, jax.Array]:
-    """As `sla.block_table`, from the means of k's blocks, float32 `[B, N, key blocks, H]`.
+    """As `reference.block_table`, from the means of k's blocks, float32 `[B, N, key blocks, H]`.
 
     Also the largest norm of a query of each block, float32 `[B, N, query blocks]`.
     """
-    k_mean = sla_summary_triton.mean_of_means(k_means, q.shape[1], settings.block_k)
-    q_means, q_norms = sla_summary_triton.block_means(q, settings.block_q)
+    k_mean = triton_summary.mean_of_means(k_means, q.shape[1], settings.block_k)
+    q_means, q_norms = triton_summary.block_means(q, settings.block_q)
     return table_of_means(q_means, k_means, k_mean, settings.count), q_norms
 
 
 def table_of_means(q_means: jax.Array, k_means: jax.Array, k_mean: jax.Array, count: int) -> jax.Array:
     """The block map from block means `[B, N, blocks, H]` and the mean of k `[B, N, H]`, all float32."""
     scores = exact_einsum("bnih,bnjh->bnij", q_means, k_means - k_mean[:, :, None])
-    return sla_summary_triton.choose_blocks(scores, count)
+    return triton_summary.choose_blocks(scores, count)
 
 
 def score_bounds(q_norms: jax.Array, k_norm: jax.Array, dim: int) -> jax.Array:
@@ -95,7 +97,7 @@ def attention(
 
 def forward(q, k, v, proj_weight, proj_bias, settings: Settings, *, residuals: bool = True):
     """The result, and what the gradients need."""
-    k_means, state, normalizer, k_norm = sla_summary_triton.key_summary(k, v, settings.block_k, norms=True)
+    k_means, state, normalizer, k_norm = triton_summary.key_summary(k, v, settings.block_k, norms=True)
     table, q_norms = block_table(q, k_means, settings)
     projected = project_state(state, proj_weight)
     bounds = score_bounds(q_norms, k_norm, q.shape[-1])
@@ -107,10 +109,10 @@ def forward(q, k, v, proj_weight, proj_bias, settings: Settings, *, residuals: b
 def backward(settings: Settings, kept, d_out: jax.Array) -> tuple[jax.Array, ...]:
     q, k, v, proj_weight, proj_bias, table, state, normalizer, sparse, lse = kept
     projected = project_state(state, proj_weight)
-    dq, d_projected, d_normalizer, d_bias = sla_linear_triton.linear_queries(q, d_out, projected, normalizer)
+    dq, d_projected, d_normalizer, d_bias = triton_linear.linear_queries(q, d_out, projected, normalizer)
     d_state = exact_einsum("bnhd,de->bnhe", d_projected, proj_weight.astype(jnp.float32)).astype(q.dtype)
-    dk, dv = sla_linear_triton.linear_keys(k, v, d_state, d_normalizer)
-    dq, dk, dv = sla_backward_triton.sparse_backward(
+    dk, dv = triton_linear.linear_keys(k, v, d_state, d_normalizer)
+    dq, dk, dv = triton_backward.sparse_backward(
         q,
         k,
         v,

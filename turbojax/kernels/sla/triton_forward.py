@@ -1,4 +1,4 @@
-"""Triton kernel of sparse-linear attention, forward; the equations are in `turbojax.kernels.sla`.
+"""Triton kernel of sparse-linear attention, forward; the equations are in `reference`.
 
 B batch, L tokens, N heads, H head dim (64 or 128); q, k, v bfloat16 `[B, L, N, H]`, read in place.
 """
@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from turbojax.kernels import sla, triton_call
-from turbojax.kernels.sla_summary_triton import LOG2_E
+from turbojax.kernels.sla import reference
+from turbojax.kernels.sla.triton_summary import LOG2_E
+from turbojax.kernels.triton_call import triton_call
 
-BOUND = tl.constexpr(sla.BOUND)
+BOUND = tl.constexpr(reference.BOUND)
 
 
 class Tiles(NamedTuple):
@@ -224,7 +225,7 @@ def sparse_forward(
     log2-sum-exp2, float32 `[B, N, L]`; without, both `[1]` and undefined.
     """
     batch, length, heads, dim = q.shape
-    out, sparse, lse = triton_call.triton_call(
+    out, sparse, lse = triton_call(
         sparse_forward_kernel,
         q,
         k,

@@ -1,4 +1,4 @@
-"""Hopper kernel of sparse-linear attention in Pallas Mosaic GPU; the equations are in `turbojax.kernels.sla`.
+"""Hopper kernel of sparse-linear attention in Pallas Mosaic GPU; the equations are in `reference`.
 
 A tile is 128 rows of queries of one head. Two warp groups compute 64 rows each, a third feeds them keys and values by
 TMA, following the block table. Three chosen blocks of 64 keys make one step: power limits this kernel, and the wider a
@@ -10,7 +10,6 @@ The groups take turns: while one takes its softmax the other has the tensor core
 """
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +17,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from turbojax.kernels import mosaic, sla
+from turbojax.kernels import mosaic
+from turbojax.kernels.sla.reference import BOUND, LOG2_E
 
 CONSUMERS = 2  # warp groups that compute
 ROWS = 64  # queries of one of them
@@ -26,7 +26,6 @@ BLOCK_Q = CONSUMERS * ROWS
 BLOCK = 64  # keys of one copy
 PARTS = {64: 3, 128: 2}  # such blocks a step by block_k; one of 128 keys is never parted
 STAGES = 2  # steps in flight
-LOG2_E = math.log2(math.e)
 
 WGMMA = plgpu.Layout.WGMMA
 ROW = WGMMA.reduce(1)  # one value a row
@@ -51,7 +50,7 @@ def sparse_forward(
     q, k, v bfloat16 `[B, L, N, H]`; table int32 `[B, N, ceil(L / 128), chosen]`, ascending; projected bfloat16
     `[B, N, H, H]`, (phi(k)^T v) W_l^T; normalizer float32 `[B, N, H]`, the sum of phi(k); bias float32 `[H]`. H is 64
     or 128 and block_k, too; L is a multiple of 8. bounds float32 `[B, N, ceil(L / 128)]`: how far from zero a tile's
-    scores can be; within `sla.BOUND` no maximum is looked for, and nothing is rescaled for it.
+    scores can be; within `reference.BOUND` no maximum is looked for, and nothing is rescaled for it.
     """
     batch, length, heads, dim = q.shape
     if block_k == 2 * BLOCK:
@@ -230,7 +229,7 @@ def sparse_forward(
                 total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW)
                 pl.when(wg == 1)(give_and_take_turns)
                 carry = attend(0, (acc, top, total), blocks=first, mask=mask)
-                within = bounds[b, head, tile] <= sla.BOUND
+                within = bounds[b, head, tile] <= BOUND
                 acc, _, total = lax.cond(within, attend_bounded, attend_further, carry)
                 # Neither group waits for the other's epilogue.
                 pl.when(wg == 0)(lambda: plgpu.barrier_arrive(turns))

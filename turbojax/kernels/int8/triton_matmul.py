@@ -1,13 +1,22 @@
-"""Triton kernels of the int8 linear layer; the equations are in `turbojax.kernels.int8`.
+"""Triton kernels of int8 matmuls; the equations are in `reference`.
 
 M rows, N out-features, K in-features. Every kernel takes pointers and constants; K is a multiple of 128. A scale covers
 128 in-features and `GROUP` rows (128 or 1) in the block scheme, a whole row in the channel scheme.
 """
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import triton
 import triton.language as tl
+
+from turbojax.kernels.int8.reference import BLOCK, QuantConfig
+from turbojax.kernels.int8.triton_quantize import block_shapes, of_rows, to_int8
+from turbojax.kernels.norms import Residual
+from turbojax.kernels.sizes import cdiv
+from turbojax.kernels.triton_call import triton_call
 
 
 class Tiles(NamedTuple):
@@ -31,16 +40,6 @@ def tiles(scheme: str) -> Tiles:
 
 
 @triton.jit
-def to_int8(x, amax):
-    """x * 128 / amax, rounded to the nearest, ties to even, 127 at most; amax broadcasts against |x| and bounds it.
-
-    Rounding happens in the addition of 1.5 * 2^23, whose last bit counts ones: the sum's low byte is the code.
-    """
-    ratio = tl.minimum(x * (128.0 / amax), 127.0)
-    return (ratio + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
-
-
-@triton.jit
 def gelu_tanh(x):
     """GELU, tanh form: x * sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3))."""
     return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
@@ -51,62 +50,6 @@ def nan_or_max(f, amax):
     """amax, at least 1e-8, or NaN if any of f is: maxima drop NaN, and a NaN must not become a silent zero."""
     has_nan = tl.sum(tl.sum((f != f).to(tl.int32), axis=1), axis=0) > 0
     return tl.where(has_nan, float("nan"), tl.maximum(amax, 1e-8))
-
-
-@triton.jit
-def amax_of_bits(bits):
-    """The float32 value of the largest |x|'s bfloat16 bits, at least 1e-8; NaN's bits are above all others."""
-    amax = (bits.to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    return tl.where(bits > 0x7F80, amax, tl.maximum(amax, 1e-8))
-
-
-@triton.jit
-def store_quantized(v, q, scale, offsets, rows, i, j, M: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr):
-    """Quantizes the 128 x 128 bfloat16 block (i, j) of a [M, K] matrix, GROUP rows to a scale; without rows past M.
-
-    Bits without the sign are ordered as magnitudes are, so that the maximum needs no float32 copy of the block: half
-    the registers, more programs at once.
-    """
-    without_sign = tl.where(rows < M, 0x7FFF, 0).to(tl.int16)[:, None]
-    top = tl.max(v.to(tl.int16, bitcast=True) & without_sign, axis=1)
-    if GROUP == 128:
-        amax = amax_of_bits(tl.max(top, axis=0))
-        tl.store(q + offsets, to_int8(v.to(tl.float32), amax), mask=(rows < M)[:, None])
-        tl.store(scale + i * (K // 128) + j, amax / 128.0)
-    else:
-        amax = amax_of_bits(top)
-        tl.store(q + offsets, to_int8(v.to(tl.float32), amax[:, None]), mask=(rows < M)[:, None])
-        tl.store(scale + rows.to(tl.int64) * (K // 128) + j, amax / 128.0, mask=rows < M)
-
-
-@triton.jit
-def quantize_blocks_kernel(x, q, scale, M: tl.constexpr, K: tl.constexpr, GROUP: tl.constexpr):
-    """One program a 128 x 128 block of x, bfloat16; GROUP rows share a scale (128 or 1)."""
-    j, i = tl.program_id(0), tl.program_id(1)
-    rows, columns = i * 128 + tl.arange(0, 128), j * 128 + tl.arange(0, 128)
-    inside = (rows < M)[:, None]
-    offsets = rows.to(tl.int64)[:, None] * K + columns[None, :]
-    v = tl.load(x + offsets, mask=inside, other=0.0)
-    store_quantized(v, q, scale, offsets, rows, i, j, M, K, GROUP)
-
-
-@triton.jit
-def quantize_rows_kernel(x, q, scale, K: tl.constexpr, CHUNK: tl.constexpr):
-    """One program a row of x; the second reading comes from the cache."""
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, CHUNK)
-    top = tl.zeros((CHUNK,), tl.float32)
-    nans = tl.zeros((CHUNK,), tl.int32)
-    for start in range(0, K, CHUNK):
-        f = tl.load(x + row * K + start + columns, mask=start + columns < K, other=0.0).to(tl.float32)
-        top = tl.maximum(top, tl.abs(f))
-        nans += (f != f).to(tl.int32)
-    amax = tl.where(tl.sum(nans, axis=0) > 0, float("nan"), tl.maximum(tl.max(top, axis=0), 1e-8))
-    for start in range(0, K, CHUNK):
-        inside = start + columns < K
-        f = tl.load(x + row * K + start + columns, mask=inside, other=0.0).to(tl.float32)
-        tl.store(q + row * K + start + columns, to_int8(f, amax), mask=inside)
-    tl.store(scale + row, amax / 128.0)
 
 
 @triton.jit
@@ -130,22 +73,6 @@ def finish(y, bias, columns, N: tl.constexpr, HAS_BIAS: tl.constexpr, GELU: tl.c
     if GELU:
         y = gelu_tanh(y.to(tl.float32)).to(tl.bfloat16)
     return y
-
-
-@triton.jit
-def of_rows(gate, rows, columns, M: tl.constexpr, N: tl.constexpr, BATCH: tl.constexpr):
-    """What a tile's rows take of gate, float32 [BATCH, N]; a tile belongs to two samples at most.
-
-    One or two rows of it are read: an element for each of the tile's would keep the cache busy.
-    """
-    length: tl.constexpr = M // BATCH
-    sample = tl.min(rows, axis=0) // length
-    gates = tl.load(gate + sample * N + columns, mask=columns < N, other=0.0)[None, :]
-    if BATCH > 1:
-        following = tl.minimum(sample + 1, BATCH - 1)
-        second = tl.load(gate + following * N + columns, mask=columns < N, other=0.0)[None, :]
-        gates = tl.where((rows < (sample + 1) * length)[:, None], gates, second)
-    return gates
 
 
 @triton.jit
@@ -267,45 +194,96 @@ def dequantizing_matmul_kernel(
     tl.store(y + rows.to(tl.int64)[:, None] * N + columns[None, :], out, mask=inside)
 
 
-@triton.jit
-def row_statistics_kernel(x, statistics, D: tl.constexpr, EPS: tl.constexpr, WIDTH: tl.constexpr):
-    """Mean and 1 / sqrt(var + eps) of one row, float32 [M, 2]; WIDTH is D's next power of two."""
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, WIDTH)
-    f = tl.load(x + row * D + columns, mask=columns < D, other=0.0).to(tl.float32)
-    mean = tl.sum(f, axis=0) / D
-    f = tl.where(columns < D, f - mean, 0.0)
-    tl.store(statistics + 2 * row, mean)
-    tl.store(statistics + 2 * row + 1, tl.rsqrt(tl.sum(f * f, axis=0) / D + EPS))
+def matmul(
+    x_q: jax.Array,
+    x_scale: jax.Array,
+    w_q: jax.Array,
+    w_scale: jax.Array,
+    bias: jax.Array | None,
+    quant: QuantConfig,
+    *,
+    gelu: bool,
+    requantize: bool = False,
+    add_to: Residual | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """x int8 `[M, K]` times w int8 `[N, K]`, bfloat16 `[M, N]`, or int8 with its scales if requantize.
 
-
-@triton.jit
-def norm_quantize_kernel(
-    x,
-    statistics,
-    gain,
-    shift,
-    q,
-    q_scale,
-    M: tl.constexpr,
-    L: tl.constexpr,
-    D: tl.constexpr,
-    GROUP: tl.constexpr,
-):
-    """layer_norm(x) gain + shift, rounded to bfloat16 and quantized; x [B, L, D], gain and shift [B, D].
-
-    One program a 128 x 128 block.
+    The scales are a placeholder of one element otherwise.
     """
-    j, i = tl.program_id(0), tl.program_id(1)
-    rows, columns = i * 128 + tl.arange(0, 128), j * 128 + tl.arange(0, 128)
-    inside = (rows < M)[:, None]
-    offsets = rows.to(tl.int64)[:, None] * D + columns[None, :]
-    mean = tl.load(statistics + 2 * rows, mask=rows < M, other=0.0)[:, None]
-    rstd = tl.load(statistics + 2 * rows + 1, mask=rows < M, other=0.0)[:, None]
-    f = tl.load(x + offsets, mask=inside, other=0.0).to(tl.float32) * rstd - mean * rstd
-    if L >= 128:
-        f = f * of_rows(gain, rows, columns, M, D, M // L) + of_rows(shift, rows, columns, M, D, M // L)
-    else:  # a block may hold rows of many samples
-        sample = (rows // L)[:, None] * D + columns[None, :]
-        f = f * tl.load(gain + sample, mask=inside, other=0.0) + tl.load(shift + sample, mask=inside, other=0.0)
-    store_quantized(f.to(tl.bfloat16), q, q_scale, offsets, rows, i, j, M, D, GROUP)
+    m, n = len(x_q), len(w_q)
+    result = jax.ShapeDtypeStruct((m, n), jnp.int8 if requantize else jnp.bfloat16)
+    scales = block_shapes(m, n, BLOCK)[1] if requantize else jax.ShapeDtypeStruct((1, 1), jnp.float32)
+    residual, gate = jnp.zeros(8, jnp.bfloat16), jnp.zeros(4, jnp.float32)  # placeholders
+    if add_to is not None:
+        residual, gate = add_to.x, gates(add_to)
+    y, y_scale = launch_tiles(
+        int8_matmul_kernel,
+        *(x_q, x_scale, w_q, w_scale, bias_or_zeros(bias, n), residual, gate),
+        out_shape=(result, scales),
+        sizes=(m, n, x_q.shape[1]),
+        tiles=tiles(quant.scheme),
+        SCHEME=quant.scheme,
+        GROUP=quant.group,
+        HAS_BIAS=bias is not None,
+        GELU=gelu,
+        BATCH=1 if add_to is None else add_to.x.shape[0],
+        RESIDUAL=add_to is not None,
+        REQUANTIZE=requantize,
+    )
+    return y, y_scale
+
+
+def dequantizing_matmul(
+    x: jax.Array, w_q: jax.Array, w_scale: jax.Array, bias: jax.Array | None, quant: QuantConfig, *, gelu: bool
+) -> jax.Array:
+    """x bfloat16 `[M, K]` times w int8 `[N, K]`, dequantized in the kernel; bfloat16 `[M, N]`."""
+    (m, k), n = x.shape, len(w_q)
+    (y,) = launch_tiles(
+        dequantizing_matmul_kernel,
+        *(x, w_q, w_scale, bias_or_zeros(bias, n)),
+        out_shape=(jax.ShapeDtypeStruct((m, n), jnp.bfloat16),),
+        sizes=(m, n, k),
+        tiles=DEQUANTIZING_TILES,
+        SCHEME=quant.scheme,
+        HAS_BIAS=bias is not None,
+        GELU=gelu,
+    )
+    return y
+
+
+def launch_tiles(
+    kernel: Any,
+    *arrays: jax.Array,
+    out_shape: Sequence[jax.ShapeDtypeStruct],
+    sizes: tuple[int, int, int],
+    tiles: Tiles,
+    **constants: Any,
+) -> Any:
+    """Launches a matmul's kernel, one program a tile of the result; sizes: M, N and K."""
+    m, n, k = sizes
+    return triton_call(
+        kernel,
+        *arrays,
+        out_shape=out_shape,
+        grid=(cdiv(m, tiles.rows) * cdiv(n, tiles.columns),),
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+        M=m,
+        N=n,
+        K=k,
+        TILE_M=tiles.rows,
+        TILE_N=tiles.columns,
+        BAND=tiles.band,
+        **constants,
+    )
+
+
+def bias_or_zeros(bias: jax.Array | None, n: int) -> jax.Array:
+    """A bias `[N]` in bfloat16, zeros in place of None."""
+    return jnp.zeros(n, jnp.bfloat16) if bias is None else bias.astype(jnp.bfloat16)
+
+
+def gates(residual: Residual) -> jax.Array:
+    """The gate of every sample, float32 `[B, D]`."""
+    batch, _, width = residual.x.shape
+    return jnp.ones((batch, width), jnp.float32) if residual.gate is None else residual.gate.reshape(batch, width)

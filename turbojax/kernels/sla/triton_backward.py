@@ -1,4 +1,4 @@
-"""Triton kernels of sparse-linear attention, backward; the equations are in `turbojax.kernels.sla`.
+"""Triton kernels of sparse-linear attention, backward; the equations are in `reference`.
 
 With scores s = q k^T / sqrt(H), weights p = softmax(s) over the chosen blocks, and their result o = p v:
 
@@ -15,9 +15,10 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from turbojax.kernels import triton_call
-from turbojax.kernels.sla_summary_triton import LOG2_E
-from turbojax.kernels.sla_triton import Tiles
+from turbojax.kernels.sizes import cdiv
+from turbojax.kernels.sla.triton_forward import Tiles
+from turbojax.kernels.sla.triton_summary import LOG2_E
+from turbojax.kernels.triton_call import triton_call
 
 
 def tiles(capability: tuple[int, int] | None, *, block_q: int, block_k: int, dim: int) -> tuple[Tiles, Tiles]:
@@ -202,15 +203,15 @@ def sparse_backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of q, k and v through the sparse softmax plus `linear`, those of another branch; bfloat16.
 
-    q, k, v, d_out and all gradients `[B, L, N, H]`; table, sparse and lse as `sla_triton.sparse_forward` has them.
+    q, k, v, d_out and all gradients `[B, L, N, H]`; table, sparse and lse as `triton_forward.sparse_forward` has them.
     """
     batch, length, heads, dim = q.shape
-    key_blocks = -(-length // block_k)
+    key_blocks = cdiv(length, block_k)
     constants: dict[str, Any] = {"L": length, "N": heads, "H": dim, "BLOCK_Q": block_q, "BLOCK_K": block_k}
     constants["SCALE"] = dim**-0.5 * LOG2_E.value
     gradient = jax.ShapeDtypeStruct(q.shape, jnp.bfloat16)
     for_queries, for_keys = tiles
-    dq, delta = triton_call.triton_call(
+    dq, delta = triton_call(
         query_gradient_kernel,
         q,
         k,
@@ -229,7 +230,7 @@ def sparse_backward(
         **constants,
     )
     queries, begins = invert_table(table, key_blocks)
-    dk, dv = triton_call.triton_call(
+    dk, dv = triton_call(
         key_gradients_kernel,
         q,
         k,
