@@ -12,7 +12,6 @@ from ml_collections import ConfigDict
 from turbojax.config import changed, check_ranges
 from turbojax.diffusion import expert_split
 from turbojax.errors import UserError
-from turbojax.files import check_file
 from turbojax.kernels.int8 import QuantConfig
 from turbojax.media.video import check_path, video_size
 from turbojax.memory.planner import Plan, parse
@@ -62,7 +61,7 @@ def components(config: ConfigDict) -> dict[str, Any]:
 
 def generate(config: ConfigDict) -> list[Path]:
     """Loads the pipeline, makes the videos and returns the files written."""
-    check_file(check_path(config.output))
+    check_path(config.output)
     request = dataclasses.replace(make_request(config), output=config.output)
     warn_of_limits(config)
     return make_videos(load_pipeline(config, prepare=request), request).files

@@ -18,7 +18,7 @@ from turbojax.app.records import Records, fingerprint
 from turbojax.app.signals import Terminated
 from turbojax.config import SETTINGS, changed, did_you_mean, parse_value
 from turbojax.errors import UserError
-from turbojax.files import check_file, user_path
+from turbojax.files import user_path
 from turbojax.media.video import check_path, numbered
 from turbojax.memory.planner import short_of_memory
 from turbojax.text_files import read_text, split_lines
@@ -50,7 +50,7 @@ def interactive(
     """
     with suppress(ImportError):
         import readline  # noqa: F401  # gives `input` earlier lines by the arrow keys
-    check_file(check_path(config.output))
+    check_path(config.output)
     pipelines = PipelineCache()
     write("Type a prompt, or /help.")
     while True:
@@ -96,7 +96,7 @@ def command(config: ConfigDict, line: str) -> str:
     changes = size(text) if name == "size" else {name: parse_value(name, text)}
     new = changed(config, **changes)
     make_request(new)
-    check_file(check_path(new.output))
+    check_path(new.output)
     config.update(changes)
     return ", ".join(f"{name} = {value}" for name, value in changes.items())
 
@@ -129,7 +129,7 @@ def batch(config: ConfigDict, prompts_file: str | Path) -> list[Path]:
     count as no prompt.
     """
     prompts = read_prompts(user_path(prompts_file))
-    output = check_file(check_path(config.output))
+    output = check_path(config.output)
     contents = (picture.tobytes() for picture in make_request(config).pictures)
     pictures = dict(zip(("image", "last_image"), contents, strict=False))
     finished, pipelines = Records(output.with_suffix(".jsonl")), PipelineCache()

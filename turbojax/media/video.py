@@ -14,7 +14,7 @@ from absl import logging
 from PIL import Image, ImageOps
 
 from turbojax.errors import UserError
-from turbojax.files import user_path, whole_files
+from turbojax.files import check_file, user_path, whole_files
 from turbojax.media.ffmpeg import check_decoder, check_encoder, mp4_encoder, read_frames
 
 # Width and height in pixels, as Wan and TurboDiffusion use them.
@@ -42,11 +42,7 @@ def check_path(path: str | os.PathLike) -> Path:
         raise UserError(f"output {str(path)!r} has no video format; end it in {', '.join(FORMATS)}")
     if path.is_dir():
         raise UserError(f"output {str(path)!r} is a folder; give a file name")
-    parent = path.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        raise UserError(f"output {str(path)!r} cannot be written: {str(parent)!r} is no writable folder")
+    check_file(path)
     if path.suffix.lower() == ".mp4":
         check_encoder()
     return path

@@ -11,21 +11,16 @@ import numpy as np
 
 from turbojax.errors import CheckpointError
 from turbojax.models.clip import CLIPConfig
-from turbojax.weights.rules import LAYER_NUMBER, Rule, count_layers, shorten
+from turbojax.weights.rules import LAYER_NUMBER, Rule, count_layers, patch_linear, shorten
 
 HEAD_DIM = 80  # of ViT-H; shapes do not tell it
-
-
-def as_linear(weight: np.ndarray) -> np.ndarray:
-    """A convolution over patches [D, 3, p, p] as the linear layer [D, 3 p p]."""
-    return weight.reshape(weight.shape[0], -1)
 
 
 _LAYER = r"visual\.transformer\.(?P<layer>\d+)\."
 
 CLIP_OFFICIAL: tuple[Rule, ...] = (
     Rule(r"textual\..*|log_scale|visual\.(head|post_norm\.(weight|bias))", None),
-    Rule(r"visual\.patch_embedding\.weight", "patch_embedding.weight", as_linear),
+    Rule(r"visual\.patch_embedding\.weight", "patch_embedding.weight", patch_linear),
     Rule(r"visual\.cls_embedding", "class_token", np.ravel),
     Rule(r"visual\.pos_embedding", "positions", lambda positions: positions[0]),
     Rule(r"visual\.pre_norm\.(weight|bias)", r"norm.\1"),
@@ -40,7 +35,7 @@ _ENCODER_LAYER = r"vision_model\.encoder\.layers\.(?P<layer>\d+)\."
 
 CLIP_TRANSFORMERS: tuple[Rule, ...] = (
     Rule(r"vision_model\.post_layernorm\.(weight|bias)|visual_projection\.weight|.*\.position_ids", None),
-    Rule(r"vision_model\.embeddings\.patch_embedding\.weight", "patch_embedding.weight", as_linear),
+    Rule(r"vision_model\.embeddings\.patch_embedding\.weight", "patch_embedding.weight", patch_linear),
     Rule(r"vision_model\.embeddings\.class_embedding", "class_token"),
     Rule(r"vision_model\.embeddings\.position_embedding\.weight", "positions"),
     Rule(r"vision_model\.pre_layrnorm\.(weight|bias)", r"norm.\1"),

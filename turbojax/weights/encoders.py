@@ -1,6 +1,5 @@
 """From checkpoint files to the networks around the transformer: VAE, text encoder and image encoder."""
 
-import dataclasses
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -11,9 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from turbojax.errors import CheckpointError
-from turbojax.models.clip import CLIPConfig
-from turbojax.models.umt5 import UMT5Config
-from turbojax.models.vae import VAEConfig, WanVAE
+from turbojax.models.vae import WanVAE
 from turbojax.weights.clip import clip_rules, clip_tensors, detect_clip_config
 from turbojax.weights.io import read_tensors
 from turbojax.weights.layouts import Layout, clip_layout, umt5_layout, vae_layout
@@ -37,7 +34,7 @@ def open_vae(path: str | os.PathLike, *, dtype: Any = jnp.bfloat16) -> EncoderCh
     """Opens a Wan 2.1 VAE, official or diffusers names; raises CheckpointError with all that does not fit."""
     tensors = read_tensors(path)
     with naming(path) as name:
-        config: VAEConfig = dataclasses.replace(detect_vae_config(tensors), dtype=dtype)
+        config = detect_vae_config(tensors, dtype=dtype)
         return check_tensors(vae_skeleton(config), tensors, vae_rules(tensors), vae_layout(config), what=name)
 
 
@@ -45,7 +42,7 @@ def open_umt5(path: str | os.PathLike, *, dtype: Any = jnp.bfloat16) -> EncoderC
     """Opens a umT5 encoder, official or transformers' names; raises CheckpointError with all that does not fit."""
     tensors = read_tensors(path)
     with naming(path) as name:
-        config: UMT5Config = dataclasses.replace(detect_umt5_config(tensors), dtype=dtype)
+        config = detect_umt5_config(tensors, dtype=dtype)
         return check_tensors(umt5_skeleton(config), tensors, umt5_rules(tensors), umt5_layout(config), what=name)
 
 
@@ -53,7 +50,7 @@ def open_clip(path: str | os.PathLike, *, dtype: Any = jnp.float16) -> EncoderCh
     """Opens a CLIP image encoder, official or transformers' names; raises CheckpointError as the others do."""
     tensors = read_tensors(path)
     with naming(path) as name:
-        config: CLIPConfig = dataclasses.replace(detect_clip_config(tensors), dtype=dtype)
+        config = detect_clip_config(tensors, dtype=dtype)
         used = clip_tensors(tensors, config.num_layers)
         return check_tensors(clip_skeleton(config), used, clip_rules(tensors), clip_layout(config), what=name)
 

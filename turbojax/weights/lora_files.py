@@ -19,7 +19,7 @@ from turbojax.json_reader import Boolean, Integer, Map, Nullable, Number, Object
 from turbojax.models.wan import WanConfig
 from turbojax.weights.io import file_metadata
 from turbojax.weights.layouts import diffusers_layout, wan_layout
-from turbojax.weights.rules import Rule, TensorKey, of_kind, relaid, rename, shorten
+from turbojax.weights.rules import Rule, TensorKey, relaid, rename, same_kind, shorten
 from turbojax.weights.wan import DIFFUSERS, OFFICIAL, clean_name
 
 
@@ -197,7 +197,7 @@ def check_dtypes(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Raises CheckpointError unless all are floating point, alphas floating point or whole numbers."""
     for name, tensor in tensors.items():
         whole = name.endswith(".alpha") and jnp.issubdtype(tensor.dtype, jnp.integer)
-        if not (whole or of_kind(tensor.dtype, np.float32)):
+        if not (whole or same_kind(tensor.dtype, np.float32)):
             raise CheckpointError(f"{path.name}: {quoted(name)} is {tensor.dtype} and must be floating point numbers")
 
 

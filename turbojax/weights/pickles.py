@@ -10,46 +10,23 @@ import pickletools
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ml_dtypes
 import numpy as np
 
 from turbojax.errors import CheckpointError, quoted
+from turbojax.weights import safetensors
 
 MAX_BYTES, MAX_INSTRUCTIONS = 2**24, 500_000  # a checkpoint of 1,000 tensors has 200 kB and 45,000 instructions
 MAX_AXES = 64  # of a NumPy array
 
-# PyTorch's names (as in `torch.bfloat16`).
-DTYPES: dict[str, np.dtype] = {
-    "float64": np.dtype(np.float64),
-    "float32": np.dtype(np.float32),
-    "float16": np.dtype(np.float16),
-    "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
-    "float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
-    "int64": np.dtype(np.int64),
-    "int32": np.dtype(np.int32),
-    "int16": np.dtype(np.int16),
-    "int8": np.dtype(np.int8),
-    "uint64": np.dtype(np.uint64),
-    "uint32": np.dtype(np.uint32),
-    "uint16": np.dtype(np.uint16),
-    "uint8": np.dtype(np.uint8),
-    "bool": np.dtype(np.bool_),
-}
+# By PyTorch's names (as in `torch.bfloat16`), which are NumPy's.
+DTYPES: dict[str, np.dtype] = {dtype.name: dtype for dtype in safetensors.DTYPES.values()}
 
 # Only the older dtypes have a storage class; tensors of the others name their dtype and use UntypedStorage.
-STORAGES: dict[str, np.dtype] = {
-    "DoubleStorage": DTYPES["float64"],
-    "FloatStorage": DTYPES["float32"],
-    "HalfStorage": DTYPES["float16"],
-    "BFloat16Storage": DTYPES["bfloat16"],
-    "LongStorage": DTYPES["int64"],
-    "IntStorage": DTYPES["int32"],
-    "ShortStorage": DTYPES["int16"],
-    "CharStorage": DTYPES["int8"],
-    "ByteStorage": DTYPES["uint8"],
-    "BoolStorage": DTYPES["bool"],
+_STORED = {
+    **{"Double": "float64", "Float": "float32", "Half": "float16", "BFloat16": "bfloat16", "Long": "int64"},
+    **{"Int": "int32", "Short": "int16", "Char": "int8", "Byte": "uint8", "Bool": "bool"},
 }
+STORAGES: dict[str, np.dtype] = {f"{kind}Storage": DTYPES[name] for kind, name in _STORED.items()}
 
 
 class Global(NamedTuple):

@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from turbojax.weights.load import describe
 from turbojax.weights.parameters import load_parameters
-from turbojax.weights.rules import TensorKey
+from turbojax.weights.rules import TensorKey, describe
 from turbojax.weights.skeleton import Skeleton
 
 

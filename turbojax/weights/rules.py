@@ -51,6 +51,11 @@ def conv2d_kernel(weight: np.ndarray) -> np.ndarray:
     return weight.transpose(2, 3, 1, 0)
 
 
+def patch_linear(weight: np.ndarray) -> np.ndarray:
+    """A convolution over patches [out, in, p, ...] as the linear layer [out, in p ...]."""
+    return weight.reshape(len(weight), -1)
+
+
 def rename(name: str, rules: Iterable[Rule]) -> tuple[TensorKey, Rule] | None:
     """Returns where the first rule that matches sends `name`, and that rule; None if no rule does."""
     for rule in rules:
@@ -78,7 +83,7 @@ def count_layers(layers: Iterable[int]) -> int:
     return min(1 + max(whole, default=-1), 2 * len(whole))
 
 
-def of_kind(dtype: Any, wanted: Any) -> bool:
+def same_kind(dtype: Any, wanted: Any) -> bool:
     """Returns True if a dtype can stand for the wanted one: int8 codes are int8, all else is floating point."""
     return dtype == np.int8 if wanted == np.int8 else bool(jnp.issubdtype(dtype, jnp.floating))
 
@@ -105,7 +110,7 @@ def assign(
 
     tensors: the checkpoint, by name; only shapes and dtypes are looked at, nothing is read from a memory-mapped file.
     expected: shape and dtype of each parameter (of one layer of it, where it is stacked). A tensor must have the shape,
-      and a dtype of the same kind, see `of_kind`.
+      and a dtype of the same kind, see `same_kind`.
     what: names the checkpoint in the error, for instance "transformer.safetensors".
     layout: the names that the whole checkpoint should hold, to tell what is missing in its own words.
 
@@ -133,7 +138,7 @@ def assign(
             spec = expected[key]
             if value.shape != spec.shape:
                 misshapen.append(f"{name} {list(value.shape)} instead of {list(spec.shape)}")
-            elif not of_kind(value.dtype, spec.dtype):
+            elif not same_kind(value.dtype, spec.dtype):
                 wanted = "int8" if spec.dtype == np.int8 else "floating point"
                 mistyped.append(f"{name} {value.dtype} instead of {wanted}")
     missing = [key for key in expected if key not in found]

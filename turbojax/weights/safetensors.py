@@ -5,31 +5,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import ml_dtypes
+import jax.numpy as jnp
 import numpy as np
 from safetensors import safe_open
 
 from turbojax.errors import CheckpointError, quoted
 from turbojax.json_reader import unique
 
-# The dtype codes of the safetensors header.
-DTYPES: dict[str, np.dtype] = {
-    "F64": np.dtype(np.float64),
-    "F32": np.dtype(np.float32),
-    "F16": np.dtype(np.float16),
-    "BF16": np.dtype(ml_dtypes.bfloat16),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
-    "I64": np.dtype(np.int64),
-    "I32": np.dtype(np.int32),
-    "I16": np.dtype(np.int16),
-    "I8": np.dtype(np.int8),
-    "U64": np.dtype(np.uint64),
-    "U32": np.dtype(np.uint32),
-    "U16": np.dtype(np.uint16),
-    "U8": np.dtype(np.uint8),
-    "BOOL": np.dtype(np.bool_),
+# NumPy's names of dtypes, which are PyTorch's, by the codes of the safetensors header.
+_NAMES = {
+    **{"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"},
+    **{"F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"},
+    **{"I64": "int64", "I32": "int32", "I16": "int16", "I8": "int8"},
+    **{"U64": "uint64", "U32": "uint32", "U16": "uint16", "U8": "uint8", "BOOL": "bool"},
 }
+DTYPES: dict[str, np.dtype] = {code: jnp.dtype(name) for code, name in _NAMES.items()}
 MAX_HEADER = 2**23  # bytes, or an eighth of a larger file; it takes ten times as much once it is parsed
 
 

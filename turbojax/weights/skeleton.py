@@ -107,12 +107,12 @@ def layer_of(spec: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(spec.shape[1:], spec.dtype)
 
 
-def of_kind(module: Callable[..., nnx.Module]) -> Callable[[Any], Skeleton]:
+def skeletons_of(module: Callable[..., nnx.Module]) -> Callable[[Any], Skeleton]:
     """The skeletons of a kind of network by its configuration; the last few are kept."""
     return functools.lru_cache(maxsize=16)(lambda config: Skeleton.of(lambda: module(config, rngs=nnx.Rngs(0))))
 
 
-wan_skeleton: Callable[[WanConfig], Skeleton] = of_kind(WanModel)
-vae_skeleton: Callable[[VAEConfig], Skeleton] = of_kind(WanVAE)
-umt5_skeleton: Callable[[UMT5Config], Skeleton] = of_kind(UMT5Encoder)
-clip_skeleton: Callable[[CLIPConfig], Skeleton] = of_kind(CLIPVision)
+wan_skeleton: Callable[[WanConfig], Skeleton] = skeletons_of(WanModel)
+vae_skeleton: Callable[[VAEConfig], Skeleton] = skeletons_of(WanVAE)
+umt5_skeleton: Callable[[UMT5Config], Skeleton] = skeletons_of(UMT5Encoder)
+clip_skeleton: Callable[[CLIPConfig], Skeleton] = skeletons_of(CLIPVision)

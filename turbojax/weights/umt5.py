@@ -11,7 +11,7 @@ import numpy as np
 
 from turbojax.errors import CheckpointError
 from turbojax.models.umt5 import UMT5Config
-from turbojax.weights.rules import Rule, TensorKey, count_layers, of_kind, rename, shorten
+from turbojax.weights.rules import Rule, TensorKey, count_layers, rename, same_kind, shorten
 
 _OFFICIAL_BLOCK = r"(?:encoder\.)?blocks\.(?P<layer>\d+)\."
 _OFFICIAL_TABLE = r"(?:encoder\.)?token_embedding\.weight"
@@ -93,7 +93,7 @@ def token_table(tensors: Mapping[str, np.ndarray]) -> np.ndarray:
     for name in sorted(tensors, reverse=True):  # "shared" before its duplicate "encoder.embed_tokens"
         if rename(name, (table_rule,)):
             table = tensors[name]
-            if table.ndim != 2 or 0 in table.shape or not of_kind(table.dtype, np.float32):
+            if table.ndim != 2 or 0 in table.shape or not same_kind(table.dtype, np.float32):
                 found = f"{table.dtype}{list(table.shape)}"
                 raise CheckpointError(f"{name} is {found} and must be floating point numbers [vocab, width]")
             return table

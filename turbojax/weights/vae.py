@@ -10,11 +10,6 @@ from turbojax.models.vae import VAEConfig
 from turbojax.weights.rules import Rule, conv2d_kernel, conv3d_kernel, rename
 
 
-def as_vector(gamma: np.ndarray) -> np.ndarray:
-    """[C, 1, 1] or [C, 1, 1, 1] to [C]."""
-    return gamma.reshape(-1)
-
-
 def as_linear(weight: np.ndarray) -> np.ndarray:
     """A convolution of one pixel, [out, in, 1, ...], as the linear layer [out, in]."""
     return weight.reshape(weight.shape[:2])
@@ -29,7 +24,7 @@ def linear(pattern: str, target: str) -> tuple[Rule, Rule]:
 
 
 def norm(pattern: str, target: str) -> Rule:
-    return Rule(pattern + r"\.gamma", target + ".gamma", as_vector)
+    return Rule(pattern + r"\.gamma", target + ".gamma", np.ravel)
 
 
 def resampling(pattern: str, target: str) -> tuple[Rule, ...]:
@@ -47,25 +42,20 @@ def attention(pattern: str, target: str) -> tuple[Rule, ...]:
     )
 
 
-def official_residual(pattern: str, target: str) -> tuple[Rule, ...]:
+def residual(pattern: str, target: str, names: tuple[str, str, str, str, str]) -> tuple[Rule, ...]:
+    """A residual block; names: of its norms, convolutions and shortcut, in the order of the block."""
+    norm1, conv1, norm2, conv2, shortcut = (rf"{pattern}\.{name}" for name in names)
     return (
-        norm(pattern + r"\.residual\.0", target + ".norm1"),
-        *convolution(pattern + r"\.residual\.2", target + ".conv1"),
-        norm(pattern + r"\.residual\.3", target + ".norm2"),
-        *convolution(pattern + r"\.residual\.6", target + ".conv2"),
-        *linear(pattern + r"\.shortcut", target + ".shortcut"),
+        norm(norm1, f"{target}.norm1"),
+        *convolution(conv1, f"{target}.conv1"),
+        norm(norm2, f"{target}.norm2"),
+        *convolution(conv2, f"{target}.conv2"),
+        *linear(shortcut, f"{target}.shortcut"),
     )
 
 
-def diffusers_residual(pattern: str, target: str) -> tuple[Rule, ...]:
-    return (
-        norm(pattern + r"\.norm1", target + ".norm1"),
-        *convolution(pattern + r"\.conv1", target + ".conv1"),
-        norm(pattern + r"\.norm2", target + ".norm2"),
-        *convolution(pattern + r"\.conv2", target + ".conv2"),
-        *linear(pattern + r"\.conv_shortcut", target + ".shortcut"),
-    )
-
+_OFFICIAL_RESIDUAL = (r"residual\.0", r"residual\.2", r"residual\.3", r"residual\.6", "shortcut")
+_DIFFUSERS_RESIDUAL = ("norm1", "conv1", "norm2", "conv2", "conv_shortcut")
 
 VAE_OFFICIAL: tuple[Rule, ...] = (
     *linear("conv1", "quant"),
@@ -74,7 +64,7 @@ VAE_OFFICIAL: tuple[Rule, ...] = (
     norm(r"(encoder|decoder)\.head\.0", r"\1.norm"),
     *convolution(r"(encoder|decoder)\.head\.2", r"\1.conv_out"),
     *attention(r"(encoder|decoder)\.middle\.1", r"\1.middle.1"),
-    *official_residual(r"(encoder|decoder)\.(middle|downsamples|upsamples)\.(\d+)", r"\1.\2.\3"),
+    *residual(r"(encoder|decoder)\.(middle|downsamples|upsamples)\.(\d+)", r"\1.\2.\3", _OFFICIAL_RESIDUAL),
     *resampling(r"(encoder|decoder)\.(downsamples|upsamples)\.(\d+)", r"\1.\2.\3"),
 )
 
@@ -90,17 +80,18 @@ VAE_DIFFUSERS: tuple[Rule, ...] = (
     norm(r"(encoder|decoder)\.norm_out", r"\1.norm"),
     *convolution(r"(encoder|decoder)\.conv_out", r"\1.conv_out"),
     *attention(r"(encoder|decoder)\.mid_block\.attentions\.0", r"\1.middle.1"),
-    *diffusers_residual(r"(encoder|decoder)\.mid_block\.resnets\.0", r"\1.middle.0"),
-    *diffusers_residual(r"(encoder|decoder)\.mid_block\.resnets\.1", r"\1.middle.2"),
-    *diffusers_residual(r"encoder\.down_blocks\.(\d+)", r"encoder.downsamples.\1"),
+    *residual(r"(encoder|decoder)\.mid_block\.resnets\.0", r"\1.middle.0", _DIFFUSERS_RESIDUAL),
+    *residual(r"(encoder|decoder)\.mid_block\.resnets\.1", r"\1.middle.2", _DIFFUSERS_RESIDUAL),
+    *residual(r"encoder\.down_blocks\.(\d+)", r"encoder.downsamples.\1", _DIFFUSERS_RESIDUAL),
     *resampling(r"encoder\.down_blocks\.(\d+)", r"encoder.downsamples.\1"),
     *(
         rule
         for stage in range(_UP_STAGES)
         for block in range(_UP_BLOCKS)
-        for rule in diffusers_residual(
+        for rule in residual(
             rf"decoder\.up_blocks\.{stage}\.resnets\.{block}",
             f"decoder.upsamples.{(_UP_BLOCKS + 1) * stage + block}",
+            _DIFFUSERS_RESIDUAL,
         )
     ),
     *(

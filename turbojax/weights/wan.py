@@ -15,17 +15,12 @@ import numpy as np
 from turbojax.errors import CheckpointError
 from turbojax.kernels.int8 import QuantConfig
 from turbojax.models.wan import WanConfig
-from turbojax.weights.rules import Rule, TensorKey, count_layers, shorten
+from turbojax.weights.rules import Rule, TensorKey, count_layers, patch_linear, shorten
 
 # Prefixes of training checkpoints, and what PyTorch's remat and compiler wrappers leave inside names.
 DECORATION = re.compile(
     r"^(?:net\.|module\.|model\.|diffusion_model\.|transformer\.)+|_checkpoint_wrapped_module\.|_orig_mod\."
 )
-
-
-def as_linear(weight: np.ndarray) -> np.ndarray:
-    """A Conv3d patch embedding [D, C, pt, ph, pw] as the linear layer [D, C pt ph pw]."""
-    return weight.reshape(weight.shape[0], -1)
 
 
 def without_batch(weight: np.ndarray) -> np.ndarray:
@@ -40,7 +35,7 @@ _PART = r"(?P<part>weight|bias|scale)"
 
 OFFICIAL: tuple[Rule, ...] = (
     BOOKKEEPING,
-    Rule(r"patch_embedding\.(weight|bias)", r"patch_embedding.\1", as_linear),
+    Rule(r"patch_embedding\.(weight|bias)", r"patch_embedding.\1", patch_linear),
     Rule(r"(text|time)_embedding\.0\.(weight|bias)", r"\1_embedding.fc1.\2"),
     Rule(r"(text|time)_embedding\.2\.(weight|bias)", r"\1_embedding.fc2.\2"),
     Rule(r"time_projection\.1\.(weight|bias)", r"time_projection.\1"),
@@ -72,7 +67,7 @@ _DIFFUSERS_LINEAR = {
 _DIFFUSERS_NORM = {"norm_q": "norm_q", "norm_k": "norm_k", "norm_added_k": "norm_k_img"}
 
 DIFFUSERS: tuple[Rule, ...] = (
-    Rule(r"patch_embedding\.(weight|bias)", r"patch_embedding.\1", as_linear),
+    Rule(r"patch_embedding\.(weight|bias)", r"patch_embedding.\1", patch_linear),
     Rule(r"condition_embedder\.(text|time)_embedder\.linear_(1|2)\.(weight|bias)", r"\1_embedding.fc\2.\3"),
     Rule(r"condition_embedder\.time_proj\.(weight|bias)", r"time_projection.\1"),
     Rule(r"condition_embedder\.image_embedder\.norm1\.(weight|bias)", r"image_embedding.norm_in.\1"),
