@@ -1,4 +1,4 @@
-"""What a grid of videos shows: tables, a plot and a page of frames."""
+"""Report on a grid of videos: tables, a plot and a page of frames."""
 
 import csv
 import html
@@ -49,13 +49,14 @@ class Row(NamedTuple):
 
     @property
     def flat(self) -> dict[str, Any]:
+        """Returns the row as a table has it."""
         seconds = {f"{name}_seconds": value for name, value in self.seconds.items()}
         equal = self.psnr is not None and math.isinf(self.psnr)  # JSON has no infinity
         return {**self.cell, "psnr": "inf" if equal else self.psnr, **seconds, "video": self.video}
 
 
 def require_matplotlib() -> Any:
-    """matplotlib's Figure class, which needs no display."""
+    """Returns matplotlib's Figure class, which needs no display; raises UserError where there is none."""
     try:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as missing:
@@ -82,7 +83,7 @@ def write_report(
 
 
 def plot(grid: Mapping[str, Sequence[Any]], rows: Sequence[Row]) -> Any:
-    """PSNR and seconds over the axis with most numbers, a line for each combination of the others."""
+    """Plots PSNR and seconds over the axis with most numbers, a line for each combination of the others."""
     along = max(grid, key=lambda name: sum(isinstance(value, int | float) for value in grid[name]))
     values = [value for value in grid[along]]
     numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
@@ -113,11 +114,12 @@ def plot(grid: Mapping[str, Sequence[Any]], rows: Sequence[Row]) -> Any:
 
 
 def label(cell: Mapping[str, Any]) -> str:
+    """Returns settings as NAME=VALUE, NAME=VALUE."""
     return ", ".join(f"{name}={value}" for name, value in cell.items())
 
 
 def page(config: ConfigDict, rows: Sequence[Row], reference: Mapping[str, Any]) -> str:
-    """The contact sheet, a row of it for all values of the last axis."""
+    """Returns the contact sheet, a row of it for all values of the last axis."""
     last = list(rows[0].cell)[-1]
     columns = len({row.cell[last] for row in rows})
     explanation = f"PSNR: of the frames shown, to those with {label(reference)} and else the same settings."

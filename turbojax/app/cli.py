@@ -1,4 +1,4 @@
-"""What the commands share: flags, --help, and errors as one sentence with exit code 2."""
+"""Running of commands: flags, --help, and errors as one sentence with exit code 2."""
 
 import functools
 import logging as standard_logging
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import jax
 from absl import app, flags, logging
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, config_flags
 
 from turbojax.app.signals import ending_in_order, exit_code
 from turbojax.config import CONFIGS, SETTINGS, Setting, check_names
@@ -64,8 +64,14 @@ def run(
     app.run(guarded, flags_parser=functools.partial(parse, flag_values=flag_values, lists=lists, settings=settings))
 
 
+def define_config(flag_values: flags.FlagValues, files: str = "configs/") -> flags.FlagHolder:
+    """Defines --config, a file of settings, and --config.NAME for each of them."""
+    text = f"file of settings, see {files}"
+    return config_flags.DEFINE_config_file("config", None, text, lock_config=True, flag_values=flag_values)
+
+
 def as_called(help_text: str) -> str:
-    """The commands in the form of the console command, if that was called: there may be no scripts/ and configs/."""
+    """Returns the help for the console command if that was called: there may be no scripts/ and configs/."""
     if not sys.argv[0].startswith("turbojax "):
         return help_text
     return re.sub(r"\bconfigs/(\w+)\.py", r"\1", re.sub(r"\b(python )?scripts/(\w+)\.py", r"turbojax \2", help_text))
@@ -90,7 +96,7 @@ def parse(
 
 
 def describe(error: BaseException) -> str:
-    """One line; of an error in a file of settings, whose traceback ml_collections quotes, what the file raised."""
+    """Returns an error as one line; of a file of settings, whose traceback ml_collections quotes, what it raised."""
     quotes = "Traceback" in str(error)
     while quotes and error.__context__:
         error = error.__context__
@@ -101,7 +107,7 @@ def describe(error: BaseException) -> str:
 
 
 def read_config(flag: flags.FlagHolder, *, example: str, settings: Sequence[Setting] = SETTINGS) -> ConfigDict:
-    """What --config= gives, with all settings; example: a file of them."""
+    """Returns the configuration that --config= names, with all settings; example: a file of them."""
     if not flag.present:
         raise UserError(f"no settings; give --config=configs/NAME.py, for instance {example}")
     try:
@@ -114,7 +120,7 @@ def read_config(flag: flags.FlagHolder, *, example: str, settings: Sequence[Sett
 
 
 def one_word_each(arguments: Sequence[str], lists: Sequence[str]) -> list[str]:
-    """--grid a b as --grid=a --grid=b, for the flags named."""
+    """Returns --grid a b as --grid=a --grid=b, for the flags named."""
     words, current = [], ""
     for argument in arguments:
         name, equals, _ = argument.partition("=")
@@ -127,7 +133,7 @@ def one_word_each(arguments: Sequence[str], lists: Sequence[str]) -> list[str]:
 
 
 def find_configs(arguments: Sequence[str], settings: Sequence[Setting]) -> list[str]:
-    """The arguments with --config= as a file that is there: the one named, or of the configurations in the package.
+    """Returns the arguments with --config= as a file that is there: the one named, or the package's.
 
     Raises UserError for a file or a setting that is not there, before the libraries say it in their words.
     """
@@ -146,7 +152,7 @@ def find_configs(arguments: Sequence[str], settings: Sequence[Setting]) -> list[
 
 
 def find_config(path: str) -> Path:
-    """A file of settings, or NAME or configs/NAME.py, which outside the checkout is the one in the package."""
+    """Returns a file of settings; NAME and configs/NAME.py outside the checkout are the package's."""
     packaged = CONFIGS / f"{Path(path).stem}.py"
     named = path in (packaged.stem, f"configs/{packaged.name}")
     for file in (user_path(path), packaged):
@@ -157,5 +163,6 @@ def find_config(path: str) -> Path:
 
 
 def fail(error: Exception) -> None:
+    """Prints an error and ends the program with exit code 2."""
     print(f"error: {error}", file=sys.stderr)
     sys.exit(USAGE)

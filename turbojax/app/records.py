@@ -1,4 +1,4 @@
-"""What is finished of work that may be stopped and run again."""
+"""Records of finished pieces of work that may be stopped and run again."""
 
 import hashlib
 import json
@@ -13,7 +13,7 @@ FIELDS: Mapping[str, Schema] = {"key": String(64), "files": Array(FileName(folde
 
 
 def fingerprint(settings: Mapping[str, Any]) -> str:
-    """The same 16 letters for the same settings."""
+    """Returns 16 letters that are the same for the same settings."""
     return hashlib.sha256(json.dumps(dict(settings), sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -33,7 +33,7 @@ class Records:
         self._records = {record["key"]: record for record in lines}
 
     def get(self, key: str) -> dict[str, Any] | None:
-        """The record of a piece whose files are all there, and as they were made."""
+        """Returns the record of a piece whose files are all there as they were made; None for others."""
         record = self._records.get(key)
         made = record and self._checksum(record["files"])
         return record if record and made and made == record.get("sha256") else None
@@ -44,7 +44,7 @@ class Records:
         write_lines(self.path, list(self._records.values()))
 
     def _checksum(self, files: Sequence[str]) -> str | None:
-        """None where one of the files is not there."""
+        """Returns the SHA-256 of all files, None where one is not there."""
         digest = hashlib.sha256()
         try:
             for name in files:

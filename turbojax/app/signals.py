@@ -12,7 +12,7 @@ REPEAT_SECONDS = 0.05
 
 
 class Terminated(KeyboardInterrupt):
-    """The command was asked to end by SIGTERM or SIGHUP, as Ctrl-C asks it by KeyboardInterrupt."""
+    """Request to end by SIGTERM or SIGHUP, as KeyboardInterrupt is one by Ctrl-C."""
 
     def __init__(self, number: int = signal.SIGTERM):
         super().__init__(signal.Signals(number).name)
@@ -20,29 +20,30 @@ class Terminated(KeyboardInterrupt):
 
 
 def exit_code(stop: KeyboardInterrupt) -> int:
-    """128 and the signal's number, as shells say it."""
+    """Returns 128 plus the signal's number, as shells do."""
     return 128 + (stop.number if isinstance(stop, Terminated) else signal.SIGINT)
 
 
 @contextlib.contextmanager
 def ending_in_order() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise Terminated in the block, the first of them; those that are ignored (nohup) stay so.
+    """Makes the first SIGTERM or SIGHUP raise Terminated in the block; signals that are ignored (nohup) stay ignored.
 
-    What Python could only report, because it was raised in a destructor or a callback, is raised again; so is Ctrl-C.
+    A stop that Python could only report, because it was raised in a destructor or a callback, is raised again; so is
+    Ctrl-C.
     For the main thread, in which Python handles signals.
     """
-    asked: list[int] = []
+    received: list[int] = []
 
     def end(number: int, frame: object) -> None:
-        if not asked:  # a closed terminal sends several, and the second must not stop the removal
-            asked.append(number)
+        if not received:  # a closed terminal sends several, and the second must not stop the removal
+            received.append(number)
             raise Terminated(number)
 
     def report(unraisable: Any) -> None:
         if not isinstance(unraisable.exc_value, KeyboardInterrupt):
             reported(unraisable)
             return
-        number = asked.pop() if asked else signal.SIGINT
+        number = received.pop() if received else signal.SIGINT
         # Not at once: what is raised here is lost, too.
         repeat = threading.Timer(REPEAT_SECONDS, os.kill, (os.getpid(), number))
         repeat.daemon = True

@@ -32,7 +32,7 @@ def main() -> None:
 
 
 def usage() -> str:
-    """A line a command: the first of its docstring, which is read without importing the module."""
+    """Returns a line a command: the first of its docstring, which is read without importing the module."""
     width = max(map(len, NAMES))
     lines = ["turbojax COMMAND --flag=VALUE ...    for instance: turbojax generate --config=demo", ""]
     for name in NAMES:

@@ -17,7 +17,6 @@ after a stop, finished videos are not made again. --repeats=2 calls measure the 
 from pathlib import Path
 
 from absl import flags
-from ml_collections import config_flags
 
 from turbojax.app import cli
 from turbojax.app.ablation import ablate, parse_settings
@@ -26,9 +25,7 @@ from turbojax.config import describe_settings
 from turbojax.errors import UserError
 
 FLAGS = flags.FlagValues()
-CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "file of settings, see configs/", lock_config=True, flag_values=FLAGS
-)
+CONFIG = cli.define_config(FLAGS)
 GRID = flags.DEFINE_multi_string("grid", [], "NAME=VALUE,VALUE,...", flag_values=FLAGS)
 REFERENCE = flags.DEFINE_multi_string("reference", [], "NAME=VALUE", flag_values=FLAGS)
 OUT = flags.DEFINE_string("out", "outputs/ablation", "folder of the results", flag_values=FLAGS)

@@ -9,7 +9,7 @@ VAE or text encoder. --output is a .safetensors file, or a .pth file with --form
 Further flags: --dtype=bfloat16 (or float16, float32), --quantize=block128 (or channel: int8 linear layers),
 --names=turbodiffusion (or official, diffusers: without SLA and int8), --overwrite; --sla_topk and --sigma_max of a
 transformer, which it runs with from then on where nothing else is asked for. A .pth file has no place for these two:
-what the input says of them is told in a warning. Files named transformer.safetensors, vae.safetensors and
+a warning tells what the input says of them. Files named transformer.safetensors, vae.safetensors and
 text_encoder.safetensors in one folder, with the tokenizer's folder, load as --config.weights=FOLDER.
 """
 

@@ -9,12 +9,11 @@
 --interactive reads prompts one after another, and short commands that change settings: /help lists them.
 --prompts_file has a prompt a line; their videos are numbered, and run again, those that are finished are left out.
 Videos that are there stay: those of another seed, of other settings or of new lines take free numbers.
---plan prints what a call would need of the card, stage by stage, and what would be kept on it; nothing is loaded.
+--plan prints what a call would need of the GPU, stage by stage, and what would stay on it; nothing is loaded.
 Every setting of a configuration can be changed as --config.NAME=VALUE:
 """
 
 from absl import flags
-from ml_collections import config_flags
 
 from turbojax.app import cli
 from turbojax.app.generate import generate, plan
@@ -23,9 +22,7 @@ from turbojax.config import describe_settings
 from turbojax.errors import UserError
 
 FLAGS = flags.FlagValues()
-CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "file of settings, see configs/", lock_config=True, flag_values=FLAGS
-)
+CONFIG = cli.define_config(FLAGS)
 PLAN = flags.DEFINE_bool("plan", False, "print what memory the call needs, and stop", flag_values=FLAGS)
 INTERACTIVE = flags.DEFINE_bool("interactive", False, "read prompts and commands", flag_values=FLAGS)
 PROMPTS_FILE = flags.DEFINE_string("prompts_file", None, "file with a prompt a line", flag_values=FLAGS)

@@ -16,7 +16,6 @@ import sys
 import threading
 
 from absl import flags, logging
-from ml_collections import config_flags
 
 from turbojax.app import cli
 from turbojax.config import describe_settings
@@ -24,9 +23,7 @@ from turbojax.errors import UserError
 from turbojax.files import check_folder
 
 FLAGS = flags.FlagValues()
-CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "file of settings, see configs/", lock_config=True, flag_values=FLAGS
-)
+CONFIG = cli.define_config(FLAGS)
 HOST = flags.DEFINE_string("host", "127.0.0.1", "address to listen on", flag_values=FLAGS)
 PORT = flags.DEFINE_integer("port", 7860, "port to listen on; 0 for a free one", 0, 65535, flag_values=FLAGS)
 USER = flags.DEFINE_string("user", None, "name to log in with", flag_values=FLAGS)
@@ -53,7 +50,7 @@ def main() -> None:
 
 
 def password() -> str:
-    """The password to log in with; raises UserError where there is none."""
+    """Returns the password to log in with; raises UserError where there is none."""
     given = os.environ.get("TURBOJAX_PASSWORD", "")
     if not given and sys.stdin.isatty():
         given = getpass.getpass("Password for the page: ")

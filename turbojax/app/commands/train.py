@@ -8,7 +8,6 @@ Started again with the same settings it goes on from its newest checkpoint. Ever
 """
 
 from absl import flags
-from ml_collections import config_flags
 
 from turbojax.app import cli
 from turbojax.config import describe_settings
@@ -21,9 +20,7 @@ except ModuleNotFoundError as missing:
     cli.fail(ModuleNotFoundError(f"training needs {missing.name}; pip install 'turbojax[train]'"))
 
 FLAGS = flags.FlagValues()
-CONFIG = config_flags.DEFINE_config_file(
-    "config", None, "file of settings, see configs/train_*.py", lock_config=True, flag_values=FLAGS
-)
+CONFIG = cli.define_config(FLAGS, "configs/train_*.py")
 
 
 def main() -> None:

@@ -39,7 +39,7 @@ RECORD = Object(
 
 
 class Entry(NamedTuple):
-    """A video's files and what is known of it; settings are those of the page's form."""
+    """A video's files and facts; settings are those of the page's form."""
 
     video: Path
     poster: Path
@@ -49,12 +49,14 @@ class Entry(NamedTuple):
 
 
 class Album:
+    """Folder of finished videos with their settings."""
+
     def __init__(self, folder: Path):
         check_path(Path(folder) / "video.mp4")
         self.folder = check_folder(folder).absolute()
 
     def new_path(self) -> Path:
-        """Where the next video goes; sorted by name, videos are sorted by time."""
+        """Returns a path for the next video; sorted by name, videos are sorted by time."""
         return self.folder / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}.mp4"
 
     def add(
@@ -81,7 +83,7 @@ class Album:
         return self.get(video.stem)
 
     def get(self, name: str) -> Entry:
-        """A video by its file's name without extension; raises UserError where it is not there, or not readable."""
+        """Returns a video by its file's name without extension; raises UserError where it is gone or not readable."""
         record, video = self.folder / f"{name}.json", self.folder / f"{name}.mp4"
         found = read_json(record, RECORD, suggestion="the video's settings cannot be read", error=UserError)
         settings = found["settings"]
@@ -92,7 +94,7 @@ class Album:
         return Entry(video, video.with_suffix(".jpg"), settings, found["weights"], found["seconds"])
 
     def latest(self, count: int) -> list[Entry]:
-        """The newest videos, newest first; a damaged one is left out with a warning."""
+        """Returns the newest videos, newest first; a damaged one is left out with a warning."""
         entries: list[Entry] = []
         for record in sorted(self.folder.glob("[0-9]*.json"), reverse=True):
             if len(entries) == count:

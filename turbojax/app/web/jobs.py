@@ -1,4 +1,4 @@
-"""A queue of calls for one device: who waits, how far the running one is, and cancelling."""
+"""A queue of calls for one device: their order, their progress, and cancelling."""
 
 import threading
 from collections.abc import Callable
@@ -18,35 +18,36 @@ class Job:
     def __init__(self, owner: str, work: Callable[[Progress], Any], pool: ThreadPoolExecutor):
         self.owner, self.stage, self.share = owner, "wait", 0.0
         self._cancelled = threading.Event()
-        self._future: Future = pool.submit(lambda: work(self._tell))
+        self._future: Future = pool.submit(lambda: work(self._report))
 
-    def _tell(self, stage: str, share: float) -> None:
+    def _report(self, stage: str, share: float) -> None:
         if self._cancelled.is_set():
             raise CancelledError
         self.stage, self.share = stage, share
 
     def cancel(self) -> None:
-        """Leaves the queue at once, or ends the running call when it next tells its progress."""
+        """Leaves the queue at once, or ends the running call when it next reports its progress."""
         self._cancelled.set()
         self._future.cancel()
 
     @property
     def cancelled(self) -> bool:
-        """Whether it is to end, and may have."""
+        """True once it is to end."""
         return self._cancelled.is_set()
 
     @property
     def done(self) -> bool:
+        """True once it has ended."""
         return self._future.done()
 
     def wait(self, seconds: float) -> bool:
-        """Whether it is done, after this time or before."""
+        """Waits for so long at most; returns True if it is done."""
         with suppress(TimeoutError, CancelledError):
             self._future.exception(seconds)
         return self.done
 
     def result(self) -> Any:
-        """What the call returned or raised; CancelledError if it was cancelled."""
+        """Returns or raises what the call did; raises CancelledError if it was cancelled."""
         return self._future.result()
 
 
@@ -59,7 +60,7 @@ class Jobs:
         self._jobs: list[Job] = []
 
     def add(self, owner: str, work: Callable[[Progress], Any]) -> Job:
-        """Queues work, which is called with a function to tell its progress to; raises UserError if too many wait.
+        """Queues work, which is called with a function to report its progress to; raises UserError if too many wait.
 
         owner: any name, for `cancel`.
         """
@@ -71,7 +72,7 @@ class Jobs:
             return self._jobs[-1]
 
     def before(self, job: Job) -> int:
-        """How many are to be done first."""
+        """Returns the number of jobs that come first."""
         with self._lock:
             jobs = list(self._jobs)
         return sum(not other.done for other in jobs[: jobs.index(job)]) if job in jobs else 0

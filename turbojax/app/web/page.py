@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import gradio as gr
 import jax
@@ -34,7 +34,7 @@ STAGES = {
     "compile": "Compiling",
     "text": "Reading the prompt",
     "image": "Reading the image",
-    "experts": "Bringing the network to the card",
+    "experts": "Moving the network to the GPU",
     "diffusion": "Denoising",
     "vae": "Decoding",
     "file": "Writing the file",
@@ -58,7 +58,7 @@ CSS = """
 
 
 def as_file(payload: Any) -> str | None:
-    """An uploaded image as its file, unread: `turbojax.media.image` says in a sentence what is wrong with one.
+    """Returns an uploaded image as its file, unread: `turbojax.media.image` says in a sentence what is wrong with one.
 
     Gradio looks where a file is only if the caller says that it is one, and would give away those of the server.
     """
@@ -69,13 +69,13 @@ def as_file(payload: Any) -> str | None:
 
 
 class Server:
-    """What the page's events call: one queue, one pipeline, one folder of videos for all who look at the page."""
+    """Answers the page's events: one queue, one pipeline, one folder of videos for all who look at the page."""
 
     def __init__(self, config: ConfigDict, folder: Path):
         self.config, self.album, self.jobs, self.pipelines = config, Album(folder), Jobs(), PipelineCache()
 
     def make(self, config: ConfigDict, values: Mapping[str, Any], progress: Progress) -> tuple[Entry, list[str]]:
-        """A job's work: a video in the album, and what the pipeline warns of."""
+        """Makes a job's video for the album; returns it with the pipeline's warnings."""
         path = self.album.new_path()
         try:
             result = self.pipelines.make(config, path, progress)
@@ -95,17 +95,17 @@ class Server:
         return entry, result.warnings
 
     def generate(self, values: Mapping[str, Any], owner: str) -> Iterator[tuple[str, Entry | None]]:
-        """What to tell, as HTML, while a video is made, and the video at last."""
+        """Makes a video; yields the status as HTML whenever it changes, and at last the video."""
         with messages():
             config = changed(read_form(self.config, values), num_samples=1)
             if remark := limits(config):
                 gr.Info(html.escape(remark, quote=False), duration=20)
             job = self.jobs.add(owner, functools.partial(self.make, config, values))
-            told = ""
+            before = ""
             while not job.wait(POLL):
-                if (now := self.status(job)) != told:
+                if (now := self.status(job)) != before:
                     yield now, None
-                told = now
+                before = now
             try:
                 entry, warnings = job.result()
             except CancelledError:
@@ -115,6 +115,7 @@ class Server:
             yield "".join(map(line, [done, *warnings])), entry
 
     def status(self, job: Job) -> str:
+        """Returns a line on a job that is not done."""
         if job.stage == "wait":
             return line("Cancelling …" if job.cancelled else f"Waiting: {self.jobs.before(job)} before you.", bar=None)
         stage = f"{STAGES.get(job.stage, job.stage)} …"
@@ -123,7 +124,7 @@ class Server:
         return line(stage, bar=job.share)
 
     def memory(self, values: Mapping[str, Any]) -> str:
-        """A line on what these settings need of the card; estimated, so that it is there at once."""
+        """Returns a line on the memory that these settings need; estimated, so that it is there at once."""
         try:
             config = read_form(self.config, dict(values) | {"prompt": values["prompt"] or "any"})
             found = plan(config, exact=False)
@@ -132,12 +133,12 @@ class Server:
         need = f"Needs about {gigabytes(found.peak)} GB"
         if found.limit is None:
             return " ".join([f"{need} of memory.", *found.notes])
-        return " ".join([f"{need} of the card's {gigabytes(found.limit)} GB.", *found.reasons, *found.notes])
+        return " ".join([f"{need} of the GPU's {gigabytes(found.limit)} GB.", *found.reasons, *found.notes])
 
 
 @contextmanager
 def messages() -> Iterator[None]:
-    """Errors as messages on the page; what is no one's mistake goes to the log with its traceback."""
+    """Shows errors as messages on the page; what is no one's mistake goes to the log with its traceback."""
     try:
         yield
     except UserError as error:
@@ -151,7 +152,7 @@ def messages() -> Iterator[None]:
 
 
 def line(text: str, *, bar: float | None = -1) -> str:
-    """A line of the status; bar: the share that is done, 0 and None for one that only moves, negative for none."""
+    """Returns a line of the status; bar: the fraction done, 0 and None for one that only moves, negative for none."""
     if bar is not None and bar < 0:
         return f"<p>{html.escape(text)}</p>"
     value = f' value="{bar:.3f}"' if bar else ""
@@ -159,12 +160,13 @@ def line(text: str, *, bar: float | None = -1) -> str:
 
 
 def stages(entry: Entry) -> str:
+    """Returns the seconds of a video's main stages in words."""
     named = {"diffusion": "denoising", "vae": "decoding", "compile": "compiling"}
     return ", ".join(f"{named[name]} {seconds:.1f} s" for name, seconds in entry.seconds.items() if name in named)
 
 
 def details(entry: Entry) -> str:
-    """A video's settings as Markdown; the prompt as code, so that nothing in it is markup."""
+    """Returns a video's settings as Markdown; the prompt as code, so that nothing in it is markup."""
     s = entry.settings
     shown = {"resolution": s.get("resolution"), "frames": s.get("num_frames"), "steps": s.get("num_inference_steps")}
     shown |= {name: s[name] for name in NAMES[7:] if s.get(name) not in (None, "", AS_STARTED)}
@@ -172,137 +174,172 @@ def details(entry: Entry) -> str:
     return f"{fence}text\n{s['prompt']}\n{fence}\n" + " · ".join(f"{name} {value}" for name, value in shown.items())
 
 
+class Controls(NamedTuple):
+    """What stands between and below the fields of the form."""
+
+    new_seed: gr.Button
+    memory: gr.Markdown
+    start: gr.Button
+    stop: gr.Button
+
+
+class Views(NamedTuple):
+    """What shows a video, and the names of those that are shown."""
+
+    status: gr.HTML
+    video: gr.Video
+    shown: gr.State
+    about: gr.Markdown
+    download: gr.DownloadButton
+    reuse: gr.Button
+    gallery: gr.Gallery
+    names: gr.State
+
+    def of(self, entry: Entry) -> dict[Any, Any]:
+        """Returns the components' values for one video."""
+        return {
+            self.video: str(entry.video),
+            self.shown: entry.video.stem,
+            self.about: gr.Markdown(details(entry), visible=True),
+            self.download: gr.DownloadButton(value=str(entry.video), interactive=True),
+            self.reuse: gr.Button(interactive=True),
+        }
+
+
 def build(server: Server) -> gr.Blocks:
-    """The page: a form on the left, the video and the gallery on the right; below each other on a phone."""
-    config = server.config
-    first, with_image = first_values(config), makes_from_images(config)
-    picture = str(image_of(config) or "") or None if with_image else None
+    """Builds the page: a form on the left, the video and the gallery on the right; below each other on a phone."""
     with gr.Blocks(title="turbojax", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
-        shown, names = gr.State(None), gr.State([])
-        gr.Markdown(f"# turbojax\n{html.escape(str(config.weights))}")
+        gr.Markdown(f"# turbojax\n{html.escape(str(server.config.weights))}")
         with gr.Row():
             with gr.Column(scale=1, min_width=320):
-                form: dict[str, Any] = {}
-                form["prompt"] = gr.Textbox(first["prompt"], label="Prompt", lines=4, max_lines=12, elem_id="prompt")
-                form["negative_prompt"] = gr.Textbox(
-                    first["negative_prompt"], label="Negative prompt", placeholder="needs a guidance scale above 1"
-                )
-                form["image"] = gr.Image(
-                    picture, label="First frame", sources=["upload"], height=220, visible=with_image
-                )
-                form["image"].preprocess = as_file  # Gradio would open it
-                with gr.Row():
-                    form["resolution"] = gr.Dropdown(resolutions(config), value=first["resolution"], label="Resolution")
-                    form["aspect_ratio"] = gr.Dropdown(list(SIZES["480p"]), value=first["aspect_ratio"], label="Aspect")
-                with gr.Row():
-                    form["num_frames"] = gr.Slider(1, MOST_FRAMES, first["num_frames"], step=4, label="Frames")
-                    form["num_inference_steps"] = gr.Slider(
-                        1, 4 if config.sampler == "rcm" else 100, first["num_inference_steps"], step=1, label="Steps"
-                    )
-                with gr.Row(elem_id="seed"):
-                    form["seed"] = gr.Textbox(  # a browser's numbers would round one of 64 bits
-                        str(first["seed"]), label="Seed", max_lines=1, min_width=120
-                    )
-                    dice = gr.Button("New seed", size="md", min_width=120)
-                with gr.Accordion("Advanced settings", open=False):
-                    form["quant_linear"] = gr.Dropdown(
-                        [AS_STARTED, "on", "off"], value=first["quant_linear"], label="Quant Linear (Int8)"
-                    )
-                    form["attention_type"] = gr.Dropdown(
-                        [AS_STARTED, "original", "sla", "sagesla"], value=first["attention_type"], label="Attention"
-                    )
-                    gr.Markdown("Another choice of these two loads the model again.")
-                    form["sla_topk"] = gr.Textbox(
-                        str(first["sla_topk"] or ""), label="SLA top-k", placeholder=AS_STARTED,
-                        info="share of key blocks that sla and sagesla attend to",
-                    )  # fmt: skip
-                    form["sigma_max"] = gr.Textbox(
-                        str(first["sigma_max"] or ""), label="Sigma max", placeholder=AS_STARTED,
-                        info="first noise level",
-                    )  # fmt: skip
-                    form["ode"] = gr.Checkbox(first["ode"], label="ODE", info="no noise between steps: sharper")
-                    form["guidance_scale"] = gr.Number(
-                        first["guidance_scale"], label="Guidance scale", info="1 for distilled models"
-                    )
-                memory = gr.Markdown(elem_classes="memory")
-                with gr.Row():
-                    start = gr.Button("Generate", variant="primary", elem_id="generate", min_width=120)
-                    stop = gr.Button("Cancel", elem_id="cancel", min_width=120)
+                form, controls = build_form(server.config)
             with gr.Column(scale=1, min_width=320):
-                status = gr.HTML(line("Ready."), elem_id="status", elem_classes="status")
-                video = gr.Video(label="Video", autoplay=True, loop=True, buttons=[], elem_id="video")
-                about = gr.Markdown(visible=False)
-                with gr.Row():
-                    download = gr.DownloadButton(
-                        "Download", interactive=False, size="md", min_width=120, elem_id="download"
-                    )
-                    reuse = gr.Button(
-                        "Reuse these settings", interactive=False, size="md", min_width=120, elem_id="reuse"
-                    )
-                gallery = gr.Gallery(
-                    label="Videos", columns=3, height="auto", fit_columns=False, object_fit="cover",
-                    allow_preview=False, interactive=False, buttons=[], elem_id="gallery",
-                )  # fmt: skip
-        assert tuple(form) == NAMES
-        fields = list(form.values())
-
-        def show(entry: Entry) -> dict[Any, Any]:
-            return {
-                video: str(entry.video),
-                shown: entry.video.stem,
-                about: gr.Markdown(details(entry), visible=True),
-                download: gr.DownloadButton(value=str(entry.video), interactive=True),
-                reuse: gr.Button(interactive=True),
-            }
-
-        def generate(
-            prompt, negative_prompt, image, resolution, aspect_ratio, num_frames, num_inference_steps, seed,
-            quant_linear, attention_type, sla_topk, sigma_max, ode, guidance_scale, request: gr.Request,
-        ):  # fmt: skip
-            """Makes a video; the first output tells how far it is, the second is the video's file."""
-            values = (
-                *(prompt, negative_prompt, image, resolution, aspect_ratio, num_frames, num_inference_steps, seed),
-                *(quant_linear, attention_type, sla_topk, sigma_max, ode, guidance_scale),
-            )
-            owner = str(request.session_hash)
-            for text, entry in server.generate(dict(zip(NAMES, values, strict=True)), owner):
-                yield {status: text} | (show(entry) if entry else {})
-
-        def cancel(request: gr.Request):
-            """Cancels the videos that this session waits for."""
-            server.jobs.cancel(str(request.session_hash))
-
-        def latest():
-            entries = server.album.latest(SHOWN)
-            pictures = [(str(entry.poster), entry.settings["prompt"][:60]) for entry in entries]
-            return pictures, [entry.video.stem for entry in entries]
-
-        def select(known: list[str], event: gr.SelectData):
-            with messages():
-                return show(server.album.get(known[event.index]))
-
-        def again(name: str):
-            with messages():
-                settings = server.album.get(name).settings
-                return [str(settings.get(field)) if field == "seed" else settings.get(field) for field in NAMES]
-
-        hidden: dict[str, Any] = dict(api_visibility="private", show_progress="hidden")
-        views = [video, shown, about, download, reuse]
-        made = start.click(
-            generate, fields, [status, *views], api_name="generate", show_progress="hidden", concurrency_limit=None
-        )
-        made.success(latest, None, [gallery, names], **hidden)
-        made.failure(lambda: line("No video; the message says why."), None, status, **hidden)
-        stop.click(cancel, None, None, api_name="cancel", show_progress="hidden", queue=False)
-        dice.click(lambda: str(random.randrange(2**32)), None, form["seed"], **hidden)
-        gallery.select(select, names, views, **hidden)
-        reuse.click(again, shown, fields, **hidden)
-        page.load(latest, None, [gallery, names], **hidden)
-        sized = [form[name].change for name in NAMES if name not in ("prompt", "negative_prompt", "seed", "ode")]
-        gr.on([page.load, *sized], lambda *values: server.memory(dict(zip(NAMES, values, strict=True))), fields, memory,
-              trigger_mode="always_last", **hidden)  # fmt: skip
+                views = build_views()
+        connect(page, server, form, controls, views)
     page.queue(max_size=4 * MOST)
     return page
+
+
+def build_form(config: ConfigDict) -> tuple[dict[str, Any], Controls]:
+    """Builds the fields by their names, and what goes with them."""
+    first, with_image = first_values(config), makes_from_images(config)
+    picture = str(image_of(config) or "") or None if with_image else None
+    form: dict[str, Any] = {}
+    form["prompt"] = gr.Textbox(first["prompt"], label="Prompt", lines=4, max_lines=12, elem_id="prompt")
+    form["negative_prompt"] = gr.Textbox(
+        first["negative_prompt"], label="Negative prompt", placeholder="needs a guidance scale above 1"
+    )
+    form["image"] = gr.Image(picture, label="First frame", sources=["upload"], height=220, visible=with_image)
+    form["image"].preprocess = as_file  # Gradio would open it
+    with gr.Row():
+        form["resolution"] = gr.Dropdown(resolutions(config), value=first["resolution"], label="Resolution")
+        form["aspect_ratio"] = gr.Dropdown(list(SIZES["480p"]), value=first["aspect_ratio"], label="Aspect")
+    with gr.Row():
+        form["num_frames"] = gr.Slider(1, MOST_FRAMES, first["num_frames"], step=4, label="Frames")
+        most_steps = 4 if config.sampler == "rcm" else 100
+        form["num_inference_steps"] = gr.Slider(1, most_steps, first["num_inference_steps"], step=1, label="Steps")
+    with gr.Row(elem_id="seed"):
+        seed = str(first["seed"])  # a browser's numbers would round one of 64 bits
+        form["seed"] = gr.Textbox(seed, label="Seed", max_lines=1, min_width=120)
+        new_seed = gr.Button("New seed", size="md", min_width=120)
+    with gr.Accordion("Advanced settings", open=False):
+        form |= build_advanced(first)
+    assert tuple(form) == NAMES
+    memory = gr.Markdown(elem_classes="memory")
+    with gr.Row():
+        start = gr.Button("Generate", variant="primary", elem_id="generate", min_width=120)
+        stop = gr.Button("Cancel", elem_id="cancel", min_width=120)
+    return form, Controls(new_seed, memory, start, stop)
+
+
+def build_advanced(first: Mapping[str, Any]) -> dict[str, Any]:
+    """Builds the fields that most people leave as they are."""
+    quant_linear = gr.Dropdown([AS_STARTED, "on", "off"], value=first["quant_linear"], label="Quant Linear (Int8)")
+    choices = [AS_STARTED, "original", "sla", "sagesla"]
+    attention_type = gr.Dropdown(choices, value=first["attention_type"], label="Attention")
+    gr.Markdown("Another choice of these two loads the model again.")
+    return {
+        "quant_linear": quant_linear,
+        "attention_type": attention_type,
+        "sla_topk": gr.Textbox(
+            str(first["sla_topk"] or ""), label="SLA top-k", placeholder=AS_STARTED,
+            info="fraction of key blocks that sla and sagesla attend to",
+        ),
+        "sigma_max": gr.Textbox(
+            str(first["sigma_max"] or ""), label="Sigma max", placeholder=AS_STARTED, info="first noise level"
+        ),
+        "ode": gr.Checkbox(first["ode"], label="ODE", info="no noise between steps: sharper"),
+        "guidance_scale": gr.Number(first["guidance_scale"], label="Guidance scale", info="1 for distilled models"),
+    }  # fmt: skip
+
+
+def build_views() -> Views:
+    """Builds what shows how far a video is, the video, and those made before."""
+    status = gr.HTML(line("Ready."), elem_id="status", elem_classes="status")
+    video = gr.Video(label="Video", autoplay=True, loop=True, buttons=[], elem_id="video")
+    about = gr.Markdown(visible=False)
+    with gr.Row():
+        quiet: dict[str, Any] = dict(interactive=False, size="md", min_width=120)
+        download = gr.DownloadButton("Download", elem_id="download", **quiet)
+        reuse = gr.Button("Reuse these settings", elem_id="reuse", **quiet)
+    gallery = gr.Gallery(
+        label="Videos", columns=3, height="auto", fit_columns=False, object_fit="cover",
+        allow_preview=False, interactive=False, buttons=[], elem_id="gallery",
+    )  # fmt: skip
+    return Views(status, video, gr.State(None), about, download, reuse, gallery, gr.State([]))
+
+
+def connect(page: gr.Blocks, server: Server, form: dict[str, Any], controls: Controls, views: Views) -> None:
+    """Connects the page's events to the server."""
+
+    def generate(
+        prompt, negative_prompt, image, resolution, aspect_ratio, num_frames, num_inference_steps, seed,
+        quant_linear, attention_type, sla_topk, sigma_max, ode, guidance_scale, request: gr.Request,
+    ):  # fmt: skip
+        """Makes a video; the first output tells how far it is, the second is the video's file."""
+        values = (
+            *(prompt, negative_prompt, image, resolution, aspect_ratio, num_frames, num_inference_steps, seed),
+            *(quant_linear, attention_type, sla_topk, sigma_max, ode, guidance_scale),
+        )
+        owner = str(request.session_hash)
+        for text, entry in server.generate(dict(zip(NAMES, values, strict=True)), owner):
+            yield {views.status: text} | (views.of(entry) if entry else {})
+
+    def cancel(request: gr.Request):
+        """Cancels the videos that this session waits for."""
+        server.jobs.cancel(str(request.session_hash))
+
+    def latest():
+        entries = server.album.latest(SHOWN)
+        pictures = [(str(entry.poster), entry.settings["prompt"][:60]) for entry in entries]
+        return pictures, [entry.video.stem for entry in entries]
+
+    def select(known: list[str], event: gr.SelectData):
+        with messages():
+            return views.of(server.album.get(known[event.index]))
+
+    def again(name: str):
+        with messages():
+            settings = server.album.get(name).settings
+            return [str(settings.get(field)) if field == "seed" else settings.get(field) for field in NAMES]
+
+    fields = list(form.values())
+    hidden: dict[str, Any] = dict(api_visibility="private", show_progress="hidden")
+    outputs = [views.video, views.shown, views.about, views.download, views.reuse]
+    made = controls.start.click(
+        generate, fields, [views.status, *outputs],
+        api_name="generate", show_progress="hidden", concurrency_limit=None,
+    )  # fmt: skip
+    made.success(latest, None, [views.gallery, views.names], **hidden)
+    made.failure(lambda: line("No video; the message says why."), None, views.status, **hidden)
+    controls.stop.click(cancel, None, None, api_name="cancel", show_progress="hidden", queue=False)
+    controls.new_seed.click(lambda: str(random.randrange(2**32)), None, form["seed"], **hidden)
+    views.gallery.select(select, views.names, outputs, **hidden)
+    views.reuse.click(again, views.shown, fields, **hidden)
+    page.load(latest, None, [views.gallery, views.names], **hidden)
+    sized = [form[name].change for name in NAMES if name not in ("prompt", "negative_prompt", "seed", "ode")]
+    gr.on([page.load, *sized], lambda *values: server.memory(dict(zip(NAMES, values, strict=True))), fields,
+          controls.memory, trigger_mode="always_last", **hidden)  # fmt: skip
 
 
 def launch(
