@@ -4,7 +4,7 @@
 
 Files: TurboWan2.1-T2V-14B-720P.pth of huggingface.co/TurboDiffusion/TurboWan2.1-T2V-14B-720P;
 VAE, text encoder and tokenizer of huggingface.co/Wan-AI/Wan2.1-T2V-1.3B.
-Expect a 5 second video of 1280 x 720. The weights alone are 28.6 GB: a card of 80 GB.
+Expect a 5 second video of 1280 x 720. The weights alone are 28.6 GB: a GPU with 80 GB.
 """
 
 from turbojax.config import base_config

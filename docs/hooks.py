@@ -9,7 +9,12 @@ from mkdocs.structure.pages import Page
 from tables import renewed
 
 # Pages that lie elsewhere in the checkout; links to them, and theirs into docs/, lead to the pages of the site.
-PAGES = {"index.md": "README.md", "small-model.md": "turbojax/shapes/model/README.md"}
+PAGES = {
+    "index.md": "README.md",
+    "small-model.md": "turbojax/shapes/model/README.md",
+    "contributing.md": "CONTRIBUTING.md",
+    "changelog.md": "CHANGELOG.md",
+}
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> None:

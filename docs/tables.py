@@ -232,9 +232,19 @@ def memory_peaks() -> list[str]:
         measured = max(stages, key=lambda stage: stage["measured_bytes"])
         predicted = max(stage["predicted_bytes"] for stage in stages) / GB
         limit = m["result"]["limit_bytes"] / GB
-        rows.append([*setting(m), f"{limit:.1f}", f"{predicted:.2f}", f"{measured['measured_bytes'] / GB:.2f}"])
+        saved = ", ".join(SAVED[saving] for saving, taken in m["result"]["residency"].items() if taken)
+        rows.append([*setting(m), f"{limit:.1f}", saved, f"{predicted:.2f}", f"{measured['measured_bytes'] / GB:.2f}"])
         rows[-1].append(f"`{name}.json`")
-    return table(["GPU", "", "", "limit", "predicted", "measured", ""], rows)
+    return table(["GPU", "", "", "limit", "offloaded, or in tiles", "predicted", "measured", ""], rows)
+
+
+SAVED = {  # as the files of 2026-11 name savings
+    "idle_in_host": "what is idle",
+    "text_streamed": "text encoder",
+    "vae_tiled": "VAE in tiles",
+    "in_turn": "an expert",
+    "transformer_streamed": "transformer",
+}
 
 
 def vae_chunks() -> list[str]:

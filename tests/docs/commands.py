@@ -71,7 +71,7 @@ def classified(words: list[str]) -> Command:
             return own(text, name[1], rest, environment)
         case ["turbojax", name, *rest] if not name.startswith("-"):
             return own(text, name, rest, environment)
-        case ["python", script, *_] if script.startswith("tests/"):
+        case ["python", script, *_] if script.startswith(("tests/", "docs/")):
             check((ROOT / script).is_file(), text, f"there is no {script}")
         case ["turbojax", option]:
             check(option in ("--help", "--version"), text, f"turbojax has no {option}")

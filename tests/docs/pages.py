@@ -1,4 +1,4 @@
-"""Reads the pages (README, docs/, the small model's card): their links, anchors and fenced blocks."""
+"""Reads the pages (README and its neighbours, docs/, the model card): their links, anchors and fenced blocks."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,11 @@ from typing import NamedTuple
 ROOT = Path(__file__).parents[2]
 CARD = ROOT / "turbojax" / "shapes" / "model" / "README.md"
 MEASUREMENTS = ROOT / "benchmarks" / "README.md"
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), CARD]
+PAGES = [
+    *(ROOT / f"{name}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")),
+    *sorted((ROOT / "docs").rglob("*.md")),
+    CARD,
+]
 FENCE = re.compile(r"^( *)```(\w*)\n(.*?)^\1```\n", re.DOTALL | re.MULTILINE)
 
 

@@ -24,7 +24,7 @@ from absl import logging
 
 from turbojax.errors import UserError
 
-X264 = ("-preset", "superfast", "-crf", "12")  # fast, and 44 dB; docs/notes has the alternatives
+X264 = ("-preset", "superfast", "-crf", "12")  # fast, and 44 dB; docs/notes/vae.md has the alternatives
 PIPE_BYTES = 2**20  # of the pipe to the encoder, where the system allows it
 MOST_PIXELS = 2**26  # of a frame that is read: 8192 x 8192
 MATRICES = ("bt709", "smpte170m", "bt470bg", "fcc", "smpte240m", "bt2020nc", "bt2020ncl", "bt2020c")

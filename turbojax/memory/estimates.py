@@ -91,7 +91,7 @@ def estimate(configs: ModelConfigs, workload: Workload, residency: Residency) ->
       image       the VAE encoding an image, `turbojax.models.image_condition.encoding_bytes`
       vae         `vae.decoding_bytes`, in tiles of one tile; the middle block works on whole frames before
 
-    Fitted to XLA's analysis for an H100, checked against measured peaks, see docs/performance.md.
+    Fitted to XLA's analysis for an H100, checked against measured peaks, see docs/notes/memory.md.
     """
     c = configs.transformer
     item, tokens = jnp.dtype(c.dtype).itemsize, workload.tokens(c)

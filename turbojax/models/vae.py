@@ -26,7 +26,7 @@ from turbojax.models.layers import Dense, along_last
 from turbojax.models.sizes import tree_bytes
 
 WORKING_SET = 2.1  # bytes in use while decoding, for each of the cache: XLA's own count for an H100
-CHUNK = 1  # latents at once; more takes memory and no less time (docs/performance.md)
+CHUNK = 1  # latents at once; more takes memory and no less time (docs/notes/vae.md)
 Cache = Any  # a pytree of arrays `[b, frames, h, w, c]`
 
 # Statistics of the released latents, by channel (class WanVAE of the public module).

@@ -33,7 +33,7 @@ class Tiles:
     cluster: int = 1
 
 
-# The fastest of those tried at the shapes of the 1.3B and the 14B model, see docs/performance.md.
+# The fastest of those tried at the shapes of the 1.3B and the 14B model, see docs/notes/linear.md.
 BLOCK_TILES = Tiles(rows=64, columns=128, stages=HOPPER_STAGES, cluster=2)
 CHANNEL_TILES = Tiles(rows=128, columns=128, stages=3, cluster=1)
 
