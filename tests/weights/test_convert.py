@@ -25,11 +25,6 @@ from turbojax.weights.load import WanCheckpoint, check_wan, load_wan
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
-@pytest.fixture(scope="module")
-def tensors():
-    return turbo()
-
-
 @pytest.fixture
 def source(tmp_path, tensors):
     return save(tmp_path / "source" / "model.pth", tensors)
@@ -235,12 +230,12 @@ def test_a_bad_source_leaves_nothing(tmp_path, tensors, kind):
 @pytest.mark.parametrize("kind", ["safetensors", "orbax"])
 def test_a_failure_while_writing_leaves_nothing(source, tmp_path, monkeypatch, kind):
     output = tmp_path / "out" / ("x.safetensors" if kind == "safetensors" else "x")
-    pieces = module.TensorSource.__call__
+    tensor = module.TensorSource.__call__
 
-    def full_disk(self, entry):
-        if "ffn" in entry.target:
+    def full_disk(self, key):
+        if "ffn" in key.target:
             raise OSError(28, "No space left on device")
-        return pieces(self, entry)
+        return tensor(self, key)
 
     monkeypatch.setattr(module.TensorSource, "__call__", full_disk)
     assert "No space left on device" in refused(source, output, format=kind)
@@ -293,8 +288,8 @@ def test_damaged_settings(tmp_path, output, tensors):
 
 FORMATS = [("safetensors", "turbodiffusion"), ("safetensors", "official"), ("safetensors", "diffusers")]
 FORMATS += [("pth", "turbodiffusion"), ("pth", "official"), ("pth", "diffusers"), ("orbax", "turbodiffusion")]
-# What a network may be run with that names and shapes do not tell, and the settings that say it.
-TOLD = {
+# Changes of a network that names and shapes do not show, and the settings that a warning names.
+UNDETECTED = {
     "heads": ({"num_heads": 4}, None),
     "sigma_max": ({"sigma_max": 200.0}, "--config.sigma_max=200.0"),
     "top-k": ({"attention_type": "sla", "sla_topk": 0.67}, "--config.sla_topk=0.67"),
@@ -312,10 +307,10 @@ TOLD = {
 
 
 @pytest.mark.parametrize(("format", "names"), FORMATS)
-@pytest.mark.parametrize("told", TOLD)
-def test_no_format_loses_a_setting_in_silence(tmp_path, format, names, told, caplog):
-    """What is written is read as the network it was, or the settings to give are told, or it is refused."""
-    changes, flags = TOLD[told]
+@pytest.mark.parametrize("setting", UNDETECTED)
+def test_no_format_loses_a_setting_in_silence(tmp_path, format, names, setting, caplog):
+    """A file is read as the network that was written, or a warning names the settings to give, or it is refused."""
+    changes, flags = UNDETECTED[setting]
     config = small(dtype=jnp.bfloat16, **changes)
     source = tmp_path / "source.safetensors"
     module.write_transformer(checkpoint_of(config), source)

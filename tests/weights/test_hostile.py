@@ -6,6 +6,7 @@ import struct
 import tracemalloc
 import zipfile
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -66,14 +67,18 @@ def test_files_as_pytorch_writes_them(tmp_path, long, crc):
         check_stored(tensor)
 
 
-@pytest.mark.parametrize("made", ["by PyTorch", "by us"])
-def test_no_wrong_bit_of_a_zip_header_changes_a_value(tmp_path, made):
-    """Each bit of everything but the tensors' bytes: refused, or of no consequence."""
-    path = tmp_path / "x.pth"
+def written(path: Path, made: str) -> Path:
     if made == "by us":
         write_pth(path, TENSORS.items())
     else:
         path.write_bytes(as_pytorch_writes(TENSORS))
+    return path
+
+
+@pytest.mark.parametrize("made", ["by PyTorch", "by us"])
+def test_no_wrong_bit_of_a_zip_header_changes_a_value(tmp_path, made):
+    """Each bit of everything but the tensors' bytes: refused, or of no consequence."""
+    path = written(tmp_path / "x.pth", made)
     whole = path.read_bytes()
     values = [range(at := whole.index(value.tobytes()), at + value.nbytes) for value in TENSORS.values()]
     loaded = 0
@@ -121,11 +126,7 @@ def test_entries_neither_overlap_nor_leave_gaps(tmp_path):
 
 @pytest.mark.parametrize("made", ["by PyTorch", "by us"])
 def test_checksums_tell_a_wrong_bit(tmp_path, made):
-    path = tmp_path / "x.pth"
-    if made == "by us":
-        write_pth(path, TENSORS.items())
-    else:
-        path.write_bytes(as_pytorch_writes(TENSORS))
+    path = written(tmp_path / "x.pth", made)
     bad = bytearray(path.read_bytes())
     bad[bad.index(TENSORS["b"].tobytes()) + 100] ^= 1
     path.write_bytes(bad)

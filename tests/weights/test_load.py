@@ -66,11 +66,6 @@ def one_sentence(error: pytest.ExceptionInfo) -> str:
 
 
 @pytest.fixture(scope="module")
-def tensors():
-    return turbo()
-
-
-@pytest.fixture(scope="module")
 def file(tensors, tmp_path_factory):
     return save(tmp_path_factory.mktemp("turbo") / "transformer.pth", tensors)
 

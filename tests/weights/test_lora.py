@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from tests.weights.checkpoints import DIFFUSERS, parameters, save, small, turbo
+from tests.weights.checkpoints import DIFFUSERS, parameters, save, small
 from turbojax.app.generate import make_request
 from turbojax.config import base_config
 from turbojax.errors import CheckpointError, UserError
@@ -35,11 +35,6 @@ def drawn(*shape: int) -> np.ndarray:
 def products():
     """up and down by module."""
     return {name: (drawn(out, R), drawn(R, features)) for name, (out, features) in MODULES.items()}
-
-
-@pytest.fixture(scope="module")
-def tensors():
-    return turbo()
 
 
 @pytest.fixture(scope="module")

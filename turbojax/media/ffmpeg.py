@@ -1,8 +1,10 @@
 """The program ffmpeg, which writes mp4 and reads videos: how it is found, tried and run, and the colours on both sides.
 
-imageio-ffmpeg brings the program; IMAGEIO_FFMPEG_EXE names another. Between RGB and the YUV of a file stands a matrix:
-BT.601's or BT.709's. A file says which, and a decoder that does not look guesses by the size. So the one that is
-guessed is written, and said.
+imageio-ffmpeg brings the program; IMAGEIO_FFMPEG_EXE names another. As a process it can be stopped, and a hostile file
+that crashes it does not end ours; PyAV would run the same libraries in this process.
+
+Between RGB and the YUV of a file stands a matrix: BT.601's or BT.709's. A file says which, and a decoder that does not
+look guesses by the size. So the one that is guessed is written, and said.
 """
 
 import fcntl

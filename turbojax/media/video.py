@@ -135,7 +135,7 @@ def gif_encoder(path: Path, fps: int) -> Iterator[Callable[[np.ndarray], None]]:
     if fps > 50:
         logging.warning("Browsers slow down a GIF of more than 50 frames a second, not %d; mp4 has no such limit", fps)
     frames: list[Image.Image] = []
-    yield lambda piece: frames.extend(Image.fromarray(frame) for frame in piece)
+    yield lambda chunk: frames.extend(Image.fromarray(frame) for frame in chunk)
     ends = [round(100 * (i + 1) / fps) for i in range(len(frames))]
     durations = [10 * (end - start) for start, end in itertools.pairwise([0, *ends])]
     frames[0].save(path, "GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)

@@ -82,9 +82,8 @@ def open_repository(path_or_repo: str | Path) -> Repository:
     if path.is_file():
         path = path.parent
     if path.is_dir():
-        files = sorted(str(p.relative_to(path).as_posix()) for p in path.glob("[!.]*") if p.is_file())
-        files += sorted(str(p.relative_to(path).as_posix()) for p in path.glob("[!.]*/[!.]*") if p.is_file())
-        files += sorted(str(p.relative_to(path).as_posix()) for p in path.glob("google/*/[!.]*") if p.is_file())
+        found = (p for pattern in ("[!.]*", "[!.]*/[!.]*", "google/*/[!.]*") for p in path.glob(pattern))
+        files = sorted(p.relative_to(path).as_posix() for p in found if p.is_file())
         return Repository(str(path), files, lambda name: path / name)
     is_file_name = path.suffix in (*PTH_SUFFIXES, ".safetensors", ".json")
     if is_file_name or not re.fullmatch(r"\w[\w.-]*/[\w.-]+", str(path_or_repo)):

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 import numpy as np
 from absl import logging
 
+from turbojax.models.sizes import size_of
 from turbojax.weights.mapped import check_stored
 from turbojax.weights.rules import TensorKey, describe, shorten
 from turbojax.weights.safetensors import ShapeDtype
@@ -55,7 +56,7 @@ class CheckedTensors(LazyTensors[K]):
     def warn(self, what: str) -> None:
         """Warns of the tensors that were all zero, see `warn_of_zeros`."""
         names = [name_of(key) for key in self.specs if key in self.zeros]
-        total, zero = (sum(nbytes(self.specs[key]) for key in keys) for keys in (self.specs, self.zeros))
+        total, zero = (sum(size_of(self.specs[key]) for key in keys) for keys in (self.specs, self.zeros))
         warn_of_zeros(what, names, tensors=len(self.specs), share=zero / max(total, 1))
 
 
@@ -81,7 +82,3 @@ def all_zero(tensor: np.ndarray) -> bool:
     if not tensor.size or np.any(tensor.flat[:1024]):
         return False
     return not np.any(tensor.reshape(-1).view(np.uint8) if tensor.flags.c_contiguous else tensor)
-
-
-def nbytes(spec: ShapeDtype) -> int:
-    return int(np.prod(spec.shape, dtype=object)) * np.dtype(spec.dtype).itemsize

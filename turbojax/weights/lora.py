@@ -21,9 +21,10 @@ from jax import lax
 
 from turbojax.errors import CheckpointError, UserError, quoted
 from turbojax.files import user_path
+from turbojax.models.sizes import size_of
 from turbojax.models.wan import WanConfig
 from turbojax.weights.io import read_tensors
-from turbojax.weights.lazy import all_zero, nbytes, warn_of_zeros
+from turbojax.weights.lazy import all_zero, warn_of_zeros
 from turbojax.weights.lora_files import Change, LowRank, changes_of
 from turbojax.weights.rules import TensorKey, describe, shorten
 
@@ -100,7 +101,7 @@ def read_lora(lora: LoRA, config: WanConfig, *, expert: Expert | None = None) ->
     # Training begins with up at zero and down drawn, so up may have stayed there.
     downs = {f"down of {describe(key)}": c.down for key, c in changes.items() if isinstance(c, LowRank)}
     zeros = {name: down for name, down in downs.items() if all_zero(down)}
-    share = sum(map(nbytes, zeros.values())) / sum(map(nbytes, tensors.values()))
+    share = sum(map(size_of, zeros.values())) / sum(map(size_of, tensors.values()))
     warn_of_zeros(path.name, list(zeros), tensors=len(tensors), share=share)
     logging.info("LoRA %s: %d parameters changed, strength %g", path.name, len(changing), lora.strength)
     return changing

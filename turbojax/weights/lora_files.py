@@ -85,6 +85,7 @@ def changes_of(
     network: diffusers' name of the network, for the settings in the header.
     Raises CheckpointError for what cannot be merged.
     """
+    config = dataclasses.replace(config, quant=None)  # LoRAs change the network before quantization
     parts, others, unfit = by_parameter(tensors, config)
     if not parts:
         return {}, others
@@ -120,7 +121,7 @@ def by_parameter(
 
     Returns them, the other names, and a line for each that is given twice.
     """
-    kohya = {_KOHYA + module.replace(".", "_"): module for module in modules_of(wan_layout(plain(config)))}
+    kohya = {_KOHYA + module.replace(".", "_"): module for module in modules_of(wan_layout(config))}
     parts: dict[str, dict[str, np.ndarray]] = {}
     others, twice = [], []
     for name, tensor in tensors.items():
@@ -139,8 +140,8 @@ def by_parameter(
 
 def unread_parts(names: Iterable[str], config: WanConfig) -> list[str]:
     """Finds names that are not read and belong to the network's modules, or to methods that change modules."""
-    own = modules_of(wan_layout(plain(config)))
-    modules = own | modules_of(diffusers_layout(plain(config))) | {_KOHYA + module.replace(".", "_") for module in own}
+    own = modules_of(wan_layout(config))
+    modules = own | modules_of(diffusers_layout(config)) | {_KOHYA + module.replace(".", "_") for module in own}
 
     def of_network(name: str) -> bool:
         parts = clean_name(_PREFIX.sub("", name)).split(".")[:MOST_PARTS]
@@ -201,19 +202,14 @@ def check_dtypes(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
             raise CheckpointError(f"{path.name}: {quoted(name)} is {tensor.dtype} and must be floating point numbers")
 
 
-def plain(config: WanConfig) -> WanConfig:
-    """The network before quantization, whose parameters LoRAs change."""
-    return dataclasses.replace(config, quant=None)
-
-
 def modules_of(layout: Mapping[str, tuple[int, ...]]) -> set[str]:
     return {name.rpartition(".")[0] for name in layout if not name.endswith(("modulation", "scale_shift_table"))}
 
 
 def parameter_shapes(config: WanConfig) -> dict[TensorKey, tuple[int, ...]]:
-    """The shape of each parameter of the network before quantization, of one layer where they are stacked."""
+    """The shape of each parameter, of one layer where they are stacked."""
     shapes = {}
-    for name, shape in wan_layout(plain(config)).items():
+    for name, shape in wan_layout(config).items():
         hit = rename(name, OFFICIAL)
         assert hit is not None, name
         shapes[hit[0]] = relaid(hit[1], np.broadcast_to(np.int8(0), shape)).shape
