@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from tests.marks import slow
 from tests.weights.checkpoints import small
 from turbojax.app.commands import benchmark as command
 from turbojax.bench import attention, linear, measure, vae, video_file
@@ -64,7 +65,7 @@ def numbers(result) -> list[float]:
     return [result] if isinstance(result, int | float) else []
 
 
-@pytest.mark.parametrize("case", command.CASES)
+@pytest.mark.parametrize("case", [slow(case) if case in ("vae", "tiles") else case for case in command.CASES])
 def test_case(case, toy, tmp_path):
     flags = [*FLAGS, f"--case={case}", f"--out={tmp_path}/{case}.json"]
     flags += ["--model=toy_images"] if case == "image_to_video" else []

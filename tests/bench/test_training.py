@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
+from tests.marks import slow
 from turbojax.bench.training import forward_flops, measure_train_step
 from turbojax.train.toy import toy_config
 from turbojax.weights.skeleton import wan_skeleton
@@ -12,7 +13,7 @@ from turbojax.weights.skeleton import wan_skeleton
 LATENTS = (2, 8, 8, 16)
 
 
-@pytest.mark.parametrize("recipe", ["sla", "scm"])
+@pytest.mark.parametrize("recipe", [slow("sla"), "scm"])
 def test_train_step(recipe):
     config = toy_config(dim=32, ffn_dim=64, num_layers=1, dtype=jnp.float32, remat=True)
     result = measure_train_step(recipe=recipe, config=config, latents=LATENTS, text_len=8, steps=1)

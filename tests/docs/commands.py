@@ -81,7 +81,7 @@ def classified(words: list[str]) -> Command:
             check((ROOT / folder).is_dir(), text, f"there is no {folder}")
         case ["pip" | "%pip", *rest]:
             check_pip(text, rest)
-        case ["pytest", *paths]:
+        case ["pytest", *paths, "-m", ""] | ["pytest", *paths]:
             check(all((ROOT / path).exists() for path in paths), text, "there are no such tests")
         case ["grep", _]:
             pass

@@ -19,6 +19,7 @@ import pytest
 from tests.docs.commands import PROGRAMS, Command, commands, small
 from tests.docs.pages import PAGES, ROOT, blocks, code, indented
 from tests.docs.sandbox import fill
+from tests.marks import slow
 from turbojax.app.commands import NAMES
 from turbojax.config import SETTINGS, parse_value
 from turbojax.train.config import TRAIN_SETTINGS
@@ -113,6 +114,11 @@ JOBS |= {str(source.relative_to(ROOT)): jobs_or_why(shown, source) for source in
 JOBS["wrong"] = WRONG
 
 
+def quick(name: str) -> bool:
+    """True for README's commands, and for those that are only read."""
+    return name.startswith("README") or all(kind == "parse" for kind, *_ in JOBS[name])
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pages")
@@ -121,12 +127,15 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def results(folder):
-    """(job, error or None, output) of every job, by where it is from."""
+def results(folder, request):
+    """(job, error or None, output) of every job that a test asks for, by where it is from."""
+    items = [item for item in request.session.items if item.path == Path(__file__)]
+    wanted = {item.callspec.params.get("name") for item in items if hasattr(item, "callspec")} | {"wrong"}
+    chosen = {name: jobs for name, jobs in JOBS.items() if name in wanted}
     target = folder / "results.json"
     done = subprocess.run(
         [sys.executable, "-m", "tests.docs.run_commands", target],
-        input=json.dumps([job for jobs in JOBS.values() for job in jobs]),
+        input=json.dumps([job for jobs in chosen.values() for job in jobs]),
         cwd=folder,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -136,10 +145,10 @@ def results(folder):
     )
     assert done.returncode == 0, done.stderr
     done_jobs = iter(json.loads(target.read_text()))
-    return {name: [(job, *next(done_jobs)) for job in jobs] for name, jobs in JOBS.items()}
+    return {name: [(job, *next(done_jobs)) for job in jobs] for name, jobs in chosen.items()}
 
 
-@pytest.mark.parametrize("name", [name for name in JOBS if name != "wrong"])
+@pytest.mark.parametrize("name", [name if quick(name) else slow(name) for name in JOBS if name != "wrong"])
 def test_commands_work(name, results, folder):
     for job, error, output in results[name]:
         assert error is None, f"{job}\n{output}\n{error}"
@@ -167,9 +176,11 @@ def test_blocks_are_fenced(page):
     assert not indented(page)
 
 
-def test_session_shows_what_the_page_shows(results):
-    (block,) = [block for block in BLOCKS if "prompt>" in block.text]
-    ((_, _, output),) = results[str(block)]
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [str(block) for block in BLOCKS if "prompt>" in block.text])
+def test_session_shows_what_the_page_shows(name, results):
+    (block,) = [block for block in BLOCKS if str(block) == name]
+    ((_, _, output),) = results[name]
     lines = [line for line in block.text.splitlines() if not line.startswith("prompt> ")]
     assert not [line for line in lines if without_seconds(line) not in without_seconds(output)], output
 

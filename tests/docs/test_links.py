@@ -54,6 +54,7 @@ def test_checks_build_the_site_as_readme_says():
     assert not re.search(r"--quiet|-q\b", build.partition("#")[0])  # it hides warnings from --strict
 
 
+@pytest.mark.slow  # .ci/run builds it, too
 def test_site(tmp_path):
     command = [sys.executable, "-m", *BUILD.split(), f"--site-dir={tmp_path}"]
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -9,7 +9,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from tests.marks import slow
+
 SHARED_MEMORY = {80: 163, 89: 99, 90: 227, 120: 99}  # KiB a block may have, by compute capability
+# By default the least and the most of it are tried.
+CAPABILITIES = [slow(80), 89, 90, slow(120)]
 
 BF16, INT8, INT32, F32 = "*bf16", "*i8", "*i32", "*fp32"
 

@@ -10,6 +10,7 @@ import pytest
 
 from tests.closeness import assert_bfloat16_close, assert_requantized
 from tests.kernels import interpreter
+from tests.marks import slow
 from turbojax.kernels import int8, triton_call
 from turbojax.kernels.int8 import QUANT_SCHEMES
 from turbojax.kernels.norms import Residual
@@ -30,7 +31,7 @@ def arrays(m: int, n: int, k: int) -> tuple[jax.Array, jax.Array, jax.Array]:
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
-@pytest.mark.parametrize("m", [1, 127, 129])
+@pytest.mark.parametrize("m", [1, slow(127), 129])
 def test_quantize(scheme, m):
     x = arrays(m, 8, 256)[0]
     got = int8.quantize(x, QUANT_SCHEMES[scheme], implementation="triton")
@@ -50,7 +51,7 @@ def test_quantize_ties_and_extremes():
     assert not got.q[:, 128:].any()
 
 
-@pytest.mark.parametrize("gelu", [False, True])
+@pytest.mark.parametrize("gelu", [False, slow(True)])
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 128, 128), (129, 136, 256)])
 def test_matmul(scheme, gelu, m, n, k):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from tests.kernels import interpreter
+from tests.marks import slow
 from turbojax.kernels import triton_call
 from turbojax.kernels.norms import rms_norm_rotate
 from turbojax.models.layers import rotary_table
@@ -52,7 +53,7 @@ def arrays(batch: int, grid: tuple[int, int, int], heads: int, head_dim: int):
     return x, 1 + 0.1 * jax.random.normal(keys[1], (width,)), rotary_table(grid, head_dim)
 
 
-@pytest.mark.parametrize(("batch", "heads", "head_dim"), [(2, 3, 128), (1, 4, 64)])
+@pytest.mark.parametrize(("batch", "heads", "head_dim"), [(2, 3, 128), slow(1, 4, 64)])
 def test_rms_norm_rotate(batch, heads, head_dim):
     x, weight, table = arrays(batch, (2, 3, 2), heads, head_dim)
     got, expected = (rms_norm_rotate(x, weight, table, eps=1e-6, implementation=i) for i in ("triton", "reference"))

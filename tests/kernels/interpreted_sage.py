@@ -14,6 +14,7 @@ import pytest
 from tests.closeness import relative_error
 from tests.golden_io import GOLDEN, load
 from tests.kernels import interpreter
+from tests.marks import slow
 from tests.parity.sage import FORMS, as_rows, operand_order
 from turbojax.errors import UserError
 from turbojax.kernels import sage, sla, triton_call
@@ -80,7 +81,7 @@ def both(q, k, v, **options):
     return [attend(q, k, v, *weights, implementation=name, **options) for name in ("triton", "reference")]
 
 
-@pytest.mark.parametrize("values", ["float8", "float8_values", "exact"])
+@pytest.mark.parametrize("values", ["float8", slow("float8_values"), "exact"])
 @pytest.mark.parametrize(("block_q", "block_k"), sla.api.BLOCKS[::2])
 def test_forward(block_q, block_k, values):
     """Of two samples, with partial blocks. The reference rounds each branch to bfloat16, the kernel P of two forms."""
@@ -92,7 +93,7 @@ def test_forward(block_q, block_k, values):
 
 
 @pytest.mark.parametrize("values", ["float8", "exact"])
-@pytest.mark.parametrize("length", [200, 256])
+@pytest.mark.parametrize("length", [200, slow(256)])
 def test_all_blocks(length, values):
     got, expected = both(*arrays(length, heads=1, dim=128), topk=1.0, values=values)
     assert relative_error(got, expected) < 6e-3
@@ -149,7 +150,7 @@ CONFIG, FIXTURE = load(GOLDEN / "sagesla.safetensors")
 
 
 @pytest.mark.parametrize("blocks", ["q128_k64", "q64_k128"])
-@pytest.mark.parametrize("name", ["a", "b"])
+@pytest.mark.parametrize("name", ["a", slow("b")])
 def test_golden(name, blocks):
     """Codes as recorded; the sparse branch as near to what is recorded as bfloat16 is, to 5 %."""
     topk = CONFIG["cases"][name][blocks]["topk"]

@@ -15,6 +15,7 @@ from jax import lax
 
 from tests.golden_io import GOLDEN, load
 from tests.kernels import interpreter
+from tests.marks import slow
 from turbojax.kernels import sla, triton_call
 from turbojax.kernels.sizes import cdiv
 from turbojax.kernels.sla import fused, triton_backward, triton_forward, triton_summary
@@ -53,7 +54,7 @@ def as_float32(values):
     return [value.astype(jnp.float32) for value in values]
 
 
-@pytest.mark.parametrize(("length", "block", "dim"), [(64, 64, 64), (150, 64, 128), (130, 128, 64)])
+@pytest.mark.parametrize(("length", "block", "dim"), [slow(64, 64, 64), (150, 64, 128), (130, 128, 64)])
 def test_block_means_and_key_summary(length, block, dim):
     _, k, v, _, _ = arrays(length, batch=2, heads=3, dim=dim)
     means, state, normalizer, norm = triton_summary.key_summary(k, v, block, norms=True)
@@ -99,10 +100,10 @@ def run_fused(inputs, topk: float, block_q: int, block_k: int) -> jax.Array:
     ("length", "batch", "dim", "topk", "block_q", "block_k"),
     [
         (300, 2, 64, 0.4, 128, 64),
-        (300, 1, 128, 0.7, 128, 64),
+        slow(300, 1, 128, 0.7, 128, 64),
         (257, 1, 64, 1e-6, 64, 64),
         (256, 1, 64, 1.0, 64, 128),
-        (330, 1, 64, 1.0, 64, 128),
+        slow(330, 1, 64, 1.0, 64, 128),
         (5, 1, 64, 1.0, 128, 64),
     ],
 )
@@ -124,7 +125,7 @@ def test_values_a_step_late_change_nothing(length, count, block_k):
     np.testing.assert_array_equal(fused.attention(*inputs, late), fused.attention(*inputs, settings))
 
 
-@pytest.mark.parametrize("late", [False, True])
+@pytest.mark.parametrize("late", [False, slow(True)])
 @pytest.mark.parametrize(("length", "count", "block_k"), [(300, 3, 64), (256, 4, 64), (330, 2, 128), (40, 1, 64)])
 def test_bounded_scores_need_no_maximum(monkeypatch, length, count, block_k, late):
     inputs = arrays(length, dim=64)
@@ -148,7 +149,7 @@ def test_large_scores():
     assert rms < 4e-3
 
 
-@pytest.mark.parametrize("name", "abcd")
+@pytest.mark.parametrize("name", ["a", slow("b"), slow("c"), "d"])
 def test_golden_files(name):
     """Numbers of the public PyTorch code in float32; inputs are rounded to bfloat16 here."""
     config, t = load(GOLDEN / "sla.safetensors")
@@ -170,7 +171,7 @@ def test_golden_files(name):
 
 @pytest.mark.parametrize(
     ("length", "batch", "dim", "topk", "block_q", "block_k"),
-    [(300, 2, 64, 0.4, 128, 64), (200, 1, 128, 0.7, 64, 64), (200, 1, 64, 1.0, 64, 128)],
+    [(300, 2, 64, 0.4, 128, 64), slow(200, 1, 128, 0.7, 64, 64), (200, 1, 64, 1.0, 64, 128)],
 )
 def test_gradients(length, batch, dim, topk, block_q, block_k):
     inputs = arrays(length, batch=batch, dim=dim)

@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from tests.kernels.ahead_of_time import BF16, F32, INT8, SHARED_MEMORY, usage
+from tests.kernels.ahead_of_time import BF16, CAPABILITIES, F32, INT8, SHARED_MEMORY, usage
 from tests.kernels.interpreter_process import run_in_the_interpreter
 from turbojax.kernels.int8 import triton_matmul, triton_quantize
 
@@ -55,11 +55,11 @@ KERNELS = {
 }
 
 
-def test_kernels_in_the_interpreter():
-    run_in_the_interpreter("interpreted_int8.py")
+def test_kernels_in_the_interpreter(pytestconfig):
+    run_in_the_interpreter("interpreted_int8.py", pytestconfig)
 
 
-@pytest.mark.parametrize("capability", SHARED_MEMORY)
+@pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("name", KERNELS)
 def test_kernel_compiles_within_limits(name, capability):
     """No spilled registers, and no more shared memory than a block may have."""

@@ -8,18 +8,18 @@ import pytest
 
 pytest.importorskip("triton")
 
-from tests.kernels.ahead_of_time import BF16, F32, SHARED_MEMORY, usage
+from tests.kernels.ahead_of_time import BF16, CAPABILITIES, F32, usage
 from tests.kernels.interpreter_process import run_in_the_interpreter
 from turbojax.errors import UserError
 from turbojax.kernels import dispatch, norms, norms_triton
 from turbojax.kernels.sizes import next_power_of_2
 
 
-def test_kernel_in_the_interpreter():
-    run_in_the_interpreter("interpreted_norms.py")
+def test_kernel_in_the_interpreter(pytestconfig):
+    run_in_the_interpreter("interpreted_norms.py", pytestconfig)
 
 
-@pytest.mark.parametrize("capability", SHARED_MEMORY)
+@pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize(("width", "head_dim"), [(5120, 128), (1536, 128), (256, 64)])
 def test_kernel_compiles_within_limits(width, head_dim, capability):
     """No spilled registers, and no shared memory beyond that of one sum: pairs are split and joined within threads."""

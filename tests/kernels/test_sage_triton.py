@@ -5,7 +5,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from tests.kernels.ahead_of_time import BF16, F32, INT8, INT32, SHARED_MEMORY, usage
+from tests.kernels.ahead_of_time import BF16, CAPABILITIES, F32, INT8, INT32, SHARED_MEMORY, usage
 from tests.kernels.interpreter_process import run_in_the_interpreter
 from turbojax.errors import UserError
 from turbojax.kernels import dispatch, sage, sla
@@ -34,8 +34,8 @@ QUANTIZERS = {
 }
 
 
-def test_kernels_in_the_interpreter():
-    run_in_the_interpreter("interpreted_sage.py")
+def test_kernels_in_the_interpreter(pytestconfig):
+    run_in_the_interpreter("interpreted_sage.py", pytestconfig)
 
 
 def check(kernel, pointers, constants, capability: int, tiles: Tiles):
@@ -45,7 +45,7 @@ def check(kernel, pointers, constants, capability: int, tiles: Tiles):
     assert used.shared <= SHARED_MEMORY[capability] * 1024
 
 
-@pytest.mark.parametrize("capability", SHARED_MEMORY)
+@pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize(("block_q", "block_k"), sla.api.BLOCKS)
 @pytest.mark.parametrize(("values", "dim"), [("float8", 128), ("exact", 128), ("float8", 64)])
 def test_forward_compiles_within_limits(values, dim, block_q, block_k, capability):
@@ -57,7 +57,7 @@ def test_forward_compiles_within_limits(values, dim, block_q, block_k, capabilit
     check(triton_forward.sage_forward_kernel, pointers, SHAPE | constants, capability, tiles)
 
 
-@pytest.mark.parametrize("capability", SHARED_MEMORY)
+@pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_quantizer_compiles_within_limits(name, capability):
     kernel, pointers, constants = QUANTIZERS[name]

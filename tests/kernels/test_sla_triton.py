@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("triton")
 
-from tests.kernels.ahead_of_time import BF16, F32, INT32, SHARED_MEMORY, usage
+from tests.kernels.ahead_of_time import BF16, CAPABILITIES, F32, INT32, SHARED_MEMORY, usage
 from tests.kernels.interpreter_process import run_in_the_interpreter
 from turbojax.kernels import sla
 from turbojax.kernels.sla import triton_backward, triton_forward, triton_linear, triton_summary
@@ -19,8 +19,8 @@ BACKWARD |= dict.fromkeys(("table", "queries", "begins"), INT32) | dict.fromkeys
 SUMMARY = {"k": BF16, "v": BF16, "means": F32, "states": F32, "normalizers": F32, "norms": F32}
 
 
-def test_kernels_in_the_interpreter():
-    run_in_the_interpreter("interpreted_sla.py")
+def test_kernels_in_the_interpreter(pytestconfig):
+    run_in_the_interpreter("interpreted_sla.py", pytestconfig)
 
 
 def assert_within_limits(kernel, pointers, constants, *, warps: int, stages: int, capability: int, spilled: int = 0):
@@ -30,7 +30,7 @@ def assert_within_limits(kernel, pointers, constants, *, warps: int, stages: int
     assert used.stack <= spilled
 
 
-@pytest.mark.parametrize("capability", SHARED_MEMORY)
+@pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize(
     ("block_q", "block_k", "dim", "residuals"),
     [
@@ -47,7 +47,7 @@ def test_sparse_forward_compiles_within_limits(block_q, block_k, dim, residuals,
     assert_within_limits(triton_forward.sparse_forward_kernel, FORWARD, constants, **settings)
 
 
-@pytest.mark.parametrize("capability", SHARED_MEMORY)
+@pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize(("block_q", "block_k", "dim"), [(128, 64, 64), (128, 64, 128), (64, 64, 128)])
 def test_sparse_backward_compiles_within_limits(block_q, block_k, dim, capability):
     tiles = triton_backward.tiles(divmod(capability, 10), block_q=block_q, block_k=block_k, dim=dim)

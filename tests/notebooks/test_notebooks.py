@@ -1,4 +1,4 @@
-"""The notebooks, from top to bottom, on a CPU: `pytest tests/notebooks`, three minutes on two cores."""
+"""The notebooks, from top to bottom, on a CPU: `pytest tests/notebooks -m ""`, three minutes on two cores."""
 
 from pathlib import Path
 
@@ -6,17 +6,19 @@ import nbformat
 import pytest
 from nbclient import NotebookClient
 
-NOTEBOOKS = sorted((Path(__file__).parents[2] / "notebooks").glob("*.ipynb"))
+from tests.marks import slow
+
+FOLDER = Path(__file__).parents[2] / "notebooks"
 LARGEST = 500_000  # bytes, with outputs
 SLOWEST = 900  # seconds a cell, where other tests keep the cores busy; alone the slowest takes 80
 
 
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
-def test_notebook(path, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name", ["quickstart", slow("ablation_topk_sigma"), slow("kernels")])
+def test_notebook(name, tmp_path, monkeypatch):
     """Every cell runs, and shows something where the committed one does; its assertions check what the text says."""
-    for name in ("JAX_DISABLE_MOST_OPTIMIZATIONS", "XLA_FLAGS"):  # here programs run for long, see conftest.py
-        monkeypatch.delenv(name, raising=False)
-    notebook = nbformat.read(path, as_version=4)
+    for variable in ("JAX_DISABLE_MOST_OPTIMIZATIONS", "XLA_FLAGS"):  # here programs run for long, see conftest.py
+        monkeypatch.delenv(variable, raising=False)
+    notebook = nbformat.read(FOLDER / f"{name}.ipynb", as_version=4)
     shown = [bool(cell.get("outputs")) for cell in notebook.cells]
     NotebookClient(
         notebook, timeout=SLOWEST, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}
@@ -26,5 +28,6 @@ def test_notebook(path, tmp_path, monkeypatch):
 
 
 def test_they_are_there_and_small():
-    assert {path.stem for path in NOTEBOOKS} == {"quickstart", "ablation_topk_sigma", "kernels"}
-    assert all(path.stat().st_size < LARGEST for path in NOTEBOOKS)
+    notebooks = list(FOLDER.glob("*.ipynb"))
+    assert {path.stem for path in notebooks} == {"quickstart", "ablation_topk_sigma", "kernels"}
+    assert all(path.stat().st_size < LARGEST for path in notebooks)

@@ -102,6 +102,7 @@ def killed_in_a_save(workdir: Path, data: Path) -> Path:
         time.sleep(0.001)
 
 
+@pytest.mark.slow
 def test_killed_and_resumed(tmp_path, data):
     """SIGTERM and SIGKILL at random steps and SIGKILL in the middle of a save end in the parameters of a whole run."""
     whole = start(tmp_path / "whole", data)
