@@ -40,6 +40,7 @@ def user_cache() -> Path:
 
     Raises UserError where there is neither the variable nor a home folder.
     """
+    # Not platformdirs: its releases 4.3 and 4.14 differ on ~ and relative paths in the variable, and without a home.
     if given := os.environ.get("XDG_CACHE_HOME"):
         return user_path(given) / "turbojax"
     try:

@@ -105,7 +105,7 @@ GENERATE_MISTAKES: dict[str, tuple[list[str], str]] = {
     "seed not a number": ([*WITH_DEMO, "--config.seed=abc"], "--config.seed=abc"),
     "switch not a switch": ([*WITH_DEMO, "--config.ode=maybe"], "--config.ode=maybe"),
     "height": ([*WITH_DEMO, "--config.height=100"], "height=100 must be a multiple of 16; nearest: 96, 112"),
-    "frames": ([*WITH_DEMO, "--config.num_frames=6"], "num_frames=6 must be 1 more than a multiple of 4"),
+    "frames": ([*WITH_DEMO, "--config.num_frames=6"], "num_frames=6 must be 1 + a multiple of 4"),
     "steps": ([*WITH_DEMO, "--config.num_inference_steps=9"], "num_steps=9"),
     "sampler": ([*WITH_DEMO, "--config.sampler=ddim"], "sampler='ddim' is unknown"),
     "frame rate": ([*WITH_DEMO, "--config.fps=0"], "fps=0 must be positive"),

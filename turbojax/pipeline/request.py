@@ -20,7 +20,7 @@ from turbojax.media.video import check_fps, check_path, numbered
 from turbojax.memory.estimates import Workload
 from turbojax.models.image_condition import check_images, takes_images
 from turbojax.models.published import ModelConfigs
-from turbojax.models.vae import VAEConfig
+from turbojax.models.vae import VAEConfig, check_step
 from turbojax.models.wan import WanConfig
 from turbojax.text_files import check_text
 
@@ -183,16 +183,9 @@ class Request:
 def latent_shape(config: VAEConfig, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
     """Returns the shape `[t, h, w, c]` of a video's latents; raises UserError for sizes that no latents have."""
     step = 2 * config.spatial_factor  # patches of the transformer are 2 x 2 latents
-    for name, size in (("height", height), ("width", width)):
-        if size < step or size % step:
-            low = max(step, size // step * step)
-            raise UserError(f"{name}={size} must be a multiple of {step}; nearest: {low}, {low + step}")
-    if num_frames < 1 or (num_frames - 1) % config.temporal_factor:
-        low = max(0, (num_frames - 1) // config.temporal_factor) * config.temporal_factor + 1
-        raise UserError(
-            f"{num_frames=} must be 1 more than a multiple of {config.temporal_factor}; "
-            f"nearest: {low}, {low + config.temporal_factor}"
-        )
+    check_step("height", height, step)
+    check_step("width", width, step)
+    check_step("num_frames", num_frames, config.temporal_factor, offset=1)
     t = 1 + (num_frames - 1) // config.temporal_factor
     return t, height // config.spatial_factor, width // config.spatial_factor, config.z_dim
 
