@@ -9,7 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from turbojax import UserError
-from turbojax.app.generate import make_request
+from turbojax.app.generate import read_settings
 from turbojax.config import SETTINGS, base_config, changed, describe_settings, load_config, parse_value
 from turbojax.media.video import check_path, video_size
 from turbojax.models.published import MODELS
@@ -186,7 +186,7 @@ def test_values_that_no_setting_can_have_are_refused_before_anything_is_loaded(n
         if (name, text) in POSSIBLE or name in PATHS:
             continue
         with pytest.raises(UserError) as error:
-            make_request(changed(config, **{name: parse_value(name, text)}))
+            read_settings(changed(config, **{name: parse_value(name, text)}))
         assert "\n" not in str(error.value)
         assert any(part in str(error.value) for part in (name, "num_steps=0", f"{text!r} is no path"))
         assert len(str(error.value)) < 800  # what was typed, twice at most

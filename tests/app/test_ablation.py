@@ -28,7 +28,7 @@ def config(demo_pipe):
 def loads(demo_pipe, monkeypatch):
     """The demo's pipeline in the place of a loaded one; a list of what was loaded."""
     loads = []
-    monkeypatch.setattr(generate, "load_pipeline", lambda config, prepare: loads.append(config) or demo_pipe)
+    monkeypatch.setattr(generate, "load_pipeline", lambda options, prepare: loads.append(options) or demo_pipe)
     return loads
 
 
@@ -69,7 +69,9 @@ def test_stopped_after_four_of_nine_cells_and_run_again(config, loads, calls, tm
     assert len({record["key"] for record in records(tmp_path / "cells.jsonl")}) == 9
 
     rows = records(tmp_path / "results.jsonl")
-    assert [(row["guidance_scale"], row["shift"]) for row in rows] == [tuple(cell.values()) for cell in cells_of(grid)]
+    assert [(row["guidance_scale"], row["shift"]) for row in rows] == [
+        tuple(cell.values()) for cell in cells_of(config, grid)
+    ]
     assert rows[0]["psnr"] is None
     assert all(row["psnr"] == "inf" for row in rows[1:3])  # rcm takes no shift
     assert all(5 < row["psnr"] < 60 for row in rows[3:])

@@ -290,7 +290,7 @@ def test_converted_files_load_by_their_folder(tmp_path, demo, demo_pipe):
         assert "Wrote " in stderr.splitlines()[-1]
     assert load_wan(tmp_path / "model" / "transformer.safetensors").config.num_layers == 2
     config = small_config(tmp_path / "x.mp4", weights=str(tmp_path / "model"), tokenizer=str(demo))
-    pipe = generate.load_pipeline(config)
+    pipe = generate.load_pipeline(generate.load_options(config))
     for ours, theirs in (
         *((pipe.transformer, demo_pipe.transformer), (pipe.vae, demo_pipe.vae)),
         (pipe.text.encoder, demo_pipe.text.encoder),
@@ -317,7 +317,7 @@ def small_config(output: Path, **changes):
     ],
 )
 def test_outputs(demo_pipe, monkeypatch, tmp_path, output, samples, expected):
-    monkeypatch.setattr(generate, "load_pipeline", lambda config, prepare: demo_pipe)
+    monkeypatch.setattr(generate, "load_pipeline", lambda options, prepare: demo_pipe)
     written = generate.generate(small_config(tmp_path / "deep" / output, num_samples=samples))
     assert [path.name for path in written] == expected
     assert sorted(path.name for path in (tmp_path / "deep").iterdir()) == sorted(expected)
@@ -333,7 +333,7 @@ def test_settings_reach_the_pipeline(monkeypatch, tmp_path):
             calls.update(vars(request))
             raise StopIteration
 
-    monkeypatch.setattr(generate, "load_pipeline", lambda config, prepare: Recorder())
+    monkeypatch.setattr(generate, "load_pipeline", lambda options, prepare: Recorder())
     sizes = dict(height=None, width=None, resolution="720p", aspect_ratio="9:16")
     config = small_config(tmp_path / "x.mp4", image="demo", last_image="demo", seed=5, **sizes)
     with pytest.raises(StopIteration):
@@ -352,7 +352,7 @@ def test_settings_reach_the_pipeline(monkeypatch, tmp_path):
 def test_loras(tmp_path):
     config = small_config(tmp_path / "x.mp4", lora="a.safetensors, b.safetensors", lora_low="c", lora_strength=0.5)
     expected = [("a.safetensors", None), ("b.safetensors", None), ("c", "low")]
-    assert generate.loras(config) == [LoRA(path, 0.5, expert) for path, expert in expected]
+    assert generate.loras(config) == tuple(LoRA(path, 0.5, expert) for path, expert in expected)
 
 
 @pytest.mark.parametrize(
@@ -364,7 +364,7 @@ def test_loras(tmp_path):
     ],
 )
 def test_what_the_small_model_does_not_know(demo_pipe, monkeypatch, tmp_path, caplog, weights, prompt, line):
-    monkeypatch.setattr(generate, "load_pipeline", lambda config, prepare: demo_pipe)
+    monkeypatch.setattr(generate, "load_pipeline", lambda options, prepare: demo_pipe)
     generate.generate(small_config(tmp_path / "x.mp4", weights=weights, prompt=prompt))
     warned = " ".join(record.getMessage() for record in caplog.records if record.levelname == "WARNING")
     assert (line in warned) if line else ("small model" not in warned)

@@ -24,7 +24,7 @@ def config(tmp_path):
 def loads(demo_pipe, monkeypatch):
     """The demo's pipeline in the place of a loaded one; a list of what was loaded."""
     loads = []
-    monkeypatch.setattr(generate, "load_pipeline", lambda config, prepare: loads.append(config) or demo_pipe)
+    monkeypatch.setattr(generate, "load_pipeline", lambda options, prepare: loads.append(options) or demo_pipe)
     return loads
 
 

@@ -6,6 +6,7 @@ file named. Kinds: "run" and "parse" (words are a command line, done or only rea
 """
 
 import contextlib
+import dataclasses
 import functools
 import importlib
 import io
@@ -17,19 +18,17 @@ from pathlib import Path
 from unittest import mock
 
 from turbojax.app import commands, generate
-from turbojax.app.generate import LOAD_SETTINGS
 from turbojax.train.config import make_recipe
 
 load_pipeline = generate.load_pipeline
 pipelines = {}
 
 
-def loaded(config, *, prepare=None):
-    """The pipeline for these settings, loaded at the first call."""
-    names = (*LOAD_SETTINGS, "sla_topk")
-    key = tuple(str(Path(config[name]).resolve()) if name == "weights" else config[name] for name in names)
+def loaded(options, prepare=None):
+    """The pipeline of these options, loaded at the first call."""
+    key = dataclasses.replace(options, weights=Path(options.weights).resolve())
     if key not in pipelines:
-        pipelines[key] = load_pipeline(config, prepare=prepare)
+        pipelines[key] = load_pipeline(options, prepare)
     return pipelines[key]
 
 
@@ -41,7 +40,7 @@ def only_parse(module) -> None:
     if "recipe" in config:
         make_recipe(config)
     else:
-        generate.make_request(config)
+        generate.read_settings(config)
 
 
 def command(words: list[str], *, parse: bool = False) -> None:

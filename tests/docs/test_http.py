@@ -37,7 +37,7 @@ def serve(demo_pipe, tmp_path_factory):
         return launch(page, server, port=0, auth=auth).rstrip("/")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generate, "load_pipeline", lambda config, prepare: demo_pipe)
+        patch.setattr(generate, "load_pipeline", lambda options, prepare: demo_pipe)
         yield serve
         for server, page in served:
             server.jobs.close()

@@ -47,8 +47,12 @@ def load(*paths: str) -> None:
     from flax import nnx
 
     from turbojax.weights.load import load_wan
+    from turbojax.weights.options import NetworkOptions
 
-    models = [load_wan(path.removesuffix(":int8"), quant_linear=path.endswith(":int8") or None) for path in paths]
+    models = [
+        load_wan(path.removesuffix(":int8"), NetworkOptions(quant_linear=path.endswith(":int8") or None))
+        for path in paths
+    ]
     for variables in zip(*(nnx.to_flat_state(nnx.state(model)) for model in models), strict=True):
         first, *others = (np.asarray(variable.get_value()) for _, variable in variables)
         assert all(np.array_equal(first, other) for other in others), variables[0][0]

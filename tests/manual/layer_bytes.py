@@ -20,7 +20,7 @@ from turbojax.media.video import video_size
 from turbojax.models.layers import rotary_table
 from turbojax.models.published import MODELS
 from turbojax.models.wan import Context, WanConfig, WanModel
-from turbojax.weights.load import with_options
+from turbojax.weights.options import NetworkOptions
 
 MODEL = flags.DEFINE_string("model", "wan2.1-t2v-14b", "network")
 RESOLUTION = flags.DEFINE_string("resolution", "720p", "480p or 720p, 16:9, 81 frames")
@@ -74,12 +74,9 @@ def compiled_layers(config: WanConfig, grid: tuple[int, int, int], device: jax.D
 
 
 def main(_) -> None:
-    config = with_options(
-        MODELS[MODEL.value](num_layers=2),
-        attention_type=ATTENTION.value,
-        quant_linear=QUANT.value is not None,
-        quant_scheme=QUANT.value,
-    )
+    config = NetworkOptions(
+        attention_type=ATTENTION.value, quant_linear=QUANT.value is not None, quant_scheme=QUANT.value
+    ).apply(MODELS[MODEL.value](num_layers=2))
     jax.devices()  # finds the plugin
     (device,) = topologies.get_topology_desc("", "cuda", target_config=H100, topology="1x1x1").devices
     pretend(device)

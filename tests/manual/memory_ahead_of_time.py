@@ -29,7 +29,7 @@ from turbojax.models.umt5 import UMT5Config
 from turbojax.models.vae import VAEConfig
 from turbojax.pipeline.denoise import abstract_arguments, sampler_program
 from turbojax.pipeline.request import Request
-from turbojax.weights.load import with_options
+from turbojax.weights.options import NetworkOptions
 from turbojax.weights.skeleton import wan_skeleton
 
 # What XLA says of an H100 SXM.
@@ -58,7 +58,9 @@ STREAMED = Residency(text_streamed=True, vae_tiled=True, transformer_streamed=Tr
 
 def compare(model: str, size: str, quant_scheme: str | None, **options) -> dict[str, dict[str, dict[str, int]]]:
     """Bytes of temporaries by stage, resident and streamed (with the VAE in tiles)."""
-    config = with_options(MODELS[model](), quant_linear=quant_scheme is not None, quant_scheme=quant_scheme, **options)
+    config = NetworkOptions(quant_linear=quant_scheme is not None, quant_scheme=quant_scheme, **options).apply(
+        MODELS[model]()
+    )
     configs = ModelConfigs(config, VAEConfig.wan2_1(), UMT5Config.xxl())
     width, height = video_size(size, "16:9")
     request = Request(width=width, height=height)

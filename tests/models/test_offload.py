@@ -9,7 +9,8 @@ from flax import nnx
 from turbojax.models.offload import LAYERS_ON_DEVICE, HostBlocks, Streamed
 from turbojax.models.umt5 import UMT5Config, UMT5Encoder, encode_text
 from turbojax.models.wan import WanConfig
-from turbojax.weights.load import load_wan, with_options
+from turbojax.weights.load import load_wan
+from turbojax.weights.options import NetworkOptions
 from turbojax.weights.random import random_module
 from turbojax.weights.skeleton import Skeleton, wan_skeleton
 
@@ -45,7 +46,7 @@ def both(skeleton: Skeleton) -> tuple[nnx.Module, Streamed]:
     ids=["float32", "bfloat16, sla", "block128", "channel"],
 )
 def test_transformer(options):
-    model, streamed = both(wan_skeleton(with_options(CONFIG, **options)))
+    model, streamed = both(wan_skeleton(NetworkOptions(**options).apply(CONFIG)))
     expected = resident(model, *inputs())
     np.testing.assert_array_equal(streamed(*inputs()), expected)
     assert np.asarray(expected).std() > 0.1
@@ -64,14 +65,14 @@ def test_text_encoder():
 @pytest.mark.parametrize("options", [{}, {"quant_linear": True}], ids=["as stored", "quantized while loading"])
 def test_from_a_file(demo, options):
     path = demo / "TurboWan-demo.pth"
-    model, streamed = (load_wan(path, streamed=streamed, **options) for streamed in (False, True))
+    model, streamed = (load_wan(path, NetworkOptions(**options), streamed=streamed) for streamed in (False, True))
     assert streamed.config == model.config
     np.testing.assert_array_equal(streamed(*inputs()), resident(model, *inputs()))
 
 
 def test_what_lies_where(monkeypatch):
     """Matrices on the host, and on the device never more than three layers of them."""
-    _, streamed = both(wan_skeleton(with_options(CONFIG, quant_linear=True)))
+    _, streamed = both(wan_skeleton(NetworkOptions(quant_linear=True).apply(CONFIG)))
     blocks = streamed.blocks
     assert {a.sharding.memory_kind for a in jax.tree.leaves(blocks.layers)} == {"pinned_host"}
     assert {a.sharding.memory_kind for a in jax.tree.leaves((streamed.state, blocks.resident))} == {"device"}

@@ -20,6 +20,7 @@ from turbojax.models.layers import time_sinusoid
 from turbojax.models.wan import WanConfig, WanModel, patch_grid, patchify, unpatchify
 from turbojax.pipeline import denoise
 from turbojax.weights.load import build_wan, check_wan
+from turbojax.weights.options import NetworkOptions
 from turbojax.weights.skeleton import wan_skeleton
 
 TOKENS_480P = 21 * 30 * 52  # 81 frames of 832 x 480: 32,760
@@ -66,7 +67,8 @@ def network(config: WanConfig):
 
 def built(config: WanConfig, **options) -> WanModel:
     """A network with generated weights."""
-    return build_wan(check_wan(turbo(config), num_heads=None, what="test"), dtype=config.dtype, **options)
+    checkpoint = check_wan(turbo(config), num_heads=None, what="test")
+    return build_wan(checkpoint, NetworkOptions(dtype=config.dtype, **options))
 
 
 def equations(jaxpr) -> Iterator:

@@ -10,6 +10,7 @@ from tests.parity.sla import as_map
 from turbojax.kernels import norms, sla
 from turbojax.models import layers, wan
 from turbojax.weights.load import WanModel, build_wan, check_wan
+from turbojax.weights.options import NetworkOptions
 
 # Absolute tolerances of a float32 network against the recorded values; other keys get 1e-5 of their largest value.
 TOLERANCES = (
@@ -32,7 +33,7 @@ def build(config: dict, t: dict[str, np.ndarray], *, prefix: str = "w.", **optio
     # Recorded with fewer rows of text than 512, and none left out.
     text_len = t["in.text"].shape[1] if "in.text" in t else config["args"]["text_len"]
     settings = {"dtype": jnp.float32, "text_len": text_len}
-    return build_wan(checkpoint, **(settings | options))
+    return build_wan(checkpoint, NetworkOptions(**(settings | options)))
 
 
 def channels_last(x: np.ndarray) -> jnp.ndarray:

@@ -23,6 +23,7 @@ from turbojax.shapes.demo import demo_configs, demo_folder, demo_picture
 from turbojax.weights.layouts import clip_layout, generated, wan_layout
 from turbojax.weights.load import load_wan
 from turbojax.weights.lora import LoRA
+from turbojax.weights.options import NetworkOptions
 
 SIZE = dict(height=32, width=48, num_frames=5, num_inference_steps=4)
 PROMPT = "a red bird in the sky"
@@ -61,7 +62,9 @@ def test_equals_a_loop_over_the_steps(pipe, folder, picture, undecoded, ode):
     """The two networks called one step after the other, from the same condition and noise."""
     result = pipe(PROMPT, image=picture, adaptive_size=False, seed=5, ode=ode, **SIZE)
     y = condition(pipe.vae, to_unit(resize(picture, 48, 32)), num_frames=5)
-    high, low = (load_wan(folder / f"TurboWan-demo-{name}.pth", dtype=jnp.float32) for name in ("high", "low"))
+    high, low = (
+        load_wan(folder / f"TurboWan-demo-{name}.pth", NetworkOptions(dtype=jnp.float32)) for name in ("high", "low")
+    )
     graph = nnx.graphdef(high)
     states = [nnx.state(network) for network in (high, high, low, low)]
     network = jax.jit(lambda state, *arguments: nnx.merge(graph, state)(*arguments[:-1], y=arguments[-1]))

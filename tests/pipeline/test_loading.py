@@ -3,7 +3,8 @@
 import pytest
 
 from turbojax.models.wan import WanConfig
-from turbojax.pipeline.loading import tell_no_effect
+from turbojax.pipeline.loading import warn_of_no_effect
+from turbojax.pipeline.options import LoadOptions
 
 
 @pytest.mark.parametrize(
@@ -17,7 +18,7 @@ from turbojax.pipeline.loading import tell_no_effect
     ],
 )
 def test_options_without_effect_are_told(caplog, attention_type, options, told):
-    tell_no_effect(WanConfig.t2v_1_3b(attention_type=attention_type), options)
+    warn_of_no_effect(WanConfig.t2v_1_3b(attention_type=attention_type), LoadOptions(weights="any", **options))
     starts = [f"{option} has no effect with attention_type={attention_type}, only with " for option in told]
     messages = [record.getMessage() for record in caplog.records]
     assert len(messages) == len(starts)

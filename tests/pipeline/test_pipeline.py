@@ -21,6 +21,7 @@ from turbojax.pipeline import loading, pipeline
 from turbojax.pipeline.denoise import draw, draw_later, seed_words
 from turbojax.weights.load import load_wan
 from turbojax.weights.lora import LoRA
+from turbojax.weights.options import NetworkOptions
 from turbojax.weights.random import random_module as generate
 
 SIZE = dict(height=32, width=48, num_frames=5)
@@ -423,7 +424,7 @@ def test_impossible_settings(run, options, message):
 
 
 def test_nan(demo_pipe, demo):
-    broken = load_wan(demo / "TurboWan-demo.pth", dtype=jnp.float32)
+    broken = load_wan(demo / "TurboWan-demo.pth", NetworkOptions(dtype=jnp.float32))
     broken.head.proj.bias[...] = jnp.full_like(broken.head.proj.bias[...], jnp.nan)
     pipe = TurboVideoPipeline(broken, demo_pipe.vae, demo_pipe.text)
     message = refused(pipe, BIRD, num_inference_steps=1, **SIZE)

@@ -22,6 +22,7 @@ from turbojax.train.toy import write_toy_shards
 from turbojax.weights.encoders import load_vae
 from turbojax.weights.files import find_components
 from turbojax.weights.load import load_wan
+from turbojax.weights.options import NetworkOptions
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 GIVEN = dict.fromkeys(("vae", "text_encoder", "tokenizer"), MODEL)
@@ -92,7 +93,7 @@ def test_the_teacher_is_the_dense_network_of_the_same_size():
     """What the next distillation begins with, beside its record."""
     teacher = load_wan(BENCHMARKS / "shapes_teacher.safetensors")
     dense = {"quant_linear": False, "attention_type": "original", "sla_topk": teacher.config.sla_topk}
-    shipped = load_wan(MODEL / Path(NETWORKS["shipped"]).name, **dense)
+    shipped = load_wan(MODEL / Path(NETWORKS["shipped"]).name, NetworkOptions(**dense))
     assert teacher.config == shipped.config
     assert {name: value.shape for name, value in parameters(teacher).items()} == {
         name: value.shape for name, value in parameters(shipped).items()
@@ -111,8 +112,8 @@ def test_training_goes_on_from_it(tmp_path):
         batch_size=2,
         sla_topk=0.5,
     )
-    trained = parameters(load_wan(train(config), dtype=np.float32))
-    shipped = parameters(load_wan(config.weights, dtype=np.float32, quant_linear=False))
+    trained = parameters(load_wan(train(config), NetworkOptions(dtype=np.float32)))
+    shipped = parameters(load_wan(config.weights, NetworkOptions(dtype=np.float32, quant_linear=False)))
     assert trained.keys() == shipped.keys()
     assert all(np.abs(trained[name] - value).max() < 1e-2 for name, value in shipped.items())
 
@@ -121,13 +122,13 @@ def test_what_merging_gives_is_trained(tmp_path):
     """On a teacher that is its own student merging gives SLA's network, and training moves it a little."""
     path = MODEL / Path(NETWORKS["shipped"]).name
     for stage, attention in (("rcm", "original"), ("teacher", "original"), ("sla", "sla")):
-        network = load_wan(path, quant_linear=False, attention_type=attention, dtype=jnp.float32)
+        network = load_wan(path, NetworkOptions(quant_linear=False, attention_type=attention, dtype=jnp.float32))
         (tmp_path / stage).mkdir()
         export(tmp_path / stage / TRANSFORMER, network.config, parameters(network))
     write_toy_shards(tmp_path / "data", samples=4)
     learn_merged(Job(tmp_path, "tiny", functools.partial(settings, size="tiny", steps=0.25)))
     shipped, start, trained = (
-        parameters(load_wan(file, dtype=np.float32, quant_linear=False))
+        parameters(load_wan(file, NetworkOptions(dtype=np.float32, quant_linear=False)))
         for file in (path, tmp_path / "merged" / "start.safetensors", tmp_path / "merged" / TRANSFORMER)
     )
     assert shipped.keys() == start.keys() == trained.keys()

@@ -31,6 +31,7 @@ from turbojax.train.state import parameters
 from turbojax.train.toy import toy_config, write_toy_shards
 from turbojax.train.videos import prepare_videos
 from turbojax.weights.load import load_wan
+from turbojax.weights.options import NetworkOptions
 from turbojax.weights.random import random_module
 from turbojax.weights.skeleton import wan_skeleton
 
@@ -166,7 +167,7 @@ def workdir(settings) -> Path:
 
 
 def test_the_average_is_written_in_official_names(workdir):
-    written = parameters(load_wan(workdir / "transformer.safetensors", dtype=np.float32))
+    written = parameters(load_wan(workdir / "transformer.safetensors", NetworkOptions(dtype=np.float32)))
     arrays = saved(workdir, 6)
     for name, value in written.items():
         np.testing.assert_array_equal(value, arrays[f"['ema']['{name}']"])

@@ -21,6 +21,7 @@ from turbojax.weights.encoders import load_vae
 from turbojax.weights.io import file_metadata, read_tensors
 from turbojax.weights.layouts import generated, wan_layout
 from turbojax.weights.load import WanCheckpoint, check_wan, load_wan
+from turbojax.weights.options import NetworkOptions
 
 BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
@@ -259,7 +260,7 @@ def test_what_it_is_to_be_run_with(tmp_path, output):
     for path, topk in ((output, 0.25), (again, 0.5), (folder, 0.5)):
         config = load_wan(path).config
         assert (config.sla_topk, config.sigma_max) == (topk, 1600.0)
-    assert load_wan(again, sla_topk=0.9).config.sla_topk == 0.9
+    assert load_wan(again, NetworkOptions(sla_topk=0.9)).config.sla_topk == 0.9
     assert "sla_topk=1.5 must be in (0, 1]" in refused(source, tmp_path / "high.safetensors", sla_topk=1.5)
     assert first_noise_level(config, None) == 1600
     assert first_noise_level(config, 20.0) == 20
@@ -332,7 +333,7 @@ def test_no_format_loses_a_setting_in_silence(tmp_path, format, names, setting, 
         given = {name: float(value) if name == "sla_topk" else value for name, value in given.items()}
         sigma_max = given.pop("sigma_max", None)
         options = {"quant_linear": True} if "quant_scheme" in given else {}
-        read = module.with_options(module.open_wan(output).config, **given, **options)
+        read = NetworkOptions(**given, **options).apply(module.open_wan(output).config)
         read = dataclasses.replace(read, sigma_max=sigma_max and float(sigma_max))
     else:
         assert "has no place" not in caplog.text

@@ -18,6 +18,7 @@ from turbojax.weights.lazy import all_zero
 from turbojax.weights.load import load_wan
 from turbojax.weights.lora import LoRA, read_lora
 from turbojax.weights.merge import merge
+from turbojax.weights.options import NetworkOptions
 
 VAE, UMT5 = "Wan2.1_VAE.pth", "models_t5_umt5-xxl-enc-bf16.pth"
 
@@ -57,7 +58,7 @@ def test_half_of_a_transformer(tmp_path, caplog, suffix, config):
     assert not told(caplog)
     path = unfinished(tmp_path / f"half{suffix}", tensors)
     for change in ({}, {"quant_linear": True}, {"quant_linear": False}):
-        load_wan(path, **change)
+        load_wan(path, NetworkOptions(**change))
         message = told(caplog)
         assert message.startswith(f"half{suffix}: ")
         assert " % of the bytes: " in message

@@ -34,6 +34,7 @@ from turbojax.weights import convert, layouts
 from turbojax.weights.encoders import check_tensors, load_vae
 from turbojax.weights.io import read_tensors
 from turbojax.weights.load import check_wan, load_wan, open_wan
+from turbojax.weights.options import NetworkOptions
 from turbojax.weights.skeleton import Skeleton, wan_skeleton
 from turbojax.weights.umt5 import umt5_rules
 from turbojax.weights.vae import vae_rules
@@ -72,7 +73,7 @@ def file(tensors, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def model(file):
-    return load_wan(file, dtype=jnp.float32)
+    return load_wan(file, NetworkOptions(dtype=jnp.float32))
 
 
 @pytest.fixture(scope="module")
@@ -104,22 +105,22 @@ def test_parameters_are_the_tensors_of_the_file(tensors, model):
 def test_names_and_files(tmp_path, tensors, model, arrange, suffix):
     path = save(tmp_path / f"model{suffix}", arrange(tensors))
     assert open_wan(path).config == dataclasses.replace(small(), dtype=jnp.bfloat16)
-    assert_same(load_wan(path, dtype=jnp.float32), model)
+    assert_same(load_wan(path, NetworkOptions(dtype=jnp.float32)), model)
 
 
 @pytest.mark.parametrize("arrange", [official, diffusers], ids=lambda f: f.__name__)
 def test_shards_by_index_and_by_folder(tmp_path, tensors, model, arrange):
     index = save_shards(tmp_path / "shards", arrange(tensors))
-    assert_same(load_wan(index, dtype=jnp.float32), model)
-    assert_same(load_wan(index.parent, dtype=jnp.float32), model)
+    assert_same(load_wan(index, NetworkOptions(dtype=jnp.float32)), model)
+    assert_same(load_wan(index.parent, NetworkOptions(dtype=jnp.float32)), model)
 
 
 @pytest.mark.parametrize("output", ["converted.safetensors", "folder"])
 def test_converted(tmp_path, file, model, output):
     kind = "safetensors" if "." in output else "orbax"
     convert.convert(file, tmp_path / output, dtype=jnp.float32, format=kind)
-    assert_same(load_wan(tmp_path / output, dtype=jnp.float32), model)
-    half = parameters(load_wan(tmp_path / output, dtype=jnp.bfloat16))
+    assert_same(load_wan(tmp_path / output, NetworkOptions(dtype=jnp.float32)), model)
+    half = parameters(load_wan(tmp_path / output, NetworkOptions(dtype=jnp.bfloat16)))
     assert half["blocks.ffn.fc1.weight"].dtype == jnp.bfloat16
     assert half["blocks.norm3.weight"].dtype == np.float32
     np.testing.assert_array_equal(
@@ -133,8 +134,8 @@ def test_image_to_video_with_clip(tmp_path, arrange, images):
     config = small(in_channels=36, clip_dim=128, clip_images=images)
     path = save(tmp_path / "i2v.safetensors", arrange(turbo(config)))
     assert open_wan(path).config == dataclasses.replace(config, dtype=jnp.bfloat16)
-    expected = load_wan(save(tmp_path / "turbo.pth", turbo(config)), dtype=jnp.float32)
-    assert_same(load_wan(path, dtype=jnp.float32), expected)
+    expected = load_wan(save(tmp_path / "turbo.pth", turbo(config)), NetworkOptions(dtype=jnp.float32))
+    assert_same(load_wan(path, NetworkOptions(dtype=jnp.float32)), expected)
 
 
 # What the shapes tell.
@@ -224,12 +225,12 @@ def test_number_of_heads(tmp_path, tensors):
 def test_quantized_checkpoint(quantized_file):
     checkpoint = open_wan(quantized_file)
     assert checkpoint.config.quant == BLOCK128
-    model = load_wan(quantized_file, dtype=jnp.float32)
+    model = load_wan(quantized_file, NetworkOptions(dtype=jnp.float32))
     ours = parameters(model)
     assert ours["blocks.self_attn.q.weight"].dtype == ours["blocks.ffn.fc2.weight"].dtype == np.int8
     assert ours["blocks.ffn.fc2.scale"].shape == (2, 2, 3)
     assert ours["blocks.ffn.fc2.scale"].dtype == ours["head.proj.weight"].dtype == np.float32
-    plain = load_wan(quantized_file, quant_linear=False, dtype=jnp.float32)
+    plain = load_wan(quantized_file, NetworkOptions(quant_linear=False, dtype=jnp.float32))
     assert plain.config.quant is None
     q, scale = ours["blocks.ffn.fc2.weight"][1], ours["blocks.ffn.fc2.scale"][1]
     by_hand = q * np.kron(scale, np.ones((128, 128)))[: q.shape[0], : q.shape[1]]
@@ -241,10 +242,10 @@ def test_quantized_checkpoint(quantized_file):
 def test_quantizing_while_loading_equals_converting_before(tmp_path, file, output):
     kind = "safetensors" if "." in output else "orbax"
     convert.convert(file, tmp_path / output, quantize="block128", dtype=jnp.float32, format=kind)
-    before = load_wan(tmp_path / output, dtype=jnp.float32)
+    before = load_wan(tmp_path / output, NetworkOptions(dtype=jnp.float32))
     assert before.config.quant == BLOCK128
-    assert_same(load_wan(file, quant_linear=True, dtype=jnp.float32), before)
-    again = load_wan(tmp_path / output, quant_linear=False, dtype=jnp.float32)
+    assert_same(load_wan(file, NetworkOptions(quant_linear=True, dtype=jnp.float32)), before)
+    again = load_wan(tmp_path / output, NetworkOptions(quant_linear=False, dtype=jnp.float32))
     assert again.config.quant is None
 
 
@@ -281,18 +282,18 @@ def test_the_log_names_the_schemes(tmp_path, file, stored, options, line, kind, 
     path = tmp_path / ("model" if kind == "orbax" else "model.safetensors")
     convert.convert(file, path, quantize=stored, format=kind)
     with caplog.at_level("INFO", logger="absl"):
-        load_wan(path, **options)
+        load_wan(path, NetworkOptions(**options))
     assert quantization_log(caplog) == ([line] if line else [])
 
 
 def test_a_scheme_that_has_no_effect(file, quantized_file):
     with pytest.raises(UserError, match="quant_scheme='channel' has no effect with quant_linear=False; leave out one"):
-        load_wan(quantized_file, quant_linear=False, quant_scheme="channel")
+        load_wan(quantized_file, NetworkOptions(quant_linear=False, quant_scheme="channel"))
     with pytest.raises(
         UserError, match="quant_scheme='channel' has no effect on a checkpoint without int8 layers; add"
     ):
-        load_wan(file, quant_scheme="channel")
-    assert load_wan(quantized_file, quant_scheme="channel").config.quant == QuantConfig("channel")
+        load_wan(file, NetworkOptions(quant_scheme="channel"))
+    assert load_wan(quantized_file, NetworkOptions(quant_scheme="channel")).config.quant == QuantConfig("channel")
 
 
 # SLA.
@@ -302,19 +303,19 @@ def test_dense_attention_on_an_sla_checkpoint(tmp_path, tensors):
     sla = turbo(small(attention_type="sla"))
     path = save(tmp_path / "sla.pth", sla)
     assert open_wan(path).config.attention_type == "sla"
-    dense = load_wan(path, attention_type="original", dtype=jnp.float32)
+    dense = load_wan(path, NetworkOptions(attention_type="original", dtype=jnp.float32))
     assert not [name for name in parameters(dense) if "proj_l" in name]
-    sparse = load_wan(path, sla_topk=0.3)
+    sparse = load_wan(path, NetworkOptions(sla_topk=0.3))
     assert (sparse.config.attention_type, sparse.config.sla_topk) == ("sla", 0.3)
-    assert load_wan(path, attention_type="sagesla", sage_values="exact").config.sage_values == "exact"
+    assert load_wan(path, NetworkOptions(attention_type="sagesla", sage_values="exact")).config.sage_values == "exact"
     convert.convert(path, tmp_path / "folder", format="orbax")
-    assert load_wan(tmp_path / "folder", attention_type="original").config.attention_type == "original"
-    assert load_wan(tmp_path / "folder", sla_topk=0.3).config.sla_topk == 0.3
+    assert load_wan(tmp_path / "folder", NetworkOptions(attention_type="original")).config.attention_type == "original"
+    assert load_wan(tmp_path / "folder", NetworkOptions(sla_topk=0.3)).config.sla_topk == 0.3
 
 
 def test_sla_on_a_checkpoint_without(file, model, caplog):
     with caplog.at_level(python_logging.WARNING, logger="absl"):
-        sparse = load_wan(file, attention_type="sla", sla_topk=1.0, dtype=jnp.float32)
+        sparse = load_wan(file, NetworkOptions(attention_type="sla", sla_topk=1.0, dtype=jnp.float32))
     assert [record.message for record in caplog.records] == [
         "transformer.pth was not trained with SLA: proj_l starts at zero"
     ]
@@ -408,7 +409,7 @@ def test_nan_is_named(tmp_path, tensors, value):
         with pytest.raises(
             CheckpointError, match=r"nan\.pth holds NaN or infinity in blocks\.ffn\.fc2\.\w+\[layer 1\];"
         ):
-            load_wan(path, quant_linear=quant_linear)
+            load_wan(path, NetworkOptions(quant_linear=quant_linear))
 
 
 def test_another_components_file(demo, file):
@@ -533,7 +534,7 @@ def test_headers_that_cannot_be(tmp_path, tensors, header, message):
 def test_unknown_options(file):
     for option in ({"attention_type": "flash"}, {"attention_type": "sla", "sla_topk": 0.0}, {"sage_values": "int4"}):
         with pytest.raises(UserError):
-            load_wan(file, **option)
+            load_wan(file, NetworkOptions(**option))
 
 
 def test_entries_count_layers():

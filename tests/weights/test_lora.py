@@ -5,12 +5,13 @@ import numpy as np
 import pytest
 
 from tests.weights.checkpoints import DIFFUSERS, parameters, save, small
-from turbojax.app.generate import make_request
+from turbojax.app.generate import read_settings
 from turbojax.config import base_config
 from turbojax.errors import CheckpointError, UserError
 from turbojax.weights import convert
 from turbojax.weights.load import load_wan
 from turbojax.weights.lora import LoRA, read_lora
+from turbojax.weights.options import NetworkOptions
 
 RNG = np.random.default_rng(0)
 CONFIG = small()
@@ -103,23 +104,26 @@ def assert_close(model, expected):
 )
 def test_namings(tmp_path, tensors, file, products, names, scale):
     path = save(tmp_path / "lora.safetensors", names(products))
-    model = load_wan(file, dtype=jnp.float32, loras=[LoRA(path, 0.7)])
+    model = load_wan(file, NetworkOptions(dtype=jnp.float32), loras=[LoRA(path, 0.7)])
     expected = save(tmp_path / "merged.safetensors", merged(tensors, products, 0.7 * scale))
-    assert_close(model, load_wan(expected, dtype=jnp.float32))
+    assert_close(model, load_wan(expected, NetworkOptions(dtype=jnp.float32)))
 
 
 def test_alpha_in_the_header(tmp_path, tensors, file, products):
     header = '{"transformer.r": 4, "transformer.lora_alpha": 2}'
     path = save(tmp_path / "lora.safetensors", diffusers(products), lora_adapter_metadata=header)
     expected = save(tmp_path / "merged.safetensors", merged(tensors, products, 0.5))
-    assert_close(load_wan(file, dtype=jnp.float32, loras=[LoRA(path)]), load_wan(expected, dtype=jnp.float32))
+    assert_close(
+        load_wan(file, NetworkOptions(dtype=jnp.float32), loras=[LoRA(path)]),
+        load_wan(expected, NetworkOptions(dtype=jnp.float32)),
+    )
 
 
 def test_quantized_after_merging(tmp_path, tensors, file, products):
     path = save(tmp_path / "lora.safetensors", original(products))
     expected = save(tmp_path / "merged.safetensors", merged(tensors, products, 1.0))
-    ours = parameters(load_wan(file, quant_linear=True, dtype=jnp.float32, loras=[LoRA(path)]))
-    theirs = parameters(load_wan(expected, quant_linear=True, dtype=jnp.float32))
+    ours = parameters(load_wan(file, NetworkOptions(quant_linear=True, dtype=jnp.float32), loras=[LoRA(path)]))
+    theirs = parameters(load_wan(expected, NetworkOptions(quant_linear=True, dtype=jnp.float32)))
     for name, value in theirs.items():
         step = 1 if value.dtype == np.int8 else 1e-5  # a sum in another order may round to the next integer
         np.testing.assert_allclose(ours[name].astype(np.float32), value.astype(np.float32), atol=step, err_msg=name)
@@ -128,13 +132,15 @@ def test_quantized_after_merging(tmp_path, tensors, file, products):
 def test_into_an_int8_checkpoint(tmp_path, tensors, file, products):
     convert.convert(file, tmp_path / "int8.safetensors", quantize="block128", dtype=jnp.float32)
     path = save(tmp_path / "lora.safetensors", original(products))
-    plain = parameters(load_wan(tmp_path / "int8.safetensors", dtype=jnp.float32))
-    model = load_wan(tmp_path / "int8.safetensors", dtype=jnp.float32, loras=[LoRA(path)])
+    plain = parameters(load_wan(tmp_path / "int8.safetensors", NetworkOptions(dtype=jnp.float32)))
+    model = load_wan(tmp_path / "int8.safetensors", NetworkOptions(dtype=jnp.float32), loras=[LoRA(path)])
     assert model.config.quant is not None
     ours = parameters(model)
-    weights = parameters(load_wan(tmp_path / "int8.safetensors", quant_linear=False, dtype=jnp.float32))
+    weights = parameters(load_wan(tmp_path / "int8.safetensors", NetworkOptions(quant_linear=False, dtype=jnp.float32)))
     again = parameters(
-        load_wan(tmp_path / "int8.safetensors", quant_linear=False, dtype=jnp.float32, loras=[LoRA(path)])
+        load_wan(
+            tmp_path / "int8.safetensors", NetworkOptions(quant_linear=False, dtype=jnp.float32), loras=[LoRA(path)]
+        )
     )
     up, down = products["blocks.0.self_attn.q"]
     name = "blocks.self_attn.q.weight"
@@ -162,7 +168,10 @@ def test_differences(tmp_path, tensors, file):
         name = f"{module}.{kinds[kind]}"
         expected[name] = expected[name] + np.float32(0.5) * value.reshape(expected[name].shape)
     expected = save(tmp_path / "merged.safetensors", expected)
-    assert_close(load_wan(file, dtype=jnp.float32, loras=[LoRA(path, 0.5)]), load_wan(expected, dtype=jnp.float32))
+    assert_close(
+        load_wan(file, NetworkOptions(dtype=jnp.float32), loras=[LoRA(path, 0.5)]),
+        load_wan(expected, NetworkOptions(dtype=jnp.float32)),
+    )
 
 
 def test_several_and_experts(tmp_path, tensors, file, products):
@@ -177,23 +186,23 @@ def test_several_and_experts(tmp_path, tensors, file, products):
         ([LoRA(pair)], "low", second),
     ):
         expected = save(tmp_path / "merged.safetensors", merged(tensors, changes, 1.0))
-        model = load_wan(file, dtype=jnp.float32, loras=loras, expert=expert)
-        assert_close(model, load_wan(expected, dtype=jnp.float32))
+        model = load_wan(file, NetworkOptions(dtype=jnp.float32), loras=loras, expert=expert)
+        assert_close(model, load_wan(expected, NetworkOptions(dtype=jnp.float32)))
 
 
 def test_a_converted_model(tmp_path, tensors, file, products):
     convert.convert(file, tmp_path / "model", dtype=jnp.float32, format="orbax")
     path = save(tmp_path / "lora.safetensors", original(products))
     expected = save(tmp_path / "merged.safetensors", merged(tensors, products, 1.0))
-    model = load_wan(tmp_path / "model", dtype=jnp.float32, loras=[LoRA(path)])
-    assert_close(model, load_wan(expected, dtype=jnp.float32))
+    model = load_wan(tmp_path / "model", NetworkOptions(dtype=jnp.float32), loras=[LoRA(path)])
+    assert_close(model, load_wan(expected, NetworkOptions(dtype=jnp.float32)))
 
 
 def test_what_has_no_place_is_named(tmp_path, file, products, caplog):
     foreign = {"blocks.0.cross_attn.k_img": (drawn(D, R), drawn(R, D)), "blocks.7.ffn.0": (drawn(F, R), drawn(R, D))}
     path = save(tmp_path / "lora.safetensors", original(products | foreign) | {"text_encoder.x": drawn(2)})
     with caplog.at_level("WARNING", logger="absl"):
-        load_wan(file, dtype=jnp.float32, loras=[LoRA(path)])
+        load_wan(file, NetworkOptions(dtype=jnp.float32), loras=[LoRA(path)])
     assert "3 parts fit nowhere" in caplog.text
     for name in ("k_img", "blocks.7.ffn.0", "text_encoder.x"):
         assert name in caplog.text
@@ -220,7 +229,7 @@ def test_what_has_no_place_is_named(tmp_path, file, products, caplog):
 def test_files_that_do_not_fit(tmp_path, file, products, change, message):
     path = save(tmp_path / "lora.safetensors", change(original(products)))
     with pytest.raises(CheckpointError, match=message) as error:
-        load_wan(file, dtype=jnp.float32, loras=[LoRA(path)])
+        load_wan(file, NetworkOptions(dtype=jnp.float32), loras=[LoRA(path)])
     assert "\n" not in str(error.value)
 
 
@@ -312,7 +321,7 @@ def test_a_strength_that_is_no_number(strength):
 def test_a_strength_is_checked_before_anything_is_loaded():
     config = base_config(weights="demo", lora="nowhere.safetensors", lora_strength=float("nan"))
     with pytest.raises(UserError, match="lora_strength is nan and must be a number from -100 to 100"):
-        make_request(config)
+        read_settings(config)
 
 
 @pytest.mark.parametrize(
@@ -389,4 +398,4 @@ def test_headers_that_cannot_be_followed(tmp_path, file, products):
     ):
         path = save(tmp_path / "lora.safetensors", diffusers(products), lora_adapter_metadata=header)
         with pytest.raises(CheckpointError, match=message):
-            load_wan(file, dtype=jnp.float32, loras=[LoRA(path)])
+            load_wan(file, NetworkOptions(dtype=jnp.float32), loras=[LoRA(path)])

@@ -1,5 +1,6 @@
 """Grids over settings: a video for each combination, made once, and what it took."""
 
+import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from turbojax.app.ablation_report import Row, write_report
-from turbojax.app.generate import LOAD_SETTINGS, PipelineCache, make_request
+from turbojax.app.generate import PipelineCache, load_options, read_settings
 from turbojax.app.records import Records, fingerprint
 from turbojax.config import changed, parse_value
 from turbojax.errors import UserError
@@ -48,9 +49,15 @@ def parse_settings(texts: Sequence[str]) -> dict[str, list[Any]]:
     return settings
 
 
-def cells_of(grid: Mapping[str, Sequence[Any]]) -> list[Cell]:
-    """All combinations, those of one network together: axes that need another one loaded vary slowest."""
-    names = sorted(grid, key=lambda name: name not in LOAD_SETTINGS)
+def cells_of(config: ConfigDict, grid: Mapping[str, Sequence[Any]]) -> list[Cell]:
+    """Returns all combinations, those of one network together: axes that need another one loaded vary slowest."""
+    first = {name: values[0] for name, values in grid.items()}
+
+    def loaded_once(name: str) -> bool:
+        options = [load_options(changed(config, **first | {name: value})) for value in grid[name]]
+        return len({dataclasses.replace(own, sla_topk=None) for own in options}) == 1  # a call takes any sla_topk
+
+    names = sorted(grid, key=loaded_once)
     return [dict(zip(names, values, strict=True)) for values in itertools.product(*(grid[name] for name in names))]
 
 
@@ -86,10 +93,10 @@ def ablate(
     if "sla_topk" in grid and "attention_type" not in grid and config.attention_type is None:
         logging.info("attention_type=sla, since sla_topk varies")
         config = changed(config, attention_type="sla")
-    cells = cells_of(grid)
+    cells = cells_of(config, grid)
     compared = [cell | reference for cell in cells]
     for cell in (*cells, *compared):
-        make_request(changed(config, num_samples=1, **cell))
+        read_settings(changed(config, num_samples=1, **cell))
     check_path(folder / "videos" / "video.mp4")
     folder = check_folder(folder)
     check_folder(folder / "frames")

@@ -2,23 +2,19 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from absl import logging
 from ml_collections import ConfigDict
 
-from turbojax.config import changed, check_ranges
-from turbojax.diffusion import expert_split
+from turbojax.config import check_ranges
 from turbojax.errors import UserError
-from turbojax.kernels.int8 import QuantConfig
 from turbojax.media.video import check_path, video_size
-from turbojax.memory.planner import Plan, parse
+from turbojax.memory.planner import Plan
 from turbojax.models.image_condition import takes_images
-from turbojax.models.published import known_network
 from turbojax.models.tokenizer import Tokenizer
-from turbojax.models.wan import WanConfig
+from turbojax.pipeline.options import LoadOptions
 from turbojax.pipeline.pipeline import TurboVideoPipeline, VideoOutput
 from turbojax.pipeline.plan import find_configs, plan_unloaded
 from turbojax.pipeline.request import Request
@@ -26,18 +22,7 @@ from turbojax.pipeline.timing import Progress, no_progress
 from turbojax.shapes import WORDS
 from turbojax.shapes.demo import DEMOS, demo_folder
 from turbojax.shapes.prompts import remark
-from turbojax.weights.load import with_options
 from turbojax.weights.lora import Expert, LoRA
-
-# Settings that loading takes by the same names.
-NETWORK_SETTINGS = ("quant_linear", "quant_scheme", "attention_type", "sla_topk", "sage_values", "memory")
-
-# All that another pipeline has to be loaded for; a call takes any sla_topk.
-LOAD_SETTINGS = (
-    *(name for name in NETWORK_SETTINGS if name != "sla_topk"),
-    *("model", "weights", "vae", "text_encoder", "tokenizer", "image_encoder", "dtype", "cache_prompts"),
-    *("lora", "lora_high", "lora_low", "lora_strength", "boundary"),
-)
 
 
 def plan(config: ConfigDict, *, exact: bool | None = True) -> Plan:
@@ -45,26 +30,22 @@ def plan(config: ConfigDict, *, exact: bool | None = True) -> Plan:
 
     exact: as `turbojax.pipeline.plan.plan_call` takes it.
     """
-    options = network_options(config)
-    return plan_unloaded(weights_of(config), make_request(config), exact=exact, **components(config), **options)
+    request, options = read_settings(config)
+    return plan_unloaded(with_demo_folder(options), request, exact=exact)
 
 
 def makes_from_images(config: ConfigDict) -> bool:
     """Returns True if the network takes an image; of weights, names and shapes are read."""
-    options = {name: value for name, value in network_options(config).items() if name != "memory"}
-    return takes_images(find_configs(weights_of(config), **components(config), **options).transformer)
-
-
-def components(config: ConfigDict) -> dict[str, Any]:
-    return {name: config[name] for name in ("model", "vae", "text_encoder")}
+    return takes_images(find_configs(with_demo_folder(load_options(config))).transformer)
 
 
 def generate(config: ConfigDict) -> list[Path]:
     """Loads the pipeline, makes the videos and returns the files written."""
     check_path(config.output)
-    request = dataclasses.replace(make_request(config), output=config.output)
+    request, options = read_settings(config)
+    request = dataclasses.replace(request, output=config.output)
     warn_of_limits(config)
-    return make_videos(load_pipeline(config, prepare=request), request).files
+    return make_videos(load_pipeline(options, request), request).files
 
 
 def make_videos(pipe: TurboVideoPipeline, request: Request, progress: Progress = no_progress) -> VideoOutput:
@@ -79,33 +60,33 @@ def make_videos(pipe: TurboVideoPipeline, request: Request, progress: Progress =
 class PipelineCache:
     """Makes videos of changing settings with one pipeline, loaded when it is needed.
 
-    It is loaded again where one of LOAD_SETTINGS has changed.
+    It is loaded again where its options have changed; a call takes any sla_topk.
     """
 
     def __init__(self) -> None:
         self._pipe: TurboVideoPipeline | None = None
         self._prompt: str | None = None
-        self._loaded: dict[str, Any] = {}
+        self._options: LoadOptions | None = None
 
     def make(self, config: ConfigDict, output: str | Path, progress: Progress = no_progress) -> VideoOutput:
         """Makes one call; raises UserError for what it cannot be given, as the pipeline does.
 
         progress: as the pipeline's call takes it; the stage before is "load".
         """
-        request = dataclasses.replace(make_request(config), sla_topk=config.sla_topk, output=output)
+        request, options = read_settings(config)
+        request = dataclasses.replace(request, sla_topk=options.sla_topk, output=output)
         if config.prompt != self._prompt:  # of a grid's many videos of one prompt once
             warn_of_limits(config)
             self._prompt = config.prompt
         progress("load", 0.0)
-        return make_videos(self.pipeline(config, request), request, progress)
+        return make_videos(self.pipeline(dataclasses.replace(options, sla_topk=None), request), request, progress)
 
-    def pipeline(self, config: ConfigDict, request: Request) -> TurboVideoPipeline:
-        """The pipeline for these settings, the one that is there if it can be."""
-        wanted = {name: config[name] for name in LOAD_SETTINGS}
-        if self._pipe is None or wanted != self._loaded:
+    def pipeline(self, options: LoadOptions, request: Request) -> TurboVideoPipeline:
+        """Returns the pipeline of these options, the one that is there if it can be; request: its first call."""
+        if self._pipe is None or options != self._options:
             self._pipe = None  # its memory is needed
-            self._pipe = load_pipeline(changed(config, sla_topk=None), prepare=request)
-            self._loaded = wanted
+            self._pipe = load_pipeline(options, request)
+            self._options = options
         return self._pipe
 
 
@@ -119,17 +100,20 @@ def warn_of_limits(config: ConfigDict) -> None:
         logging.warning("%s", line)
 
 
-def make_request(config: ConfigDict) -> Request:
-    """Makes the request of a configuration, without its output; images are read.
+def read_settings(config: ConfigDict) -> tuple[Request, LoadOptions]:
+    """Returns the request, without its output, and what the pipeline is loaded with; images are read.
 
     Raises UserError for what can be told before minutes of loading.
     """
     check_ranges(config)
-    check_network(config)
+    return make_request(config), load_options(config)
+
+
+def make_request(config: ConfigDict) -> Request:
     width, height = video_size(config.resolution, config.aspect_ratio)
     if config.last_image and not config.image:
         raise UserError("last_image needs an image to start from; give --config.image=FILE")
-    request = Request(
+    return Request(
         config.prompt,
         image=image_path(config.image),
         last_image=image_path(config.last_image),
@@ -151,8 +135,6 @@ def make_request(config: ConfigDict) -> Request:
         fps=config.fps,
         vae_tiling=config.vae_tiling,
     )
-    expert_split(request.sampler_for(WanConfig.t2v_1_3b()).times, config.boundary)
-    return request
 
 
 def image_path(name: str | None) -> str | Path | None:
@@ -160,56 +142,56 @@ def image_path(name: str | None) -> str | Path | None:
     return demo_folder() / "image.png" if name == "demo" else name or None
 
 
-def check_network(config: ConfigDict) -> None:
-    """Tries the options on a network that may have all of them; raises UserError for what none can have."""
-    options = network_options(config)
-    parse(options.pop("memory"), None)
-    network = known_network(config.model)  # a name in any case
-    network = network if config.weights == "random" else WanConfig.t2v_1_3b()
-    with_options(dataclasses.replace(network, quant=QuantConfig()), **options)
-
-
-def loras(config: ConfigDict) -> list[LoRA]:
-    named: tuple[tuple[str | None, Expert | None], ...] = (
-        *((config.lora, None), (config.lora_high, "high"), (config.lora_low, "low")),
-    )
-    return [
-        LoRA(path.strip(), config.lora_strength, expert)
-        for paths, expert in named
-        for path in (paths or "").split(",")
-        if path.strip()
-    ]
-
-
-def network_options(config: ConfigDict) -> dict[str, Any]:
-    """What decides the networks and where they are."""
-    if config.dtype not in ("bfloat16", "float32"):
-        raise UserError(f"dtype={config.dtype!r} is unknown; choose bfloat16 or float32")
-    return {name: config[name] for name in NETWORK_SETTINGS} | {"dtype": jnp.dtype(config.dtype)}
-
-
-def weights_of(config: ConfigDict) -> str:
+def load_options(config: ConfigDict) -> LoadOptions:
+    """Returns what the pipeline is loaded with; raises UserError for what no network can have."""
     if not config.weights:
         raise UserError("no weights; give --config.weights= a file, a folder, a Hugging Face repository, or random")
-    return str(DEMOS[config.weights]()) if config.weights in DEMOS else config.weights
-
-
-def load_pipeline(config: ConfigDict, *, prepare: Request | None = None) -> TurboVideoPipeline:
-    options = network_options(config) | {"prepare": prepare}
-    weights = weights_of(config)
-    if weights == "random":
-        tokenizer = Tokenizer.from_path(config.tokenizer or WORDS)
-        return TurboVideoPipeline.random(config.model, tokenizer, **options)
-    if jax.default_backend() == "cpu" and config.weights not in DEMOS:
-        logging.warning("No GPU was found; a real model takes hours on a CPU (pip install turbojax[cuda12])")
-    return TurboVideoPipeline.from_pretrained(
-        weights,
+    if config.dtype not in ("bfloat16", "float32"):
+        raise UserError(f"dtype={config.dtype!r} is unknown; choose bfloat16 or float32")
+    return LoadOptions(
+        weights=config.weights,
+        model=config.model,
         vae=config.vae,
         text_encoder=config.text_encoder,
         tokenizer=config.tokenizer,
         image_encoder=config.image_encoder,
         loras=loras(config),
         boundary=config.boundary,
+        quant_linear=config.quant_linear,
+        quant_scheme=config.quant_scheme,
+        attention_type=config.attention_type,
+        sla_topk=config.sla_topk,
+        sage_values=config.sage_values,
+        dtype=jnp.dtype(config.dtype),
+        memory=config.memory,
         cache_prompts=config.cache_prompts,
-        **options,
     )
+
+
+def loras(config: ConfigDict) -> tuple[LoRA, ...]:
+    """Returns the LoRAs of a configuration: of both experts, of the one for high and of the one for low noise."""
+    named: tuple[tuple[str | None, Expert | None], ...] = (
+        *((config.lora, None), (config.lora_high, "high"), (config.lora_low, "low")),
+    )
+    return tuple(
+        LoRA(path.strip(), config.lora_strength, expert)
+        for paths, expert in named
+        for path in (paths or "").split(",")
+        if path.strip()
+    )
+
+
+def with_demo_folder(options: LoadOptions) -> LoadOptions:
+    """Replaces the name of a demo by its folder."""
+    if options.weights not in DEMOS:
+        return options
+    return dataclasses.replace(options, weights=DEMOS[str(options.weights)]())
+
+
+def load_pipeline(options: LoadOptions, prepare: Request | None = None) -> TurboVideoPipeline:
+    """Loads a pipeline; random weights have the words of the small model unless a tokenizer is given."""
+    random = options.weights == "random"
+    if jax.default_backend() == "cpu" and not random and options.weights not in DEMOS:
+        logging.warning("No GPU was found; a real model takes hours on a CPU (pip install turbojax[cuda12])")
+    tokenizer = Tokenizer.from_path(options.tokenizer or WORDS) if random else None
+    return TurboVideoPipeline.load(with_demo_folder(options), prepare=prepare, tokenizer=tokenizer)

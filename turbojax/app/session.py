@@ -13,7 +13,7 @@ from absl import logging
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from turbojax.app.generate import PipelineCache, make_request
+from turbojax.app.generate import PipelineCache, read_settings
 from turbojax.app.records import Records, fingerprint
 from turbojax.app.signals import Terminated
 from turbojax.config import SETTINGS, changed, did_you_mean, parse_value
@@ -95,7 +95,7 @@ def command(config: ConfigDict, line: str) -> str:
         raise UserError(f"/{name} needs a value; see /help")
     changes = size(text) if name == "size" else {name: parse_value(name, text)}
     new = changed(config, **changes)
-    make_request(new)
+    read_settings(new)
     check_path(new.output)
     config.update(changes)
     return ", ".join(f"{name} = {value}" for name, value in changes.items())
@@ -130,7 +130,7 @@ def batch(config: ConfigDict, prompts_file: str | Path) -> list[Path]:
     """
     prompts = read_prompts(user_path(prompts_file))
     output = check_path(config.output)
-    contents = (picture.tobytes() for picture in make_request(config).pictures)
+    contents = (picture.tobytes() for picture in read_settings(config)[0].pictures)
     pictures = dict(zip(("image", "last_image"), contents, strict=False))
     finished, pipelines = Records(output.with_suffix(".jsonl")), PipelineCache()
     seen: Counter[str] = Counter()

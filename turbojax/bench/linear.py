@@ -17,7 +17,7 @@ from turbojax.models import wan
 from turbojax.models.layers import contract, rotary_table
 from turbojax.models.published import MODELS
 from turbojax.models.sizes import tree_bytes
-from turbojax.weights.load import with_options
+from turbojax.weights.options import NetworkOptions
 
 # Rows, out-features and in-features of the linear layers: 1.3B at 480p, 14B at 720p.
 LINEAR_SHAPES = (
@@ -88,7 +88,7 @@ def measure_block(*, model: str, tokens: tuple[int, int, int], schemes: tuple[st
     """Measures a transformer block without its attention: ms and bytes of linear layers, norms, rotary and gates."""
     result: dict[str, dict[str, Any]] = {}
     for name in schemes:
-        config = with_options(MODELS[model](num_layers=1), quant_linear=name is not None, quant_scheme=name)
+        config = NetworkOptions(quant_linear=name is not None, quant_scheme=name).apply(MODELS[model](num_layers=1))
         block = wan.Block(config, rngs=nnx.Rngs(0))
         graph, state = nnx.split(block)
         length = tokens[0] * tokens[1] * tokens[2]

@@ -20,7 +20,7 @@ from turbojax.models.wan import WanConfig, WanModel
 from turbojax.pipeline.denoise import sample
 from turbojax.pipeline.pipeline import TurboVideoPipeline, bytes_by_dtype
 from turbojax.pipeline.request import latent_shape, make_sampler
-from turbojax.weights.load import with_options
+from turbojax.weights.options import NetworkOptions
 from turbojax.weights.random import random_module
 from turbojax.weights.skeleton import wan_skeleton
 
@@ -67,7 +67,7 @@ def measure_diffusion(
     *, model: str, num_frames: int, height: int, width: int, num_inference_steps: int, **options: Any
 ) -> dict[str, Any]:
     """Measures the diffusion stage alone, random weights at full size: seconds and peak memory."""
-    config = with_options(MODELS[model](), **options)
+    config = NetworkOptions(**options).apply(MODELS[model]())
     transformer = random_module(wan_skeleton(config), what=f"random {model}")
     graph, state = nnx.split(transformer)
     loaded = peak_bytes()

@@ -42,7 +42,8 @@ from turbojax.models.wan import WanConfig, WanModel
 from turbojax.pipeline.compile import CompiledPrograms
 from turbojax.pipeline.decode import decode, needs_tiling
 from turbojax.pipeline.denoise import denoise, sampler_arguments, sampler_program, streamed, with_topk
-from turbojax.pipeline.loading import Loaded, load_published, load_random
+from turbojax.pipeline.loading import load_published, load_random
+from turbojax.pipeline.options import LoadOptions
 from turbojax.pipeline.plan import plan_call
 from turbojax.pipeline.request import Request, SamplerName, TilingName
 from turbojax.pipeline.text import TextEncoder
@@ -147,44 +148,30 @@ class TurboVideoPipeline:
         """Loads published or converted checkpoints; None follows what the checkpoint says.
 
         path_or_repo: a transformer file, a folder or a Hugging Face repository; of two experts, either one's file finds
-          the other. What it does not hold (TurboDiffusion's repositories have the transformer alone) comes from vae,
-          text_encoder and tokenizer, or else from Wan-AI/Wan2.1-T2V-1.3B; image_encoder (CLIP, for Wan 2.1 image to
-          video) from Wan-AI/Wan2.1-I2V-14B-480P.
-        loras: merged while loading, before quantization; see `turbojax.weights.lora`.
-        boundary: the rectified-flow time at which experts change, from high noise to low.
-        quant_linear: True for int8 linear layers in the blocks, quantizing while loading where the file is not.
-        quant_scheme: a name of `turbojax.kernels.int8.QUANT_SCHEMES`, "block128" unless the checkpoint has another.
-        attention_type: "original", "sla" or "sagesla". sla_topk: share of key blocks that the latter two attend to.
-        sage_values: how SageSLA multiplies with v, see `turbojax.kernels.sage.reference`.
-        cache_prompts: keep text embeddings in the user's cache folder. The text encoder is checked here and loaded at
-          the first prompt that is not there.
-        memory: "auto" keeps on the device what fits beside a call with the settings of `prepare`, or the default ones;
-          "resident" everything; "stream" leaves transformers and text encoder in host memory and copies them a layer
-          ahead; a number is the limit in GB to plan for, as "auto", which may also keep one of two experts in host
-          memory at a time, see `turbojax.memory.experts`. Without a GPU "auto" is "resident".
-        prepare: the first call, a request or some of its fields, such as `dict(height=720, width=1280)`; what it runs
-          is compiled while the weights load.
+          the other. The other options, but for prepare, are those of `LoadOptions`, described there.
+        prepare: the first call, a request or some of its fields, such as `dict(height=720, width=1280)`; memory "auto"
+          is planned for it, and what it runs is compiled while the weights load.
 
         Raises UserError or CheckpointError with one sentence for what cannot be found or does not fit.
         """
-        start = time.perf_counter()
-        loaded = load_published(
-            path_or_repo,
-            {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer, "image_encoder": image_encoder},
-            as_request(prepare),
-            ahead=prepare is not None,
-            memory=memory,
-            loras=loras,
+        options = LoadOptions(
+            weights=path_or_repo,
+            vae=vae,
+            text_encoder=text_encoder,
+            tokenizer=tokenizer,
+            image_encoder=image_encoder,
+            loras=tuple(loras),
             boundary=boundary,
-            cache_prompts=cache_prompts,
             quant_linear=quant_linear,
             quant_scheme=quant_scheme,
             attention_type=attention_type,
             sla_topk=sla_topk,
             sage_values=sage_values,
             dtype=dtype,
+            cache_prompts=cache_prompts,
+            memory=memory,
         )
-        return cls._of(loaded, start, memory)
+        return cls.load(options, prepare=prepare)
 
     @classmethod
     def random(
@@ -202,33 +189,43 @@ class TurboVideoPipeline:
         memory: str | float = "auto",
         prepare: Request | Mapping[str, Any] | None = None,
     ) -> "TurboVideoPipeline":
-        """The full-size network with generated weights, for benchmarks: it makes noise, not videos.
+        """Generates the weights of a network at full size, for benchmarks: it makes noise, not videos.
 
-        Options as `from_pretrained` takes them.
+        model: a name of `turbojax.models.published.MODELS`. Other options as `from_pretrained` takes them.
         """
-        start = time.perf_counter()
-        loaded = load_random(
-            model,
-            tokenizer,
-            as_request(prepare),
-            ahead=prepare is not None,
-            memory=memory,
-            seed=seed,
+        options = LoadOptions(
+            weights="random",
+            model=model,
             quant_linear=quant_linear,
             quant_scheme=quant_scheme,
             attention_type=attention_type,
             sla_topk=sla_topk,
             sage_values=sage_values,
             dtype=dtype,
+            memory=memory,
         )
-        return cls._of(loaded, start, memory)
+        return cls.load(options, prepare=prepare, tokenizer=tokenizer, seed=seed)
 
     @classmethod
-    def _of(cls, loaded: Loaded, start: float, memory: str | float) -> "TurboVideoPipeline":
-        """start: when loading began."""
+    def load(
+        cls,
+        options: LoadOptions,
+        *,
+        prepare: Request | Mapping[str, Any] | None = None,
+        tokenizer: Tokenizer | None = None,
+        seed: int = 0,
+    ) -> "TurboVideoPipeline":
+        """Loads what the options name; prepare and errors as `from_pretrained`; tokenizer, seed: of random weights."""
+        start, request, ahead = time.perf_counter(), as_request(prepare), prepare is not None
+        if options.weights != "random":
+            loaded = load_published(options, request, ahead=ahead)
+        elif tokenizer is None:
+            raise UserError("random weights need a tokenizer; give one")
+        else:
+            loaded = load_random(options, tokenizer, request, ahead=ahead, seed=seed)
         with loaded.programs.needed():
             pipe = cls(loaded.experts, loaded.vae, loaded.text, clip=loaded.clip, programs=loaded.programs)
-        pipe.memory = memory
+        pipe.memory = options.memory
         jax.block_until_ready((pipe.experts.arrays_by_memory(), arrays_by_memory(pipe.vae)))
         pipe.load_seconds = time.perf_counter() - start
         if slow := slow_gpu(compute_capability()):

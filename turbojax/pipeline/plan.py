@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from absl import logging
 
 from turbojax.errors import UserError
@@ -17,10 +16,11 @@ from turbojax.models.offload import offload_embeddings
 from turbojax.models.published import MODELS, TWO_EXPERTS, ModelConfigs, known_network, published_configs
 from turbojax.models.wan import WanConfig
 from turbojax.pipeline.denoise import abstract_arguments, sampler_program, with_topk
+from turbojax.pipeline.options import LoadOptions
 from turbojax.pipeline.request import Request, beyond_training
 from turbojax.weights import files
 from turbojax.weights.encoders import open_umt5, open_vae
-from turbojax.weights.load import open_wan, with_options
+from turbojax.weights.load import open_wan
 from turbojax.weights.skeleton import wan_skeleton
 
 
@@ -81,53 +81,36 @@ def make_experts(
     )
 
 
-def plan_unloaded(
-    path_or_repo: str | Path,
-    request: Request,
-    *,
-    memory: str | float = "auto",
-    exact: bool | None = True,
-    **options: Any,
-) -> Plan:
-    """Plans a call without loading anything; options as `find_configs` takes them, exact as `plan_call`."""
-    return plan_call(find_configs(path_or_repo, **options), request, memory, exact=exact)
+def plan_unloaded(options: LoadOptions, request: Request, *, exact: bool | None = True) -> Plan:
+    """Plans a call without loading anything; exact as `plan_call` takes it."""
+    return plan_call(find_configs(options), request, options.memory, exact=exact)
 
 
-def find_configs(
-    path_or_repo: str | Path,
-    *,
-    model: str | None = None,
-    vae: str | Path | None = None,
-    text_encoder: str | Path | None = None,
-    dtype: Any = jnp.bfloat16,
-    **options: Any,
-) -> ModelConfigs:
-    """The configurations of the networks; options as `TurboVideoPipeline.from_pretrained` takes them.
+def find_configs(options: LoadOptions) -> ModelConfigs:
+    """Returns the configurations of the networks.
 
-    path_or_repo: a file, a folder, a repository, or "random" with `model` the network's name. A repository whose name
-    has a known network in it is not downloaded: it is taken for that network, with SLA if it is TurboDiffusion's.
+    A repository whose name has a known network in it is not downloaded: it is taken for that network, with SLA if it is
+    TurboDiffusion's.
     """
-    path = user_path(path_or_repo)
+    path = user_path(options.weights)
     folder = files.open_repository(path) if path.exists() else None
-    if path_or_repo == "random":
-        stored, two = known_network(model), model in TWO_EXPERTS
-    elif folder is None and (known := published(str(path_or_repo))):
+    if options.weights == "random":
+        stored, two = known_network(options.model), options.model in TWO_EXPERTS
+    elif folder is None and (known := published(str(options.weights))):
         stored, two = known
     else:
-        high, low = files.find_networks(path_or_repo, quantized=options.get("quant_linear"))
+        high, low = files.find_networks(options.weights, quantized=options.quant_linear)
         stored, two = open_wan(high).config, low is not None
-    where = {"vae": vae, "text_encoder": text_encoder}
-    found = {name: component(name, given, folder) for name, given in where.items()}
-    configs = published_configs(with_options(stored, dtype=dtype, **options), two=two)
-    if found["vae"]:
-        configs = configs._replace(vae=open_vae(found["vae"], dtype=dtype).skeleton.abstract().config)
-    if found["text_encoder"]:
-        configs = configs._replace(text=open_umt5(found["text_encoder"], dtype=dtype).skeleton.abstract().config)
+    configs = published_configs(options.apply(stored), two=two)
+    if vae := component("vae", options.vae, folder):
+        configs = configs._replace(vae=open_vae(vae, dtype=options.dtype).skeleton.abstract().config)
+    if text := component("text_encoder", options.text_encoder, folder):
+        configs = configs._replace(text=open_umt5(text, dtype=options.dtype).skeleton.abstract().config)
     return configs
 
 
 def component(name: str, given: str | Path | None, folder: files.Repository | None) -> Path | None:
-    """A local file of a component, or None: then it is the published one."""
+    """Finds a local file of a component, or None: then it is the published one."""
     if given:
         return files.component_path(given, name)
     return files.find(folder, name) if folder else None

@@ -21,7 +21,8 @@ from turbojax.train.state import Params, parameters
 from turbojax.train.toy import smooth_in_time, toy_config
 from turbojax.weights.encoders import load_vae
 from turbojax.weights.files import find_components, transformer_path
-from turbojax.weights.load import load_wan, with_options
+from turbojax.weights.load import load_wan
+from turbojax.weights.options import NetworkOptions
 from turbojax.weights.random import random_module
 from turbojax.weights.safetensors import ShapeDtype
 from turbojax.weights.skeleton import Skeleton, vae_skeleton, wan_skeleton
@@ -52,10 +53,10 @@ def open_network(config: ConfigDict, path: str, attention_type: str | None) -> S
     random = path == "random"
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         if random:
-            skeleton = wan_skeleton(with_options(named_config(config.model, TRANSFORMERS), **options))
+            skeleton = wan_skeleton(NetworkOptions(**options).apply(named_config(config.model, TRANSFORMERS)))
             module = random_module(skeleton, seed=config.seed, what=f"random {config.model}")
         else:
-            module = load_wan(transformer_path(path), quant_linear=False, **options)
+            module = load_wan(transformer_path(path), NetworkOptions(quant_linear=False, **options))
         params = {name: np.asarray(value) for name, value in parameters(module).items()}
     if random:
         params = smooth_in_time(params)

@@ -25,8 +25,9 @@ from turbojax.weights.files import CONVERTED
 from turbojax.weights.io import read_tensors, write_pth, write_safetensors
 from turbojax.weights.layouts import Layout, diffusers_layout, official_layout, wan_layout
 from turbojax.weights.lazy import CheckedTensors, specs_of
-from turbojax.weights.load import TensorSource, WanCheckpoint, detect_config, log_quantization, open_wan, with_options
+from turbojax.weights.load import TensorSource, WanCheckpoint, detect_config, log_quantization, open_wan
 from turbojax.weights.mapped import release
+from turbojax.weights.options import NetworkOptions
 from turbojax.weights.parameters import progress
 from turbojax.weights.rules import Rule, TensorKey, rename
 from turbojax.weights.settings import check_detectable, header_of, settings_to_give
@@ -154,8 +155,8 @@ def write_transformer(
     names: str = "turbodiffusion",
 ) -> Summary:
     """Writes a checked transformer as `convert` does; dtype None keeps that of each tensor (Orbax: the config's)."""
-    config = with_options(
-        checkpoint.config, quant_linear=True if quantize else None, quant_scheme=quantize, dtype=dtype
+    config = NetworkOptions(quant_linear=True if quantize else None, quant_scheme=quantize, dtype=dtype).apply(
+        checkpoint.config
     )
     if names != "turbodiffusion" and (config.quant or config.attention_type != "original"):
         raise UserError(f"names={names!r} have no place for int8 weights and SLA's proj_l; take names='turbodiffusion'")

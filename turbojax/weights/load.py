@@ -26,6 +26,7 @@ from turbojax.weights.io import checkpoint_file, read_tensors
 from turbojax.weights.layouts import wan_layout
 from turbojax.weights.lazy import CheckedTensors
 from turbojax.weights.lora import Changes, Expert, LoRA, apply_changes, read_loras
+from turbojax.weights.options import NetworkOptions
 from turbojax.weights.parameters import all_finite, load_parameters
 from turbojax.weights.rules import Rule, TensorKey, assign, describe, relaid, rename
 from turbojax.weights.settings import config_num_heads, read_configuration, read_header, with_header
@@ -94,65 +95,29 @@ def renamed_shapes(tensors: Mapping[str, np.ndarray], rules: Iterable[Rule]) -> 
     return shapes
 
 
-def with_options(
-    config: WanConfig, *, quant_linear: bool | None = None, quant_scheme: str | None = None, **changes: Any
-) -> WanConfig:
-    """Returns the checkpoint's configuration with what the user asked for; None keeps what the checkpoint says.
-
-    Raises UserError for what cannot be, such as an int8 scheme for linear layers that are not int8.
-    """
-    changes = {name: value for name, value in changes.items() if value is not None}
-    named = int8.quant_scheme(quant_scheme) if quant_scheme else None
-    if named and quant_linear is False:
-        raise UserError(f"{quant_scheme=} has no effect with quant_linear=False; leave out one of them")
-    if named and not (quant_linear or config.quant):
-        raise UserError(f"{quant_scheme=} has no effect on a checkpoint without int8 layers; add quant_linear=True")
-    if quant_linear is False:
-        changes["quant"] = None
-    elif quant_linear or config.quant:
-        changes["quant"] = named or config.quant or int8.QuantConfig()
-    return dataclasses.replace(config, **changes)
-
-
 def load_wan(
     path: str | os.PathLike,
+    options: NetworkOptions | None = None,
     *,
-    quant_linear: bool | None = None,
-    quant_scheme: str | None = None,
-    attention_type: str | None = None,
-    sla_topk: float | None = None,
-    sage_values: str | None = None,
-    dtype: Any = jnp.bfloat16,
     streamed: bool = False,
     loras: Sequence[LoRA] = (),
     expert: Expert | None = None,
 ) -> WanModel | Streamed:
-    """Loads a transformer; options that are None follow the checkpoint.
+    """Loads a transformer.
 
-    quant_linear: True quantizes a bfloat16 checkpoint while it loads, False dequantizes an int8 one.
-    quant_scheme: a name of `int8.QUANT_SCHEMES`; "block128" unless the checkpoint has another.
     streamed: leave the blocks in host memory, see `turbojax.models.offload`.
     loras: merged in float32, before quantization. expert: which of two networks this is, as far as they are concerned.
     """
     checkpoint = open_wan(path)
-    return build_wan(
-        checkpoint,
-        read_loras(loras, checkpoint.config, expert=expert),
-        streamed=streamed,
-        quant_linear=quant_linear,
-        quant_scheme=quant_scheme,
-        attention_type=attention_type,
-        sla_topk=sla_topk,
-        sage_values=sage_values,
-        dtype=dtype,
-    )
+    changes = read_loras(loras, checkpoint.config, expert=expert)
+    return build_wan(checkpoint, options or NetworkOptions(), changes, streamed=streamed)
 
 
 def build_wan(
-    checkpoint: WanCheckpoint, changes: Changes | None = None, *, streamed: bool = False, **options: Any
+    checkpoint: WanCheckpoint, options: NetworkOptions, changes: Changes | None = None, *, streamed: bool = False
 ) -> WanModel | Streamed:
-    """Builds the network of a checked checkpoint, with the changes of LoRAs; options as `load_wan` takes them."""
-    config = with_options(checkpoint.config, **options)
+    """Builds the network of a checked checkpoint, with the changes of LoRAs."""
+    config = options.apply(checkpoint.config)
     skeleton, tensors, what = wan_skeleton(config), checkpoint.tensors, checkpoint.what
     if isinstance(tensors, OrbaxTensors) and tensors.skeleton.specs == skeleton.specs and not (changes or streamed):
         model = skeleton.fill(tensors.load_arrays())

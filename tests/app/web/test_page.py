@@ -77,7 +77,7 @@ def url(gate, folder, demo):
     config = base_config(**SIZES, prompt="A red bird")
     server = Server(config, folder)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(generate, "load_pipeline", lambda config, prepare: gate)
+        patch.setattr(generate, "load_pipeline", lambda options, prepare: gate)
         patch.setattr("turbojax.app.web.page.makes_from_images", lambda config: True)  # there is a field for one
         page = build(server)
         address = launch(page, server, port=0)

@@ -49,7 +49,7 @@ from turbojax.models.vae import VAEConfig
 from turbojax.pipeline.request import latent_shape
 from turbojax.shapes import WORDS
 from turbojax.shapes.demo import demo_picture
-from turbojax.weights.load import with_options
+from turbojax.weights.options import NetworkOptions
 
 FLAGS = flags.FlagValues()
 MODEL = flags.DEFINE_string("model", "wan2.1-t2v-1.3b", "network, with random weights", flag_values=FLAGS)
@@ -127,7 +127,7 @@ def measure_writing() -> dict[str, Any]:
 
 
 def measure_layer() -> dict[str, Any]:
-    config = with_options(MODELS[MODEL.value](num_layers=layer.LAYERS), **options())
+    config = NetworkOptions(**options()).apply(MODELS[MODEL.value](num_layers=layer.LAYERS))
     return layer.measure_layer(config, tokens(), compiler_options=layer.NO_COMMAND_BUFFERS)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from turbojax.app.generate import make_request
+from turbojax.app.generate import read_settings
 from turbojax.config import changed, parse_value
 from turbojax.errors import UserError
 from turbojax.files import user_path
@@ -60,7 +60,7 @@ def read_form(config: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
     if changes["negative_prompt"].strip() and changes["guidance_scale"] == 1:
         raise UserError("a negative prompt needs guidance; set the guidance scale above 1, or leave it empty")
     new = changed(config, **changes, image=values["image"] or None)
-    make_request(new)
+    read_settings(new)
     return new
 
 
