@@ -52,7 +52,7 @@ def test_home(monkeypatch, tmp_path):
 
 
 def test_no_home(monkeypatch):
-    """Of a user whom the system does not know, as containers have them."""
+    """Containers have users whom the system does not know."""
     monkeypatch.delenv("HOME")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr("pwd.getpwuid", lambda uid: {}[uid])
@@ -165,7 +165,7 @@ def replace(path: Path) -> None:
 
 
 def test_a_stop_at_any_step_loses_no_folder(tmp_path, monkeypatch):
-    """Of a replacement: the old or the new one is whole and has the name, and nothing else is left."""
+    """Replacing one: the old or the new one is whole and has the name, and nothing else is left."""
     for stop_at in range(1, 100):
         path = tmp_path / str(stop_at) / "x"
         written(path / "old")
@@ -213,7 +213,7 @@ print(stop_at)
 
 
 def test_a_death_at_any_step_loses_no_folder(tmp_path):
-    """As it would by SIGKILL: whoever comes next finds the old or the new one, and nothing else stays."""
+    """Ends as by SIGKILL: whoever comes next finds the old or the new one, and nothing else stays."""
     for stop_at in range(1, 10):
         written(tmp_path / str(stop_at) / "x" / "old")
     count = int(subprocess.run([sys.executable, "-c", DIE, str(tmp_path)], stdout=subprocess.PIPE, check=True).stdout)

@@ -39,7 +39,7 @@ WHOLE = {
 
 @pytest.mark.parametrize("kind", READERS)
 def test_whole_files_are_read(tmp_path, kind):
-    """What is damaged there is valid: else all of it would be refused for another reason."""
+    """The files that are damaged there are valid: else all of it would be refused for another reason."""
     networks = files.networks().get(kind, [])
     folders = [{"x.safetensors": files.to_safetensors(one.items())} for one in networks]
     folders += [{"x.pth": files.to_pth(one)} for one in networks]

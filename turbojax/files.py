@@ -57,11 +57,6 @@ def make_folder(folder: Path) -> None:
         raise UserError(f"the folder {str(folder)!r} cannot be made: {error.strerror or error}") from error
 
 
-def make_parent(path: Path) -> None:
-    """Makes the folder that a file is to be in."""
-    make_folder(path.parent)
-
-
 def check_file(path: str | os.PathLike) -> Path:
     """Returns the path of a file that is to be written after some work; raises UserError where it cannot be written."""
     path = user_path(path)
@@ -197,7 +192,7 @@ def remove_stale(folder: Path) -> None:
 @contextlib.contextmanager
 def _part_of(path: Path, *, folder: bool) -> Iterator[tuple[Path, int]]:
     """Yields a locked part for a target and the lock's descriptor; in the end a part that is still there is removed."""
-    make_parent(path)
+    make_folder(path.parent)
     remove_stale(path.parent)
     with _one_sentence(path):
         part, descriptor = _new_part(path, folder=folder)

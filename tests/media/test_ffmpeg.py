@@ -130,7 +130,7 @@ def test_hdr_is_told(tmp_path, caplog):
     "name", ["x.m4v", "x.ts", "x.mpg", "x.mkv", "x.mov", "x.avi", "x.webm", "X.MP4", "noname", "-x.mp4"]
 )
 def test_containers(tmp_path, monkeypatch, name):
-    """What ffmpeg knows is read whatever its name."""
+    """A format that ffmpeg knows is read whatever its name."""
     monkeypatch.chdir(tmp_path)
     codec = {"x.mpg": "mpeg2video", "x.webm": "libvpx"}.get(name, "libx264")
     kind = {"noname": "mp4", "x.ts": "mpegts", "x.mpg": "mpeg", "x.mkv": "matroska", "x.avi": "avi", "x.webm": "webm"}

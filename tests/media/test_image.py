@@ -313,7 +313,7 @@ def png(depth: int, kind: int, row: bytes, width: int, clear: bytes) -> bytes:
     ],
 )
 def test_one_transparent_level(tmp_path, file, expected):
-    """As many bits as the file's: the level that is transparent is one of them."""
+    """The transparent level is one of those that the file's bits have."""
     (tmp_path / "key.png").write_bytes(file)
     read = read_image(tmp_path / "key.png", background="#010203")[0].tolist()
     assert read == [[1, 2, 3] if level == "clear" else 3 * [level] for level in expected]

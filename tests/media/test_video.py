@@ -152,7 +152,7 @@ def little_room():
 @pytest.mark.usefixtures("little_room")
 @pytest.mark.parametrize("name", ["x.mp4", "x.gif", "x_0001.png"])
 def test_a_full_disk_leaves_what_was_there(tmp_path, name):
-    """Of numbered frames, too, all or none: the first four of these would fit."""
+    """Numbered frames, too, come all or none: the first four of these would fit."""
     old = tmp_path / name
     old.write_bytes(b"the old video")
     video = np.zeros((6, 64, 64, 3), np.uint8)

@@ -250,7 +250,7 @@ def test_many_views_of_one_storage(tmp_path):
 
 @pytest.mark.parametrize("protocol", [2, 4])
 def test_numbers_as_keys_are_read(tmp_path, protocol):
-    """As in the state of an optimizer beside the weights."""
+    """The state of an optimizer beside the weights has them."""
     state = pickle.dumps({"state": {0: 1.5, 1: None}, "groups": [(1, 2), {"lr": 1e-3}]}, protocol=protocol)[2:-1]
     if protocol == 4:
         state = state[9:]  # without the frame around it

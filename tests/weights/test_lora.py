@@ -72,7 +72,7 @@ def kohya(products, alpha: float) -> dict[str, np.ndarray]:
 
 
 def peft(products) -> dict[str, np.ndarray]:
-    """As PEFT itself and DiffSynth save: the adapter's name inside."""
+    """Names as PEFT itself and DiffSynth save them: the adapter's name inside."""
     out = {}
     for name, (up, down) in products.items():
         out |= {f"base_model.model.{name}.lora_A.default.weight": down, f"{name}.lora_B.default.weight": up}

@@ -154,9 +154,8 @@ def png_encoder(parts: Sequence[Path]) -> Iterator[Callable[[np.ndarray], None]]
 
 def files_of(path: Path, num_frames: int) -> list[Path]:
     """The files of one video: itself, or a numbered one a frame for .png."""
-    if path.suffix.lower() == ".png":
-        return [numbered(path, i, num_frames) for i in range(num_frames)]
-    return [path]
+    count = num_frames if path.suffix.lower() == ".png" else 1
+    return [numbered(path, i, count) for i in range(count)]
 
 
 def read_video(path: str | os.PathLike, *, num_frames: int, height: int, width: int, fps: int = 16) -> np.ndarray:

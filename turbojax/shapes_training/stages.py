@@ -17,7 +17,7 @@ from absl import logging
 from ml_collections import ConfigDict
 
 from turbojax.errors import UserError
-from turbojax.files import make_folder, make_parent, whole_file
+from turbojax.files import make_folder, whole_file
 from turbojax.json_reader import Array, Map, Number, Object, read_json
 from turbojax.shapes import MODEL, SHIPPED_SIGMA_MAX, SHIPPED_TOPK
 from turbojax.shapes.networks import TEXT_ENCODERS
@@ -113,7 +113,7 @@ def make_data(stage: str, job: Job) -> None:
 def learn_merged(job: Job) -> None:
     """Puts SLA's difference on the distilled network, and trains what comes of it."""
     start = Path(job.config("merged").weights)
-    make_parent(start)
+    make_folder(start.parent)
     rcm, teacher, sla = (job.folder / stage / TRANSFORMER for stage in ("rcm", "teacher", "sla"))
     merge(rcm, teacher, sla, start, dtype=jnp.bfloat16, overwrite=True)
     learn("merged", job)
