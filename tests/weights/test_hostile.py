@@ -190,6 +190,13 @@ def test_what_is_quoted_is_short(tmp_path, program):
     quickly_refused(archive(tmp_path / "x.pth", program))
 
 
+def test_a_name_that_is_no_text(tmp_path):
+    program = pickled((1,)) + pickled((2,)) + b"\x93"
+    assert "asks for an object whose name is not text; it is not a plain" in refused(
+        archive(tmp_path / "x.pth", program)
+    )
+
+
 def test_keys_of_one_hash(tmp_path):
     """Dictionaries compare each such key with all before it."""
     keys = b"".join(pickled(i * (2**61 - 1)) + b"N" for i in range(20_000))

@@ -7,7 +7,6 @@ import struct
 import zipfile
 
 import jax
-import ml_dtypes
 import numpy as np
 import pytest
 from safetensors import deserialize, safe_open
@@ -16,7 +15,6 @@ from safetensors.numpy import save_file
 from turbojax.errors import CheckpointError, UserError
 from turbojax.weights import pickles, pth, safetensors
 from turbojax.weights.io import read_tensors, write_pth, write_safetensors
-from turbojax.weights.orbax import load_orbax, save_orbax
 
 
 def example_tensors():
@@ -469,59 +467,6 @@ def test_other_zips(tmp_path):
     assert "not a PyTorch checkpoint" in refused(path)
     path.write_bytes(pickle.dumps({"w": 1}, protocol=2))
     assert "before 1.6" in refused(path)
-
-
-# Orbax
-
-
-def test_orbax_round_trip(tmp_path):
-    tree = {
-        "a": {"w": np.ones((3, 4), ml_dtypes.bfloat16), "b": jax.numpy.arange(5)},
-        "q": np.ones(2, np.int8),
-    }
-    save_orbax(tmp_path / "x", tree)
-    sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    for placed, kind in ((None, np.ndarray), (sharding, jax.Array)):
-        abstract = jax.tree.map(lambda x, s=placed: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree)
-        got = load_orbax(tmp_path / "x", abstract)
-        assert all(isinstance(leaf, kind) for leaf in jax.tree.leaves(got))
-        jax.tree.map(np.testing.assert_array_equal, got, tree)
-        assert jax.tree.map(lambda x: x.dtype, got) == jax.tree.map(lambda x: x.dtype, tree)
-
-
-@pytest.mark.parametrize(
-    ("wanted", "message"),
-    [
-        ({"a": (2,), "b": (3,)}, r"b: saved float32\(2,\), wanted float32\(3,\)"),
-        ({"a": (2,)}, r"b: saved float32\(2,\), wanted nothing"),
-        ({"a": (2,), "b": (2,), "c": (1,)}, r"c: saved nothing, wanted float32\(1,\)"),
-    ],
-)
-def test_orbax_mismatch(tmp_path, wanted, message):
-    save_orbax(tmp_path / "x", {"a": np.zeros(2, np.float32), "b": np.zeros(2, np.float32)})
-    with pytest.raises(CheckpointError, match=message):
-        load_orbax(tmp_path / "x", {k: jax.ShapeDtypeStruct(s, np.float32) for k, s in wanted.items()})
-
-
-def test_orbax_dtype_is_not_cast(tmp_path):
-    save_orbax(tmp_path / "x", {"a": np.zeros(2, np.int8)})
-    with pytest.raises(CheckpointError, match=r"a: saved int8\(2,\), wanted float32\(2,\)"):
-        load_orbax(tmp_path / "x", {"a": jax.ShapeDtypeStruct((2,), np.float32)})
-
-
-def test_orbax_bad_folders(tmp_path):
-    tree = {"a": np.zeros(2, np.float32)}
-    abstract = {"a": jax.ShapeDtypeStruct((2,), np.float32)}
-    with pytest.raises(CheckpointError, match="not an Orbax checkpoint"):
-        load_orbax(tmp_path / "none", abstract)
-    with pytest.raises(CheckpointError, match="not an Orbax checkpoint"):
-        load_orbax(tmp_path, abstract)
-    save_orbax(tmp_path / "x", tree)
-    with pytest.raises(CheckpointError, match="already exists"):
-        save_orbax(tmp_path / "x", tree)
-    (tmp_path / "x" / "_METADATA").write_text("{")
-    with pytest.raises(CheckpointError, match="damaged"):
-        load_orbax(tmp_path / "x", abstract)
 
 
 def test_dtype_tables_have_no_repeats():
