@@ -1,7 +1,9 @@
 """Recomputes the fixtures of the transformer: wan21_t2v*, wan21_official, wan22_i2v, wan21_i2v_clip."""
 
+import dataclasses
 import re
 from collections.abc import Collection
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -23,17 +25,17 @@ TOLERANCES = (
 )
 
 
-def build(config: dict, t: dict[str, np.ndarray], *, prefix: str = "w.", **options) -> WanModel:
+def build(config: dict, t: dict[str, np.ndarray], *, prefix: str = "w.", dtype: Any = jnp.float32) -> WanModel:
     """The network whose weights are the keys with this prefix."""
     weights = {name.removeprefix(prefix): value for name, value in t.items() if name.startswith(prefix)}
     checkpoint = check_wan(weights, num_heads=config["args"]["num_heads"], what="fixture")
+    # Recorded with fewer rows of text than 512, and none left out.
+    changes = {"text_len": t["in.text"].shape[1] if "in.text" in t else config["args"]["text_len"]}
     if checkpoint.config.attention_type == "sla":
         sparse = config.get("SparseLinearAttention") or config["attention"]["SparseLinearAttention"]
-        options |= {"sla_topk": sparse["topk"], "sla_blocks": (sparse["BLKQ"], sparse["BLKK"])}
-    # Recorded with fewer rows of text than 512, and none left out.
-    text_len = t["in.text"].shape[1] if "in.text" in t else config["args"]["text_len"]
-    settings = {"dtype": jnp.float32, "text_len": text_len}
-    return build_wan(checkpoint, NetworkOptions(**(settings | options)))
+        changes |= {"sla_topk": sparse["topk"], "sla_blocks": (sparse["BLKQ"], sparse["BLKK"])}
+    checkpoint = checkpoint._replace(config=dataclasses.replace(checkpoint.config, **changes))
+    return build_wan(checkpoint, NetworkOptions(dtype=dtype))
 
 
 def channels_last(x: np.ndarray) -> jnp.ndarray:
