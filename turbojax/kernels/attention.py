@@ -9,6 +9,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float
 
 from turbojax.kernels import dispatch
 from turbojax.kernels.sizes import cdiv
@@ -21,8 +22,13 @@ CUDNN_HEAD_DIM = 128  # the largest that cuDNN takes on every generation with bf
 
 
 def dot_product_attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, *, last: int = 1, implementation: Implementation | None = None
-) -> jax.Array:
+    q: Float[Array, "B L N H"],
+    k: Float[Array, "B S N H"],
+    v: Float[Array, "B S N H"],
+    *,
+    last: int = 1,
+    implementation: Implementation | None = None,
+) -> Float[Array, "B L N H"]:
     """q `[B, L, N, H]`, k and v `[B, S, N, H]` to `[B, L, N, H]` in q's dtype; softmax in float32.
 
     last: how many keys the last one stands for, which are all equal to it.
@@ -34,7 +40,7 @@ def dot_product_attention(
     return attention_reference(q, k, v, last=last)
 
 
-def cudnn_unsupported(q: jax.Array, *, last: int = 1) -> str | None:
+def cudnn_unsupported(q: dispatch.Shaped, *, last: int = 1) -> str | None:
     """Names what cuDNN's flash attention takes instead of arrays like q; None where it takes them."""
     if last != 1:
         return f"keys one by one, not {last=}"
@@ -47,7 +53,9 @@ def cudnn_unsupported(q: jax.Array, *, last: int = 1) -> str | None:
     return None
 
 
-def attention_reference(q: jax.Array, k: jax.Array, v: jax.Array, *, last: int = 1) -> jax.Array:
+def attention_reference(
+    q: Float[Array, "B L N H"], k: Float[Array, "B S N H"], v: Float[Array, "B S N H"], *, last: int = 1
+) -> Float[Array, "B L N H"]:
     """The definition, one block of queries at a time; last as `dot_product_attention` takes it."""
     batch, length, heads, dim = q.shape
     block = max(1, min(length, SCORES_IN_MEMORY // (batch * heads * k.shape[1])))

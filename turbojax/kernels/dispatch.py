@@ -10,6 +10,7 @@ from turbojax.errors import UserError
 from turbojax.kernels import triton_call
 
 Capability = tuple[int, int]
+Shaped = jax.Array | jax.ShapeDtypeStruct  # choices look at shapes and dtypes alone
 KERNELS_FROM: Capability = (8, 0)  # Ampere: bfloat16 and int8 tensor cores, asynchronous copies
 
 

@@ -12,16 +12,17 @@ anything, anywhere). None chooses; a named one runs or raises.
 """
 
 import functools
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float, Float32
 
 from turbojax.kernels import dispatch
 
 Implementation = Literal["triton", "reference"]
-Table = tuple[jax.Array, jax.Array]
+Table = tuple[Float[Array, "L pairs"], Float[Array, "L pairs"]]
 
 
 class Residual(NamedTuple):
@@ -42,7 +43,7 @@ def along_last(vector: jax.Array, like: jax.Array) -> jax.Array:
     return vector.astype(like.dtype).reshape((1,) * (like.ndim - 1) + vector.shape)
 
 
-def rms_norm(x: jax.Array, weight: jax.Array, *, eps: float) -> jax.Array:
+def rms_norm(x: Float[Array, "*rows D"], weight: Float[Array, "D"], *, eps: float) -> Float[Array, "*rows D"]:
     """x / sqrt(mean(x^2) + eps) * weight; x `[..., D]`, weight `[D]`, in float32, cast back at exit."""
     f = x.astype(jnp.float32)
     f = f * lax.rsqrt(jnp.mean(f * f, axis=-1, keepdims=True) + eps)
@@ -50,8 +51,12 @@ def rms_norm(x: jax.Array, weight: jax.Array, *, eps: float) -> jax.Array:
 
 
 def layer_norm(
-    x: jax.Array, weight: jax.Array | None = None, bias: jax.Array | None = None, *, eps: float
-) -> jax.Array:
+    x: Float[Array, "*rows D"],
+    weight: Float[Array, "D"] | None = None,
+    bias: Float[Array, "D"] | None = None,
+    *,
+    eps: float,
+) -> Float[Array, "*rows D"]:
     """(x - mean) / sqrt(var + eps) * weight + bias; x `[..., D]`, in float32, cast back at exit.
 
     This is the true layer norm. TurboDiffusion's fast kernel counts its padding in the variance, see docs/numerics.md.
@@ -66,12 +71,14 @@ def layer_norm(
     return f.astype(x.dtype)
 
 
-def modulated_norm(x: jax.Array, gain: jax.Array, shift: jax.Array, *, eps: float) -> jax.Array:
+def modulated_norm(
+    x: Float[Array, "B L D"], gain: Float32[Array, "#B 1 D"], shift: Float32[Array, "#B 1 D"], *, eps: float
+) -> Float[Array, "B L D"]:
     """layer_norm(x) gain + shift in float32, cast back; x `[B, L, D]`, gain and shift float32 `[B or 1, 1, D]`."""
     return (layer_norm(x.astype(jnp.float32), eps=eps) * gain + shift).astype(x.dtype)
 
 
-def rotate(x: jax.Array, table: Table) -> jax.Array:
+def rotate(x: Float[Array, "B L N H"], table: Table) -> Float[Array, "B L N H"]:
     """Rotates interleaved pairs (0, 1), (2, 3), ... in float32; x `[B, L, N, H]`, table cos and sin `[L, H / 2]`."""
     cos, sin = (a[None, :, None, :] for a in table)
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
@@ -80,22 +87,26 @@ def rotate(x: jax.Array, table: Table) -> jax.Array:
 
 
 def rms_norm_rotate(
-    x: jax.Array, weight: jax.Array, table: Table, *, eps: float, implementation: Implementation | None = None
-) -> jax.Array:
+    x: Float[Array, "B L D"],
+    weight: Float[Array, "D"],
+    table: Table,
+    *,
+    eps: float,
+    implementation: Implementation | None = None,
+) -> Float[Array, "B L N H"]:
     """rotate(rms_norm(x)) by heads, the norm rounded to x's dtype before; one read and one write of x.
 
     x `[B, L, D]`, weight `[D]`, table cos and sin float32 `[L, H / 2]`, to `[B, L, N, H]`. Gradients are the
     reference's, by `jax.vjp` and `jax.jvp`.
     """
-    if choose(implementation, x, table) == "triton":
+    if choose(implementation, x.dtype, 2 * table[0].shape[-1]) == "triton":
         return fused(x, weight, table, eps)
     return reference(x, weight, table, eps)
 
 
-def choose(implementation: Implementation | None, x: jax.Array, table: Table) -> Implementation:
+def choose(implementation: Implementation | None, dtype: Any, head_dim: int) -> Implementation:
     """The implementation that runs: the named one, or the kernel if it can."""
-    head_dim = 2 * table[0].shape[-1]
-    takes = dispatch.triton_unsupported(x.dtype)
+    takes = dispatch.triton_unsupported(dtype)
     if not takes and head_dim not in (64, 128):
         takes = f"a head dim of 64 or 128, not {head_dim}"
     return dispatch.choose("the rotary norm", implementation, {"triton": takes})

@@ -6,9 +6,9 @@ None chooses; a named one runs or raises.
 
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float, Float32, Int8
 
 from turbojax.errors import UserError
 from turbojax.kernels import dispatch
@@ -17,6 +17,7 @@ from turbojax.kernels.int8.reference import (
     HOPPER_STAGES,
     QuantConfig,
     Quantized,
+    WeightScale,
     dequantize_weight,
     finish,
     matmul_blocks,
@@ -66,7 +67,9 @@ def check_features(k: int) -> None:
         )
 
 
-def quantize(x: jax.Array, quant: QuantConfig, *, implementation: Implementation | None = None) -> Quantized:
+def quantize(
+    x: Float[Array, "*rows K"], quant: QuantConfig, *, implementation: Implementation | None = None
+) -> Quantized:
     """Activations `[..., K]` to int8."""
     k = x.shape[-1]
     check_features(k)
@@ -81,9 +84,9 @@ def quantize(x: jax.Array, quant: QuantConfig, *, implementation: Implementation
 
 
 def norm_quantize(
-    x: jax.Array,
-    gain: jax.Array,
-    shift: jax.Array,
+    x: Float[Array, "B L D"],
+    gain: Float32[Array, "#B 1 D"],
+    shift: Float32[Array, "#B 1 D"],
     quant: QuantConfig,
     *,
     eps: float,
@@ -104,16 +107,16 @@ def norm_quantize(
 
 def matmul(
     x: Quantized,
-    w_q: jax.Array,
-    w_scale: jax.Array,
-    bias: jax.Array | None,
+    w_q: Int8[Array, "N K"],
+    w_scale: WeightScale,
+    bias: Float[Array, "N"] | None,
     quant: QuantConfig,
     *,
     gelu: bool = False,
     add_to: Residual | None = None,
     dtype=jnp.bfloat16,
     implementation: Implementation | None = None,
-) -> jax.Array:
+) -> Float[Array, "*rows N"]:
     """int8 x `[..., K]` times int8 w `[N, K]`, plus bias `[N]`, through GELU (tanh) if asked: `[..., N]` in dtype.
 
     With add_to the result is its sum with that, whose x is `[B, L, N]`; the kernels add before they write.
@@ -153,9 +156,9 @@ def adds_in_kernel(residual: Residual, quant: QuantConfig) -> bool:
 
 def matmul_requantize(
     x: Quantized,
-    w_q: jax.Array,
-    w_scale: jax.Array,
-    bias: jax.Array | None,
+    w_q: Int8[Array, "N K"],
+    w_scale: WeightScale,
+    bias: Float[Array, "N"] | None,
     quant: QuantConfig,
     *,
     gelu: bool = False,
@@ -184,15 +187,15 @@ def matmul_requantize(
 
 
 def dequantizing_matmul(
-    x: jax.Array,
-    w_q: jax.Array,
-    w_scale: jax.Array,
-    bias: jax.Array | None,
+    x: Float[Array, "*rows K"],
+    w_q: Int8[Array, "N K"],
+    w_scale: WeightScale,
+    bias: Float[Array, "N"] | None,
     quant: QuantConfig,
     *,
     gelu: bool = False,
     implementation: Implementation | None = None,
-) -> jax.Array:
+) -> Float[Array, "*rows N"]:
     """x `[..., K]` as it is times a weight that is dequantized in the kernel: `[..., N]` in x's dtype."""
     n, k = w_q.shape
     check_features(k)

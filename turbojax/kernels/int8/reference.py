@@ -23,10 +23,12 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float, Float32, Int8, Int32
 
 from turbojax.errors import UserError
 
 Scheme = Literal["block128", "channel"]
+WeightScale = Float32[Array, "n_blocks k_blocks"] | Float32[Array, "N"]
 
 BLOCK = 128
 HOPPER_STAGES = 4  # blocks of features that the Hopper kernel has in flight
@@ -73,11 +75,13 @@ def scheme_name(config: QuantConfig) -> str:
 class Quantized(NamedTuple):
     """int8 activations `[..., K]` and their float32 scales by flattened row, see the module docstring."""
 
-    q: jax.Array
-    scale: jax.Array
+    q: Int8[Array, "*rows K"]
+    scale: Float32[Array, "..."]
 
 
-def quantize_blocks(x: jax.Array, *, group: int = BLOCK) -> tuple[jax.Array, jax.Array]:
+def quantize_blocks(
+    x: Float[Array, "M K"], *, group: int = BLOCK
+) -> tuple[Int8[Array, "M K"], Float32[Array, "m_groups k_blocks"]]:
     """x `[M, K]` to int8 `[M, K]` and float32 scales `[ceil(M / group), ceil(K / 128)]`; the reference.
 
     Partial blocks at the ends use the rows and columns that exist.
@@ -89,7 +93,7 @@ def quantize_blocks(x: jax.Array, *, group: int = BLOCK) -> tuple[jax.Array, jax
     return to_int8(blocks, amax).reshape(f.shape)[:m, :k], (amax / 128.0)[:, 0, :, 0]
 
 
-def quantize_rows(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+def quantize_rows(x: Float[Array, "M K"]) -> tuple[Int8[Array, "M K"], Float32[Array, "M"]]:
     """x `[M, K]` to int8 `[M, K]` and float32 scales `[M]`; the reference."""
     f = x.astype(jnp.float32)
     amax = largest(f, axis=(1,))
@@ -106,12 +110,12 @@ def to_int8(f: jax.Array, amax: jax.Array) -> jax.Array:
     return jnp.clip(jnp.round(f * (128.0 / amax)), -128, 127).astype(jnp.int8)
 
 
-def quantize_weight(weight: jax.Array, scheme: Scheme) -> tuple[jax.Array, jax.Array]:
+def quantize_weight(weight: Float[Array, "N K"], scheme: Scheme) -> tuple[Int8[Array, "N K"], WeightScale]:
     """A weight `[N, K]` to int8 and its scales, `[ceil(N / 128), ceil(K / 128)]` or `[N]`."""
     return quantize_blocks(weight) if scheme == "block128" else quantize_rows(weight)
 
 
-def dequantize_weight(q: jax.Array, scale: jax.Array, dtype=jnp.float32) -> jax.Array:
+def dequantize_weight(q: Int8[Array, "N K"], scale: WeightScale, dtype=jnp.float32) -> Float[Array, "N K"]:
     """int8 `[N, K]` and its scales, of either scheme, back to values in `dtype`."""
     if scale.ndim == 1:
         return (q.astype(jnp.float32) * scale[:, None]).astype(dtype)
@@ -121,8 +125,13 @@ def dequantize_weight(q: jax.Array, scale: jax.Array, dtype=jnp.float32) -> jax.
 
 
 def matmul_blocks(
-    x_q: jax.Array, x_scale: jax.Array, w_q: jax.Array, w_scale: jax.Array, *, group: int = BLOCK
-) -> jax.Array:
+    x_q: Int8[Array, "M K"],
+    x_scale: Float32[Array, "m_groups k_blocks"],
+    w_q: Int8[Array, "N K"],
+    w_scale: Float32[Array, "n_blocks k_blocks"],
+    *,
+    group: int = BLOCK,
+) -> Float32[Array, "M N"]:
     """The block scheme's sum: `[M, K]` int8 times `[N, K]` int8 to float32 `[M, N]`; the reference."""
     (m, k), n = x_q.shape, w_q.shape[0]
 
@@ -137,12 +146,14 @@ def matmul_blocks(
     return y
 
 
-def matmul_rows(x_q: jax.Array, x_scale: jax.Array, w_q: jax.Array, w_scale: jax.Array) -> jax.Array:
+def matmul_rows(
+    x_q: Int8[Array, "M K"], x_scale: Float32[Array, "M"], w_q: Int8[Array, "N K"], w_scale: Float32[Array, "N"]
+) -> Float32[Array, "M N"]:
     """The channel scheme's sum, float32 `[M, N]`; the reference."""
     return int32_matmul(x_q, w_q).astype(jnp.float32) * x_scale[:, None] * w_scale[None, :]
 
 
-def int32_matmul(x_q: jax.Array, w_q: jax.Array) -> jax.Array:
+def int32_matmul(x_q: Int8[Array, "M K"], w_q: Int8[Array, "N K"]) -> Int32[Array, "M N"]:
     return lax.dot_general(x_q, w_q, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
 
 

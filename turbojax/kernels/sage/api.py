@@ -4,7 +4,7 @@
 None chooses; a named one runs or raises.
 """
 
-import jax
+from jaxtyping import Array, Float
 
 from turbojax.errors import UserError
 from turbojax.kernels import dispatch
@@ -15,7 +15,7 @@ from turbojax.kernels.sla.reference import block_table, linear_branch, num_selec
 
 
 def choose(
-    implementation: Implementation | None, q: jax.Array, *, block_q: int, block_k: int, values: Values
+    implementation: Implementation | None, q: dispatch.Shaped, *, block_q: int, block_k: int, values: Values
 ) -> Implementation:
     """The implementation that runs: the named one, or the fused one if it can; float8 never falls back on a GPU."""
     unsupported = triton_unsupported(q, block_q=block_q, block_k=block_k)
@@ -28,11 +28,11 @@ def choose(
 
 
 def sage_sparse_linear_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    proj_weight: jax.Array,
-    proj_bias: jax.Array,
+    q: Float[Array, "B L N H"],
+    k: Float[Array, "B L N H"],
+    v: Float[Array, "B L N H"],
+    proj_weight: Float[Array, "H H"],
+    proj_bias: Float[Array, "H"],
     *,
     topk: float,
     block_q: int = 64,
@@ -40,7 +40,7 @@ def sage_sparse_linear_attention(
     values: Values = "float8",
     implementation: Implementation | None = None,
     overwrite_q: bool = False,
-) -> jax.Array:
+) -> Float[Array, "B L N H"]:
     """The whole of the module docstring plus SLA's linear branch, from unquantized q, k, v.
 
     q, k (rotated) and v `[B, L, N, H]`, proj_weight `[H, H]` (out, in). The default blocks are those that the published

@@ -23,6 +23,7 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float, Float32, Int8, Int32
 
 from turbojax.kernels.sla.reference import LOG2_E
 
@@ -34,14 +35,16 @@ LARGEST_E4M3 = 448.0
 P_OFFSET = 8.807
 
 
-def rows_to_blocks(x: jax.Array, block: int) -> jax.Array:
+def rows_to_blocks(x: Float[Array, "B L N H"], block: int) -> Float[Array, "B N blocks {block} H"]:
     """`[B, L, N, H]` to `[B, N, blocks, block, H]`, the last block filled with zeros."""
     batch, length, heads, dim = x.shape
     x = jnp.pad(x, ((0, 0), (0, -length % block), (0, 0), (0, 0)))
     return x.reshape(batch, -1, block, heads, dim).transpose(0, 3, 1, 2, 4)
 
 
-def quantize_rows(x: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
+def quantize_rows(
+    x: Float[Array, "B L N H"], block: int
+) -> tuple[Int8[Array, "B N blocks {block} H"], Float32[Array, "B N blocks"]]:
     """x `[B, L, N, H]` to int8 `[B, N, blocks, block, H]` and float32 scales `[B, N, blocks]`."""
     blocks = rows_to_blocks(x.astype(jnp.float32), block)
     scale = jnp.max(jnp.abs(blocks), axis=(3, 4)) / 127.0 + 1e-7
@@ -50,7 +53,9 @@ def quantize_rows(x: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
     return code.astype(jnp.int8), scale
 
 
-def quantize_values(v: jax.Array, *, largest: float = E4M3_OF_V) -> tuple[jax.Array, jax.Array]:
+def quantize_values(
+    v: Float[Array, "B L N H"], *, largest: float = E4M3_OF_V
+) -> tuple[Float[Array, "B L N H"], Float32[Array, "B N H"]]:
     """v `[B, L, N, H]` to e4m3 and float32 scales `[B, N, H]`, one a channel."""
     f = v.astype(jnp.float32)
     amax = jnp.maximum(jnp.max(jnp.abs(f), axis=1), 1e-20)  # a channel of zeros stays one
@@ -67,15 +72,15 @@ def to_e4m3(x: jax.Array) -> jax.Array:
 
 
 def sage_sparse(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    table: jax.Array,
+    q: Float[Array, "B L N H"],
+    k: Float[Array, "B L N H"],
+    v: Float[Array, "B L N H"],
+    table: Int32[Array, "B N q_blocks chosen"],
     *,
     block_q: int,
     block_k: int,
     values: Values,
-) -> jax.Array:
+) -> Float[Array, "B L N H"]:
     """The sparse branch; q, k, v `[B, L, N, H]`, table from `sla.block_table`; `[B, L, N, H]` in q's dtype."""
     batch, length, heads, dim = q.shape
     q_code, q_scale = quantize_rows(q, block_q)

@@ -6,7 +6,7 @@ later) and "reference" (jnp, anything, anywhere). None chooses; a named one runs
 
 from typing import Literal
 
-import jax
+from jaxtyping import Array, Float
 
 from turbojax.kernels import dispatch
 from turbojax.kernels.sizes import cdiv
@@ -18,14 +18,14 @@ BLOCKS = ((128, 64), (64, 64), (64, 128))  # rows of query and key blocks that t
 MOST_KEY_BLOCKS = 4096
 
 
-def choose(implementation: Implementation | None, q: jax.Array, *, block_q: int, block_k: int) -> Implementation:
+def choose(implementation: Implementation | None, q: dispatch.Shaped, *, block_q: int, block_k: int) -> Implementation:
     """The implementation that runs: the named one, or the fastest one that can; q `[B, L, N, H]`."""
     triton = triton_unsupported(q, block_q=block_q, block_k=block_k)
     mosaic = triton or mosaic_unsupported(q, block_q=block_q)
     return dispatch.choose("sparse-linear attention", implementation, {"mosaic": mosaic, "triton": triton})
 
 
-def triton_unsupported(q: jax.Array, *, block_q: int, block_k: int) -> str | None:
+def triton_unsupported(q: dispatch.Shaped, *, block_q: int, block_k: int) -> str | None:
     """Why the Triton kernels cannot run, as what they take instead; None if they can."""
     if takes := dispatch.triton_unsupported(q.dtype):
         return takes
@@ -38,7 +38,7 @@ def triton_unsupported(q: jax.Array, *, block_q: int, block_k: int) -> str | Non
     return None
 
 
-def mosaic_unsupported(q: jax.Array, *, block_q: int) -> str | None:
+def mosaic_unsupported(q: dispatch.Shaped, *, block_q: int) -> str | None:
     """What the Hopper kernel takes besides, as `triton_unsupported`."""
     if dispatch.compute_capability() != (9, 0):
         return "a GPU of compute capability 9.0"
@@ -50,17 +50,17 @@ def mosaic_unsupported(q: jax.Array, *, block_q: int) -> str | None:
 
 
 def sparse_linear_attention(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    proj_weight: jax.Array,
-    proj_bias: jax.Array,
+    q: Float[Array, "B L N H"],
+    k: Float[Array, "B L N H"],
+    v: Float[Array, "B L N H"],
+    proj_weight: Float[Array, "H H"],
+    proj_bias: Float[Array, "H"],
     *,
     topk: float,
     block_q: int = 128,
     block_k: int = 64,
     implementation: Implementation | None = None,
-) -> jax.Array:
+) -> Float[Array, "B L N H"]:
     """The whole of the module docstring; q, k (rotated) and v `[B, L, N, H]`, proj_weight `[H, H]` (out, in).
 
     The default blocks are those that TurboDiffusion's published checkpoints run with. Kernels have gradients by

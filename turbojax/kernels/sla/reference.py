@@ -15,6 +15,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Array, Float, Float32, Int32
 
 from turbojax.errors import UserError
 
@@ -30,7 +31,7 @@ def num_selected(topk: float, key_blocks: int) -> int:
     return max(1, int(topk * key_blocks))
 
 
-def block_means(x: jax.Array, block: int) -> jax.Array:
+def block_means(x: Float[Array, "B L N H"], block: int) -> Float32[Array, "B N blocks H"]:
     """Means over blocks of rows, float32; x `[B, L, N, H]` to `[B, N, ceil(L / block), H]`.
 
     A partial last block is divided by its own number of rows.
@@ -42,14 +43,18 @@ def block_means(x: jax.Array, block: int) -> jax.Array:
     return jnp.moveaxis(sums / rows[None, :, None, None], 1, 2)
 
 
-def pooled_scores(q: jax.Array, k: jax.Array, *, block_q: int, block_k: int) -> jax.Array:
+def pooled_scores(
+    q: Float[Array, "B L N H"], k: Float[Array, "B S N H"], *, block_q: int, block_k: int
+) -> Float32[Array, "B N q_blocks k_blocks"]:
     """S of the module docstring, float32 `[B, N, query blocks, key blocks]`."""
     k_mean = jnp.mean(k.astype(jnp.float32), axis=1)[:, :, None]
     k_blocks = block_means(k, block_k) - k_mean
     return jnp.einsum("bnih,bnjh->bnij", block_means(q, block_q), k_blocks)
 
 
-def block_table(q: jax.Array, k: jax.Array, *, topk: float, block_q: int, block_k: int) -> jax.Array:
+def block_table(
+    q: Float[Array, "B L N H"], k: Float[Array, "B S N H"], *, topk: float, block_q: int, block_k: int
+) -> Int32[Array, "B N q_blocks chosen"]:
     """The chosen key blocks of each query block in ascending order, int32 `[B, N, query blocks, chosen]`."""
     scores = lax.stop_gradient(pooled_scores(q, k, block_q=block_q, block_k=block_k))
     _, chosen = lax.top_k(scores, num_selected(topk, scores.shape[-1]))
@@ -57,8 +62,14 @@ def block_table(q: jax.Array, k: jax.Array, *, topk: float, block_q: int, block_
 
 
 def sparse_softmax(
-    q: jax.Array, k: jax.Array, v: jax.Array, table: jax.Array, *, block_q: int, block_k: int
-) -> jax.Array:
+    q: Float[Array, "B L N H"],
+    k: Float[Array, "B L N H"],
+    v: Float[Array, "B L N H"],
+    table: Int32[Array, "B N q_blocks chosen"],
+    *,
+    block_q: int,
+    block_k: int,
+) -> Float[Array, "B L N H"]:
     """Softmax attention over the chosen key blocks, `[B, L, N, H]` in q's dtype."""
     batch, length, heads, dim = q.shape
 
@@ -83,7 +94,9 @@ def sparse_softmax(
     return out.transpose(1, 0, 3, 2, 4).reshape(batch, -1, heads, dim)[:, :length]
 
 
-def linear_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+def linear_attention(
+    q: Float[Array, "B L N H"], k: Float[Array, "B S N H"], v: Float[Array, "B S N H"]
+) -> Float[Array, "B L N H"]:
     """The linear branch before its projection, `[B, L, N, H]` in q's dtype; sums in float32."""
     phi_q, phi_k = (jax.nn.softmax(x.astype(jnp.float32), axis=-1) for x in (q, k))
     state = jnp.einsum("bsnh,bsnd->bnhd", phi_k, v.astype(jnp.float32))
@@ -91,7 +104,13 @@ def linear_attention(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
     return (jnp.einsum("blnh,bnhd->blnd", phi_q, state) / (1e-5 + normalizer)).astype(q.dtype)
 
 
-def linear_branch(q: jax.Array, k: jax.Array, v: jax.Array, proj_weight: jax.Array, proj_bias: jax.Array) -> jax.Array:
+def linear_branch(
+    q: Float[Array, "B L N H"],
+    k: Float[Array, "B S N H"],
+    v: Float[Array, "B S N H"],
+    proj_weight: Float[Array, "H H"],
+    proj_bias: Float[Array, "H"],
+) -> Float[Array, "B L N H"]:
     """The linear branch with its projection, `[B, L, N, H]` in q's dtype."""
     linear = jnp.einsum("blnh,dh->blnd", linear_attention(q, k, v), proj_weight.astype(q.dtype))
     return linear + proj_bias.astype(q.dtype)[None, None, None]
