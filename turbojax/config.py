@@ -29,11 +29,12 @@ SWITCHES = {"true": True, "on": True, "yes": True, "1": True, "false": False, "o
 
 
 class Setting(NamedTuple):
-    """A setting's name, default (a type where there is none) and meaning."""
+    """A setting's name, default (a type where there is none), meaning, and what its values may be."""
 
     name: str
     default: Any
     meaning: str
+    schema: Schema | None = None
 
 
 SETTINGS: tuple[Setting, ...] = (
@@ -103,7 +104,7 @@ def base_config(settings: Sequence[Setting] = SETTINGS, **changes: Any) -> Confi
     """All settings with their defaults, `changes` on top; locked, so that an unknown name is an error."""
     check_names(changes, settings)
     config = ConfigDict()
-    for name, default, _ in settings:
+    for name, default, *_ in settings:
         config[name] = placeholder(default) if isinstance(default, type) else default
     config.lock()
     config.update(changes)
@@ -171,7 +172,7 @@ def did_you_mean(name: str, known: Sequence[str]) -> str:
 def describe_settings(settings: Sequence[Setting] = SETTINGS) -> str:
     """A line a setting for --help."""
     lines = []
-    for name, default, meaning in settings:
+    for name, default, meaning, _ in settings:
         shown = "" if isinstance(default, type) or default == "" else f" [{str(default)[:32]}]"
         lines.append(f"  --config.{name}: {meaning}{shown}")
     return "\n".join(lines)

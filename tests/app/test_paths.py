@@ -143,7 +143,13 @@ def outcomes(home, tmp_path_factory) -> dict[tuple[str, str], tuple[int, str, st
     lines = [[str(ROOT / "scripts" / f"{command}.py"), *COMMANDS[command][name]] for command, name in CASES]
     environment = {**os.environ, "HOME": str(home), "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(home / "cache")}
     done = subprocess.run(
-        [sys.executable, "-m", "tests.many_runs", "turbojax.train.loop", "turbojax.shapes_training.evaluate"],
+        [
+            sys.executable,
+            "-m",
+            "tests.many_runs",
+            "turbojax.shapes_training.registry",
+            "turbojax.shapes_training.evaluate",
+        ],
         input=json.dumps(lines),
         stdout=subprocess.PIPE,
         text=True,

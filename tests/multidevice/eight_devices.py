@@ -18,9 +18,9 @@ from turbojax.errors import UserError
 from turbojax.kernels import sla, triton_call
 from turbojax.models.wan import WanConfig
 from turbojax.train.recipes import RCM, FlowMatching, Networks
-from turbojax.train.schedule import LearningRate
+from turbojax.train.schedule import learning_rate
 from turbojax.train.state import TrainState, initial_state, parameters
-from turbojax.train.step import Fixed, adamw, make_step
+from turbojax.train.step import Frozen, adamw, make_step
 from turbojax.train.times import LogNormal
 from turbojax.weights.random import random_module
 from turbojax.weights.skeleton import wan_skeleton
@@ -33,10 +33,10 @@ CONFIGS = {
 MESH = sharding.make_mesh(data=2, fsdp=2, sequence=2)
 # By attention: a recipe, its student and its teacher. In its first iteration rCM has tangents and no critic.
 RECIPES = {
-    "dense": (FlowMatching(LogNormal(0.0, 1.0)), CONFIGS["dense"], CONFIGS["dense"]),
-    "sla": (RCM(LogNormal(0.7)), CONFIGS["sla"], CONFIGS["dense"]),
+    "dense": (functools.partial(FlowMatching, times=LogNormal(0.0, 1.0)), CONFIGS["dense"], CONFIGS["dense"]),
+    "sla": (functools.partial(RCM, times=LogNormal(0.7)), CONFIGS["sla"], CONFIGS["dense"]),
 }
-OPTIMIZER = adamw(LearningRate(1e-4, warm_up=0), betas=(0.9, 0.99), weight_decay=0.01)
+OPTIMIZER = adamw(learning_rate(1e-4, warm_up=0), betas=(0.9, 0.99), weight_decay=0.01)
 
 
 @functools.cache
@@ -78,11 +78,11 @@ def assert_equal(got, expected, tolerance: float = 1e-5):
 def one_step(name: str, *, sharded: bool) -> tuple[TrainState, dict[str, jax.Array]]:
     """What a step of a recipe gives: the next state, and its metrics."""
     recipe, student, teacher = RECIPES[name]
-    step = make_step(recipe, Networks.of(student, teacher), {"student": OPTIMIZER})
+    step = make_step(recipe(Networks.of(student, teacher)), {"student": OPTIMIZER})
     with jax.set_mesh(MESH if sharded else None):
-        frozen = jax.device_put(weights(teacher), sharding.state_shardings(weights(teacher)))
-        fixed = Fixed(frozen, jnp.zeros((5, 64), jnp.float32))
-        return step(0, initial(student), fixed, sharding.put_batch(batch()))
+        params = jax.device_put(weights(teacher), sharding.state_shardings(weights(teacher)))
+        frozen = Frozen(params, jnp.zeros((5, 64), jnp.float32))
+        return step(0, initial(student), frozen, sharding.put_batch(batch()))
 
 
 @pytest.mark.parametrize("name", RECIPES)

@@ -84,7 +84,10 @@ def phase(phases: schedule.Phases, iteration: int) -> Values:
 
 
 def learning_rate(warm_up_steps: int, cycle_lengths: float, f_start: float, f_max: float, f_min: float):
-    return schedule.LearningRate(f_max, warm_up_steps, start=f_start / f_max, end=f_min / f_max, cycle=cycle_lengths)
+    with jax.numpy_dtype_promotion("standard"):
+        return schedule.learning_rate(
+            f_max, warm_up=warm_up_steps, start=f_start / f_max, end=f_min / f_max, cycle=cycle_lengths
+        )
 
 
 def adamw(case: dict, inputs: dict[str, jax.Array]) -> Values:

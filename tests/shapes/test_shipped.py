@@ -14,9 +14,11 @@ from turbojax.shapes import MODEL, SHIPPED_SIGMA_MAX, SHIPPED_TOPK
 from turbojax.shapes.scene import caption, random_scene
 from turbojax.shapes.text import LENGTH
 from turbojax.shapes_training.evaluate import NETWORKS, QUICK, evaluate, held_out_tasks
+from turbojax.shapes_training.registry import train
 from turbojax.shapes_training.stages import MOST_BYTES, TRANSFORMER, Job, learn_merged
 from turbojax.train.config import train_config
-from turbojax.train.loop import export, train
+from turbojax.train.networks import to_host
+from turbojax.train.runs import export
 from turbojax.train.state import parameters
 from turbojax.train.toy import write_toy_shards
 from turbojax.weights.encoders import load_vae
@@ -124,7 +126,7 @@ def test_what_merging_gives_is_trained(tmp_path):
     for stage, attention in (("rcm", "original"), ("teacher", "original"), ("sla", "sla")):
         network = load_wan(path, NetworkOptions(quant_linear=False, attention_type=attention, dtype=jnp.float32))
         (tmp_path / stage).mkdir()
-        export(tmp_path / stage / TRANSFORMER, network.config, parameters(network))
+        export(tmp_path / stage / TRANSFORMER, network.config, to_host(parameters(network)))
     write_toy_shards(tmp_path / "data", samples=4)
     learn_merged(Job(tmp_path, "tiny", functools.partial(settings, size="tiny", steps=0.25)))
     shipped, start, trained = (

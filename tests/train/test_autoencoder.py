@@ -13,12 +13,11 @@ from turbojax.errors import UserError
 from turbojax.models import vae as vae_model
 from turbojax.models.vae import VAEConfig
 from turbojax.shapes.examples import Batches
-from turbojax.train import autoencoder, loop
+from turbojax.shapes_training.registry import REGISTRY, train
+from turbojax.train import autoencoder, runs
 from turbojax.train.autoencoder import latent_statistics, normalized
 from turbojax.train.config import train_config
-from turbojax.train.loop import train
 from turbojax.train.metrics import CURVES, read_curves
-from turbojax.train.networks import AUTOENCODERS
 from turbojax.train.state import parameters
 from turbojax.weights.encoders import load_vae
 from turbojax.weights.io import read_tensors
@@ -33,8 +32,8 @@ VIDEOS = np.random.default_rng(0).integers(0, 256, (2, 5, 16, 16, 3)).astype(np.
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(loop, "UNSEEN", 4)
-    monkeypatch.setitem(AUTOENCODERS, "small", lambda: SMALL)
+    monkeypatch.setattr(runs, "UNSEEN", 4)
+    monkeypatch.setitem(REGISTRY.autoencoders, "small", lambda: SMALL)
 
 
 def encode(vae, pixels):

@@ -22,11 +22,14 @@ from tests.train.test_metrics import scalars
 from turbojax.errors import CheckpointError, UserError
 from turbojax.files import sole_user
 from turbojax.models.wan import WanConfig
+from turbojax.shapes import MODEL
 from turbojax.train.config import TRAIN_SETTINGS, train_config
 from turbojax.train.data import open_shards
-from turbojax.train.loop import check_data, export, train
-from turbojax.train.networks import open_networks
+from turbojax.train.loop import train
+from turbojax.train.networks import open_networks, to_host
 from turbojax.train.recipes import Networks
+from turbojax.train.registry import PUBLISHED
+from turbojax.train.runs import check_data, export
 from turbojax.train.state import parameters
 from turbojax.train.toy import toy_config, write_toy_shards
 from turbojax.train.videos import prepare_videos
@@ -153,9 +156,7 @@ def settings(data, demo, tmp_path_factory, compiled_once):
         "sampler": "rcm",
         "num_inference_steps": 1,
         "sample_guidance": 1.0,
-        "vae": "demo",
-        "text_encoder": "demo",
-        "tokenizer": "demo",
+        **dict.fromkeys(("vae", "text_encoder", "tokenizer"), str(MODEL)),
     }
 
 
@@ -182,7 +183,7 @@ def test_sample_videos(workdir):
 def test_sample_videos_with_guidance(settings, data, tmp_path, prompts):
     """The data's negative prompt has fewer rows than a prompt's embedding."""
     config = train_config(**settings | {"sample_guidance": 2.0, "sample_prompts": prompts, "num_samples": 3})
-    student, _ = open_networks(config)
+    student, _ = open_networks(config, PUBLISHED)
     skeleton = Networks.of(student.config, student.config).student
     make_videos = prepare_videos(config, open_shards(data), skeleton, tmp_path)
     paths = make_videos(7, {name: jnp.asarray(value) for name, value in student.params.items()})
@@ -191,7 +192,7 @@ def test_sample_videos_with_guidance(settings, data, tmp_path, prompts):
 
 def test_sample_videos_of_other_networks(settings, data, tmp_path):
     """A VAE or a text encoder that does not belong to the data is told before the first step."""
-    student, _ = open_networks(train_config(**settings))
+    student, _ = open_networks(train_config(**settings), PUBLISHED)
     skeleton = Networks.of(student.config, student.config).student
     for change, message in (
         ({"text_dim": 4096}, "text_encoder has 64 channels and the data 4096"),
@@ -280,7 +281,7 @@ def test_settings_that_cannot_be(settings, changes, message, tmp_path):
 
 def test_a_teacher_of_other_data(settings, tmp_path):
     config = toy_config(text_dim=32)
-    params = parameters(random_module(wan_skeleton(config), what="teacher"))
+    params = to_host(parameters(random_module(wan_skeleton(config), what="teacher")))
     teacher = export(tmp_path / "teacher.safetensors", config, params)
     with pytest.raises(UserError, match="holds text of width 64 and the network takes 32"):
         train(train_config(**settings | {"recipe": "sla", "teacher": str(teacher), "workdir": str(tmp_path / "run")}))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from turbojax.errors import UserError
-from turbojax.train.schedule import LearningRate, Phases, ema_exponent, ema_update
+from turbojax.train.schedule import Phases, ema_exponent, ema_update, learning_rate
 from turbojax.train.times import LogNormal, UniformShift, discrete_times, drawn_simulation_times
 
 
@@ -30,12 +30,15 @@ def test_drawn_simulation_times_never_rise():
     np.testing.assert_allclose(drawn_simulation_times(drawn), expected, rtol=1e-6)
 
 
-def test_learning_rate_is_the_same_when_traced():
-    rate = LearningRate(2e-6, 10, start=0.1, end=0.2, cycle=200)
-    steps = np.array([0, 1, 9, 10, 11, 150, 200, 300])
-    np.testing.assert_allclose(jax.vmap(rate)(jnp.asarray(steps)), [rate(step) for step in steps], rtol=1e-6)
-    assert rate(300) == pytest.approx(0.2 * 2e-6)
-    assert LearningRate(1.0, 0)(0) == 1
+def test_learning_rate():
+    """Rises from start to the peak and falls in a line to end, where it stays; constant without a fall."""
+    rate = learning_rate(2e-6, warm_up=10, start=0.1, end=0.2, cycle=200)
+    expected = {0: 0.1, 1: 0.19, 9: 0.91, 10: 1, 11: 1 - 0.8 / 190, 150: 1 - 0.8 * 140 / 190, 200: 0.2, 300: 0.2}
+    with jax.numpy_dtype_promotion("standard"):
+        steps = jnp.asarray(list(expected))
+        np.testing.assert_allclose(jax.vmap(rate)(steps), 2e-6 * np.array(list(expected.values())), rtol=1e-6)
+        assert learning_rate(1.0, warm_up=0)(0) == 1
+        assert learning_rate(1.0)(10**6) == 1
 
 
 def test_ema_keeps_its_dtype():
@@ -54,7 +57,7 @@ def test_inference_does_not_import_training():
         (lambda: LogNormal(0.0, 0.0), "std=0.0"),
         (lambda: discrete_times(jnp.zeros(1), 49), "skip=49 .* from 1 to 48"),
         (lambda: ema_exponent(0.3), "rate=0.3"),
-        (lambda: LearningRate(1e-5, warm_up=-1), "warm_up=-1 .* from 0 on"),
+        (lambda: learning_rate(1e-5, warm_up=-1), "warm_up=-1 .* from 0 on"),
         (lambda: Phases(student_freq=0), "student_freq=0"),
         (lambda: Phases(loss_scale=0.0), "without a loss"),
     ],

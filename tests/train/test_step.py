@@ -17,10 +17,10 @@ from tests.closeness import relative_error
 from turbojax.diffusion import RCM as Sampler
 from turbojax.diffusion import Euler, guide
 from turbojax.errors import UserError
-from turbojax.train.recipes import RCM, SLA, FlowMatching, Networks, Numbers, Phase, Weights, network, sample_keys
-from turbojax.train.schedule import LearningRate, Phases
+from turbojax.train.recipes import RCM, SLA, FlowMatching, NetworkParams, Networks, network, sample_keys
+from turbojax.train.schedule import Phases, StepSchedule, learning_rate
 from turbojax.train.state import Trained, initial_state, parameters
-from turbojax.train.step import Fixed, adamw, make_step, mean_gradients, muon, updated
+from turbojax.train.step import Frozen, adamw, make_step, mean_gradients, muon, updated
 from turbojax.train.times import LogNormal, UniformShift
 from turbojax.train.toy import smooth_in_time, toy_config
 from turbojax.weights.random import random_module
@@ -43,7 +43,7 @@ def batch(number: int) -> dict[str, np.ndarray]:
 
 
 def optimizer(rate: float, b1: float = 0.9):
-    return adamw(LearningRate(rate, warm_up=20), betas=(b1, 0.99), weight_decay=0.01)
+    return adamw(learning_rate(rate, warm_up=20), betas=(b1, 0.99), weight_decay=0.01)
 
 
 def random_params(config) -> dict[str, np.ndarray]:
@@ -57,40 +57,39 @@ def first_state(optimizers, params):
 
 def trained(step, optimizers, params, teacher):
     """The state after STEPS steps."""
-    state, fixed = first_state(optimizers, params), Fixed(teacher, jnp.asarray(TEXTS[-1]))
+    state, frozen = first_state(optimizers, params), Frozen(teacher, jnp.asarray(TEXTS[-1]))
     for i in range(STEPS):
-        state, metrics = step(i, state, fixed, batch(i))
+        state, metrics = step(i, state, frozen, batch(i))
     assert int(state.step) == STEPS
     assert all(np.isfinite(value) for value in metrics.values())
     return state
 
 
-def loss_of(recipe, networks, params, teacher) -> float:
+def loss_of(recipe, params, teacher) -> float:
     """The loss on samples and noise that no training saw."""
     data = batch(10**6) | {"key": sample_keys(1, jnp.int32(0), BATCH)}
-    weights = Weights(params, {}, teacher, jnp.asarray(TEXTS[-1]))
-    numbers = Numbers(jnp.float32(1), jnp.int32(1))
-    run = jax.jit(lambda weights: recipe.student_loss(networks, weights, data, Phase("student", True, False), numbers))
-    return float(run(weights)[0])
+    run = jax.jit(lambda params: recipe.loss(params, data, StepSchedule()))
+    return float(run(NetworkParams(params, {}, teacher, jnp.asarray(TEXTS[-1])))[0])
 
 
 @pytest.fixture(scope="module")
 def teacher():
     """Flow matching lowers its loss to less than a quarter."""
-    recipe, networks, start = FlowMatching(LogNormal(1.0)), Networks.of(DENSE, DENSE), random_params(DENSE)
+    recipe, start = FlowMatching(Networks.of(DENSE, DENSE), LogNormal(1.0)), random_params(DENSE)
     optimizers = {"student": optimizer(6e-3)}
-    params = trained(make_step(recipe, networks, optimizers), optimizers, start, {}).ema
-    assert loss_of(recipe, networks, params, {}) < loss_of(recipe, networks, start, {}) / 4
+    params = trained(make_step(recipe, optimizers), optimizers, start, {}).ema
+    assert loss_of(recipe, params, {}) < loss_of(recipe, start, {}) / 4
     return params
 
 
 def test_sla(teacher):
     """Fine-tuning lowers the distance to the dense network to less than half, with a projection that starts at zero."""
-    recipe, networks = SLA(LogNormal(1.5)), Networks.of(SPARSE, DENSE)
+    networks = Networks.of(SPARSE, DENSE)
+    recipe = SLA(networks, LogNormal(1.5))
     start = {name: jnp.zeros(spec.shape, spec.dtype) for name, spec in networks.student.specs.items()} | teacher
     optimizers = {"student": optimizer(3e-3)}
-    params = trained(make_step(recipe, networks, optimizers), optimizers, start, teacher).ema
-    assert loss_of(recipe, networks, params, teacher) < loss_of(recipe, networks, start, teacher) / 2
+    params = trained(make_step(recipe, optimizers), optimizers, start, teacher).ema
+    assert loss_of(recipe, params, teacher) < loss_of(recipe, start, teacher) / 2
 
 
 @functools.cache
@@ -99,7 +98,8 @@ def rcm_step():
     phases = Phases(tangent_warmup=0, student_freq=2, loss_scale_dmd=3.0)
     networks = Networks.of(DENSE, DENSE)
     optimizers = {"student": optimizer(5e-4, b1=0.0), "critic": optimizer(2e-3, b1=0.0)}
-    return networks, optimizers, make_step(RCM(LogNormal(0.7), guidance=GUIDANCE, phases=phases), networks, optimizers)
+    recipe = RCM(networks, LogNormal(0.7), guidance=GUIDANCE, phases=phases)
+    return networks, optimizers, make_step(recipe, optimizers)
 
 
 def test_rcm(teacher):
@@ -127,13 +127,26 @@ def test_rcm(teacher):
     assert distance(params) < distance(teacher) / 2
 
 
+def test_discrete_time_consistency(teacher):
+    """It takes no derivative of the network; where the student is the teacher, more Euler steps leave more to learn."""
+    networks, data = Networks.of(DENSE, DENSE), batch(0) | {"key": sample_keys(1, jnp.int32(0), BATCH)}
+    params = NetworkParams(teacher, {}, teacher, jnp.asarray(TEXTS[-1]))
+
+    def consistency(steps: int) -> float:
+        recipe = RCM(networks, LogNormal(0.7), discrete_steps=steps, guidance=1.0, phases=Phases(fake=False))
+        run = jax.jit(lambda params: recipe.loss(params, data, StepSchedule())[1]["consistency"])
+        return float(run(params))
+
+    assert 0 < consistency(1) < consistency(12) / 2
+
+
 def test_student_and_critic_take_turns(teacher):
     """Each changes in its own steps alone, with its own optimizer; the average follows the student."""
     _, optimizers, step = rcm_step()
-    state, fixed = first_state(optimizers, teacher), Fixed(teacher, jnp.asarray(TEXTS[-1]))
+    state, frozen = first_state(optimizers, teacher), Frozen(teacher, jnp.asarray(TEXTS[-1]))
     for i, (learner, metric) in enumerate((("student", "consistency"), ("critic", "fake_score"), ("student", "loss"))):
         before = jax.tree.map(np.array, state)  # the step gives the state's buffers back
-        state, metrics = step(i, state, fixed, batch(i))
+        state, metrics = step(i, state, frozen, batch(i))
         same = jax.tree.map(np.array_equal, before, state)
         kept = {name for name in ("student", "critic", "ema") if jax.tree.all(getattr(same, name))}
         assert kept == ({"critic"} if learner == "student" else {"student", "ema"})
@@ -151,12 +164,12 @@ def test_state_keeps_its_dtypes(name, learns):
     )
     networks, optimizers = Networks.of(student, teacher), {key: optimizer(1e-3) for key in ("student", "critic")}
     phases = Phases(tangent_warmup=0, student_freq=2)
-    recipe = RCM(LogNormal(0.7), simulation_times=UniformShift(5.0), phases=phases)
-    step = make_step(recipe, networks, optimizers, accumulation=4)
+    recipe = RCM(networks, LogNormal(0.7), simulation_times=UniformShift(5.0), phases=phases)
+    step = make_step(recipe, optimizers, accumulation=4)
     params = {key: jax.ShapeDtypeStruct(spec.shape, jnp.float32) for key, spec in networks.student.specs.items()}
     state = jax.eval_shape(functools.partial(first_state, optimizers), params)
-    fixed = Fixed(networks.teacher.specs, jax.ShapeDtypeStruct(TEXTS[0].shape, jnp.float32))
-    after, metrics = jax.eval_shape(functools.partial(step, learns), state, fixed, batch(0))
+    frozen = Frozen(networks.teacher.specs, jax.ShapeDtypeStruct(TEXTS[0].shape, jnp.float32))
+    after, metrics = jax.eval_shape(functools.partial(step, learns), state, frozen, batch(0))
     assert jax.tree.map(lambda a: (a.shape, a.dtype), after) == jax.tree.map(lambda a: (a.shape, a.dtype), state)
     assert {(value.shape, value.dtype) for value in metrics.values()} == {((), jnp.dtype(jnp.float32))}
 
@@ -168,12 +181,10 @@ def test_gradients_do_not_depend_on_how_they_are_computed():
 
     def gradient(accumulation: int = 1, **changes) -> np.ndarray:
         config = dataclasses.replace(DENSE, **changes)
-        networks, recipe = Networks.of(config, config), FlowMatching(LogNormal(0.0))
-        arguments = Phase("student", True, False), Numbers(jnp.float32(1), jnp.int32(1))
+        recipe = FlowMatching(Networks.of(config, config), LogNormal(0.0))
 
         def loss(params, batch):
-            weights = Weights(params, {}, {}, jnp.asarray(TEXTS[-1]))
-            return recipe.student_loss(networks, weights, batch, *arguments)
+            return recipe.loss(NetworkParams(params, {}, {}, jnp.asarray(TEXTS[-1])), batch, StepSchedule())
 
         grads, _ = jax.jit(functools.partial(mean_gradients, loss, accumulation=accumulation))(params, data)
         assert {grad.dtype for grad in grads.values()} == {jnp.dtype(jnp.float32)}
@@ -192,7 +203,7 @@ def test_a_batch_that_does_not_divide():
 
 def test_gradients_that_are_not_finite_count_as_zero():
     params = {"a": jnp.ones(3), "b": jnp.ones(2)}
-    own = adamw(LearningRate(1.0, warm_up=0), betas=(0.0, 0.9), weight_decay=0.0, clip_norm=10.0)
+    own = adamw(learning_rate(1.0, warm_up=0), betas=(0.0, 0.9), weight_decay=0.0, clip_norm=10.0)
     grads = {"a": jnp.asarray([1.0, jnp.nan, -1.0]), "b": jnp.asarray([jnp.inf, 0.5])}
     after, metrics = updated(Trained(params, own.transform.init(params)), grads, own)
     np.testing.assert_allclose(after.params["a"], [0.0, 1.0, 2.0], atol=1e-4)
@@ -219,7 +230,7 @@ def test_muon():
     settings = {"betas": (0.9, 0.99), "weight_decay": 0.0}
     moved = {}
     for make in (muon, adamw):
-        own = make(LearningRate(0.5, warm_up=0), **settings)
+        own = make(learning_rate(0.5, warm_up=0), **settings)
         after, metrics = updated(Trained(params, own.transform.init(params)), grads, own)
         moved[make] = {name: np.asarray(after.params[name] - params[name]) for name in shapes}
         assert float(metrics["learning_rate"]) == 0.5

@@ -24,9 +24,9 @@ from turbojax.pipeline.pipeline import bytes_by_dtype
 from turbojax.pipeline.request import latent_shape
 from turbojax.train.losses import velocity_tangent
 from turbojax.train.recipes import RCM, SLA, Networks, Recipe
-from turbojax.train.schedule import LearningRate, Phases
+from turbojax.train.schedule import Phases, learning_rate
 from turbojax.train.state import initial_state, parameters
-from turbojax.train.step import Fixed, adamw, make_step
+from turbojax.train.step import Frozen, adamw, make_step
 from turbojax.train.times import LogNormal
 from turbojax.train.trigflow import velocity
 from turbojax.weights.random import random_module
@@ -93,9 +93,12 @@ def call_seconds(function: Callable, *arguments: Any) -> float:
 
 
 # Calls of each network in a step, as forward passes: a gradient counts two more, a derivative along a direction one.
-RECIPES: dict[str, tuple[Recipe, dict[str, int]]] = {
-    "sla": (SLA(LogNormal(1.5)), {"teacher": 1, "student": 3}),
-    "scm": (RCM(LogNormal(0.7), phases=Phases(fake=False, loss_scale_dmd=0.0)), {"teacher": 2, "student": 5}),
+RECIPES: dict[str, tuple[Callable[[Networks], Recipe], dict[str, int]]] = {
+    "sla": (lambda networks: SLA(networks, LogNormal(1.5)), {"teacher": 1, "student": 3}),
+    "scm": (
+        lambda networks: RCM(networks, LogNormal(0.7), phases=Phases(fake=False, loss_scale_dmd=0.0)),
+        {"teacher": 2, "student": 5},
+    ),
 }
 # Multiplications and additions a second in bfloat16 with dense operands, as NVIDIA states them.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
@@ -112,20 +115,20 @@ def measure_train_step(
 
     model_flops_utilisation counts what the step has to compute: not the second forward pass of remat.
     """
-    own, calls = RECIPES[recipe]
+    make_recipe, calls = RECIPES[recipe]
     student = dataclasses.replace(config, attention_type="sla", sla_blocks=(64, 64)) if recipe == "sla" else config
     networks = Networks.of(student, config)
-    optimizer = adamw(LearningRate(1e-5), betas=(0.9, 0.999), weight_decay=0.01)
-    step = make_step(own, networks, {"student": optimizer})
+    optimizer = adamw(learning_rate(1e-5), betas=(0.9, 0.999), weight_decay=0.01)
+    step = make_step(make_recipe(networks), {"student": optimizer})
     master = wan_skeleton(dataclasses.replace(student, dtype=jnp.float32))
     params = parameters(random_module(master, what="random student"))
     state = jax.jit(functools.partial(initial_state, student=optimizer.transform), donate_argnums=0)(params)
     del params
     text = jax.random.normal(jax.random.key(0), (1, text_len, config.text_dim), config.dtype)
-    fixed = Fixed(parameters(random_module(networks.teacher, what="random teacher")), text[0])
+    frozen = Frozen(parameters(random_module(networks.teacher, what="random teacher")), text[0])
     batch = {"latents": jax.random.normal(jax.random.key(1), (1, *latents), jnp.float32), "text": text}
-    jax.block_until_ready((state, fixed))
-    held = bytes_by_dtype((state, fixed))
+    jax.block_until_ready((state, frozen))
+    held = bytes_by_dtype((state, frozen))
 
     seconds = []
     with tempfile.TemporaryDirectory() as folder:
@@ -133,7 +136,7 @@ def measure_train_step(
             if i == steps + 1:
                 jax.profiler.start_trace(folder)
             start = time.perf_counter()
-            state, metrics = step(i, state, fixed, batch)
+            state, metrics = step(i, state, frozen, batch)
             jax.block_until_ready(state)
             seconds.append(time.perf_counter() - start)
         jax.profiler.stop_trace()

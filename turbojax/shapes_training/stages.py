@@ -23,11 +23,13 @@ from turbojax.shapes import MODEL, SHIPPED_SIGMA_MAX, SHIPPED_TOPK
 from turbojax.shapes.networks import TEXT_ENCODERS
 from turbojax.shapes.text import ENCODER, TOKENIZER, train_text_encoder, word_tokenizer, write_text_encoder
 from turbojax.shapes.words import vocabulary
+from turbojax.shapes_training.registry import train
 from turbojax.shapes_training.settings import FOLDER
 from turbojax.shapes_training.shards import write_shapes_shards
-from turbojax.train.loop import VAE, stop_requests, train
+from turbojax.train.loop import stop_requests
 from turbojax.train.make_shards import load_encoders
 from turbojax.train.metrics import CURVES, read_curves
+from turbojax.train.runs import TRANSFORMER, VAE
 from turbojax.weights.convert import convert
 from turbojax.weights.files import find_components
 from turbojax.weights.merge import merge
@@ -37,7 +39,6 @@ IMAGES = {"full": (262_144, 8192), "tiny": (8, 4)}
 VIDEOS = {"full": (65_536, 1024), "tiny": (8, 4)}
 TRAINED = ("vae", "image", "teacher", "sla", "rcm", "merged")
 SHIPPED = {"text": (ENCODER, TOKENIZER), "vae": (VAE,)}  # files of a stage that others need
-TRANSFORMER = "transformer.safetensors"
 STORY = "training.json"
 NUMBER = Number(-1e12, 1e12)
 NUMBERS = Map(NUMBER)

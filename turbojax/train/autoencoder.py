@@ -15,8 +15,8 @@ import numpy as np
 
 from turbojax.models import vae as vae_model
 from turbojax.models.vae import VAEConfig, WanVAE
-from turbojax.train.recipes import STUDENT_ALONE, Batch, Loss, Networks, Numbers, Phase, Weights, normal, summary
-from turbojax.train.schedule import Phases
+from turbojax.train.recipes import STUDENT_ALONE, Batch, Loss, NetworkParams, normal, summary
+from turbojax.train.schedule import Phases, StepSchedule
 from turbojax.train.state import in_compute_dtype
 from turbojax.weights.io import write_safetensors
 from turbojax.weights.layouts import layout_tensors, vae_layout
@@ -35,12 +35,14 @@ class Autoencoding:
     for long, since the median of what is there is the background, and the second leaves edges soft.
     """
 
+    skeleton: Skeleton
     kl_scale: float = 2e-4
     ema_rate: float = 0.1
     phases: Phases = STUDENT_ALONE
 
-    def student_loss(self, networks: Networks, weights: Weights, batch: Batch, phase: Phase, numbers: Numbers) -> Loss:
-        vae = networks.student.fill(in_compute_dtype(networks.student, weights.student))
+    def loss(self, params: NetworkParams, batch: Batch, schedule: StepSchedule) -> Loss:
+        del schedule
+        vae = self.skeleton.fill(in_compute_dtype(self.skeleton, params.student))
         video = as_pixels(batch["video"])
         mean, log_variance = encode(vae, video)
         latents = mean + jnp.exp(log_variance / 2) * normal(batch["key"], mean.shape[1:])
@@ -52,12 +54,12 @@ class Autoencoding:
 
 
 def as_pixels(video: Any) -> Any:
-    """uint8 levels to float32 in [-1, 1]."""
+    """Converts uint8 levels to float32 in [-1, 1]."""
     return video.astype(np.float32) / 127.5 - 1
 
 
 def encode(vae: WanVAE, video: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Mean and log variance of the latents, float32, of pixels in [-1, 1]; differentiable, in one chunk."""
+    """Returns mean and log variance of the latents, float32, of pixels in [-1, 1]; differentiable, in one chunk."""
     cache = vae.init_encode_cache(video.shape[0], *video.shape[2:4])
     features, _ = vae.encoder(video.astype(vae.config.dtype), cache, first=True)
     both = vae.quant(features).astype(jnp.float32)
@@ -67,7 +69,7 @@ def encode(vae: WanVAE, video: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def decode(vae: WanVAE, latents: jax.Array) -> jax.Array:
-    """Frames about [-1, 1] in the model's dtype; differentiable, in one chunk."""
+    """Decodes frames about [-1, 1] in the model's dtype; differentiable, in one chunk."""
     cache = vae.init_decode_cache(latents.shape[0], *latents.shape[2:4])
     return vae.decode_chunk(latents, cache, first=True)[0]
 
@@ -75,7 +77,7 @@ def decode(vae: WanVAE, latents: jax.Array) -> jax.Array:
 def normalized(
     params: Mapping[str, np.ndarray], mean: np.ndarray, std: np.ndarray, config: VAEConfig
 ) -> dict[str, np.ndarray]:
-    """Parameters whose latents are (z - mean) / std, z those of `params`, and are decoded to the same frames.
+    """Returns parameters whose latents are (z - mean) / std, z those of `params`, and are decoded to the same frames.
 
     mean, std: `[z_dim]`. With released constants M and S, mu = S z + M: the encoder's last convolution is scaled by
     1 / std, the decoder's first one, which sees mu, by std; log variances shift along.
@@ -96,8 +98,11 @@ def normalized(
 
 
 class Quality(NamedTuple):
-    """Of reconstructions: signal to noise in dB over all pixels; of latents: largest distance of any channel's mean
-    from 0 and deviation from 1."""
+    """Quality of an autoencoder on some videos.
+
+    psnr: of reconstructions, dB over all pixels. mean_off, std_off: largest distance of any latent channel's mean from
+    0, and of its deviation from 1.
+    """
 
     psnr: float
     mean_off: float
@@ -105,7 +110,7 @@ class Quality(NamedTuple):
 
 
 def latent_statistics(vae: WanVAE, videos: Iterable[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and deviation of each latent channel over videos uint8 `[T, H, W, 3]`, float64 `[z_dim]`."""
+    """Returns mean and deviation of each latent channel over videos uint8 `[T, H, W, 3]`, float64 `[z_dim]`."""
     chunk = 2**10  # all at once
     latents = [vae_model.encode(vae, as_pixels(video)[None], chunk=chunk) for video in videos]
     flat = np.concatenate([np.asarray(z, np.float64).reshape(-1, z.shape[-1]) for z in latents])
@@ -113,7 +118,7 @@ def latent_statistics(vae: WanVAE, videos: Iterable[np.ndarray]) -> tuple[np.nda
 
 
 def quality(vae: WanVAE, videos: list[np.ndarray]) -> Quality:
-    """Of videos uint8 `[T, H, W, 3]` that go through the autoencoder as the pipeline runs it."""
+    """Measures videos uint8 `[T, H, W, 3]` that go through the autoencoder as the pipeline runs it."""
     errors = []
     for video in videos:
         latents = vae_model.encode(vae, as_pixels(video)[None], chunk=2**10)

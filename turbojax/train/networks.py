@@ -1,8 +1,8 @@
 """The networks of a run: from checkpoints or at random to the host, and from there to the devices."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import NamedTuple, TypeVar
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,15 +10,12 @@ import numpy as np
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from turbojax.errors import UserError
-from turbojax.models.published import MODELS
-from turbojax.models.vae import VAEConfig
 from turbojax.models.wan import WanConfig
-from turbojax.shapes.networks import AUTOENCODERS, WANS
 from turbojax.sharding import state_shardings
 from turbojax.train.initial import transparent
+from turbojax.train.registry import Registry, named
 from turbojax.train.state import Params, parameters
-from turbojax.train.toy import smooth_in_time, toy_config
+from turbojax.train.toy import smooth_in_time
 from turbojax.weights.encoders import load_vae
 from turbojax.weights.files import find_components, transformer_path
 from turbojax.weights.load import load_wan
@@ -28,7 +25,6 @@ from turbojax.weights.safetensors import ShapeDtype
 from turbojax.weights.skeleton import Skeleton, vae_skeleton, wan_skeleton
 
 HostParams = Mapping[str, np.ndarray]
-TRANSFORMERS = {**MODELS, **WANS, "toy": toy_config}  # by what `model` says
 
 
 class Source(NamedTuple):
@@ -38,22 +34,22 @@ class Source(NamedTuple):
     params: HostParams
 
 
-def open_networks(config: ConfigDict) -> tuple[Source, Source | None]:
-    """The student, which rCM's fake score starts from too, and the teacher of sla and rcm."""
+def open_networks(config: ConfigDict, registry: Registry) -> tuple[Source, Source | None]:
+    """Reads the student, which rCM's fake score starts from too, and the teacher of sla and rcm."""
     sla = config.recipe == "sla"
-    student = open_network(config, config.weights, config.attention_type or ("sla" if sla else None))
+    student = open_network(config, registry, config.weights, config.attention_type or ("sla" if sla else None))
     if config.recipe == "teacher":
         return student, None
-    return student, open_network(config, config.teacher or config.weights, "original" if sla else None)
+    return student, open_network(config, registry, config.teacher or config.weights, "original" if sla else None)
 
 
-def open_network(config: ConfigDict, path: str, attention_type: str | None) -> Source:
-    """A file's network, or a random one; the memory of the devices is not touched."""
+def open_network(config: ConfigDict, registry: Registry, path: str, attention_type: str | None) -> Source:
+    """Reads a file's network, or makes a random one; the memory of the devices is not touched."""
     options = {"attention_type": attention_type, "sla_topk": config.sla_topk, "dtype": jnp.float32}
     random = path == "random"
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         if random:
-            skeleton = wan_skeleton(NetworkOptions(**options).apply(named_config(config.model, TRANSFORMERS)))
+            skeleton = wan_skeleton(NetworkOptions(**options).apply(named(config.model, registry.transformers)))
             module = random_module(skeleton, seed=config.seed, what=f"random {config.model}")
         else:
             module = load_wan(transformer_path(path), NetworkOptions(quant_linear=False, **options))
@@ -65,11 +61,11 @@ def open_network(config: ConfigDict, path: str, attention_type: str | None) -> S
     return Source(dataclasses.replace(module.config, **changes), params)
 
 
-def open_autoencoder(config: ConfigDict) -> tuple[Skeleton, HostParams]:
-    """An autoencoder's structure, in what it computes in, and its parameters on the host, in float32."""
+def open_autoencoder(config: ConfigDict, registry: Registry) -> tuple[Skeleton, HostParams]:
+    """Returns an autoencoder's structure, in what it computes in, and its parameters on the host, in float32."""
     with jax.default_device(jax.local_devices(backend="cpu")[0]):
         if config.weights == "random":
-            own = named_config(config.model, {**AUTOENCODERS, "wan2.1-vae": VAEConfig.wan2_1})
+            own = named(config.model, registry.autoencoders)
             skeleton = vae_skeleton(dataclasses.replace(own, dtype=jnp.float32))
             module = random_module(skeleton, seed=config.seed, what=f"random {config.model} autoencoder")
         else:
@@ -80,17 +76,8 @@ def open_autoencoder(config: ConfigDict) -> tuple[Skeleton, HostParams]:
     return vae_skeleton(dataclasses.replace(module.config, dtype=jnp.dtype(config.dtype))), params
 
 
-C = TypeVar("C")
-
-
-def named_config(model: str, models: Mapping[str, Callable[[], C]]) -> C:
-    if model not in models:
-        raise UserError(f"{model=} is unknown; choose one of {', '.join(models)}")
-    return models[model]()
-
-
 def place(params: HostParams, like: Mapping[str, ShapeDtype]) -> Params:
-    """Parameters on the devices of the mesh in force, in the dtypes of `like` and those of its names."""
+    """Puts parameters on the devices of the mesh in force, in the dtypes of `like` and those of its names."""
     shardings = state_shardings(like)
 
     def put(name: str) -> jax.Array:
@@ -101,7 +88,7 @@ def place(params: HostParams, like: Mapping[str, ShapeDtype]) -> Params:
 
 
 def to_host(params: Params) -> dict[str, np.ndarray]:
-    """Whole parameters on every host."""
+    """Copies whole parameters to every host."""
     if jax.process_count() == 1:
         return {name: np.asarray(value) for name, value in params.items()}
     return {name: multihost_utils.process_allgather(value, tiled=True) for name, value in params.items()}

@@ -1,13 +1,13 @@
 """The three recipes: what a network learns from a batch, with all that is random drawn from the batch's keys.
 
-B batch. Each sample has a random key of its own, so that a loss does not depend on how a batch is cut into
-micro-batches or spread over devices. A loss is (networks, weights, batch, phase, numbers) -> (mean over the samples,
-metrics).
+B batch. A recipe has the structure of its networks from when it is made; recipe.loss(params, batch, schedule) gives the
+mean over the samples, and metrics. Each sample has a random key of its own, so that a loss does not depend on how a
+batch is cut into micro-batches or spread over devices.
 """
 
 import dataclasses
 import functools
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +17,9 @@ from turbojax import diffusion
 from turbojax.models.wan import WanConfig
 from turbojax.train import losses
 from turbojax.train.losses import Tangent
-from turbojax.train.schedule import Phases
+from turbojax.train.schedule import Phases, StepSchedule
 from turbojax.train.state import Params, in_compute_dtype
-from turbojax.train.times import Times, UniformShift, drawn_simulation_times, fixed_simulation_times
+from turbojax.train.times import Times, UniformShift, discrete_times, drawn_simulation_times, fixed_simulation_times
 from turbojax.train.trigflow import Velocity, guided
 from turbojax.weights.skeleton import Skeleton, wan_skeleton
 
@@ -44,8 +44,8 @@ class Networks(NamedTuple):
         return cls(wan_skeleton(student), wan_skeleton(tangent), wan_skeleton(teacher))
 
 
-class Weights(NamedTuple):
-    """All that a loss may need, empty where a recipe has no such network.
+class NetworkParams(NamedTuple):
+    """Parameters that a loss may need, empty where a recipe has no such network.
 
     critic: rCM's fake score. negative: the negative prompt's embedding, [S, D].
     """
@@ -53,26 +53,11 @@ class Weights(NamedTuple):
     student: Params
     critic: Params
     teacher: Params
-    negative: jax.Array
-
-
-class Phase(NamedTuple):
-    """What an iteration does: who learns, from which losses. Each combination is compiled once."""
-
-    learner: Literal["student", "critic"]
-    consistency: bool
-    matching: bool
-
-
-class Numbers(NamedTuple):
-    """What else depends on the iteration: r of the consistency loss, and steps of the student's own samples."""
-
-    warmup: jax.Array
-    simulation_steps: jax.Array
+    negative: jax.Array | None = None
 
 
 class Recipe(Protocol):
-    """Has besides student_loss, where its phases need it critic_loss."""
+    """A loss, by which the schedule's learner learns, and when which network does."""
 
     @property
     def phases(self) -> Phases: ...
@@ -80,32 +65,33 @@ class Recipe(Protocol):
     @property
     def ema_rate(self) -> float: ...
 
-    def student_loss(
-        self, networks: Networks, weights: Weights, batch: Batch, phase: Phase, numbers: Numbers, /
-    ) -> Loss: ...
+    def loss(self, params: NetworkParams, batch: Batch, schedule: StepSchedule, /) -> Loss: ...
 
 
 STUDENT_ALONE = Phases(tangent_warmup=0, fake=False)
 PUBLISHED_PHASES = Phases()
 PUBLISHED_SCORE_TIMES = UniformShift(5.0)
+UNIFORM = UniformShift(0.0)
 
 
 @dataclasses.dataclass(frozen=True)
 class FlowMatching:
-    """A teacher learns from data. text_dropout: share of samples that see the negative prompt in place of theirs."""
+    """A teacher learns from data. text_dropout: fraction of samples that see the negative prompt in place of theirs."""
 
+    networks: Networks
     times: Times
     text_dropout: float = 0.1
     ema_rate: float = 0.1
     phases: Phases = STUDENT_ALONE
 
-    def student_loss(self, networks: Networks, weights: Weights, batch: Batch, phase: Phase, numbers: Numbers) -> Loss:
-        noise_key, time_key, dropout_key = streams(batch["key"], 3)
+    def loss(self, params: NetworkParams, batch: Batch, schedule: StepSchedule) -> Loss:
+        assert params.negative is not None
+        noise_key, time_key, dropout_key = split_keys(batch["key"], 3)
         x0, eps = with_noise(batch, noise_key)
         s = self.times.rf(standard(self.times, time_key))
         dropped = jax.vmap(lambda key: jax.random.bernoulli(key, self.text_dropout))(dropout_key)
-        text = jnp.where(dropped[:, None, None], weights.negative[None], batch["text"])
-        _, aux = losses.flow_matching(network(networks.student, weights.student), x0, eps, s, text)
+        text = jnp.where(dropped[:, None, None], params.negative[None], batch["text"])
+        _, aux = losses.flow_matching(network(self.networks.student, params.student), x0, eps, s, text)
         return summary(loss=aux["loss"])
 
 
@@ -113,15 +99,17 @@ class FlowMatching:
 class SLA:
     """A network with sparse-linear attention learns the velocities of the dense one."""
 
+    networks: Networks
     times: Times
     ema_rate: float = 0.1
     phases: Phases = STUDENT_ALONE
 
-    def student_loss(self, networks: Networks, weights: Weights, batch: Batch, phase: Phase, numbers: Numbers) -> Loss:
-        noise_key, time_key = streams(batch["key"], 2)
+    def loss(self, params: NetworkParams, batch: Batch, schedule: StepSchedule) -> Loss:
+        noise_key, time_key = split_keys(batch["key"], 2)
         x0, eps = with_noise(batch, noise_key)
         s = self.times.rf(standard(self.times, time_key))
-        student, teacher = network(networks.student, weights.student), network(networks.teacher, weights.teacher)
+        student = network(self.networks.student, params.student)
+        teacher = network(self.networks.teacher, params.teacher)
         _, aux = losses.white_box(student, teacher, x0, eps, s, batch["text"])
         return summary(loss=aux["loss"])
 
@@ -133,65 +121,70 @@ class RCM:
     times: of the consistency loss. score_times: of the noise at which teacher and fake score judge samples.
     simulation_times: between the student's own steps; None takes those of sampling.
     guidance: the teacher's. tangent, tangent_step: see `losses.velocity_tangent`.
+    discrete_steps: the teacher's Euler steps in discrete-time consistency; 0 for continuous time.
     """
 
+    networks: Networks
     times: Times
     score_times: Times = PUBLISHED_SCORE_TIMES
     simulation_times: Times | None = None
     guidance: float = 5.0
     tangent: Tangent = "exact"
     tangent_step: float = 1e-4
+    discrete_steps: int = 0
     ema_rate: float = 0.1
     phases: Phases = PUBLISHED_PHASES
 
-    def student_loss(self, networks: Networks, weights: Weights, batch: Batch, phase: Phase, numbers: Numbers) -> Loss:
-        noise_key, time_key, simulation_key, score_key = streams(batch["key"], 4)
-        student, teacher = network(networks.student, weights.student), self.guided_teacher(networks, weights, batch)
+    def loss(self, params: NetworkParams, batch: Batch, schedule: StepSchedule) -> Loss:
+        return (self.student_loss if schedule.learner == "student" else self.critic_loss)(params, batch, schedule)
+
+    def student_loss(self, params: NetworkParams, batch: Batch, schedule: StepSchedule) -> Loss:
+        """Consistency and distribution matching, as the schedule says."""
+        noise_key, time_key, simulation_key, score_key = split_keys(batch["key"], 4)
+        student, teacher = network(self.networks.student, params.student), self.guided_teacher(params, batch)
         parts = {}
-        if phase.consistency:
+        if schedule.consistency:
             x0, eps = with_noise(batch, noise_key)
-            t = self.times.trig(standard(self.times, time_key))
-            skeleton = networks.student if self.tangent == "difference" else networks.tangent
-            _, aux = losses.consistency(
-                student,
-                network(skeleton, lax.stop_gradient(weights.student)),
-                teacher,
-                x0,
-                eps,
-                t,
-                batch["text"],
-                warmup=numbers.warmup,
-                tangent=self.tangent,
-                step=self.tangent_step,
-                scale=self.phases.loss_scale,
-            )
+            scale = self.phases.loss_scale
+            if self.discrete_steps:
+                frozen = network(self.networks.student, lax.stop_gradient(params.student))
+                times = discrete_times(standard(UNIFORM, time_key), self.discrete_steps)
+                _, aux = losses.discrete_consistency(
+                    student, frozen, teacher, x0, eps, times, batch["text"], scale=scale
+                )
+            else:
+                skeleton = self.networks.student if self.tangent == "difference" else self.networks.tangent
+                frozen = network(skeleton, lax.stop_gradient(params.student))
+                t = self.times.trig(standard(self.times, time_key))
+                how: dict[str, Any] = dict(tangent=self.tangent, step=self.tangent_step, warmup=schedule.warmup)
+                _, aux = losses.consistency(student, frozen, teacher, x0, eps, t, batch["text"], scale=scale, **how)
             parts["consistency"] = aux["loss"]
-        if phase.matching:
-            sample = self.simulate(networks, weights, batch, simulation_key, numbers)
+        if schedule.matching:
+            sample = self.simulate(params, batch, simulation_key, schedule)
             eps, t = self.score_noise(batch, score_key)
-            fake = network(networks.student, weights.critic)
+            fake = network(self.networks.student, params.critic)
             _, aux = losses.distribution_matching(sample, fake, teacher, eps, t, batch["text"])
             parts["distribution_matching"] = self.phases.loss_scale_dmd * aux["loss"]
         return summary(loss=jnp.stack(list(parts.values())).sum(axis=0), **parts)
 
-    def critic_loss(self, networks: Networks, weights: Weights, batch: Batch, phase: Phase, numbers: Numbers) -> Loss:
-        """The fake score learns what the student makes."""
-        simulation_key, score_key = streams(batch["key"], 2)
-        sample = self.simulate(networks, weights, batch, simulation_key, numbers)
+    def critic_loss(self, params: NetworkParams, batch: Batch, schedule: StepSchedule) -> Loss:
+        """Loss of the fake score on what the student makes."""
+        simulation_key, score_key = split_keys(batch["key"], 2)
+        sample = self.simulate(params, batch, simulation_key, schedule)
         eps, t = self.score_noise(batch, score_key)
-        _, aux = losses.fake_score(sample, network(networks.student, weights.critic), eps, t, batch["text"])
+        _, aux = losses.fake_score(sample, network(self.networks.student, params.critic), eps, t, batch["text"])
         return summary(fake_score=aux["loss"])
 
-    def guided_teacher(self, networks: Networks, weights: Weights, batch: Batch) -> Velocity:
-        negative = jnp.broadcast_to(weights.negative[None], batch["text"].shape)
-        return guided(network(networks.teacher, weights.teacher), negative, self.guidance)
+    def guided_teacher(self, params: NetworkParams, batch: Batch) -> Velocity:
+        """The teacher under guidance by the negative prompt."""
+        assert params.negative is not None
+        negative = jnp.broadcast_to(params.negative[None], batch["text"].shape)
+        return guided(network(self.networks.teacher, params.teacher), negative, self.guidance)
 
-    def simulate(
-        self, networks: Networks, weights: Weights, batch: Batch, key: jax.Array, numbers: Numbers
-    ) -> jax.Array:
-        """The student's own samples, `[B, t, h, w, c]`; the gradient goes through the last of their steps."""
+    def simulate(self, params: NetworkParams, batch: Batch, key: jax.Array, schedule: StepSchedule) -> jax.Array:
+        """Draws the student's own samples, `[B, t, h, w, c]`; the gradient goes through the last of their steps."""
         most = self.phases.max_simulation_steps
-        noise_key, time_key = streams(key, 2)
+        noise_key, time_key = split_keys(key, 2)
         noise = normal(noise_key, (most, *batch["latents"].shape[1:])).swapaxes(0, 1)
         if self.simulation_times is None:
             times = fixed_simulation_times(len(key))
@@ -199,23 +192,23 @@ class RCM:
             draws = standard(self.simulation_times, time_key, (most - 1,))
             times = drawn_simulation_times(self.simulation_times.trig(draws).T)
         return losses.simulate(
-            network(networks.student, weights.student),
-            network(networks.student, lax.stop_gradient(weights.student)),
+            network(self.networks.student, params.student),
+            network(self.networks.student, lax.stop_gradient(params.student)),
             noise,
             times,
             batch["text"],
-            num_steps=numbers.simulation_steps,
+            num_steps=schedule.simulation_steps,
         )
 
     def score_noise(self, batch: Batch, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Noise `[B, t, h, w, c]` and TrigFlow times `[B]` at which samples are judged."""
-        noise_key, time_key = streams(key, 2)
+        """Draws noise `[B, t, h, w, c]` and TrigFlow times `[B]` at which samples are judged."""
+        noise_key, time_key = split_keys(key, 2)
         t = self.score_times.trig(standard(self.score_times, time_key))
         return normal(noise_key, batch["latents"].shape[1:]), t
 
 
 def network(skeleton: Skeleton, params: Params) -> Velocity:
-    """The network with these parameters, cast to the dtypes it computes in.
+    """Fills the network with these parameters, cast to the dtypes it computes in.
 
     A bfloat16 network gets bfloat16 timesteps, as the reference has them in training and sampling.
     """
@@ -227,13 +220,13 @@ def network(skeleton: Skeleton, params: Params) -> Velocity:
 
 
 def summary(**parts: jax.Array) -> Loss:
-    """Means of losses `[B]`: the first is what is minimized, all are metrics."""
+    """Returns means of losses `[B]`: the first is what is minimized, all are metrics."""
     means = {name: jnp.mean(loss) for name, loss in parts.items()}
     return next(iter(means.values())), means
 
 
 def with_noise(batch: Batch, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """The data in float32 and as much noise."""
+    """Returns the data in float32, and as much noise."""
     x0 = batch["latents"].astype(jnp.float32)
     return x0, normal(keys, x0.shape[1:])
 
@@ -242,17 +235,17 @@ def with_noise(batch: Batch, keys: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def sample_keys(seed: int, step: jax.Array, count: int) -> jax.Array:
-    """A key for each sample of a step's batch."""
+    """Makes a key for each sample of a step's batch."""
     return jax.random.split(jax.random.fold_in(jax.random.key(seed), step), count)
 
 
-def streams(keys: jax.Array, count: int) -> jax.Array:
-    """Independent keys `[count, B]`."""
+def split_keys(keys: jax.Array, count: int) -> jax.Array:
+    """Makes independent keys `[count, B]`."""
     return jax.vmap(functools.partial(jax.random.split, num=count), out_axes=1)(keys)
 
 
 def normal(keys: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Standard normal `[B, *shape]`."""
+    """Draws standard normal `[B, *shape]`."""
     return jax.vmap(lambda key: diffusion.normal(key, shape))(keys)
 
 

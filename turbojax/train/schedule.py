@@ -1,20 +1,21 @@
-"""What depends on the iteration: EMA, the phases of distillation, learning rates. Host numbers are float64.
+"""Everything that depends on the iteration: EMA, the phases of distillation, learning rates. Host numbers are float64.
 
 Source: rCM, arXiv 2510.08431; EMA exponents: Karras et al., arXiv 2312.02696; rcm/utils/lr_scheduler.py.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from turbojax.errors import UserError
 
 
 def ema_exponent(rate: float) -> float:
-    """gamma of the power-function EMA of width `rate`: rate^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)).
+    """Returns gamma of the power-function EMA of width `rate`: rate^2 = (gamma + 1) / ((gamma + 2)^2 (gamma + 3)).
 
     The positive root of gamma^3 + 7 gamma^2 + (16 - rate^-2) gamma + 12 - rate^-2; 6.94 for the usual 0.1.
     Raises UserError for a rate outside (0, 0.288).
@@ -26,7 +27,7 @@ def ema_exponent(rate: float) -> float:
 
 
 def ema_beta(iteration: int, *, rate: float = 0.1, shift: int = 0) -> float:
-    """What the EMA keeps of itself: (1 - 1 / (i + 1))^(gamma + 1), i = iteration + shift, 0 for i < 1.
+    """Returns the EMA's share of itself, (1 - 1 / (i + 1))^(gamma + 1), i = iteration + shift, 0 for i < 1.
 
     iteration: effective iteration of the student; the first update is a copy.
     """
@@ -35,7 +36,7 @@ def ema_beta(iteration: int, *, rate: float = 0.1, shift: int = 0) -> float:
 
 
 def ema_update(ema: Any, weights: Any, beta: float | jax.Array) -> Any:
-    """beta ema + (1 - beta) weights over two trees of arrays; each keeps the dtype of the EMA."""
+    """Returns beta ema + (1 - beta) weights over two trees of arrays; each keeps the dtype of the EMA."""
     beta = jnp.asarray(beta, jnp.float32)
 
     def mix(old: jax.Array, new: jax.Array) -> jax.Array:
@@ -44,9 +45,25 @@ def ema_update(ema: Any, weights: Any, beta: float | jax.Array) -> Any:
     return jax.tree.map(mix, ema, weights)
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StepSchedule:
+    """What one step does: who learns, from which losses (each combination is compiled once), and scalars.
+
+    warmup: r of the consistency loss. simulation_steps: of the student's own samples. ema_beta: see `ema_update`.
+    """
+
+    learner: Literal["student", "critic"] = dataclasses.field(default="student", metadata={"static": True})
+    consistency: bool = dataclasses.field(default=True, metadata={"static": True})
+    matching: bool = dataclasses.field(default=False, metadata={"static": True})
+    warmup: jax.Array | float = 1.0
+    simulation_steps: jax.Array | int = 1
+    ema_beta: jax.Array | float = 0.0
+
+
 @dataclasses.dataclass(frozen=True)
 class Phases:
-    """Which network learns in which iteration, and from which losses.
+    """Tells which network learns in which iteration, and from which losses.
 
     Before `tangent_warmup` every iteration is the student's, with the consistency loss alone. Afterwards every
     `student_freq`-th is the student's, with the DMD loss as well, and the others train the fake score.
@@ -69,65 +86,65 @@ class Phases:
         if self.loss_scale <= 0 and not matching:
             raise UserError(f"{self} has iterations without a loss; use a positive loss_scale, 100 is usual")
 
+    def at(self, iteration: int, *, ema_rate: float) -> StepSchedule:
+        """Returns what an iteration does, the scalars as arrays."""
+        return StepSchedule(
+            learner="student" if self.is_student(iteration) else "critic",
+            consistency=self.has_consistency(iteration),
+            matching=self.has_distribution_matching(iteration),
+            warmup=jnp.float32(self.warmup_ratio(iteration)),
+            simulation_steps=jnp.int32(self.simulation_steps(iteration)),
+            ema_beta=jnp.float32(ema_beta(self.effective_iteration(iteration), rate=ema_rate)),
+        )
+
     def is_student(self, iteration: int) -> bool:
-        """Whether the student learns; else the fake score does."""
+        """Returns True if the student learns; else the fake score does."""
         past = iteration - self.tangent_warmup
         return not self.fake or self.loss_scale_dmd == 0 or past < 0 or past % self.student_freq == 0
 
     def has_consistency(self, iteration: int) -> bool:
-        """Whether the consistency loss is part of the iteration."""
+        """Returns True if the consistency loss is part of the iteration."""
         return self.is_student(iteration) and self.loss_scale > 0
 
     def has_distribution_matching(self, iteration: int) -> bool:
-        """Whether the DMD loss is part of the iteration."""
+        """Returns True if the DMD loss is part of the iteration."""
         wanted = self.fake and self.loss_scale_dmd > 0 and iteration >= self.tangent_warmup
         return self.is_student(iteration) and wanted
 
     def effective_iteration(self, iteration: int) -> int:
-        """Iterations of the student so far."""
+        """Counts the student's iterations so far."""
         if not self.fake or iteration < self.tangent_warmup:
             return iteration
         return self.tangent_warmup + (iteration - self.tangent_warmup) // self.student_freq
 
     def effective_iteration_fake(self, iteration: int) -> int:
-        """Iterations of the fake score so far, counted from -1."""
+        """Counts the fake score's iterations so far, from -1."""
         return iteration - self.effective_iteration(iteration) - 1
 
     def simulation_steps(self, iteration: int) -> int:
-        """Steps of the backward simulation: 1 to max_simulation_steps in turn, for student and fake score apart."""
+        """Returns the backward simulation's steps: 1 to max_simulation_steps in turn, for both networks apart."""
         own = self.effective_iteration if self.is_student(iteration) else self.effective_iteration_fake
         return self.steps_in_turn(own(iteration))
 
     def steps_in_turn(self, effective_iteration: int) -> int:
-        """1 to max_simulation_steps, and again from 1."""
+        """Returns 1 to max_simulation_steps, and again from 1."""
         return effective_iteration % self.max_simulation_steps + 1
 
     def warmup_ratio(self, iteration: int) -> float:
-        """r of `losses.consistency`: from 0 to 1 over tangent_warmup iterations, 1 without."""
+        """Returns r of `losses.consistency`: from 0 to 1 over tangent_warmup iterations, 1 without."""
         return min(1.0, iteration / self.tangent_warmup) if self.tangent_warmup else 1.0
 
 
-@dataclasses.dataclass(frozen=True)
-class LearningRate:
-    """Optax schedule: peak times a factor that rises from `start` to 1 in `warm_up` steps and then falls to `end`.
+def learning_rate(
+    peak: float, *, warm_up: int = 100, start: float = 1e-6, end: float = 1.0, cycle: float = 1e13
+) -> optax.Schedule:
+    """Returns peak times a factor that rises from `start` to 1 in `warm_up` steps and then falls to `end`.
 
     The fall is linear and ends at step `cycle`; end = 1 keeps the rate constant. Steps count the optimizer's own.
     Published: peak 1e-5 (SLA); 2e-6 and 4e-7 for the fake score (1.3B); 1e-6 and 1e-7 (14B).
     """
-
-    peak: float
-    warm_up: int = 100
-    start: float = 1e-6
-    end: float = 1.0
-    cycle: float = 1e13
-
-    def __post_init__(self):
-        if not 0 <= self.warm_up < self.cycle:
-            raise UserError(f"warm_up={self.warm_up} must be a number of steps from 0 on, below cycle={self.cycle:g}")
-
-    def __call__(self, step: Any) -> Any:
-        """The rate after `step` steps: float64 on the host, float32 where step is a JAX array."""
-        xp, n = (jnp, step.astype(jnp.float32)) if isinstance(step, jax.Array) else (np, np.float64(step))
-        rise = self.start + (1 - self.start) * n / max(self.warm_up, 1)
-        fall = 1 + (self.end - 1) * xp.clip((n - self.warm_up) / (self.cycle - self.warm_up), 0, 1)
-        return self.peak * xp.where(n < self.warm_up, rise, fall)
+    if not 0 <= warm_up < cycle:
+        raise UserError(f"{warm_up=} must be a number of steps from 0 on, below {cycle=:g}")
+    rise = optax.linear_schedule(start * peak, peak, max(warm_up, 1))
+    fall = optax.linear_schedule(peak, end * peak, cycle - warm_up)
+    return optax.join_schedules([rise, fall], [warm_up])

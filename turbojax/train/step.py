@@ -1,7 +1,7 @@
 """One optimizer step: gradients over micro-batches, AdamW or Muon, and the average of the weights.
 
-    step = make_step(recipe, networks, {"student": adamw(...)}, accumulation=4, seed=0)
-    state, metrics = step(iteration, state, fixed, batch)
+    step = make_step(recipe, {"student": adamw(...)}, accumulation=4, seed=0)
+    state, metrics = step(iteration, state, frozen, batch)
 
 Master weights, their gradients and their average are float32. A step depends on its state, batch and seed alone.
 """
@@ -20,38 +20,40 @@ from optax.contrib import MuonDimensionNumbers
 
 from turbojax.errors import UserError
 from turbojax.sharding import as_sharded
-from turbojax.train.recipes import Batch, Loss, Metrics, Networks, Numbers, Phase, Recipe, Weights, sample_keys
-from turbojax.train.schedule import LearningRate, ema_beta, ema_update
+from turbojax.train.recipes import Batch, Loss, Metrics, NetworkParams, Recipe, sample_keys
+from turbojax.train.schedule import StepSchedule, ema_update
 from turbojax.train.state import Params, Trained, TrainState
 
 
-class Fixed(NamedTuple):
-    """What no step changes: the teacher's parameters (none for flow matching), the negative prompt [S, D]."""
+class Frozen(NamedTuple):
+    """Arrays that no step changes: the teacher's parameters (none for flow matching), the negative prompt [S, D]."""
 
     teacher: Params
-    negative: jax.Array
+    negative: jax.Array | None = None
 
 
 class Optimizer(NamedTuple):
     """A transform of gradients and the learning rate that is part of it."""
 
-    rate: LearningRate
+    rate: optax.Schedule
     transform: optax.GradientTransformation
 
 
 # Layers at a network's ends, whose rows stand for single inputs or outputs.
 FIRST_OR_LAST = re.compile(r"(encoder|decoder)\.conv_(in|out)|quant|post_quant|patch_embedding|head\.proj")
 
-Step = Callable[[int, TrainState, Fixed, Batch], tuple[TrainState, Metrics]]
+Step = Callable[[int, TrainState, Frozen, Batch], tuple[TrainState, Metrics]]
 
 
-def adamw(rate: LearningRate, *, betas: tuple[float, float], weight_decay: float, clip_norm: float = 0.0) -> Optimizer:
-    """AdamW with decay of all parameters; clip_norm: the largest norm of all gradients together, 0 for any."""
+def adamw(
+    rate: optax.Schedule, *, betas: tuple[float, float], weight_decay: float, clip_norm: float = 0.0
+) -> Optimizer:
+    """Makes AdamW with decay of all parameters; clip_norm: the largest norm of all gradients together, 0 for any."""
     return Optimizer(rate, clipped(optax.adamw(rate, *betas, weight_decay=weight_decay), clip_norm))
 
 
-def muon(rate: LearningRate, *, betas: tuple[float, float], weight_decay: float, clip_norm: float = 0.0) -> Optimizer:
-    """Muon for the matrices inside a network, `adamw` for the rest: `matrices` tells them apart.
+def muon(rate: optax.Schedule, *, betas: tuple[float, float], weight_decay: float, clip_norm: float = 0.0) -> Optimizer:
+    """Makes Muon for the matrices inside a network, `adamw` for the rest: `matrices` tells them apart.
 
     A matrix moves by the nearest orthogonal one to its gradients' average, scaled to the size of AdamW's steps, so that
     AdamW's learning rates hold (arXiv 2502.16982).
@@ -69,12 +71,12 @@ def muon(rate: LearningRate, *, betas: tuple[float, float], weight_decay: float,
 
 
 def clipped(transform: optax.GradientTransformation, clip_norm: float) -> optax.GradientTransformation:
-    """With or without clipping the state has one structure, so that a run may go on with the other."""
+    """Puts clipping before a transform; without it the state has one structure, so that a run may go on with it."""
     return optax.chain(optax.clip_by_global_norm(clip_norm) if clip_norm else optax.identity(), transform)
 
 
 def matrices(params: Mapping[str, Any]) -> dict[str, MuonDimensionNumbers | None]:
-    """Axes in and out of what is a matrix: weights `[layers, out, in]`, kernels `[time, height, width, in, out]`."""
+    """Returns axes in and out of matrices: weights `[layers, out, in]`, kernels `[time, height, width, in, out]`."""
 
     def axes(name: str, value: Any) -> MuonDimensionNumbers | None:
         layer, _, kind = name.rpartition(".")
@@ -87,55 +89,45 @@ def matrices(params: Mapping[str, Any]) -> dict[str, MuonDimensionNumbers | None
     return {name: axes(name, value) for name, value in params.items()}
 
 
-def make_step(
-    recipe: Recipe, networks: Networks, optimizers: Mapping[str, Optimizer], *, accumulation: int = 1, seed: int = 0
-) -> Step:
-    """step(iteration, state, fixed, batch) -> (state, metrics); the state that goes in is used up.
+def make_step(recipe: Recipe, optimizers: Mapping[str, Optimizer], *, accumulation: int = 1, seed: int = 0) -> Step:
+    """Makes step(iteration, state, frozen, batch) -> (state, metrics); the state that goes in is used up.
 
     iteration: `state.step` as the host counts it, which decides whether the student or rCM's critic learns.
     optimizers: by "student" and "critic". accumulation: micro-batches of a batch; their gradients are averaged.
     """
-    phases = recipe.phases
 
-    @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
-    def run(phase: Phase, state: TrainState, fixed: Fixed, batch: Batch, numbers: Numbers, beta: jax.Array):
-        learner: str = phase.learner
-        weights: Any = Weights(state.student.params, {} if state.critic is None else state.critic.params, *fixed)
+    @functools.partial(jax.jit, donate_argnums=0)
+    def run(state: TrainState, frozen: Frozen, batch: Batch, schedule: StepSchedule) -> tuple[TrainState, Metrics]:
+        learner: str = schedule.learner
+        params: Any = NetworkParams(state.student.params, state.critic.params if state.critic else {}, *frozen)
         batch = batch | {"key": sample_keys(seed, state.step, batch_size(batch))}
-        own_loss = getattr(recipe, f"{learner}_loss")
 
-        def loss(params: Params, batch: Batch) -> Loss:
-            return own_loss(networks, weights._replace(**{learner: params}), batch, phase, numbers)
+        def loss(own: Params, batch: Batch) -> Loss:
+            return recipe.loss(params._replace(**{learner: own}), batch, schedule)
 
-        grads, metrics = mean_gradients(loss, getattr(weights, learner), batch, accumulation=accumulation)
+        grads, metrics = mean_gradients(loss, getattr(params, learner), batch, accumulation=accumulation)
         trained, norms = updated(getattr(state, learner), grads, optimizers[learner])
         changes: dict[str, Any] = {"step": state.step + 1, learner: trained}
         if learner == "student":
-            changes["ema"] = ema_update(state.ema, trained.params, beta)
+            changes["ema"] = ema_update(state.ema, trained.params, schedule.ema_beta)
         metrics |= {f"{learner}_{name}": value for name, value in norms.items()}
         return as_sharded(dataclasses.replace(state, **changes)), metrics
 
-    def step(iteration: int, state: TrainState, fixed: Fixed, batch: Batch) -> tuple[TrainState, Metrics]:
-        phase = Phase(
-            "student" if phases.is_student(iteration) else "critic",
-            phases.has_consistency(iteration),
-            phases.has_distribution_matching(iteration),
-        )
-        numbers = Numbers(jnp.float32(phases.warmup_ratio(iteration)), jnp.int32(phases.simulation_steps(iteration)))
-        beta = jnp.float32(ema_beta(phases.effective_iteration(iteration), rate=recipe.ema_rate))
-        return run(phase, state, fixed, batch, numbers, beta)
+    def step(iteration: int, state: TrainState, frozen: Frozen, batch: Batch) -> tuple[TrainState, Metrics]:
+        return run(state, frozen, batch, recipe.phases.at(iteration, ema_rate=recipe.ema_rate))
 
     return step
 
 
 def batch_size(batch: Batch) -> int:
+    """Counts the samples of a batch."""
     return len(next(iter(batch.values())))
 
 
 def mean_gradients(
     loss: Callable[[Params, Batch], Loss], params: Params, batch: Batch, *, accumulation: int
 ) -> tuple[Params, Metrics]:
-    """Gradients and metrics of a loss, averaged over the micro-batches of a batch.
+    """Returns gradients and metrics of a loss, averaged over the micro-batches of a batch.
 
     Every micro-batch takes each accumulation-th sample, so that it spreads over all devices as the batch does.
     Raises UserError for a batch that does not divide.
@@ -161,10 +153,10 @@ def mean_gradients(
 
 
 def updated(trained: Trained, grads: Params, optimizer: Optimizer) -> tuple[Trained, Metrics]:
-    """The network after the optimizer's step; NaN and infinite gradients count as zero, as in the reference."""
+    """Returns the network after the optimizer's step; NaN and infinite gradients count as zero, as in the reference."""
     (_, schedule), *_ = optax.tree_utils.tree_get_all_with_path(trained.optimizer, "ScaleByScheduleState")
     finite = jax.tree.map(lambda g: jnp.where(jnp.isfinite(g), g, 0), grads)
     with jax.numpy_dtype_promotion("standard"):  # Optax raises floats to whole numbers
         changes, state = optimizer.transform.update(finite, trained.optimizer, trained.params)
-    metrics = {"gradient_norm": optax.tree.norm(grads), "learning_rate": optimizer.rate(schedule.count)}
+        metrics = {"gradient_norm": optax.tree.norm(grads), "learning_rate": optimizer.rate(schedule.count)}
     return Trained(optax.apply_updates(trained.params, changes), state), metrics

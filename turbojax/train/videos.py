@@ -16,7 +16,6 @@ from turbojax.media.video import check_path, save_video
 from turbojax.pipeline.decode import decode
 from turbojax.pipeline.denoise import sample
 from turbojax.pipeline.text import TextEncoder
-from turbojax.shapes import MODEL
 from turbojax.train.config import make_video_sampler
 from turbojax.train.data import Shards
 from turbojax.train.state import Params, in_compute_dtype
@@ -28,7 +27,7 @@ MakeVideos = Callable[[int, Params], list[Path]]
 
 
 def prepare_videos(config: ConfigDict, shards: Shards, skeleton: Skeleton, folder: Path) -> MakeVideos:
-    """make_videos(step, parameters): one video a prompt, of the size of the data, always from the same noise.
+    """Makes make_videos(step, parameters): one video a prompt, of the size of the data, always from the same noise.
 
     Prompts are encoded here and the encoder is dropped; without any, they are those of the first samples of the data.
     """
@@ -59,8 +58,8 @@ def prepare_videos(config: ConfigDict, shards: Shards, skeleton: Skeleton, folde
     def make_videos(step: int, params: Params) -> list[Path]:
         graph, state = nnx.split(skeleton.fill(in_compute_dtype(skeleton, params)))
         guidance = jnp.float32(config.sample_guidance)
-        steps, start = (0, sampler.num_steps), sampler.initial(noise)
-        latents = run(graph, sampler, steps, state, start, text, negative, guidance, step_key, None, None, {})
+        span, start = (0, sampler.num_steps), sampler.initial(noise)
+        latents = run(graph, sampler, span, state, start, text, negative, guidance, step_key, None, None, {})
         if jax.process_count() > 1:
             latents = multihost_utils.process_allgather(latents, tiled=True)
         # By every process: under a mesh that is a computation of all.
@@ -77,11 +76,11 @@ def prepare_videos(config: ConfigDict, shards: Shards, skeleton: Skeleton, folde
 
 
 def component(config: ConfigDict, name: str) -> Path:
-    """The path of the VAE, text encoder or tokenizer: the one given, the demo's, or the downloaded one."""
-    given = MODEL if config[name] == "demo" else config[name]
-    return find_components(None, {name: given})[name]
+    """Returns the path of the VAE, text encoder or tokenizer: the one given, or the downloaded one."""
+    return find_components(None, {name: config[name]})[name]
 
 
 def check_width(name: str, width: int, expected: int) -> None:
+    """Raises UserError for a component that the data were not made with."""
     if width != expected:
         raise UserError(f"{name} has {width} channels and the data {expected}; give the {name} that made the data")

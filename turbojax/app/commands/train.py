@@ -14,8 +14,8 @@ from turbojax.config import describe_settings
 from turbojax.sharding import initialize_distributed
 
 try:
+    from turbojax.shapes_training.registry import train
     from turbojax.train.config import TRAIN_SETTINGS
-    from turbojax.train.loop import train
 except ModuleNotFoundError as missing:
     cli.fail(ModuleNotFoundError(f"training needs {missing.name}; pip install 'turbojax[train]'"))
 
