@@ -78,10 +78,12 @@ SETTINGS: tuple[Setting, ...] = (
     Setting("quant_linear", bool, "int8 linear layers; as the checkpoint is if not given"),
     Setting("quant_scheme", str, "block128, block128_rows, block128_weights, channel or channel_weights"),
     Setting("attention_type", str, "original, sla or sagesla; as the checkpoint is if not given"),
-    Setting("sla_topk", float, "share of key blocks that sla and sagesla attend to; what the checkpoint says or 0.1"),
+    Setting(
+        "sla_topk", float, "fraction of key blocks that sla and sagesla attend to; what the checkpoint says or 0.1"
+    ),
     Setting("sage_values", str, "how sagesla multiplies with v: float8 (the default), float8_values or exact"),
     Setting("dtype", "bfloat16", "bfloat16 or float32"),
-    Setting("memory", "auto", "auto, resident, stream (weights stay in host memory), or the card's GB to plan for"),
+    Setting("memory", "auto", "auto, resident, stream (weights stay in host memory), or the GPU's GB to plan for"),
     Setting("vae_tiling", "auto", "decode in overlapping tiles: on, off, or auto where memory is short"),
     Setting("cache_prompts", True, "keep text embeddings in the user's cache; a known prompt needs no text encoder"),
 )
@@ -101,7 +103,7 @@ RANGES: dict[str, Schema] = {
 
 
 def base_config(settings: Sequence[Setting] = SETTINGS, **changes: Any) -> ConfigDict:
-    """All settings with their defaults, `changes` on top; locked, so that an unknown name is an error."""
+    """Makes all settings with their defaults, `changes` on top; locked, so that an unknown name is an error."""
     check_names(changes, settings)
     config = ConfigDict()
     for name, default, *_ in settings:
@@ -119,7 +121,7 @@ def load_config(name: str, *arguments: Any, **changes: Any) -> ConfigDict:
 
 
 def changed(config: ConfigDict, **changes: Any) -> ConfigDict:
-    """A copy with some settings changed."""
+    """Returns a copy with some settings changed."""
     copy = config.copy_and_resolve_references()
     copy.update(changes)
     return copy
@@ -136,7 +138,7 @@ def check_ranges(values: Mapping[str, Any], ranges: Mapping[str, Schema] = RANGE
 
 
 def as_json(value: Any) -> Any:
-    """A setting as the schemas of JSON know it: lists for tuples, Python's numbers for NumPy's."""
+    """Returns a setting as the schemas of JSON know it: lists for tuples, Python's numbers for NumPy's."""
     if isinstance(value, np.generic):
         return value.item()
     return list(map(as_json, value)) if isinstance(value, tuple) else value
@@ -151,7 +153,7 @@ def check_names(names: Iterable[str], settings: Sequence[Setting] = SETTINGS) ->
 
 
 def parse_value(name: str, text: str, settings: Sequence[Setting] = SETTINGS) -> Any:
-    """A setting's value as a person types it; "none" unsets one that has no default. Raises UserError."""
+    """Parses a setting's value as a person types it; "none" unsets one that has no default. Raises UserError."""
     check_names([name], settings)
     default = next(setting.default for setting in settings if setting.name == name)
     kind = default if isinstance(default, type) else type(default)
@@ -164,13 +166,13 @@ def parse_value(name: str, text: str, settings: Sequence[Setting] = SETTINGS) ->
 
 
 def did_you_mean(name: str, known: Sequence[str]) -> str:
-    """What a sentence on an unknown name may add: ", perhaps NAME" if a known one is close."""
+    """Returns the end of a sentence on an unknown name: ", perhaps NAME" if a known one is close."""
     close = difflib.get_close_matches(name, known, n=1)
     return f", perhaps {close[0]}" if close else ""
 
 
 def describe_settings(settings: Sequence[Setting] = SETTINGS) -> str:
-    """A line a setting for --help."""
+    """Returns a line a setting for --help."""
     lines = []
     for name, default, meaning, _ in settings:
         shown = "" if isinstance(default, type) or default == "" else f" [{str(default)[:32]}]"

@@ -36,7 +36,7 @@ MEASURED: dict[str, Schema] = {"files": Array(FileName(folders=True), 2), "secon
 
 
 def parse_settings(texts: Sequence[str]) -> dict[str, list[Any]]:
-    """Values by setting of "sla_topk=0.05,0.1"; where a value has a comma, they are separated by | instead."""
+    """Returns values by setting of "sla_topk=0.05,0.1"; where a value has a comma, they are separated by | instead."""
     settings: dict[str, list[Any]] = {}
     for text in texts:
         name, equals, values = text.partition("=")
@@ -123,7 +123,7 @@ def ablate(
 
 
 def cell_key(config: ConfigDict, repeats: int, num_frames: int) -> str:
-    """The name of what is measured here with these settings."""
+    """Names what is measured here with these settings."""
     own = {name: value for name, value in config.to_dict().items() if name not in ("output", "cache_prompts")}
     return fingerprint(own | {"repeats": repeats, "frames": num_frames, "device": jax.devices()[0].device_kind})
 
@@ -146,5 +146,5 @@ def measure(
 
 
 def frames_of(folder: Path, record: Mapping[str, Any]) -> np.ndarray:
-    """The frames that are shown of a video, uint8 `[n, H, W, 3]`."""
+    """Reads the frames that are shown of a video, uint8 `[n, H, W, 3]`."""
     return np.stack([np.asarray(Image.open(folder / name)) for name in record["files"][1:]])

@@ -96,6 +96,7 @@ def limits(config: ConfigDict) -> str | None:
 
 
 def warn_of_limits(config: ConfigDict) -> None:
+    """Logs what the small model does not know."""
     if line := limits(config):
         logging.warning("%s", line)
 
@@ -110,6 +111,7 @@ def read_settings(config: ConfigDict) -> tuple[Request, LoadOptions]:
 
 
 def make_request(config: ConfigDict) -> Request:
+    """Makes the request of a configuration, whose ranges are checked; images are read."""
     width, height = video_size(config.resolution, config.aspect_ratio)
     if config.last_image and not config.image:
         raise UserError("last_image needs an image to start from; give --config.image=FILE")
@@ -138,7 +140,7 @@ def make_request(config: ConfigDict) -> Request:
 
 
 def image_path(name: str | None) -> str | Path | None:
-    """The file of an image setting; "demo" is the demo's picture."""
+    """Returns the file of an image setting; "demo" is the demo's picture."""
     return demo_folder() / "image.png" if name == "demo" else name or None
 
 

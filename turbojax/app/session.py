@@ -102,7 +102,7 @@ def command(config: ConfigDict, line: str) -> str:
 
 
 def size(text: str) -> dict[str, str | int | None]:
-    """The settings that "480p 16:9", "720p" or "832x480" stand for."""
+    """Returns the settings that "480p 16:9", "720p" or "832x480" stand for."""
     width, x, height = text.partition("x")
     if x:
         return {"width": parse_value("width", width), "height": parse_value("height", height)}
@@ -112,7 +112,7 @@ def size(text: str) -> dict[str, str | int | None]:
 
 
 def free(path: Path, preferred: int = 0) -> Path:
-    """A numbered path of which there is nothing, nor of its samples or frames: the preferred one or the first."""
+    """Finds a numbered path without a file, also of its samples or frames: the preferred one or the first."""
     for i in itertools.chain([preferred], itertools.count()):
         candidate = numbered(path, i, 2)
         if not glob.glob(f"{glob.escape(str(candidate.with_suffix('')))}[._]*"):
@@ -155,7 +155,7 @@ def batch(config: ConfigDict, prompts_file: str | Path) -> list[Path]:
 
 
 def video_key(config: ConfigDict, pictures: Mapping[str, bytes], occurrence: int) -> str:
-    """A name for the video of these settings, wherever it is written, and of these contents of the images.
+    """Names the video of these settings, wherever it is written, and of these contents of the images.
 
     occurrence: how often a file of prompts had the prompt before.
     """
@@ -165,7 +165,7 @@ def video_key(config: ConfigDict, pictures: Mapping[str, bytes], occurrence: int
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The prompts of a file, a line each; raises UserError if there is none."""
+    """Reads the prompts of a file, a line each; raises UserError if there is none."""
     lines = [line.strip() for line in split_lines(read_text(path))]
     if prompts := [line for line in lines if line and not line.startswith("#")]:
         return prompts

@@ -32,7 +32,7 @@ class CompiledPrograms:
         self._futures[name] = self._pool.submit(build)
 
     def get(self, name: Hashable, build: Callable[[], Any]) -> Any:
-        """The program, once it is there; built now if it was not started."""
+        """Returns the program, once it is there; built now if it was not started."""
         if name not in self._futures:
             future: Future = Future()
             future.set_result(build())
@@ -46,7 +46,7 @@ class CompiledPrograms:
 
     @contextmanager
     def needed(self) -> Iterator[None]:
-        """If the block raises, programs that still wait for a thread are not begun: nobody will call them."""
+        """Cancels the programs that still wait for a thread if the block raises: nobody will call them."""
         try:
             yield
         except BaseException:

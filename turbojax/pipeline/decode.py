@@ -13,7 +13,7 @@ from turbojax.models.vae import WanVAE
 
 
 def decode(vae: WanVAE, latents: np.ndarray, *, tiled: bool = False) -> Iterator[np.ndarray]:
-    """One video's latents `[t, h, w, c]` to uint8 frames `[n, H, W, 3]` on the host, a chunk at a time.
+    """Decodes one video's latents `[t, h, w, c]` to uint8 frames `[n, H, W, 3]` on the host, a chunk at a time.
 
     tiled: in tiles, see `turbojax.models.tiling`; then all frames come at once.
     """

@@ -31,7 +31,7 @@ from turbojax.weights.skeleton import clip_skeleton, umt5_skeleton, vae_skeleton
 
 
 class Loaded(NamedTuple):
-    """name: of what was loaded; the others as `TurboVideoPipeline` takes them."""
+    """Networks of a pipeline. name: of what was loaded; the others as `TurboVideoPipeline` takes them."""
 
     name: str
     experts: Experts

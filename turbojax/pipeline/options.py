@@ -1,4 +1,4 @@
-"""What decides the networks of a pipeline and where they are."""
+"""Options that decide the networks of a pipeline and where they are."""
 
 import dataclasses
 from pathlib import Path
@@ -15,7 +15,7 @@ from turbojax.weights.options import NetworkOptions
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoadOptions(NetworkOptions):
-    """What another pipeline has to be loaded for.
+    """Options of a pipeline; with equal ones a loaded pipeline serves.
 
     weights: a transformer file, a folder or a Hugging Face repository; of two experts, either one's file finds the
       other. "random" generates the weights of `model`, a name of `turbojax.models.published.MODELS`, for benchmarks.

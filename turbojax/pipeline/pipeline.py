@@ -54,9 +54,9 @@ from turbojax.weights.skeleton import wan_skeleton
 
 @dataclasses.dataclass(frozen=True)
 class VideoOutput:
-    """videos: uint8 `[B, T, H, W, 3]`; latents: float32, what was decoded; timings: seconds by stage; files written.
+    """Result of a call. videos: uint8 `[B, T, H, W, 3]`; latents: float32, what was decoded; timings: seconds by stage.
 
-    warnings: lines on what may not be as it was meant, which the log has, too.
+    files: those written. warnings: lines on what may not be as it was meant, which the log has, too.
     """
 
     videos: np.ndarray
@@ -75,7 +75,7 @@ def warn(lines: Iterable[str]) -> list[str]:
 
 
 def as_request(given: Request | Mapping[str, Any] | None) -> Request:
-    """The request, or the one with these fields."""
+    """Returns the request, or the one with these fields."""
     return given if isinstance(given, Request) else Request(**(given or {}))
 
 
@@ -116,12 +116,12 @@ class TurboVideoPipeline:
 
     @property
     def config(self) -> WanConfig:
-        """The transformer's; experts have the same."""
+        """Configuration of the transformer; experts have the same."""
         return self.experts.config
 
     @property
     def transformer(self) -> WanModel | Streamed:
-        """The transformer, or the expert for high noise; brought to the device if it was not there."""
+        """Returns the transformer, or the expert for high noise; brought to the device if it was not there."""
         return self.experts.activate("high")
 
     @classmethod
@@ -306,8 +306,8 @@ class TurboVideoPipeline:
     def generate(self, request: Request, *, progress: Progress = no_progress) -> VideoOutput:
         """Makes the videos of a request.
 
-        progress: called with a stage's name and the share of it that is done, as stages begin, after decoded chunks and
-          before the steps of a streamed transformer. What it raises ends the call; no file is left then.
+        progress: called with a stage's name and the fraction of it that is done, as stages begin, after decoded chunks
+          and before the steps of a streamed transformer. What it raises ends the call; no file is left then.
 
         Raises UserError for what the networks cannot make, where memory is short (the sentence says what to change),
         and where the network returns NaN.
@@ -337,7 +337,7 @@ class TurboVideoPipeline:
         return VideoOutput(videos, clean, self._clock.take(), written, warnings)
 
     def _embed_prompts(self, request: Request) -> tuple[jax.Array, jax.Array | None]:
-        """Embeddings `[B, 512, D]` of the prompts and, with guidance, of the negative prompt."""
+        """Returns embeddings `[B, 512, D]` of the prompts and, with guidance, of the negative prompt."""
         with self._clock.stage("compile"):
             self._programs.wait("text")
         with self._clock.stage("text"):
@@ -347,7 +347,7 @@ class TurboVideoPipeline:
             return text, jax.device_put(np.repeat(self.text([request.negative_prompt or ""]), request.batch, axis=0))
 
     def _encode_images(self, request: Request) -> dict[str, jax.Array]:
-        """What the network takes of the images, by networks that are on the device while they encode them."""
+        """Encodes the images for the transformer, by networks that are on the device meanwhile."""
         if not request.pictures:
             return {}
         with self._clock.stage("compile"):
@@ -359,7 +359,7 @@ class TurboVideoPipeline:
             return jax.block_until_ready(image_inputs(vae, clip, request.pictures, **sizes))
 
     def _sample(self, request: Request, arguments: tuple) -> jax.Array:
-        """The steps by the networks that make them; compiled once for each part, configuration and shape."""
+        """Takes the steps by the networks that make them; compiled once for each part, configuration and shape."""
         sampler, sla_topk = request.sampler_for(self.config), request.sla_topk
         ranges = self.experts.step_ranges(sampler)
         programs: list[Any] = [None] * len(ranges)
@@ -384,11 +384,11 @@ class TurboVideoPipeline:
         return latents
 
     def _step(self, shares: Iterator[float]) -> None:
-        """Tells the progress before a step."""
+        """Reports the progress before a step."""
         self._clock.progress("diffusion", float(next(shares)))
 
     def _decode(self, request: Request, latents: np.ndarray) -> np.ndarray:
-        """Latents `[B, t, h, w, c]` to uint8 videos `[B, T, H, W, 3]`, written to the outputs as their frames come."""
+        """Decodes latents `[B, t, h, w, c]` to uint8 `[B, T, H, W, 3]`, written to the outputs as their frames come."""
         with self._clock.stage("compile"):
             self._programs.wait("vae")
         self.experts.release()
@@ -415,7 +415,7 @@ class TurboVideoPipeline:
 
     @property
     def configs(self) -> ModelConfigs:
-        """The configurations of the networks."""
+        """Configurations of the networks."""
         clip = self.clip.config if self.clip else None
         return ModelConfigs(self.config, self.vae.config, self.text.config, clip, len(self.experts.names))
 
@@ -446,7 +446,7 @@ class TurboVideoPipeline:
         return plan_call(self.configs, request, memory, residency=residency, exact=exact)
 
     def memory_report(self) -> dict[str, dict[str, int]]:
-        """Bytes by component and dtype, measured from the arrays; "host" has the token table and what is not on it."""
+        """Measures bytes by component and dtype; "host" has the token table and what is not on the device."""
         encoder = self.text.encoder if self.text.loaded else None
         modules = {"vae": self.vae, "text_encoder": encoder, "image_encoder": self.clip}
         where = {"transformer": self.experts.arrays_by_memory()}

@@ -71,7 +71,7 @@ def choose_placement(configs: ModelConfigs, request: Request, memory: str | floa
 def make_experts(
     configs: ModelConfigs, residency: Residency, memory: str | float, *, boundary: float = BOUNDARY
 ) -> Experts:
-    """The place for one or two transformers, which are still to be added, as the plan wants them."""
+    """Makes the place for one or two transformers, which are still to be added, as the plan wants them."""
     return Experts(
         names=NAMES if configs.transformers > 1 else NAMES[:1],
         boundary=boundary,
@@ -117,7 +117,7 @@ def component(name: str, given: str | Path | None, folder: files.Repository | No
 
 
 def published(repository: str) -> tuple[WanConfig, bool] | None:
-    """The network that a repository's name tells, such as TurboDiffusion/TurboWan2.1-T2V-14B-720P, and if it is two."""
+    """Returns the network in a repository's name, as in TurboDiffusion/TurboWan2.1-T2V-14B-720P, and if it is two."""
     for name, config in MODELS.items():
         if name in repository.lower():
             attention_type = "sla" if "turbo" in repository.lower() else "original"

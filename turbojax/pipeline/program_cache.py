@@ -23,7 +23,7 @@ PROCESSOR = re.compile(r"^(vendor_id|cpu family|model|flags|CPU implementer|CPU 
 
 
 def use_compilation_cache() -> None:
-    """Has JAX keep compiled programs in the user's cache, or in the folder that JAX's own options name.
+    """Makes JAX keep compiled programs in the user's cache, or in the folder that JAX's own options name.
 
     Those are JAX_COMPILATION_CACHE_DIR, JAX_ENABLE_COMPILATION_CACHE and JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS,
     as environment variables or (the first two) by jax.config. A folder that cannot be written is a warning.
@@ -58,10 +58,10 @@ class ProgramCache(LRUCache):
 
     def __init__(self, path: str, *, max_size: int):
         super().__init__(path, max_size=max_size)
-        self._told: set[str] = set()
+        self._warned: set[str] = set()
 
     def get(self, key: str) -> bytes | None:
-        """The entry, or None if it is absent or damaged; a damaged one is removed."""
+        """Returns the entry, or None if it is absent or damaged; a damaged one is removed."""
         name = self._name(key)
         try:
             entry = super().get(name)
@@ -70,10 +70,10 @@ class ProgramCache(LRUCache):
             value, checksum = entry[:-32], entry[-32:]
             if checksum == hashlib.sha256(value).digest():
                 return value
-            self._tell("Compiled programs in %s are damaged: they are compiled again and replaced", self.path)
+            self._warn("Compiled programs in %s are damaged: they are compiled again and replaced", self.path)
             self._remove(name)
         except OSError as error:
-            self._tell("Compiled programs in %s cannot be read: %s", self.path, error)
+            self._warn("Compiled programs in %s cannot be read: %s", self.path, error)
         return None
 
     def put(self, key: str, value: bytes) -> None:
@@ -83,7 +83,7 @@ class ProgramCache(LRUCache):
             self._remove(name)
             super().put(name, value + hashlib.sha256(value).digest())
         except OSError as error:
-            self._tell("Compiled programs are not kept in %s: %s", self.path, error)
+            self._warn("Compiled programs are not kept in %s: %s", self.path, error)
             with suppress(OSError):
                 self._remove(name)
 
@@ -93,16 +93,16 @@ class ProgramCache(LRUCache):
     def _remove(self, name: str) -> None:
         (self.path / f"{name}-cache").unlink(missing_ok=True)
 
-    def _tell(self, line: str, *values: object) -> None:
-        """A line of the log, once for each kind of trouble."""
-        if line not in self._told:
-            self._told.add(line)
+    def _warn(self, line: str, *values: object) -> None:
+        """Logs a warning, once for each kind of trouble."""
+        if line not in self._warned:
+            self._warned.add(line)
             logging.warning(line, *values)
 
 
 @functools.cache
 def processor() -> str:
-    """8 letters for what this processor can execute."""
+    """Returns 8 letters for what this processor can execute."""
     try:
         found = dict(PROCESSOR.findall(Path("/proc/cpuinfo").read_text()))
     except OSError:  # not Linux

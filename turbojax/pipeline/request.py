@@ -1,4 +1,4 @@
-"""What one call of the pipeline asks for, checked before any network is there.
+"""Request of one call of the pipeline, checked before any network is there.
 
 B batch; video is `b t h w c`, latents `[B, 1 + (frames - 1) / 4, height / 8, width / 8, 16]`.
 """
@@ -128,7 +128,7 @@ class Request:
 
     @property
     def pictures(self) -> list[np.ndarray]:
-        """The images, uint8 `[H, W, 3]`: none, one, or the first and the last frame's."""
+        """Images, uint8 `[H, W, 3]`: none, one, or the first and the last frame's."""
         return [np.asarray(image) for image in (self.image, self.last_image) if image is not None]
 
     @property
@@ -140,18 +140,18 @@ class Request:
 
     @property
     def outputs(self) -> list[Path]:
-        """The files to write, one a video, or none."""
+        """Files to write, one a video, or none."""
         if self.output is None:
             return []
         return [numbered(check_path(self.output), i, self.batch) for i in range(self.batch)]
 
     def shape(self, vae: VAEConfig) -> tuple[int, int, int, int, int]:
-        """Shape of the latents `[B, t, h, w, c]`."""
+        """Returns the shape of the latents, `[B, t, h, w, c]`."""
         width, height = self.size
         return self.batch, *latent_shape(vae, self.num_frames, height, width)
 
     def sampler_for(self, config: WanConfig) -> Sampler:
-        """The sampler, with the first noise level that the network is run with where none is given."""
+        """Makes the sampler, with the first noise level that the network is run with where none is given."""
         return self._make_sampler(first_noise_level(config, self.sigma_max))
 
     def _make_sampler(self, sigma_max: float) -> Sampler:
@@ -159,7 +159,7 @@ class Request:
         return make_sampler(self.sampler, num_steps=steps, sigma_max=sigma_max, ode=self.ode, shift=self.shift)
 
     def workload(self, configs: ModelConfigs) -> Workload:
-        """What decides the memory that the call takes; a network that needs an image need not have it yet."""
+        """Returns the size of the call, for its memory; a network that needs an image need not have it yet."""
         if self.image is not None:
             check_images(configs.transformer, self.image, self.last_image)
         batch, t, h, w, c = self.shape(configs.vae)
@@ -173,7 +173,7 @@ class Request:
         check_shape("noise", self.noise, (self.sampler_for(configs.transformer).num_steps, *shape))
 
     def remarks(self) -> list[str]:
-        """Lines on what may not be as it was meant."""
+        """Returns lines on what may not be as it was meant."""
         lines = [beyond_training(self.num_frames)]
         if self.negative_prompt and not self.guided:
             lines.append("negative_prompt has no effect with guidance_scale=1")

@@ -1,4 +1,4 @@
-"""From prompts to embeddings: a text encoder that is loaded when it is needed, and a cache of what it has said."""
+"""From prompts to embeddings: a text encoder that is loaded when it is needed, and a cache of its embeddings."""
 
 import functools
 import hashlib
@@ -71,7 +71,7 @@ class TextEncoder:
 
     @property
     def encoder(self) -> UMT5Encoder | Streamed:
-        """The network, loaded now if it was not."""
+        """Returns the network, loaded now if it was not."""
         if self._encoder is None:
             self._encoder = self._load(streamed=self.streamed)
         return self._encoder
@@ -94,12 +94,12 @@ class TextEncoder:
         zero_past_end.lower(out, mask, length=TEXT_LEN).compile()
 
     def cut(self, prompts: Sequence[str]) -> list[str]:
-        """A line for each prompt that is too long, with the words from where it is cut."""
+        """Returns a line for each prompt that is too long, with the words from where it is cut."""
         found = map(self.tokenizer.cut, prompts)
         return [f"the prompt has {line}; what follows has no effect" for line in found if line]
 
     def __call__(self, prompts: Sequence[str]) -> np.ndarray:
-        """Embeddings `[B, 512, D]` on the host, zero rows past each prompt's end.
+        """Returns embeddings `[B, 512, D]` on the host, zero rows past each prompt's end.
 
         Prompts are encoded one at a time, so that a prompt's embedding does not depend on the others'. Those that are
         too long are cut with a warning.
@@ -133,7 +133,7 @@ class PromptCache:
 
     @classmethod
     def of_user(cls, fingerprint: str) -> "PromptCache | None":
-        """The one in the user's cache folder; None, with a warning, where there is no home folder."""
+        """Returns the one in the user's cache folder; None, with a warning, where there is no home folder."""
         try:
             return cls(fingerprint, user_cache() / "prompts")
         except UserError as error:
@@ -141,12 +141,12 @@ class PromptCache:
             return None
 
     def path(self, ids: np.ndarray) -> Path:
-        """The file of a prompt, given as its token ids int32 `[n]` without padding."""
+        """Returns the file of a prompt, given as its token ids int32 `[n]` without padding."""
         name = hashlib.sha256(self.fingerprint.encode() + np.asarray(ids, "<i4").tobytes()).hexdigest()
         return self.folder / f"{name}.safetensors"
 
     def get(self, ids: np.ndarray, config: UMT5Config) -> np.ndarray | None:
-        """The embedding `[n, D]` of n tokens; None if it is not there or damaged."""
+        """Returns the embedding `[n, D]` of n tokens; None if it is not there or damaged."""
         path = self.path(ids)
         try:
             if not path.is_file():
@@ -180,12 +180,12 @@ class PromptCache:
 
 
 def checksum(path: Path, embedding: np.ndarray) -> str:
-    """A digest of an entry's numbers and its name, so that another prompt's file is none of this one."""
+    """Returns a digest of an entry's numbers and its name, so that another prompt's file is none of this one."""
     return hashlib.sha256(path.name.encode() + embedding.tobytes()).hexdigest()
 
 
 def fingerprint(tensors: Mapping[str, np.ndarray], *settings: object) -> str:
-    """A hash of a checkpoint (names, shapes, the beginning, middle and end of every tensor) and of `settings`.
+    """Returns a hash of a checkpoint (names, shapes, the beginning, middle and end of every tensor) and of `settings`.
 
     The whole contents would take seconds for gigabytes, and training or casting changes every part of a tensor.
     """

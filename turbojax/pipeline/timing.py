@@ -51,6 +51,6 @@ class Stopwatch:
             logging.info("%s: %.2f s%s", name, elapsed, f", compilation {compiling:.2f} s" if compiling > 0.01 else "")
 
     def take(self) -> dict[str, float]:
-        """The seconds so far; starts again from zero."""
+        """Returns the seconds so far, and starts again from zero."""
         seconds, self.seconds = self.seconds, {}
         return seconds

@@ -1,4 +1,4 @@
-"""What a person may change of a checkpoint's transformer while it loads."""
+"""Changes to a checkpoint's transformer while it loads."""
 
 import dataclasses
 from typing import Any

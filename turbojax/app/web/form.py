@@ -1,4 +1,4 @@
-"""What a person fills in, as settings: checked before anything waits for the card."""
+"""Values of the form as settings, checked before anything waits for the GPU."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,19 +23,19 @@ MOST_FRAMES = 241  # at 16 frames a second, 15 seconds
 
 
 def resolutions(config: ConfigDict) -> list[str]:
-    """The choices; the first is the one that the server was started with."""
+    """Returns the choices; the first is the one that the server was started with."""
     own = [] if config.width is None or config.height is None else [f"{config.width} x {config.height}"]
     return own + sorted(SIZES, key=lambda name: name != config.resolution)
 
 
 def first_values(config: ConfigDict) -> dict[str, Any]:
-    """What the form shows at first."""
+    """Returns the first values of the form."""
     values = {name: config[name] for name in NAMES}
     return values | {"resolution": resolutions(config)[0], "quant_linear": AS_STARTED, "attention_type": AS_STARTED}
 
 
 def read_form(config: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
-    """The server's configuration with the values of a form; raises UserError for what no video can be made of.
+    """Returns the server's configuration with the values of a form; raises UserError for what no video can be made of.
 
     values: by NAMES, an empty field as None or ""; image: a file.
     """
@@ -65,7 +65,7 @@ def read_form(config: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
 
 
 def parse(name: str, value: Any) -> Any:
-    """A field's value as the setting's type; a number may come as a float."""
+    """Parses a field's value as the setting's type; a number may come as a float."""
     if name in ("prompt", "negative_prompt"):
         return str(value or "")
     if value in (None, ""):
@@ -78,7 +78,7 @@ def parse(name: str, value: Any) -> Any:
 
 
 def image_of(config: ConfigDict) -> Path | None:
-    """The picture that the form shows at first."""
+    """Returns the picture that the form shows at first."""
     if config.image == "demo":
         return demo_folder() / "image.png"
     return user_path(config.image) if config.image else None
