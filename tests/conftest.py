@@ -57,6 +57,13 @@ def own_cache(tmp_path_factory):
 
 
 @pytest.fixture
+def exact_matmuls():
+    """float32 products as exact as the CPU has them."""
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
+@pytest.fixture
 def homeless(monkeypatch):
     """Neither HOME nor an entry of passwd, as under a user id of a container's choice."""
 

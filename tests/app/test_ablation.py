@@ -9,8 +9,9 @@ import imageio.v2 as imageio
 import numpy as np
 import pytest
 
+from tests.app.small import SMALL
 from turbojax import TurboVideoPipeline, UserError
-from turbojax.app import cli, generate
+from turbojax.app import cli
 from turbojax.app.ablation import ablate, cells_of, parse_settings
 from turbojax.config import base_config
 from turbojax.media.quality import psnr
@@ -20,16 +21,7 @@ pytestmark = pytest.mark.filterwarnings(r"ignore:os\.fork\(\) was called")
 
 @pytest.fixture
 def config(demo_pipe):
-    sizes = dict(height=32, width=48, num_frames=5, num_inference_steps=1, weights="demo", dtype="float32")
-    return base_config(**sizes)
-
-
-@pytest.fixture
-def loads(demo_pipe, monkeypatch):
-    """The demo's pipeline in the place of a loaded one; a list of what was loaded."""
-    loads = []
-    monkeypatch.setattr(generate, "load_pipeline", lambda options, prepare: loads.append(options) or demo_pipe)
-    return loads
+    return base_config(**SMALL)
 
 
 @pytest.fixture

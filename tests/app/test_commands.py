@@ -12,6 +12,7 @@ from pathlib import Path
 import imageio.v2 as imageio
 import pytest
 
+from tests.app.small import FLAGS
 from turbojax import UserError
 from turbojax.app import cli, commands
 from turbojax.config import CONFIGS
@@ -19,7 +20,6 @@ from turbojax.config import CONFIGS
 pytestmark = pytest.mark.filterwarnings(r"ignore:os\.fork\(\) was called")
 
 ROOT = Path(__file__).parents[2]
-SMALL = ["--config.height=32", "--config.width=48", "--config.num_frames=5", "--config.num_inference_steps=1"]
 BUILD = "from hatchling.build import build_wheel; build_wheel('dist')"
 
 
@@ -112,7 +112,7 @@ def test_wheel_holds_the_package_and_the_configurations(wheel):
 
 
 def test_video_without_the_checkout(wheel, tmp_path):
-    command = [sys.executable, "-m", "turbojax", "generate", "--config=demo", *SMALL]
+    command = [sys.executable, "-m", "turbojax", "generate", "--config=demo", *FLAGS]
     environment = os.environ | {"PYTHONPATH": str(wheel)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

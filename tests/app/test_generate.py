@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from tests.app.small import FLAGS, SMALL
 from tests.weights.checkpoints import save, small, turbo
 from turbojax.app import generate
 from turbojax.config import SETTINGS, base_config
@@ -26,7 +27,6 @@ pytestmark = pytest.mark.filterwarnings(r"ignore:os\.fork\(\) was called")
 ROOT = Path(__file__).parents[2]
 GENERATE, CONVERT, ABLATE = (str(ROOT / "scripts" / f"{name}.py") for name in ("generate", "convert", "ablate"))
 DEMO = f"--config={ROOT / 'configs' / 'demo.py'}"
-SMALL = ["--config.height=32", "--config.width=48", "--config.num_frames=5", "--config.num_inference_steps=1"]
 
 
 def run_all(cases: dict[str, list[str]], folder: Path) -> dict[str, tuple[int, str, str]]:
@@ -264,7 +264,7 @@ def test_plan(outcomes, name):
 def test_first_command_of_the_readme(tmp_path):
     """From nothing to an mp4, at a small size."""
     output = tmp_path / "new" / "demo.mp4"
-    command = [sys.executable, GENERATE, DEMO, *SMALL, f"--config.output={output}", "--config.prompt=A cat, in the sea"]
+    command = [sys.executable, GENERATE, DEMO, *FLAGS, f"--config.output={output}", "--config.prompt=A cat, in the sea"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert f"Wrote {output}" in done.stderr.splitlines()[-1]
@@ -303,8 +303,7 @@ def test_converted_files_load_by_their_folder(tmp_path, demo, demo_pipe):
 
 
 def small_config(output: Path, **changes):
-    sizes = dict(height=32, width=48, num_frames=5, num_inference_steps=2, weights="demo", dtype="float32")
-    return base_config(**(sizes | {"output": str(output)} | changes))
+    return base_config(**(SMALL | {"num_inference_steps": 2, "output": str(output)} | changes))
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,9 @@ import logging
 import imageio.v2 as imageio
 import pytest
 
+from tests.app.small import SMALL
 from turbojax import TurboVideoPipeline, UserError
-from turbojax.app import generate, session
+from turbojax.app import session
 from turbojax.app.records import Records
 from turbojax.config import base_config, changed, parse_value
 
@@ -16,16 +17,7 @@ pytestmark = pytest.mark.filterwarnings(r"ignore:os\.fork\(\) was called")
 
 @pytest.fixture
 def config(tmp_path):
-    sizes = dict(height=32, width=48, num_frames=5, num_inference_steps=1, weights="demo", dtype="float32")
-    return base_config(**sizes, output=str(tmp_path / "video.mp4"))
-
-
-@pytest.fixture
-def loads(demo_pipe, monkeypatch):
-    """The demo's pipeline in the place of a loaded one; a list of what was loaded."""
-    loads = []
-    monkeypatch.setattr(generate, "load_pipeline", lambda options, prepare: loads.append(options) or demo_pipe)
-    return loads
+    return base_config(**SMALL, output=str(tmp_path / "video.mp4"))
 
 
 def typed(config, *lines):

@@ -17,6 +17,8 @@ from turbojax.models.clip import PIXEL_MEAN, PIXEL_STD, CLIPConfig, CLIPVision, 
 from turbojax.weights.encoders import load_encoder, open_clip
 from turbojax.weights.layouts import clip_layout, generated
 
+pytestmark = pytest.mark.usefixtures("exact_matmuls")
+
 SMALL = CLIPConfig(dim=160, mlp_dim=192, num_heads=2, num_layers=2, image_size=42, patch=14, dtype=jnp.float32)
 
 TRANSFORMERS_NAMES = {  # of a layer, besides to_qkv
@@ -26,12 +28,6 @@ TRANSFORMERS_NAMES = {  # of a layer, besides to_qkv
     "mlp.0": "mlp.fc1",
     "mlp.2": "mlp.fc2",
 }
-
-
-@pytest.fixture(autouse=True)
-def exact():
-    with jax.default_matmul_precision("highest"):
-        yield
 
 
 @pytest.fixture(scope="module")

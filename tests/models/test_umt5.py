@@ -13,6 +13,8 @@ from turbojax.models import umt5
 from turbojax.models.umt5 import UMT5Config, UMT5Encoder, embed_tokens, encode_text
 from turbojax.weights.umt5 import detect_umt5_config, token_table, umt5_rules
 
+pytestmark = pytest.mark.usefixtures("exact_matmuls")
+
 FIXTURE_CONFIG = UMT5Config(
     vocab_size=200, dim=64, attention_dim=64, ffn_dim=128, num_heads=4, num_layers=3, dtype=jnp.float32
 )
@@ -31,16 +33,6 @@ TRANSFORMERS_NAMES = {
     "ffn.fc1": "1.DenseReluDense.wi_1",
     "ffn.fc2": "1.DenseReluDense.wo",
 }
-
-
-@pytest.fixture(autouse=True)
-def strict_float32():
-    with (
-        jax.default_matmul_precision("highest"),
-        jax.numpy_dtype_promotion("strict"),
-        jax.numpy_rank_promotion("raise"),
-    ):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -30,17 +30,9 @@ from turbojax.models.vae import (
 from turbojax.weights.rules import TensorKey, assign
 from turbojax.weights.vae import VAE_DIFFUSERS, VAE_OFFICIAL, detect_vae_config, vae_rules
 
+pytestmark = pytest.mark.usefixtures("exact_matmuls")
+
 FILE = GOLDEN / "vae.safetensors"
-
-
-@pytest.fixture(autouse=True)
-def strict():
-    with (
-        jax.default_matmul_precision("highest"),
-        jax.numpy_dtype_promotion("strict"),
-        jax.numpy_rank_promotion("raise"),
-    ):
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,8 @@ from turbojax.weights.load import build_wan, check_wan
 from turbojax.weights.options import NetworkOptions
 from turbojax.weights.skeleton import wan_skeleton
 
+pytestmark = pytest.mark.usefixtures("exact_matmuls")
+
 TOKENS_480P = 21 * 30 * 52  # 81 frames of 832 x 480: 32,760
 SIZES = {
     "1.3B": WanConfig.t2v_1_3b(),
@@ -31,12 +33,6 @@ SIZES = {
     "I2V 14B": WanConfig.i2v_14b(),
     "I2V A14B": WanConfig.i2v_a14b(),
 }
-
-
-@pytest.fixture(autouse=True)
-def exact():
-    with jax.default_matmul_precision("highest"):
-        yield
 
 
 def arguments(config: WanConfig, *, batch: int = 1, frames: int = 21, height: int = 60, width: int = 104) -> dict:

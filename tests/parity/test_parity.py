@@ -17,15 +17,11 @@ from tests.golden_io import GOLDEN, load
 from tests.parity import compare
 from tests.parity.wan import build, channels_first, channels_last, inputs
 
+pytestmark = pytest.mark.usefixtures("exact_matmuls")
+
 FILES = sorted(GOLDEN.glob("*.safetensors"))
 WAN = [file for file in FILES if file.stem.startswith("wan")]
 names = pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
-
-
-@pytest.fixture(autouse=True)
-def exact():
-    with jax.default_matmul_precision("highest"):
-        yield
 
 
 def test_the_fixtures_are_all_there():

@@ -9,7 +9,6 @@ import json
 import re
 import shutil
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -20,11 +19,7 @@ from tests.golden_io import GOLDEN, Incomplete, load, number
 from tests.parity import compare
 from tests.parity import train as parity_train
 
-
-@pytest.fixture(autouse=True)
-def exact():
-    with jax.default_matmul_precision("highest"):
-        yield
+pytestmark = pytest.mark.usefixtures("exact_matmuls")
 
 
 def read(stem):

@@ -11,6 +11,7 @@ import pytest
 from gradio.utils import get_upload_folder
 from PIL import Image
 
+from tests.app.small import SMALL
 from turbojax.app import generate
 from turbojax.app.web.form import first_values
 from turbojax.app.web.page import Server, build, launch
@@ -23,7 +24,6 @@ pytestmark = [
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 PATIENCE = 300  # seconds that nothing takes, however busy the machine is
-SIZES = dict(height=32, width=48, num_frames=5, num_inference_steps=1, weights="demo", dtype="float32")
 
 
 class Gate:
@@ -74,7 +74,7 @@ def large(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def url(gate, folder, demo):
-    config = base_config(**SIZES, prompt="A red bird")
+    config = base_config(**SMALL, prompt="A red bird")
     server = Server(config, folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generate, "load_pipeline", lambda options, prepare: gate)
@@ -138,7 +138,7 @@ def saved(folder, name):
 
 
 def values(**changes):
-    return list((first_values(base_config(**SIZES, prompt="A red bird")) | changes).values())
+    return list((first_values(base_config(**SMALL, prompt="A red bird")) | changes).values())
 
 
 def call(url, name, data, session="someone"):
@@ -261,7 +261,7 @@ def test_seeds_of_64_bits_stay_as_they_are(url, folder, seed):
 
 
 def test_more_frames_than_trained_are_told_beside_the_memory(tmp_path):
-    server = Server(base_config(**SIZES, prompt="A red bird"), tmp_path)
+    server = Server(base_config(**SMALL, prompt="A red bird"), tmp_path)
     form = first_values(server.config)
     assert "85 is more than the 81 that" in server.memory(form | {"num_frames": 85})
     assert "trained" not in server.memory(form | {"num_frames": 81})
@@ -321,7 +321,7 @@ def test_the_api_cancels_what_is_the_sessions_own(url, shut, own):
 
 
 def test_password(gate, tmp_path, demo):
-    server = Server(base_config(**SIZES), tmp_path)
+    server = Server(base_config(**SMALL), tmp_path)
     page = build(server)
     url = launch(page, server, port=0, auth=("me", "secret")).rstrip("/")
     try:
