@@ -7,14 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from turbojax import TurboVideoPipeline, UserError
+from turbojax import LoadOptions, Request, TurboVideoPipeline, UserError
 from turbojax.diffusion import RCM, Euler
 from turbojax.memory.estimates import Workload
 from turbojax.models.published import published_configs
 from turbojax.models.wan import WanConfig
 from turbojax.pipeline.denoise import abstract_arguments
-from turbojax.pipeline.options import LoadOptions
-from turbojax.pipeline.request import Request
 
 TEXT = published_configs(WanConfig.t2v_1_3b(), two=False)
 IMAGE = published_configs(WanConfig.i2v_a14b(), two=True)
