@@ -197,7 +197,7 @@ def test_what_is_begun_and_not_ended_leaves_what_was_there(tmp_path, name):
 
 
 def test_encoding_waits_for_nobody():
-    """Pieces are taken while the encoder is busy, up to a number; what it raises comes out."""
+    """Chunks are taken while the encoder is busy, up to a number; what it raises comes out."""
     go, written = threading.Event(), []
 
     def write(piece):

@@ -58,11 +58,11 @@ def clip_rules(tensors: Mapping[str, np.ndarray]) -> tuple[Rule, ...]:
     )
 
 
-def clip_tensors(tensors: Mapping[str, np.ndarray], num_layers: int) -> dict[str, np.ndarray]:
-    """Returns the checkpoint's tensors without the layers from num_layers on; the official to_qkv as its q, k and v."""
+def clip_tensors(tensors: Mapping[str, np.ndarray], config: CLIPConfig) -> dict[str, np.ndarray]:
+    """Returns the checkpoint's tensors without the layers that do not run; the official to_qkv as its q, k and v."""
     out: dict[str, np.ndarray] = {}
     for name, tensor in tensors.items():
-        if (layer := _layer_of(name)) is not None and layer >= num_layers:
+        if (layer := _layer_of(name)) is not None and layer >= config.num_layers:
             continue
         if match := re.fullmatch(r"(.*\.attn\.)to_qkv(\.weight|\.bias)", name):
             whole = tensor.ndim and tensor.size and len(tensor) % 3 == 0

@@ -1,8 +1,7 @@
 """From checkpoint files to the networks around the transformer: VAE, text encoder and image encoder."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +20,8 @@ from turbojax.weights.skeleton import Skeleton, clip_skeleton, umt5_skeleton, va
 from turbojax.weights.umt5 import detect_umt5_config, umt5_rules
 from turbojax.weights.vae import detect_vae_config, vae_rules
 
+Tensors = Mapping[str, np.ndarray]
+
 
 class EncoderCheckpoint(NamedTuple):
     """A VAE, text or image encoder, checked against its own configuration; nothing has been read yet."""
@@ -32,43 +33,40 @@ class EncoderCheckpoint(NamedTuple):
 
 def open_vae(path: str | os.PathLike, *, dtype: Any = jnp.bfloat16) -> EncoderCheckpoint:
     """Opens a Wan 2.1 VAE, official or diffusers names; raises CheckpointError with all that does not fit."""
-    tensors = read_tensors(path)
-    with naming(path) as name:
-        config = detect_vae_config(tensors, dtype=dtype)
-        return check_tensors(vae_skeleton(config), tensors, vae_rules(tensors), vae_layout(config), what=name)
+    return open_encoder(path, dtype, detect_vae_config, vae_skeleton, vae_rules, vae_layout)
 
 
 def open_umt5(path: str | os.PathLike, *, dtype: Any = jnp.bfloat16) -> EncoderCheckpoint:
     """Opens a umT5 encoder, official or transformers' names; raises CheckpointError with all that does not fit."""
-    tensors = read_tensors(path)
-    with naming(path) as name:
-        config = detect_umt5_config(tensors, dtype=dtype)
-        return check_tensors(umt5_skeleton(config), tensors, umt5_rules(tensors), umt5_layout(config), what=name)
+    return open_encoder(path, dtype, detect_umt5_config, umt5_skeleton, umt5_rules, umt5_layout)
 
 
 def open_clip(path: str | os.PathLike, *, dtype: Any = jnp.float16) -> EncoderCheckpoint:
     """Opens a CLIP image encoder, official or transformers' names; raises CheckpointError as the others do."""
-    tensors = read_tensors(path)
-    with naming(path) as name:
-        config = detect_clip_config(tensors, dtype=dtype)
-        used = clip_tensors(tensors, config.num_layers)
-        return check_tensors(clip_skeleton(config), used, clip_rules(tensors), clip_layout(config), what=name)
+    return open_encoder(path, dtype, detect_clip_config, clip_skeleton, clip_rules, clip_layout, clip_tensors)
 
 
-@contextmanager
-def naming(path: str | os.PathLike) -> Iterator[str]:
-    """Yields the file's name, and puts it in front of what is wrong with it."""
-    try:
-        yield Path(path).name
-    except CheckpointError as error:
-        raise CheckpointError(f"{Path(path).name}: {error}") from error
-
-
-def check_tensors(
-    skeleton: Skeleton, tensors: Mapping[str, np.ndarray], rules: Iterable[Rule], layout: Layout, *, what: str
+def open_encoder(
+    path: str | os.PathLike,
+    dtype: Any,
+    detect: Callable[..., Any],
+    skeleton_of: Callable[[Any], Skeleton],
+    rules: Callable[[Tensors], Iterable[Rule]],
+    layout: Callable[[Any], Layout],
+    select: Callable[[Tensors, Any], Tensors] = lambda tensors, config: tensors,
 ) -> EncoderCheckpoint:
-    """Finds every parameter's tensor; raises CheckpointError with all that does not fit."""
-    found = assign(tensors, rules, skeleton.tensor_specs(), what="the checkpoint", layout=layout)
+    """Detects the configuration and finds every parameter's tensor; errors begin with the file's name.
+
+    select: returns the tensors that a network of this configuration takes.
+    """
+    tensors, what = read_tensors(path), Path(path).name
+    try:
+        config = detect(tensors, dtype=dtype)
+        skeleton, selected = skeleton_of(config), select(tensors, config)
+        specs = skeleton.tensor_specs()
+        found = assign(selected, rules(tensors), specs, what="the checkpoint", layout=layout(config))
+    except CheckpointError as error:
+        raise CheckpointError(f"{what}: {error}") from error
     return EncoderCheckpoint(skeleton, found, what)
 
 
