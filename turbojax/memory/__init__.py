@@ -1,1 +1,1 @@
-"""What fits on the device, and what stays in host memory."""
+"""Plans what fits on the device and what stays in host memory."""

@@ -40,7 +40,7 @@ STEPS = flags.DEFINE_float("steps", 1.0, "share of each stage's steps", flag_val
 
 
 def settings(stage: str, *, size: str, steps: float) -> ConfigDict:
-    """What configs/shapes_STAGE.py says."""
+    """Returns what configs/shapes_STAGE.py says."""
     config = load_config(f"shapes_{stage}", size)
     name = "steps" if stage == "text" else "num_steps"
     config[name] = max(1, round(config[name] * steps))

@@ -175,7 +175,7 @@ def details(entry: Entry) -> str:
 
 
 class Controls(NamedTuple):
-    """What stands between and below the fields of the form."""
+    """Parts that stand between and below the fields of the form."""
 
     new_seed: gr.Button
     memory: gr.Markdown
@@ -184,7 +184,7 @@ class Controls(NamedTuple):
 
 
 class Views(NamedTuple):
-    """What shows a video, and the names of those that are shown."""
+    """Parts that show a video, and the names of those that are shown."""
 
     status: gr.HTML
     video: gr.Video
