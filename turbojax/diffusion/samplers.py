@@ -79,21 +79,21 @@ class Sampler:
         raise NotImplementedError
 
     def coefficients(self) -> tuple[np.ndarray, ...]:
-        """Constants of the steps, float64 [num_steps, ...] each; by default the times t and t' of each step."""
+        """Returns constants of the steps, float64 [num_steps, ...] each; by default their times t and t'."""
         return self.times[:-1], self.times[1:]
 
     def initial(self, noise: jax.Array) -> jax.Array:
-        """State before the first step, from standard normal noise [B, ...]; by default the noise itself."""
+        """Returns the state before the first step, from standard normal noise [B, ...]; by default the noise itself."""
         return _state(noise)
 
     def init_carry(self, state: jax.Array) -> Carry:
-        """Carry before the first step; more than the state if a step looks back on those before it."""
+        """Returns the carry before the first step; more than the state if a step looks back on those before it."""
         return (state,)
 
     def step_noise(
         self, state: jax.Array, steps: slice, key: jax.Array | None, noise: jax.Array | None
     ) -> tuple[jax.Array | None, ...]:
-        """Rows of what these steps draw at random; none by default."""
+        """Returns rows of what these steps draw at random; none by default."""
         return ()
 
     @property
@@ -107,7 +107,7 @@ class Sampler:
         return schedules.timesteps(self.times[:-1], rounded=self.round_timesteps).astype(np.float32)
 
     def schedule(self) -> Schedule:
-        """All that the times decide: arguments of the program that samplers with the same `canonical` share."""
+        """Returns all that the times decide: arguments of the program that samplers with the same `canonical` share."""
         return self.timesteps, self.coefficients()
 
     def sample(

@@ -1,4 +1,4 @@
-"""What runs on any machine without a download, by the names that settings give it.
+"""Models that run on any machine without a download, by the names that settings give them.
 
 "demo" is the small model of the world of shapes. "demo-i2v" and what tests use are tiny models with random weights, as
 checkpoint files in the official layout: they make noise, and show that the whole way (read, check, encode, sample,
@@ -35,7 +35,7 @@ def demo_configs(*, image: bool = False) -> tuple[WanConfig, VAEConfig, UMT5Conf
 
 
 def demo_folder() -> Path:
-    """The folder of the demo of image to video, in the user's cache: two experts, and a picture, `image.png`.
+    """Returns the folder of the demo of image to video, in the user's cache: two experts, and a picture, `image.png`.
 
     Written on the first call, whole or not at all.
     """
@@ -80,7 +80,7 @@ DEMOS: dict[str, Callable[[], Path]] = {"demo": lambda: MODEL, "demo-i2v": demo_
 
 
 def demo_tokenizer() -> Tokenizer:
-    """A Unigram tokenizer of a few words and single letters, laid out as umT5's: <pad> 0, </s> 1, <unk> 2."""
+    """Makes a Unigram tokenizer of a few words and single letters, laid out as umT5's: <pad> 0, </s> 1, <unk> 2."""
     words = [f"\u2581{word}" for word in VOCABULARY.split()]
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -4.0)]
     pieces += [(word, -2.0) for word in words]
@@ -92,7 +92,7 @@ def demo_tokenizer() -> Tokenizer:
 
 
 def demo_picture() -> np.ndarray:
-    """A sun over the sea, uint8 `[120, 200, 3]`."""
+    """Draws a sun over the sea, uint8 `[120, 200, 3]`."""
     y, x = np.mgrid[:120, :200]
     sky, sea = (
         np.array([120, 170, 230]) + y[..., None] // 2,

@@ -15,15 +15,15 @@ from turbojax.shapes.render import Placed, digit_images, draw, place
 from turbojax.shapes.scene import Scene, caption, random_scene
 
 CANDIDATES = 4  # of which the crop with the most in it is taken
-FROM_THE_START = 0.3  # share of crops that have a video's first frame, which an autoencoder sees apart
-AHEAD = 4  # groups that wait or are drawn, for each worker
+FROM_THE_START = 0.3  # fraction of crops that have a video's first frame, which an autoencoder sees apart
+AHEAD = 4  # groups that are queued or drawn, for each worker
 GROUP = 32  # frames that a worker draws at a time, or sketches that it makes
 
 T = TypeVar("T")
 
 
 class Example(NamedTuple):
-    """What is shown, a sentence that says so, and the video, uint8 `[T, H, W, 3]`."""
+    """A scene, a sentence that describes it, and the video, uint8 `[T, H, W, 3]`."""
 
     scene: Scene
     caption: str
@@ -39,7 +39,7 @@ class Sketch(NamedTuple):
 
 
 def sketch(number: int, *, seed: int, num_frames: int, height: int, width: int) -> Sketch:
-    """The example of that number: the same whoever asks for it, and independent of all others."""
+    """Makes the example of that number: the same whoever asks for it, and independent of all others."""
     rng = np.random.default_rng((seed, number))
     scene = random_scene(rng)
     sentence = caption(scene, rng)
@@ -47,18 +47,18 @@ def sketch(number: int, *, seed: int, num_frames: int, height: int, width: int) 
 
 
 def example(number: int, *, seed: int, num_frames: int, height: int, width: int) -> Example:
-    """The drawn example of that number."""
+    """Draws the example of that number."""
     scene, sentence, things = sketch(number, seed=seed, num_frames=num_frames, height=height, width=width)
     return Example(scene, sentence, draw(things, scene.background, height, width))
 
 
 def sketches(numbers: Iterable[int], *, workers: int, **settings: int) -> Generator[Sketch, None, None]:
-    """As `examples`, not drawn."""
+    """Yields what `examples` does, not drawn."""
     return made(functools.partial(sketch, **settings), numbers, workers=workers, group=GROUP)
 
 
 def examples(numbers: Iterable[int], *, workers: int, **settings: int) -> Generator[Example, None, None]:
-    """The examples of these numbers, which may be without end, in their order; without workers drawn here.
+    """Yields the examples of these numbers, which may be without end, in their order; without workers drawn here.
 
     settings: as `example` takes them.
     """
@@ -67,7 +67,7 @@ def examples(numbers: Iterable[int], *, workers: int, **settings: int) -> Genera
 
 
 def made(make: Callable[[int], T], numbers: Iterable[int], *, workers: int, group: int) -> Generator[T, None, None]:
-    """What `make` makes of each number, in groups by worker processes that work ahead."""
+    """Yields what `make` makes of each number, in groups by worker processes that work ahead."""
     digit_images()  # a missing package shows here and not in a worker
     if workers < 0:
         raise UserError(f"{workers=} must not be negative")
@@ -80,21 +80,22 @@ def made(make: Callable[[int], T], numbers: Iterable[int], *, workers: int, grou
     executor = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
     try:
         first = itertools.islice(groups, AHEAD * workers)
-        waiting = collections.deque(executor.submit(make_all, make, group) for group in first)
-        while waiting:
-            result = waiting.popleft().result()
-            waiting.extend(executor.submit(make_all, make, group) for group in itertools.islice(groups, 1))
+        queued = collections.deque(executor.submit(make_all, make, group) for group in first)
+        while queued:
+            result = queued.popleft().result()
+            queued.extend(executor.submit(make_all, make, group) for group in itertools.islice(groups, 1))
             yield from result
     finally:
         executor.shutdown(cancel_futures=True)
 
 
 def make_all(make: Callable[[int], T], numbers: Sequence[int]) -> list[T]:
+    """Makes a group, in a worker process."""
     return list(map(make, numbers))
 
 
 def cut(video: np.ndarray, frames: int, side: int, rng: np.random.Generator) -> np.ndarray:
-    """A part of a video, `[frames, side, side, 3]`, where there is something to be seen."""
+    """Cuts a part out of a video, `[frames, side, side, 3]`, where there is something to be seen."""
     first = 0 if rng.random() < FROM_THE_START else rng.integers(len(video) - frames + 1)
     places = [[rng.integers(whole - side + 1) for whole in video.shape[1:3]] for _ in range(CANDIDATES)]
     crops = [video[first : first + frames, y : y + side, x : x + side] for y, x in places]
@@ -137,7 +138,7 @@ class Batches(Iterator[dict[str, np.ndarray]]):
         return {"video": np.stack(videos)}
 
     def get_state(self) -> dict[str, int]:
-        """Where the next batch is; plain numbers, for JSON."""
+        """Returns where the next batch is; plain numbers, for JSON."""
         return {"batch": self._batch, "batch_size": self._size, "seed": self._settings["seed"]}
 
     def set_state(self, state: Mapping[str, int]) -> None:

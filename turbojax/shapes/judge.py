@@ -1,7 +1,7 @@
 """Tells what a video of the world of shapes shows, to compare with what its prompt asked for.
 
 Colours, motions and backgrounds are read by rules from the pixels, shapes by a small classifier that was trained on
-renderings. `Judge.accuracy` is its share of right answers on renderings of handwriting that it has not seen.
+renderings. `Judge.accuracy` is its fraction of right answers on renderings of handwriting that it has not seen.
 """
 
 import dataclasses
@@ -17,10 +17,10 @@ from turbojax.shapes.scene import COLOURS, DIRECTIONS, SHAPES, Scene, Thing, ran
 CHROMA = 45.0  # distance from gray, 0 to 255, from which on a pixel has a colour
 GRAY = 20  # difference of a pixel's channels below which it has none
 OFF = 30.0  # levels that a background may be off
-SMALLEST = 0.004  # share of the picture that a thing covers at least
+SMALLEST = 0.004  # fraction of the picture that a thing covers at least
 STILL = 0.1  # a centre that strays less, in units of the shorter side, stays where it is
 CROP = 16  # side of the picture that the classifier sees
-SPECK = 0.1  # parts of a thing that are smaller, as a share of the largest, are not of it: edges mix colours
+SPECK = 0.1  # parts of a thing that are smaller, as a fraction of the largest, are not of it: edges mix colours
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Seen:
 
 
 def colour_masks(video: np.ndarray) -> dict[str, np.ndarray]:
-    """Boolean `[T, H, W]` for each colour: pixels away from gray, each of the colour whose direction is nearest."""
+    """Returns booleans `[T, H, W]` for each colour: pixels away from gray, each of the colour of nearest direction."""
     palette = np.array(list(COLOURS.values()), np.float32)
     directions = palette - palette.mean(axis=1, keepdims=True)
     directions /= np.linalg.norm(directions, axis=1, keepdims=True)
@@ -45,7 +45,7 @@ def colour_masks(video: np.ndarray) -> dict[str, np.ndarray]:
 
 
 def background(video: np.ndarray) -> str | None:
-    """The background whose two levels are nearest to the pixels without a colour, of BACKGROUNDS; None if none is."""
+    """Finds the one of BACKGROUNDS whose levels are nearest to the pixels without a colour; None if none is."""
     gray = np.ptp(video.astype(np.int16), axis=-1) < GRAY
     odd = squares(*video.shape[1:3]) % 2 == 1
     seen = [video[gray & own].mean() if (gray & own).any() else np.nan for own in (odd, ~odd)]
@@ -55,12 +55,12 @@ def background(video: np.ndarray) -> str | None:
 
 
 def present(mask: np.ndarray) -> bool:
-    """Whether a colour makes a thing: enough pixels in nine frames of ten."""
+    """Returns True if a colour makes a thing: enough pixels in nine frames of ten."""
     return bool(((mask.mean(axis=(1, 2)) > SMALLEST).mean()) >= 0.9)
 
 
 def centres(mask: np.ndarray) -> np.ndarray:
-    """Centre of the pixels of each frame, (x, y) in units of the shorter side, `[T, 2]`; NaN where there are none."""
+    """Returns centres (x, y) of each frame's pixels, in units of the shorter side, `[T, 2]`; NaN if it has none."""
     total = mask.sum(axis=(1, 2)).astype(np.float64)
     total[total == 0] = np.nan
     y, x = np.arange(mask.shape[1]), np.arange(mask.shape[2])
@@ -69,7 +69,7 @@ def centres(mask: np.ndarray) -> np.ndarray:
 
 
 def motion(mask: np.ndarray) -> str | None:
-    """The motion of one thing's pixels `[T, H, W]`, of MOTIONS, or None."""
+    """Finds the motion of one thing's pixels `[T, H, W]`, of MOTIONS, or None."""
     frames = np.flatnonzero(mask.any(axis=(1, 2)))
     mask = mask[frames]
     centre, area = centres(mask), mask.sum(axis=(1, 2))
@@ -96,7 +96,7 @@ def motion(mask: np.ndarray) -> str | None:
 
 
 def crop(frame: np.ndarray, centre: np.ndarray) -> np.ndarray:
-    """The picture around a centre (x, y) in pixels, as large as a quarter of the shorter side on each side of it."""
+    """Cuts out the picture around a centre (x, y) in pixels, a quarter of the shorter side to each side of it."""
     reach = min(frame.shape) // 4
     padded = np.pad(frame, reach)
     x, y = (round(float(c)) for c in centre)
@@ -104,12 +104,12 @@ def crop(frame: np.ndarray, centre: np.ndarray) -> np.ndarray:
 
 
 def clearest(mask: np.ndarray, moving: str | None) -> np.ndarray:
-    """The frame `[H, W]` to read a shape from: the first that shows it, for it may turn, or the last of what grows."""
+    """Finds the frame `[H, W]` to read a shape from: the first, for it may turn, or the last of what grows."""
     return mask[np.flatnonzero(mask.any(axis=(1, 2)))[-1 if moving == "growing" else 0]]
 
 
 def features(frame: np.ndarray) -> np.ndarray:
-    """The pixels `[H, W]` of one thing, cut out and scaled to `[CROP * CROP]`, without specks beside it."""
+    """Cuts out the pixels `[H, W]` of one thing, scaled to `[CROP * CROP]`, without specks beside it."""
     parts, _ = label(frame, np.ones((3, 3)))
     sizes = np.bincount(parts.ravel())
     sizes[0] = 0
@@ -137,7 +137,7 @@ class Judge:
     tested: int
 
     def look(self, video: np.ndarray) -> tuple[Seen, ...]:
-        """The things that a video, uint8 `[T, H, W, 3]`, shows, in the order of COLOURS."""
+        """Finds the things that a video, uint8 `[T, H, W, 3]`, shows, in the order of COLOURS."""
         seen = []
         for colour, mask in colour_masks(video).items():
             if present(mask):
@@ -147,7 +147,7 @@ class Judge:
         return tuple(seen)
 
     def compare(self, scene: Scene, video: np.ndarray) -> dict[str, bool]:
-        """Whether colours, shapes, motions and background are those of the scene, and "all" of them."""
+        """Tells whether colours, shapes, motions and background are those of the scene, and "all" of them."""
         wanted = {thing.colour: thing for thing in scene.things}
         seen = {thing.colour: thing for thing in self.look(video)}
         result = {"colour": wanted.keys() == seen.keys()}
@@ -182,5 +182,5 @@ def train_judge(*, seed: int = 0, examples: int = 3000, tests: int = 500, size: 
 
 
 def render_still(thing: Thing, rng: np.random.Generator, size: int, writers: np.ndarray) -> np.ndarray:
-    """One frame of a thing on black, digits by some of the writers."""
+    """Draws one frame of a thing on black, digits by some of the writers."""
     return render(Scene((thing,), "black"), rng, num_frames=1, height=size, width=size, writers=writers)

@@ -17,19 +17,19 @@ TINY = "-tiny"
 
 
 def wan(**changes) -> WanConfig:
-    """9.1 M parameters, heads of 64."""
+    """Returns the sizes of 9.1 M parameters, heads of 64."""
     sizes = dict(dim=256, ffn_dim=1024, num_heads=4, num_layers=8, text_dim=TEXT_DIM)
     return WanConfig(**(sizes | changes))
 
 
 def autoencoder(**changes) -> VAEConfig:
-    """0.9 M parameters."""
+    """Returns the sizes of 0.9 M parameters."""
     sizes: dict[str, Any] = dict(dim=8, dim_mult=(1, 2, 4, 5), num_res_blocks=1)
     return VAEConfig(**(sizes | changes))
 
 
 def text_encoder(**changes) -> UMT5Config:
-    """0.1 M parameters."""
+    """Returns the sizes of 0.1 M parameters."""
     sizes = dict(dim=TEXT_DIM, attention_dim=64, ffn_dim=128, num_heads=4, num_layers=2)
     return text_config(word_tokenizer(vocabulary()), **(sizes | changes))
 

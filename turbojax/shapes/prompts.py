@@ -1,4 +1,4 @@
-"""What a prompt asks for that the small model does not know, in a friendly line."""
+"""Tells what a prompt asks for that the small model does not know, in a friendly line."""
 
 import re
 
@@ -10,7 +10,7 @@ SMALL = {"as", "at", "by", "is", "it", "its", "of", "please", "the", "then", "th
 
 
 def remark(prompt: str) -> str | None:
-    """What lies outside its world, with a way out; None for a prompt of words that it has learnt."""
+    """Tells what lies outside its world, with a way out; None for a prompt of words that it has learnt."""
     try:
         scene = parse(prompt)
     except UserError as error:

@@ -18,8 +18,8 @@ Outline = Callable[[Array, Array], Array]  # signed distance of points (x, y) in
 
 BACKGROUND_LEVELS = {"black": (12, 12), "white": (242, 242), "gray": (128, 128), "checkered": (190, 225)}
 CHECKS = 8  # squares along the shorter side
-# Of one thing alone, and of one of two, which have less room: radius as a share of the shorter side, and the way of a
-# thing that moves straight ahead, likewise.
+# Of one thing alone, and of one of two, which have less room: radius and the way of a thing that moves straight ahead,
+# as fractions of the shorter side.
 RADIUS = ((0.14, 0.19), (0.115, 0.14))
 TRAVEL = ((0.3, 0.42), (0.25, 0.34))
 GROWTH = (1.9, 2.3)  # last radius over first
@@ -62,7 +62,7 @@ def place(
     width: int,
     writers: np.ndarray | None = None,
 ) -> list[Placed]:
-    """The scene's things with the sizes, places, speeds and handwriting that rng chooses; else as `render`."""
+    """Gives the scene's things the sizes, places, speeds and handwriting that rng chooses; else as `render`."""
     placed = []
     for thing, path in zip(scene.things, paths(scene, rng, num_frames, height, width), strict=True):
         digit = thing.shape in DIGITS
@@ -82,7 +82,7 @@ def render(
     width: int = 128,
     writers: np.ndarray | None = None,
 ) -> np.ndarray:
-    """A video of the scene, uint8 `[T, H, W, 3]`; rng chooses sizes, places and speeds.
+    """Draws a video of the scene, uint8 `[T, H, W, 3]`; rng chooses sizes, places and speeds.
 
     writers: indices of the handwritten digits that may be drawn, all if not given.
     """
@@ -91,7 +91,7 @@ def render(
 
 
 def draw(things: Sequence[Placed], behind: str, height: int, width: int) -> np.ndarray:
-    """The video of placed things before a background, uint8 `[T, H, W, 3]`."""
+    """Draws the video of placed things before a background, uint8 `[T, H, W, 3]`."""
     shape = (len(things[0].radius), height, width, 3)
     video = np.broadcast_to(background(behind, height, width)[None, ..., None], shape).astype(np.float32)
     for thing in things:
@@ -108,7 +108,7 @@ def draw(things: Sequence[Placed], behind: str, height: int, width: int) -> np.n
 
 
 def coverage(thing: Placed, t: Array, x: Array, y: Array, distance: Outline) -> Array:
-    """The share of each pixel (x, y) that a thing covers in frame t; an edge is a pixel wide."""
+    """Returns the fraction of each pixel (x, y) that a thing covers in frame t; an edge is a pixel wide."""
     xp = thing.ink.__array_namespace__()
     radius, sine, cosine = thing.radius[t], xp.sin(thing.angle[t]), xp.cos(thing.angle[t])
     dx, dy = (x - thing.centre[t, 0]) / radius, (y - thing.centre[t, 1]) / radius
@@ -116,19 +116,19 @@ def coverage(thing: Placed, t: Array, x: Array, y: Array, distance: Outline) -> 
 
 
 def background(name: str, height: int, width: int) -> np.ndarray:
-    """Gray levels `[H, W]`."""
+    """Returns gray levels `[H, W]`."""
     dark, light = BACKGROUND_LEVELS[name]
     return np.where(squares(height, width) % 2, dark, light).astype(np.float32)
 
 
 def squares(height: int, width: int) -> np.ndarray:
-    """Column plus row of the square that each pixel `[H, W]` lies in."""
+    """Returns column plus row of the square that each pixel `[H, W]` lies in."""
     y, x = np.mgrid[:height, :width] // max(1, min(height, width) // CHECKS)
     return x + y
 
 
 def paths(scene: Scene, rng: np.random.Generator, num_frames: int, height: int, width: int) -> list[Path]:
-    """A path for each thing, inside the picture; two things start in halves of their own."""
+    """Chooses a path for each thing, inside the picture; two things start in halves of their own."""
     for _ in range(1000):
         others = len(scene.things) - 1
         found = [path(thing, rng, num_frames, height, width, others=others) for thing in scene.things]
@@ -138,7 +138,7 @@ def paths(scene: Scene, rng: np.random.Generator, num_frames: int, height: int, 
 
 
 def apart(a: Path, b: Path) -> bool:
-    """Whether two things never cover each other."""
+    """Returns True if two things never cover each other."""
     gap = np.linalg.norm(a.centre - b.centre, axis=1) - ROOM * (a.radius + b.radius)
     return bool((gap > 0).all())
 
@@ -184,7 +184,7 @@ def star(x: Array, y: Array) -> Array:
 
 
 def polygon(x: Array, y: Array, *, corners: int, inner: float | None, radius: float) -> Array:
-    """Signed distance to the edge lines of a regular polygon, or of a star with its inner corners at `inner`."""
+    """Returns the signed distance to the edges of a regular polygon, or of a star with inner corners at `inner`."""
     xp, half = x.__array_namespace__(), np.pi / corners
     angle = xp.abs((xp.atan2(x, -y) + half) % (2 * half) - half)  # folded to one half edge; a corner is up
     r = (x * x + y * y) ** 0.5
@@ -198,7 +198,7 @@ def polygon(x: Array, y: Array, *, corners: int, inner: float | None, radius: fl
 
 
 def inked(ink: Array, x: Array, y: Array) -> Array:
-    """A handwritten digit as a function like the outlines: negative where there is ink."""
+    """Returns a handwritten digit as a function like the outlines: negative where there is ink."""
     xp = ink.__array_namespace__()
     column, row = (xp.clip((a / 1.25 + 1) * 4 + 1.5, 0, ink.shape[-1] - 1.001) for a in (x, y))
     i, j = row.astype(int), column.astype(int)
@@ -213,7 +213,7 @@ def inked(ink: Array, x: Array, y: Array) -> Array:
 
 
 def outlines(ink: Array) -> tuple[Outline, ...]:
-    """Those of the first of SHAPES, and the digit that the ink shows."""
+    """Returns those of the first of SHAPES, and the digit that the ink shows."""
     return circle, square, triangle, star, functools.partial(inked, ink)
 
 
@@ -222,7 +222,7 @@ DIGIT = SHAPES.index(DIGITS[0])  # its place among the outlines
 
 @functools.cache
 def digit_images() -> tuple[np.ndarray, np.ndarray]:
-    """scikit-learn's handwritten digits, float32 `[1797, 8, 8]` in 0..1, and their values."""
+    """Loads scikit-learn's handwritten digits, float32 `[1797, 8, 8]` in 0..1, and their values."""
     try:
         from sklearn.datasets import load_digits
     except ImportError as error:
@@ -232,7 +232,7 @@ def digit_images() -> tuple[np.ndarray, np.ndarray]:
 
 
 def handwriting(thing: Thing, rng: np.random.Generator, writers: np.ndarray | None) -> np.ndarray:
-    """One way to write a digit, float32 `[12, 12]` with a margin of two pixels."""
+    """Chooses one way to write a digit, float32 `[12, 12]` with a margin of two pixels."""
     images, values = digit_images() if writers is None else tuple(a[writers] for a in digit_images())
     chosen = images[values == DIGITS.index(thing.shape)]
     return np.pad(chosen[rng.integers(len(chosen))], 2)

@@ -14,7 +14,7 @@ AWAY = 1e5  # pixels, where nothing is seen
 
 
 def stack(placed: Sequence[Sequence[Placed]]) -> Placed:
-    """The things of many scenes, each value with leading axes `[B, 2]`."""
+    """Stacks the things of many scenes, each value with leading axes `[B, 2]`."""
     pairs = []
     for things in placed:
         unseen = things[0]._replace(centre=things[0].centre + AWAY)  # stands for a second thing that is not there
@@ -24,7 +24,7 @@ def stack(placed: Sequence[Sequence[Placed]]) -> Placed:
 
 @functools.partial(jax.jit, static_argnames=("height", "width"))
 def draw_many(things: Placed, behind: jax.Array, *, height: int, width: int) -> jax.Array:
-    """The videos, uint8 `[B, T, H, W, 3]`, that `turbojax.shapes.render.draw` makes, within a level for rounding.
+    """Draws the videos, uint8 `[B, T, H, W, 3]`, that `turbojax.shapes.render.draw` makes, within a level for rounding.
 
     things: of `stack`; behind: indices into BACKGROUNDS `[B]`.
     """

@@ -78,21 +78,21 @@ class Scene:
 
 
 def held_out(thing: Thing) -> bool:
-    """Whether this kind of thing is kept from training; by a hash, so the same on every machine."""
+    """Returns True if this kind of thing is kept from training; by a hash, so the same on every machine."""
     digest = hashlib.sha256(f"{thing.shape} {thing.colour} {thing.motion}".encode()).digest()
     return digest[0] % HELD_OUT_SHARE == 0
 
 
 @functools.cache
 def kinds(split: Split) -> tuple[Thing, ...]:
-    """All kinds of things of one split."""
+    """Returns all kinds of things of one split."""
     every = itertools.product(SHAPES, COLOURS, MOTIONS)
     things = (Thing(*values) for values in every if (values[0], values[2]) != ("circle", "rotating"))
     return tuple(thing for thing in things if held_out(thing) == (split == "held out"))
 
 
 def random_scene(rng: np.random.Generator, *, split: Split = "train", two: float | None = None) -> Scene:
-    """A scene of things of one split; two is the probability of a second thing, that of TWO_SHARE if not given."""
+    """Draws a scene of things of one split; two is the probability of a second thing, TWO_SHARE if not given."""
 
     def draw(colours: set[str]) -> Thing:
         digit = rng.random() < DIGIT_SHARE[split]
@@ -129,7 +129,7 @@ def noun(shape: str, form: int = 0) -> str:
 
 
 def caption(scene: Scene, rng: np.random.Generator | None = None) -> str:
-    """A sentence that says what the scene shows: in varied wording, or canonical without a generator."""
+    """Writes a sentence that says what the scene shows: in varied wording, or canonical without a generator."""
 
     def pick(options: tuple[str, ...]) -> str:
         return options[0 if rng is None else rng.integers(len(options))]
@@ -161,7 +161,7 @@ SYNONYMS = (
 
 
 def parse(prompt: str) -> Scene:
-    """The scene that a prompt asks for; raises UserError in a friendly line that says what the world knows.
+    """Finds the scene that a prompt asks for; raises UserError in a friendly line that says what the world knows.
 
     Words between are ignored, motions and backgrounds that are not named become "rotating" ("growing" for a circle)
     and "black".

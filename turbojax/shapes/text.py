@@ -40,7 +40,7 @@ ANSWERS: dict[str, tuple[str, ...]] = {
 
 
 def word_tokenizer(words: list[str]) -> Words:
-    """A Unigram tokenizer of whole words and single characters, laid out as umT5's: <pad> 0, </s> 1, <unk> 2."""
+    """Makes a Unigram tokenizer of whole words and single characters, laid out as umT5's: <pad> 0, </s> 1, <unk> 2."""
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -4.0)]
     pieces += [(f"\u2581{word}", -2.0) for word in words]
     pieces += [(chr(code), -6.0) for code in range(33, 127)]
@@ -91,7 +91,7 @@ def examples(tokenizer: Words, count: int, *, seed: int) -> Examples:
 
 
 def things(scene: Scene, name: str) -> list[int]:
-    """The answers for both things, -1 where there is no second."""
+    """Returns the answers for both things, -1 where there is no second."""
     found = [ANSWERS[name].index(getattr(thing, name)) for thing in scene.things]
     return [*found, -1][:2]
 
@@ -111,7 +111,7 @@ class Reader(nnx.Module):
         self.background = answer(BACKGROUNDS)
 
     def __call__(self, ids: jax.Array, mask: jax.Array, nouns: jax.Array) -> dict[str, jax.Array]:
-        """Logits: `[B, 2, options]` of shape, colour and motion, `[B, options]` of the background."""
+        """Computes logits: `[B, 2, options]` of shape, colour and motion, `[B, options]` of the background."""
         features = self.encoder(self.table[...][ids], mask)
         at_nouns = jnp.take_along_axis(features, jnp.maximum(nouns, 0)[..., None], axis=1)
         at_end = jnp.take_along_axis(features, mask.sum(axis=1)[:, None, None] - 1, axis=1)[:, 0]
@@ -124,7 +124,7 @@ class Reader(nnx.Module):
 
 
 def loss_and_accuracy(reader: Reader, ids, mask, nouns, answers) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Mean cross-entropy over the questions, and the share of right answers to each."""
+    """Returns mean cross-entropy over the questions, and the fraction of right answers to each."""
     loss, right = jnp.float32(0), {}
     for name, logits in reader(ids, mask, nouns).items():
         asked = answers[name] >= 0
@@ -137,7 +137,7 @@ def loss_and_accuracy(reader: Reader, ids, mask, nouns, answers) -> tuple[jax.Ar
 def train_text_encoder(
     tokenizer: Words, config: UMT5Config, *, steps: int = 1500, batch: int = 128, peak: float = 2e-3, seed: int = 0
 ) -> tuple[Reader, dict[str, float]]:
-    """A trained reader, and its share of right answers on captions that it has not seen."""
+    """Trains a reader; returns it, and its fraction of right answers on captions that it has not seen."""
     data, test = examples(tokenizer, 50 * batch, seed=seed), examples(tokenizer, 1000, seed=seed + 1)
     graph, state = nnx.split(Reader(config, rngs=nnx.Rngs(seed)))
     schedule = optax.warmup_cosine_decay_schedule(0.0, peak, steps // 20 + 1, steps)

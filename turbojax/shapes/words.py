@@ -7,13 +7,13 @@ from turbojax.shapes.scene import BACKGROUNDS, BEFORE, COLOURS, SHAPES, SYNONYMS
 
 
 def caption_words() -> set[str]:
-    """Every word of captions, which are all that the networks learn from."""
+    """Returns every word of captions, which are all that the networks learn from."""
     sentences = [*BEFORE, *(form for forms in VERBS.values() for form in forms), *COLOURS, *BACKGROUNDS, "a an"]
     return words_of([*sentences, *(noun(shape, form) for shape in SHAPES for form in range(3))])
 
 
 def vocabulary() -> list[str]:
-    """Every word of captions, and of prompts that `scene.parse` understands in full."""
+    """Returns every word of captions, and of prompts that `scene.parse` understands in full."""
     others = [pattern for pattern, _ in SYNONYMS if re.fullmatch(r"\w+", pattern)]
     others += ["spins spinning rotates bounces jumps jumping grows expanding left right up down upwards downwards"]
     return sorted(caption_words() | words_of(others))

@@ -102,7 +102,7 @@ def held_out_tasks(count: int, *, seed: int) -> list[Task]:
 
 
 def noise(tasks: Sequence[Task], shape: tuple[int, ...], steps: int, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Standard normal: what the steps start from, `[B, t, h, w, c]`, and what they add, `[steps, B, t, h, w, c]`."""
+    """Draws the standard normal noise that steps start from, `[B, t, h, w, c]`, and add, `[steps, B, t, h, w, c]`."""
     drawn = [np.random.default_rng((seed, task.number)).standard_normal((5, *shape), np.float32) for task in tasks]
     both = np.stack(drawn, axis=1)
     return both[0], both[1 : steps + 1]
@@ -111,7 +111,7 @@ def noise(tasks: Sequence[Task], shape: tuple[int, ...], steps: int, *, seed: in
 def make_videos(
     pipe: TurboVideoPipeline, tasks: Sequence[Task], call: Mapping[str, Any], size: Mapping[str, Any], *, seed: int
 ) -> np.ndarray:
-    """uint8 `[B, T, H, W, 3]`; size: num_frames, height and width."""
+    """Makes videos, uint8 `[B, T, H, W, 3]`; size: num_frames, height and width."""
     shape = latent_shape(pipe.vae.config, size["num_frames"], size["height"], size["width"])
     steps = call.get("num_inference_steps", 4)
     latents, added = noise(tasks, shape, steps, seed=seed)
@@ -122,7 +122,7 @@ def make_videos(
 
 
 def load(variant: Variant, folder: Path, networks: Mapping[Network, str], *, dtype: Any) -> TurboVideoPipeline:
-    """The variant's pipeline; what is not the transformer is that of the shipped model."""
+    """Loads the variant's pipeline; what is not the transformer is that of the shipped model."""
     path, model = folder / networks[variant.network], (folder / networks["shipped"]).parent
     components: dict[str, Any] = dict.fromkeys(("vae", "text_encoder", "tokenizer"), model)
     return TurboVideoPipeline.from_pretrained(path, **components, dtype=dtype, cache_prompts=False, **variant.load)
@@ -141,10 +141,10 @@ def evaluate(
     networks: Mapping[Network, str] = NETWORKS,
     guided: Mapping[str, float] = GUIDED,
 ) -> Iterator[tuple[dict[str, Any], np.ndarray]]:
-    """Of each variant in turn its row of the table, and its videos, uint8 `[B, T, H, W, 3]`.
+    """Yields each variant's row of the table, and its videos, uint8 `[B, T, H, W, 3]`.
 
     guided: the teacher's guidance_scale and shift.
-    A row has shares of videos that are right in each respect and in all ("all"), the share that the guard flags, and,
+    A row has fractions of videos that are right in each respect and in all ("all"), the fraction with flaws, and,
     where DENSE is among the variants, PSNR (dB) and SSIM between its videos and these.
     """
     if unknown := [name for name in names if name not in VARIANTS]:
@@ -180,7 +180,7 @@ def judged(judge: Judge, tasks: Sequence[Task], videos: np.ndarray) -> dict[str,
 
 
 def ssim(videos: np.ndarray, reference: np.ndarray, *, window: int = 7) -> float:
-    """Mean structural similarity in windows of 7 x 7 pixels (Wang et al., 2004), of each channel of each frame."""
+    """Returns mean structural similarity in windows of 7 x 7 pixels (Wang et al., 2004), channels apart."""
     return float(np.mean([ssim_of(a, b, window) for a, b in zip(videos, reference, strict=True)]))
 
 
@@ -207,7 +207,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def contact_sheet(videos: np.ndarray, path: Path, *, columns: int = 6) -> None:
-    """A picture with a row for each video and some of its frames side by side."""
+    """Writes a picture with a row for each video and some of its frames side by side."""
     at = np.linspace(0, videos.shape[1] - 1, columns).round().astype(int)
     rows = np.concatenate(list(np.concatenate(list(video[at]), axis=1) for video in videos))
     with whole_file(path) as temporary:

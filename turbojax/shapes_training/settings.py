@@ -1,4 +1,4 @@
-"""What the configurations of the world of shapes have in common; configs/shapes_*.py say the rest."""
+"""Settings that the configurations of the world of shapes have in common; configs/shapes_*.py say the rest."""
 
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ def check_size(size: str) -> None:
 
 
 def shapes_config(recipe: str, size: str, **changes: Any) -> ConfigDict:
-    """All settings, for a run in FOLDER; size: "full", or "tiny" for a few steps of tiny networks."""
+    """Returns all settings, for a run in FOLDER; size: "full", or "tiny" for a few steps of tiny networks."""
     check_size(size)
     common: dict[str, Any] = dict(
         recipe=recipe,
@@ -60,7 +60,7 @@ def shapes_config(recipe: str, size: str, **changes: Any) -> ConfigDict:
 
 
 def flow_matching(size: str, **changes: Any) -> ConfigDict:
-    """Settings of the two runs that learn from data."""
+    """Returns the settings of the two runs that learn from data."""
     common: dict[str, Any] = dict(
         optimizer="muon",
         learning_rate=5e-3,

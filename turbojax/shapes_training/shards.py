@@ -95,7 +95,7 @@ def encoded(own: list[Sketch], shard: int, vae: WanVAE, text: TextEncoder, index
 
 
 def embed(text: TextEncoder, prompts: list[str], index: Index) -> Iterator[np.ndarray]:
-    """The prompts' rows [R, D], without the zero rows past their ends."""
+    """Yields the prompts' rows [R, D], without the zero rows past their ends."""
     ids, mask = text.tokenizer(prompts, LENGTH)
     embeddings = encode_text(text.encoder, text.table, ids, mask, length=LENGTH)
     for embedding, length in zip(np.asarray(embeddings.astype(jnp.float32)), mask.sum(axis=1), strict=True):

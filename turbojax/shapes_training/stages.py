@@ -59,7 +59,7 @@ class Job:
     max_minutes: float = 0.0
 
     def config(self, stage: str) -> ConfigDict:
-        """A stage's configuration with its paths in this folder."""
+        """Returns a stage's configuration with its paths in this folder."""
         config = self.settings(stage)
         for name, value in config.items():
             if isinstance(value, str) and Path(value).is_relative_to(FOLDER):
@@ -175,7 +175,7 @@ def copy(source: Path, target: Path) -> None:
 
 
 def thinned(path: Path) -> list[dict[str, float]]:
-    """A curve in about POINTS points, to four digits."""
+    """Thins a curve to about POINTS points, to four digits."""
     lines = read_curves(path)
     lines = lines[:: max(1, len(lines) // POINTS)]
     return [{name: float(f"{value:.4g}") for name, value in line.items()} for line in lines]

@@ -35,7 +35,7 @@ DAMAGED = "damaged-"  # what the names of damaged checkpoints begin with
 
 @contextlib.contextmanager
 def open_checkpoints(folder: Path, *, keep: int = 2) -> Iterator[Manager]:
-    """The checkpoints in a folder, which is made if need be; the newest `keep` stay.
+    """Opens the checkpoints in a folder, which is made if need be; the newest `keep` stay.
 
     What a killed run left half written is removed, and what Orbax must not look at is set aside. Raises CheckpointError
     on leaving where the last one could not be written.
@@ -61,7 +61,7 @@ def open_checkpoints(folder: Path, *, keep: int = 2) -> Iterator[Manager]:
         yield manager
         check_written(manager, wait=True)
     finally:
-        with contextlib.suppress(Exception):  # of a write whose failure has been told, or a stop that cannot wait
+        with contextlib.suppress(Exception):  # of a write whose failure has been raised, or a stop that cannot wait
             manager.close()
 
 
@@ -104,12 +104,12 @@ def unwritten(manager: Manager, error: Exception) -> CheckpointError:
 
 
 def restore_newest(manager: Manager, like: TrainState, *, run: Mapping[str, Any]) -> tuple[TrainState, Any] | None:
-    """The newest whole checkpoint and the position of its data; None where there is none yet.
+    """Returns the newest whole checkpoint and the position of its data; None where there is none yet.
 
     like: the state's shapes, dtypes and shardings.
     run: what kind of run this is; a checkpoint of another kind is refused.
 
-    Damaged checkpoints are told of and set aside under another name. Raises CheckpointError if all are damaged, or the
+    Damaged checkpoints are logged and set aside under another name. Raises CheckpointError if all are damaged, or the
     newest that is not is of another kind of run.
     """
     folder = Path(manager.directory)
@@ -144,7 +144,7 @@ def restore_newest(manager: Manager, like: TrainState, *, run: Mapping[str, Any]
 
 
 def read_checkpoint(manager: Manager, step: int, like: TrainState, *, run: Mapping[str, Any]) -> tuple[TrainState, Any]:
-    """State and position of one checkpoint; raises WrongRunError, or anything at all where it is damaged."""
+    """Reads state and position of one checkpoint; raises WrongRunError, or anything at all where it is damaged."""
     ocp = orbax()
     has = read_json(Path(manager.directory) / str(step) / METADATA, ITEMS, suggestion="Orbax needs it")["item_handlers"]
     texts = manager.restore(
@@ -188,14 +188,14 @@ def json_checksum(content: Any) -> int:
 
 
 def checksums(state: TrainState) -> dict[str, int]:
-    """A number for each array by its path, from every bit of it; the same on any devices."""
+    """Computes a number for each array by its path, from every bit of it; the same on any devices."""
     names = [jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(state)]
     return dict(zip(names, np.asarray(array_checksums(state)).tolist(), strict=True))
 
 
 @jax.jit
 def array_checksums(tree: Any) -> jax.Array:
-    """uint32 `[arrays]`: sums, modulo 2^32, of each value's bits mixed with its place."""
+    """Returns uint32 `[arrays]`: sums, modulo 2^32, of each value's bits mixed with its place."""
 
     def one(a: jax.Array) -> jax.Array:
         bits = jax.lax.bitcast_convert_type(a, jnp.dtype(f"uint{8 * a.dtype.itemsize}")).astype(jnp.uint32)

@@ -79,7 +79,7 @@ Batch = dict[str, np.ndarray]
 
 @dataclasses.dataclass(frozen=True)
 class Index:
-    """What all shards of a folder have in common.
+    """Properties that all shards of a folder have in common.
 
     latents: shape [t, h, w, c] of one video's latents; text_dim: width of the text embedding.
     dtype: of latents and text, "bfloat16" or "float32".
@@ -160,7 +160,7 @@ class Shards:
         return batch
 
     def describe(self, i: int) -> tuple[str, str]:
-        """Source and caption of a sample."""
+        """Returns source and caption of a sample."""
         path, row = self._locate(i)
         text = file_metadata(path).get("samples", "").encode()
         name = f"samples in the header of {path}"
@@ -170,17 +170,17 @@ class Shards:
         return described[row]["source"], described[row]["caption"]
 
     def identity(self) -> str:
-        """A digest of what `describe` does not tell: the index, with the number of samples in each shard."""
+        """Returns a digest of what `describe` does not tell: the index, with the number of samples in each shard."""
         content = [dataclasses.asdict(self.index), self.files]
         return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
     def negative(self) -> np.ndarray:
-        """The negative prompt's embedding, [S, D]."""
+        """Reads the negative prompt's embedding, [S, D]."""
         text = read_negative(self.folder, self.index)
         return np.concatenate((text, np.zeros((self.text_rows - len(text), text.shape[1]), text.dtype)))
 
     def _locate(self, i: int) -> tuple[Path, int]:
-        """The shard that holds sample i, and its row there."""
+        """Finds the shard that holds sample i, and its row there."""
         if not 0 <= i < len(self):
             raise IndexError(f"sample {i} of {len(self)}")
         shard = bisect.bisect_right(self._ends, i)
@@ -219,7 +219,7 @@ def signature(path: Path) -> Signature:
 
 
 def open_shard(path: Path, index: Index) -> dict[str, np.ndarray]:
-    """A shard's tensors as views of the memory-mapped file; raises CheckpointError where they do not fit the index."""
+    """Maps a shard's tensors into memory; raises CheckpointError where they do not fit the index."""
     tensors = read(path)
     lengths = tensors.get("text_lengths")
     if lengths is None or lengths.dtype != np.int32 or lengths.ndim != 1:
@@ -255,7 +255,7 @@ def shard_specs(index: Index, samples: int, rows: int) -> dict[str, jax.ShapeDty
 
 
 def finite(values: np.ndarray) -> bool:
-    """Whether bfloat16 or float32 values are, from their bits: NumPy's isfinite is slow for bfloat16."""
+    """Returns True if all values are finite, by their bits: NumPy's isfinite is slow for bfloat16."""
     bits = values.view(np.dtype(f"u{values.itemsize}"))
     exponent = 0x7F80 << 8 * (values.itemsize - 2)
     return not bits.size or int((bits & bits.dtype.type(exponent)).max()) < exponent
@@ -267,7 +267,7 @@ def rows_for(longest: int) -> int:
 
 
 def read_negative(folder: Path, index: Index) -> np.ndarray:
-    """The negative prompt's rows [R, D]."""
+    """Reads the negative prompt's rows [R, D]."""
     path = folder / NEGATIVE
     text = read(path).get("text", np.empty(0))
     if text.ndim != 2 or len(text) > TEXT_LEN or text.shape[1] != index.text_dim or text.dtype != DTYPES[index.dtype]:
@@ -306,7 +306,7 @@ def write_index(folder: Path, index: Index, files: Mapping[str, int]) -> None:
 
 
 def read_index(folder: Path) -> tuple[Index, dict[str, int]]:
-    """The index and the samples of each shard; raises CheckpointError if it is damaged or of another format."""
+    """Reads the index and the samples of each shard; raises CheckpointError if it is damaged or of another format."""
     path = folder / INDEX
     content = read_json(path, SCHEMA, suggestion=AGAIN, most_bytes=MOST_TEXT)
     shards = content["shards"]
@@ -326,7 +326,7 @@ class Batches(Iterator[Batch]):
         return next(self._iterator)
 
     def get_state(self) -> dict[str, Any]:
-        """Where the next batch is, and of what; for JSON."""
+        """Returns where the next batch is, and of what; for JSON."""
         return {"batch": self._iterator.get_state()["next_index"], **self._settings, **self._data}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
@@ -365,7 +365,7 @@ def batches(
     num_threads: int = 4,
     prefetch: int = 4,
 ) -> Batches:
-    """The samples in batches, shuffled anew for each epoch, without end.
+    """Reads the samples in batches, shuffled anew for each epoch, without end.
 
     batch_size: samples of all processes together; each process gets its share, [batch_size / process_count, ...]. The
       samples of a batch do not depend on the number of processes, and one epoch follows another inside a batch.

@@ -1,4 +1,4 @@
-"""What a random autoencoder begins its training as: one that lets pictures through, coarsely.
+"""A random autoencoder from which training starts: one that lets pictures through, coarsely.
 
 With random kernels everywhere, all that comes through is what the many layers in a row happen to agree on, which is the
 background, and training spends hundreds of steps before a thing appears. Here residual branches begin at zero, and the
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import numpy as np
 
 LOG_VARIANCE = -6.0  # of mu
-RANDOM = 0.2  # share of a random kernel that is added
+RANDOM = 0.2  # fraction of a random kernel that is added
 
 # A kernel's weights over time, or rows and columns: of a frame or pixel alone, and the mean of those joined.
 LAST, BOTH = np.array([[0, 0, 1], [0, 0.5, 0.5]]).reshape(2, 3, 1, 1)
@@ -27,7 +27,7 @@ THROUGH = (
 
 
 def transparent(params: Mapping[str, np.ndarray], *, seed: int = 0) -> dict[str, np.ndarray]:
-    """A random autoencoder's parameters as said above, with little noise in its latents; shapes and dtypes stay."""
+    """Changes a random autoencoder's parameters as said above, with little noise in its latents."""
     rng, out = np.random.default_rng(seed), dict(params)
     for name, value in params.items():
         layer, _, kind = name.rpartition(".")
@@ -49,7 +49,7 @@ def transparent(params: Mapping[str, np.ndarray], *, seed: int = 0) -> dict[str,
 
 
 def orthogonal(rng: np.random.Generator, features_in: int, features_out: int) -> np.ndarray:
-    """A random `[in, out]` with orthogonal rows or columns that keeps the root mean square of what it multiplies."""
+    """Draws an `[in, out]` with orthogonal rows or columns that keeps the root mean square of what it multiplies."""
     small, large = sorted((features_in, features_out))
     matrix = np.linalg.qr(rng.standard_normal((large, small))).Q
     return matrix if features_in > features_out else matrix.T * (large / small) ** 0.5

@@ -228,7 +228,7 @@ def distribution_matching(
 
 
 def fake_score(sample: jax.Array, fake: Velocity, eps: jax.Array, t: jax.Array, text: Any) -> Loss:
-    """The fake score learns the student's samples G, which take no gradient (the critic step; rCM, section 5.1).
+    """Loss of the fake score on the student's samples G, which take no gradient (critic step; rCM, section 5.1).
 
         x_t  = cos(t) G + sin(t) eps
         loss = sum (G - x0_fake(x_t, t))^2 / sin(t)^2 = sum (F_fake(x_t, t) - (cos(t) eps - sin(t) G))^2
@@ -246,21 +246,21 @@ def fake_score(sample: jax.Array, fake: Velocity, eps: jax.Array, t: jax.Array, 
 
 
 def interpolate(x0: jax.Array, eps: jax.Array, s: jax.Array) -> jax.Array:
-    """x_s = (1 - s) x0 + s eps; s `[B]`."""
+    """Returns x_s = (1 - s) x0 + s eps; s `[B]`."""
     s = like(s, x0)
     return (1 - s) * x0 + s * eps
 
 
 def elements(x: jax.Array) -> tuple[int, ...]:
-    """The axes of one sample of `[B, ...]`."""
+    """Returns the axes of one sample of `[B, ...]`."""
     return tuple(range(1, x.ndim))
 
 
 def sum_square(x: jax.Array) -> jax.Array:
-    """Per sample, `[B, ...]` to `[B]`."""
+    """Sums squares per sample, `[B, ...]` to `[B]`."""
     return jnp.sum(x**2, axis=elements(x))
 
 
 def mean_square(x: jax.Array) -> jax.Array:
-    """Per sample, `[B, ...]` to `[B]`."""
+    """Averages squares per sample, `[B, ...]` to `[B]`."""
     return jnp.mean(x**2, axis=elements(x))

@@ -73,7 +73,7 @@ class Summary(NamedTuple):
 
 
 def find_clips(folder: str | os.PathLike, captions: str | os.PathLike | None = None) -> list[Clip]:
-    """The videos of a folder with their captions, in the order of the list or of their names.
+    """Finds the videos of a folder with their captions, in the order of the list or of their names.
 
     captions: a .jsonl file with {"file": NAME, "caption": TEXT} a line, or a .csv file with the columns file and
       caption; names are relative to the folder. If not given: the folder's captions.jsonl or captions.csv, or else a
@@ -154,7 +154,7 @@ def captioned_clips(folder: Path) -> list[Clip]:
 
 
 def identity(path: str | os.PathLike) -> str:
-    """A checkpoint's name and a digest of its tensors: names, shapes, dtypes and first bytes of each."""
+    """Returns a checkpoint's name and a digest of its tensors: names, shapes, dtypes and first bytes of each."""
     digest = hashlib.sha256()
     for name, tensor in read_tensors(path).items():
         start = tensor.reshape(-1)[:256].tobytes()
@@ -163,7 +163,7 @@ def identity(path: str | os.PathLike) -> str:
 
 
 def load_encoders(where: Mapping[str, Path], *, dtype: jnp.dtype, **settings: Any) -> tuple[WanVAE, TextEncoder, Index]:
-    """The networks in the files that `find_components` gives, and the index of what they make.
+    """Loads the networks in the files that `find_components` gives, and the index of what they make.
 
     settings: as `make_index` takes them.
     """
@@ -186,7 +186,7 @@ def make_index(
     negative_prompt: str = "",
     shard_size: int = 64,
 ) -> Index:
-    """What shards made by these models have in common; raises UserError for sizes that no latents have."""
+    """Makes the index of shards made by these models; raises UserError for sizes that no latents have."""
     if not 1 <= shard_size <= MOST_SAMPLES:
         raise UserError(f"{shard_size=} must be from 1 to {MOST_SAMPLES}")
     check_fps(fps)
@@ -292,7 +292,7 @@ def digest(index: Index, clips: Sequence[Clip]) -> str:
 
 
 def finished(path: Path, index: Index, plan: str) -> int:
-    """The samples of a shard that was made to this plan before; 0 if there is none, or a damaged or different one."""
+    """Counts the samples of a shard made to this plan before; 0 if there is none, or a damaged or different one."""
     if not path.exists():
         return 0
     try:
@@ -305,7 +305,7 @@ def finished(path: Path, index: Index, plan: str) -> int:
 
 
 def encode_clips(clips: Sequence[Clip], vae: WanVAE, text: TextEncoder, index: Index, bar: tqdm) -> Iterator[Sample]:
-    """The samples of those clips that can be read; further ones are read while one is encoded."""
+    """Yields the samples of those clips that can be read; further ones are read while one is encoded."""
 
     def read(clip: Clip) -> np.ndarray | UserError:
         try:
@@ -326,7 +326,7 @@ def encode_clips(clips: Sequence[Clip], vae: WanVAE, text: TextEncoder, index: I
 
 
 def encode_clip(clip: Clip, video: np.ndarray, vae: WanVAE, text: TextEncoder, index: Index) -> Sample:
-    """video: uint8 `[T, H, W, 3]`."""
+    """Encodes a video, uint8 `[T, H, W, 3]`, and its caption."""
     latents = vae_model.encode(vae, video[None].astype(np.float32) / 127.5 - 1)[0]
     sample = Sample(
         np.asarray(latents).astype(DTYPES[index.dtype]), embed(text, clip.caption, index), clip.source, clip.caption
@@ -337,7 +337,7 @@ def encode_clip(clip: Clip, video: np.ndarray, vae: WanVAE, text: TextEncoder, i
 
 
 def embed(text: TextEncoder, prompt: str, index: Index) -> np.ndarray:
-    """A prompt's rows [R, D], without the zero rows past its end."""
+    """Returns a prompt's rows [R, D], without the zero rows past its end."""
     ids, mask = text.tokenizer([prompt])
     rows = encode_text(text.encoder, text.table, ids, mask)[0, : int(mask.sum())]
     return np.asarray(rows).astype(DTYPES[index.dtype])

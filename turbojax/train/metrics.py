@@ -57,7 +57,7 @@ def metrics_writer(workdir: Path, start: int) -> Iterator[Write]:
             events.flush()
         yield write
     finally:
-        with contextlib.suppress(OSError):  # of a write whose failure has been told
+        with contextlib.suppress(OSError):  # of a write whose failure has been raised
             events.close()
 
 
@@ -69,7 +69,7 @@ def keep_curves(path: Path, start: int) -> None:
 
 
 def read_curves(path: Path) -> list[dict[str, float]]:
-    """The metrics of a run, lines {"step": n, NAME: value, ...}; what was cut off or is no such line is left out."""
+    """Reads the metrics of a run, lines {"step": n, NAME: value, ...}; leaves out what is no such line."""
     lines = []
     for text in path.read_bytes().split(b"\n"):
         with contextlib.suppress(ValueError, RecursionError):
@@ -81,6 +81,7 @@ def read_curves(path: Path) -> list[dict[str, float]]:
 
 @contextlib.contextmanager
 def one_sentence(workdir: Path) -> Iterator[None]:
+    """Raises UserError in place of the operating system's error."""
     try:
         yield
     except OSError as error:

@@ -176,7 +176,7 @@ class RCM:
         return summary(fake_score=aux["loss"])
 
     def guided_teacher(self, params: NetworkParams, batch: Batch) -> Velocity:
-        """The teacher under guidance by the negative prompt."""
+        """Returns the teacher under guidance by the negative prompt."""
         assert params.negative is not None
         negative = jnp.broadcast_to(params.negative[None], batch["text"].shape)
         return guided(network(self.networks.teacher, params.teacher), negative, self.guidance)

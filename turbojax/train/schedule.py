@@ -21,13 +21,13 @@ def ema_exponent(rate: float) -> float:
     Raises UserError for a rate outside (0, 0.288).
     """
     if not 0 < rate < 12**-0.5:
-        raise UserError(f"{rate=} of the EMA must be between 0 and 0.288, as a share of the run; 0.1 is usual")
+        raise UserError(f"{rate=} of the EMA must be between 0 and 0.288, as a fraction of the run; 0.1 is usual")
     roots = np.roots([1.0, 7.0, 16 - rate**-2, 12 - rate**-2])
     return float(roots[roots.imag == 0].real.max())
 
 
 def ema_beta(iteration: int, *, rate: float = 0.1, shift: int = 0) -> float:
-    """Returns the EMA's share of itself, (1 - 1 / (i + 1))^(gamma + 1), i = iteration + shift, 0 for i < 1.
+    """Returns the weight of the EMA's old value, (1 - 1 / (i + 1))^(gamma + 1), i = iteration + shift, 0 for i < 1.
 
     iteration: effective iteration of the student; the first update is a copy.
     """
@@ -48,7 +48,7 @@ def ema_update(ema: Any, weights: Any, beta: float | jax.Array) -> Any:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class StepSchedule:
-    """What one step does: who learns, from which losses (each combination is compiled once), and scalars.
+    """Plan of one step: who learns, from which losses (each combination is compiled once), and scalars.
 
     warmup: r of the consistency loss. simulation_steps: of the student's own samples. ema_beta: see `ema_update`.
     """

@@ -1,4 +1,4 @@
-"""What a training run is at one step: everything that changes, as one pytree of arrays.
+"""State of a training run at one step: everything that changes, as one pytree of arrays.
 
 Random numbers come from `fold_in(key(seed), step)` and the data from a reader whose position is saved beside the state,
 so a run that was killed and resumed equals one that was not, bit for bit.
@@ -41,7 +41,7 @@ class TrainState:
 def initial_state(
     params: Params, student: optax.GradientTransformation, critic: optax.GradientTransformation | None = None
 ) -> TrainState:
-    """Before the first step: student, average and, with an optimizer for it, the critic start from float32 parameters.
+    """Makes the first state: student, average and, with an optimizer for it, critic, all from float32 parameters.
 
     Under `jax.jit` or not, they are copies: a step gives all buffers of its state back.
     """
@@ -54,7 +54,7 @@ def initial_state(
 
 
 def parameters(module: nnx.Module) -> Params:
-    """A module's parameters by dotted name, as they are."""
+    """Returns a module's parameters by dotted name, as they are."""
     return {".".join(map(str, path)): leaf.get_value() for path, leaf in nnx.to_flat_state(nnx.state(module))}
 
 

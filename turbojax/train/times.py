@@ -29,15 +29,15 @@ class LogNormal:
             raise UserError(f"std={self.std} of a log-normal distribution must be positive; 1.6 is usual")
 
     def standard(self, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        """Standard normal draws."""
+        """Draws standard normal numbers."""
         return jax.random.normal(key, shape, jnp.float32)
 
     def rf(self, draw: jax.Array) -> jax.Array:
-        """RF times sigma / (1 + sigma) of normal draws."""
+        """Returns RF times sigma / (1 + sigma) of normal draws."""
         return jax.nn.sigmoid(self.std * draw + self.mean)
 
     def trig(self, draw: jax.Array) -> jax.Array:
-        """TrigFlow times atan(sigma) of normal draws."""
+        """Returns TrigFlow times atan(sigma) of normal draws."""
         return jnp.arctan(jnp.exp(self.std * draw + self.mean))
 
 
@@ -51,15 +51,15 @@ class UniformShift:
     shift: float = 5.0
 
     def standard(self, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        """Uniform draws."""
+        """Draws uniform numbers in [0, 1)."""
         return jax.random.uniform(key, shape, jnp.float32)
 
     def rf(self, draw: jax.Array) -> jax.Array:
-        """RF times of uniform draws."""
+        """Returns RF times of uniform draws."""
         return schedules.shift_time(draw, self.shift) if self.shift > 0 else draw
 
     def trig(self, draw: jax.Array) -> jax.Array:
-        """TrigFlow times of uniform draws."""
+        """Returns TrigFlow times of uniform draws."""
         return schedules.trig_from_rf(self.rf(draw))
 
 
@@ -67,19 +67,19 @@ Times = LogNormal | UniformShift
 
 
 def fixed_simulation_times(batch: int) -> jax.Array:
-    """TrigFlow times of a backward simulation as in sampling: pi/2, 1.5, 1.4, 1.0, float32 `[4, batch]`."""
+    """Returns TrigFlow times of a backward simulation as in sampling: pi/2, 1.5, 1.4, 1.0, float32 `[4, batch]`."""
     times = jnp.asarray([math.pi / 2, *schedules.RCM_MID_TIMES], jnp.float32)
     return jnp.broadcast_to(times[:, None], (len(times), batch))
 
 
 def drawn_simulation_times(drawn: jax.Array) -> jax.Array:
-    """pi/2 and then min(drawn_i, the time before), per sample; TrigFlow times `[n - 1, B]` to `[n, B]`."""
+    """Returns pi/2 and then min(drawn_i, the time before), per sample; TrigFlow times `[n - 1, B]` to `[n, B]`."""
     start = jnp.full_like(drawn, math.pi / 2, shape=(1, *drawn.shape[1:]))
     return jax.lax.cummin(jnp.concatenate((start, drawn)), axis=0)
 
 
 def discrete_times(u: jax.Array, skip: int, *, total: int = 48, shift: float = 5.0) -> jax.Array:
-    """TrigFlow times t_0 > ... > t_skip, neighbours on a grid of `total` steps whose offset is drawn; `[skip + 1, B]`.
+    """Returns TrigFlow times t_0 > ... > t_skip, neighbours on a grid of `total` at a drawn offset, `[skip + 1, B]`.
 
         q_k = 1 - (u (1 - skip / total) + k / total);   t_k = trig(shift(q_k)),   k = 0..skip
 

@@ -17,13 +17,13 @@ TEXT_DIM = 64  # that of the demo's text encoder
 
 
 def toy_config(**changes) -> WanConfig:
-    """Two layers of width 64."""
+    """Returns two layers of width 64."""
     sizes = dict(dim=64, ffn_dim=128, num_heads=2, num_layers=2, freq_dim=64, text_dim=TEXT_DIM)
     return WanConfig(**(sizes | changes))
 
 
 def smooth_in_time(params: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """A random network's parameters with the fast part of its time embedding damped.
+    """Damps the fast part of the time embedding in a random network's parameters.
 
     Its results then change with time about as smoothly as a trained network's: consistency needs their derivative.
     """

@@ -27,25 +27,25 @@ class Coefficients(NamedTuple):
 
 
 def coefficients(t: jax.Array) -> Coefficients:
-    """c_skip = c_in = 1 / (cos t + sin t), c_out = -sin t / (cos t + sin t), c_noise = 1000 sin t / (cos t + sin t)."""
+    """Returns c_skip = c_in = 1 / d, c_out = -sin t / d, c_noise = 1000 sin t / d, with d = cos t + sin t."""
     c_in = 1 / (jnp.cos(t) + jnp.sin(t))
     s = jnp.sin(t) * c_in
     return Coefficients(c_in, c_in, -s, 1000 * s)
 
 
 def like(t: jax.Array, x: jax.Array) -> jax.Array:
-    """t `[B]` with trailing axes of one, as many as x `[B, ...]` has."""
+    """Reshapes t `[B]` with trailing axes of one, as many as x `[B, ...]` has."""
     return t.reshape(t.shape + (1,) * (x.ndim - t.ndim))
 
 
 def diffuse(x0: jax.Array, eps: jax.Array, t: jax.Array) -> jax.Array:
-    """x_t = cos(t) x0 + sin(t) eps; x0 and eps `[B, ...]`, t `[B]`."""
+    """Returns x_t = cos(t) x0 + sin(t) eps; x0 and eps `[B, ...]`, t `[B]`."""
     t = like(t, x0)
     return jnp.cos(t) * x0 + jnp.sin(t) * eps
 
 
 def velocity(network: Velocity, x: jax.Array, t: jax.Array, text: Any) -> jax.Array:
-    """TrigFlow velocity F = dx/dt = ((cos t - sin t) x + N) / (cos t + sin t), float32 like x.
+    """Returns TrigFlow velocity F = dx/dt = ((cos t - sin t) x + N) / (cos t + sin t), float32 like x.
 
     It equals (cos t x - x0) / sin t, but divides by no sine: exact, with all its derivatives, at t = 0.
     """
@@ -56,14 +56,14 @@ def velocity(network: Velocity, x: jax.Array, t: jax.Array, text: Any) -> jax.Ar
 
 
 def denoise(network: Velocity, x: jax.Array, t: jax.Array, text: Any) -> jax.Array:
-    """The network's x0 = c_skip x + c_out N(c_in x, c_noise), float32 like x."""
+    """Returns the network's x0 = c_skip x + c_out N(c_in x, c_noise), float32 like x."""
     c = coefficients(t)
     n = network(like(c.c_in, x) * x, c.c_noise, text).astype(jnp.float32)
     return like(c.c_skip, x) * x + like(c.c_out, x) * n
 
 
 def guided(network: Velocity, negative: Any, scale: float) -> Velocity:
-    """The network under guidance N_u + w (N_c - N_u), N_u under the negative prompt; w <= 1 is the prompt alone.
+    """Puts the network under guidance N_u + w (N_c - N_u), N_u under the negative prompt; w <= 1 is the prompt alone.
 
     F and x0 are affine in N, so guiding N guides them.
     """
