@@ -1,12 +1,10 @@
 """Checks shapes and dtypes in annotations at every call."""
 
-from typing import Any
-
 from beartype import beartype
 
 
 def checked(function):
-    """Returns a function that checks its annotations; names of options are left to the function's own errors."""
+    """Returns a function that checks the arrays in its annotations; all else is left to the function's own errors."""
     hints = function.__annotations__
-    function.__annotations__ = {name: Any if "Literal[" in str(hint) else hint for name, hint in hints.items()}
+    function.__annotations__ = {name: hint for name, hint in hints.items() if "jaxtyping" in repr(hint)}
     return beartype(function)

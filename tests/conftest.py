@@ -12,7 +12,8 @@ import tests.annotations  # the hook looks it up in `tests`
 OPS = ("int8", "sla", "sage")
 CHECKED = ["attention", "norms", *(f"{op}.{part}" for op in OPS for part in ("api", "reference"))]
 # Shapes and dtypes in annotations are checked at every call; not in modules of Triton kernels, which read their source.
-install_import_hook([f"turbojax.kernels.{module}" for module in CHECKED], f"{tests.annotations.__name__}.checked")
+MODULES = ["turbojax.models", *(f"turbojax.kernels.{module}" for module in CHECKED)]
+install_import_hook(MODULES, f"{tests.annotations.__name__}.checked")
 
 import jax
 import jax.numpy as jnp

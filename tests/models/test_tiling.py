@@ -9,7 +9,7 @@ import pytest
 from tests.golden_io import GOLDEN, load
 from tests.parity.vae import fixture_vae
 from turbojax import UserError
-from turbojax.models.tiling import Tiling, cut, decode_tiled, encode_tiled, passing
+from turbojax.models.tiling import Tiling, blend_weights, cut, decode_tiled, encode_tiled
 from turbojax.models.vae import WanVAE, decode, encode
 
 
@@ -75,7 +75,7 @@ def test_cuts():
             assert side <= tiling.size
             assert (starts[0], starts[-1] + side) == (0, length)
             assert all(a + side - b >= tiling.overlap for a, b in itertools.pairwise(starts))
-    weights = passing(16)
+    weights = blend_weights(16)
     assert (weights[:4] == 0).all()
     assert (weights[-4:] == 1).all()
     np.testing.assert_allclose(weights + weights[::-1], 1)

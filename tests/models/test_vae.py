@@ -16,17 +16,15 @@ from turbojax.errors import CheckpointError, UserError
 from turbojax.models import vae as vae_module
 from turbojax.models.sizes import tree_bytes
 from turbojax.models.vae import (
-    ChannelNorm,
     VAEConfig,
     WanVAE,
     chunk_sizes,
-    conv_over_time,
     decode,
     decode_chunks,
     encode,
-    join_frames,
     to_uint8,
 )
+from turbojax.models.vae_layers import ChannelNorm, conv_over_time, join_frames
 from turbojax.weights.rules import TensorKey, assign
 from turbojax.weights.vae import VAE_DIFFUSERS, VAE_OFFICIAL, detect_vae_config, vae_rules
 

@@ -60,11 +60,11 @@ def run(encoder: UMT5Encoder, table: np.ndarray, ids: np.ndarray, mask: np.ndarr
     """The encoder's results; the intermediate ones layer by layer, the final ones from its own scan."""
     x = jnp.asarray(embed_tokens(table, ids))
     tokens = jnp.asarray(mask)
-    buckets = position_buckets(ids.shape[1], encoder.config)
+    buckets = jnp.asarray(position_buckets(ids.shape[1], encoder.config))
     out = {
         "out.x": encoder(x, tokens),
         "out.embedding": encode_text(encoder, table, ids, mask, length=length),
-        "out.rel_buckets": buckets,
+        "out.rel_buckets": np.asarray(buckets),
     }
     graph, layers = nnx.split(encoder.blocks)
     for layer in range(encoder.config.num_layers):

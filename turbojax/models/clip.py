@@ -1,7 +1,7 @@
 """The image encoder of Wan 2.1's image to video: CLIP's ViT-H/14, trained with XLM-Roberta (arXiv 2212.07143).
 
-B batch, L tokens (1 + 16 x 16 = 257), N heads, H head dim, D width. What the video network attends to is the result of
-the last layer but one, so the last layer is not even built. Follows the public module `wan/modules/clip.py` (Wan 2.1,
+B batch, L tokens (1 + 16 x 16 = 257), N heads, H head dim, D width. The video network attends to the result of the
+last layer but one, so the last layer is not even built. Follows the public module `wan/modules/clip.py` (Wan 2.1,
 `visual` with `use_31_block`).
 """
 
@@ -13,13 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float, Float32, UInt8
 
 from turbojax.errors import UserError
 from turbojax.kernels.attention import dot_product_attention
-from turbojax.models.layers import MLP, Dense, LayerNorm, scan_blocks
-from turbojax.models.wan import patchify, split_heads
+from turbojax.models.layers import MLP, Dense, LayerNorm, scan_blocks, split_heads, stack_blocks
+from turbojax.models.wan import patchify
 
-# Of the pixels in 0..1, by channel (OpenAI's CLIP).
+# Statistics of pixels in 0..1, by channel (OpenAI's CLIP).
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
@@ -46,7 +47,7 @@ class CLIPConfig:
 
     @property
     def tokens(self) -> int:
-        """A class token and one for each patch."""
+        """Returns the number of tokens: a class token and one for each patch."""
         return 1 + (self.image_size // self.patch) ** 2
 
     @classmethod
@@ -56,7 +57,7 @@ class CLIPConfig:
 
 
 def clip_dtype(dtype: Any) -> Any:
-    """The encoder's dtype beside a video network's: float16 where that one is bfloat16."""
+    """Returns the encoder's dtype beside a video network's: float16 where that one is bfloat16."""
     return jnp.float16 if jnp.dtype(dtype) == jnp.bfloat16 else dtype
 
 
@@ -69,7 +70,7 @@ class Attention(nnx.Module):
             Dense(config.dim, config.dim, dtype=config.dtype, rngs=rngs) for _ in range(4)
         )
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         q, k, v = (split_heads(linear(x), self.num_heads) for linear in (self.q, self.k, self.v))
         return self.o(dot_product_attention(q, k, v).reshape(x.shape))
 
@@ -84,8 +85,7 @@ class Block(nnx.Module):
         exact_gelu = functools.partial(jax.nn.gelu, approximate=False)
         self.mlp = MLP((c.dim, c.mlp_dim, c.dim), exact_gelu, dtype=c.dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """`[B, L, D]` to `[B, L, D]`."""
+    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         x = x + self.attn(self.norm1(x))
         return x + self.mlp(self.norm2(x))
 
@@ -99,16 +99,10 @@ class CLIPVision(nnx.Module):
         self.class_token = nnx.Param(jax.random.normal(rngs.params(), (c.dim,), c.dtype) * c.dim**-0.5)
         self.positions = nnx.Param(jax.random.normal(rngs.params(), (c.tokens, c.dim), c.dtype) * c.dim**-0.5)
         self.norm = LayerNorm(c.dim, eps=c.eps)
+        self.blocks = stack_blocks(Block, c, rngs)
 
-        @nnx.split_rngs(splits=c.num_layers)
-        @nnx.vmap(in_axes=0, out_axes=0)
-        def stack(rngs):
-            return Block(c, rngs=rngs)
-
-        self.blocks = stack(rngs)
-
-    def __call__(self, images: jax.Array) -> jax.Array:
-        """Images as `prepare` gives them, `[B, size, size, 3]`, to tokens `[B, 257, D]`."""
+    def __call__(self, images: Float[Array, "B size size 3"]) -> Float[Array, "B tokens D"]:
+        """Turns images, as `prepare` gives them, into 257 tokens each."""
         c = self.config
         x = self.patch_embedding(patchify(images.astype(c.dtype)[:, None], (1, c.patch, c.patch)))
         first = jnp.broadcast_to(self.class_token[...], (x.shape[0], 1, c.dim))
@@ -121,14 +115,14 @@ def _encode(graph, state, images: jax.Array) -> jax.Array:
     return nnx.merge(graph, state)(images)
 
 
-def encode_image(clip: CLIPVision, image: np.ndarray) -> jax.Array:
-    """An image, uint8 `[H, W, 3]` of any size, to tokens `[1, 257, D]`."""
+def encode_image(clip: CLIPVision, image: UInt8[np.ndarray, "height width 3"]) -> Float[Array, "1 tokens D"]:
+    """Turns an image of any size into tokens."""
     graph, state = nnx.split(clip)
     return _encode(graph, state, jnp.asarray(prepare(image, clip.config.image_size))[None])
 
 
-def prepare(image: np.ndarray, size: int) -> np.ndarray:
-    """An image, uint8 `[H, W, 3]`, squeezed to `[size, size, 3]` and normalised, float32.
+def prepare(image: UInt8[np.ndarray, "height width 3"], size: int) -> Float32[np.ndarray, "{size} {size} 3"]:
+    """Squeezes an image to size x size and normalises it.
 
     Bicubic between pixels and without antialiasing, as the published code resizes.
     """
@@ -140,7 +134,7 @@ def prepare(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def cubic_taps(size_in: int, size_out: int, *, a: float = -0.75) -> tuple[np.ndarray, np.ndarray]:
-    """The four pixels that each result is made of, int `[out, 4]`, and their weights, float32.
+    """Returns the four pixels that each result is made of, int `[out, 4]`, and their weights, float32.
 
     Keys' kernel: (a + 2) d^3 - (a + 3) d^2 + 1 up to distance 1, a (d^3 - 5 d^2 + 8 d - 4) up to 2. Past the edge the
     last pixel is repeated. PyTorch's a is -0.75.

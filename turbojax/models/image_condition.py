@@ -1,4 +1,4 @@
-"""What an image-to-video network is given of its images: a mask and latents, for all frames of the video.
+"""Inputs of an image-to-video network from its images: a mask and latents, for all frames of the video.
 
 The clip to encode is the image, then grey (0) up to the end, or up to a last image. B is 1 here: one condition serves
 all samples. Latents are `b t h w c`. Source: TurboDiffusion, inference/wan2.2_i2v_infer.py.
@@ -12,12 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Float, Float32
 
 from turbojax.errors import UserError
 from turbojax.media.image import ImageSource, resize, to_unit
 from turbojax.models.clip import CLIPVision, clip_dtype, encode_image
 from turbojax.models.sizes import tree_bytes
-from turbojax.models.vae import Cache, VAEConfig, WanVAE, check_video
+from turbojax.models.vae import VAEConfig, WanVAE, check_video
+from turbojax.models.vae_layers import Cache
 from turbojax.models.wan import CLIP_TOKENS, WanConfig
 
 # Bytes in use while encoding, for each of the cache: XLA's count for an H100, 1.5, and the frames between two stages.
@@ -27,7 +29,7 @@ WORKING_SET = 1.7
 def image_inputs(
     vae: WanVAE, clip: CLIPVision | None, images: Sequence[np.ndarray], *, num_frames: int, width: int, height: int
 ) -> dict[str, jax.Array]:
-    """`y`, and `clip` where there is an image encoder.
+    """Makes `y`, and `clip` where there is an image encoder.
 
     images: uint8 `[H, W, 3]` of any size, for the first frame or for the first and the last.
     """
@@ -39,7 +41,7 @@ def image_inputs(
 
 
 def image_shapes(config: WanConfig, vae: VAEConfig, shape: tuple[int, ...]) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes and dtypes of `image_inputs`, B times for latents `[B, t, h, w, c]`; empty for networks without images."""
+    """Returns the shapes of `image_inputs` for latents `[B, t, h, w, c]`; empty for networks without images."""
     shapes: dict[str, tuple] = {}
     if takes_images(config):
         shapes["y"] = (*shape[1:-1], vae.temporal_factor + vae.z_dim), jnp.float32
@@ -49,7 +51,7 @@ def image_shapes(config: WanConfig, vae: VAEConfig, shape: tuple[int, ...]) -> d
 
 
 def takes_images(config: WanConfig) -> bool:
-    """Whether a network makes videos from images."""
+    """Returns True if a network makes videos from images."""
     return config.in_channels != config.out_channels
 
 
@@ -66,8 +68,10 @@ def check_images(config: WanConfig, image: ImageSource | None, last_image: Image
         raise UserError(f"this transformer takes {takes}; give {'both' if last_image is None else 'no last_image'}")
 
 
-def condition(vae: WanVAE, image: np.ndarray, *, num_frames: int, last_image: np.ndarray | None = None) -> jax.Array:
-    """Mask and latents, float32 `[1, 1 + n, h/8, w/8, 4 + z_dim]`, the network's `y`.
+def condition(
+    vae: WanVAE, image: np.ndarray, *, num_frames: int, last_image: np.ndarray | None = None
+) -> Float32[Array, "1 t h w c"]:
+    """Makes mask and latents, `[1, 1 + n, h/8, w/8, 4 + z_dim]`, the network's `y`.
 
     image, last_image: `[h, w, 3]` in [-1, 1]. num_frames: 1 + 4n.
     """
@@ -75,8 +79,8 @@ def condition(vae: WanVAE, image: np.ndarray, *, num_frames: int, last_image: np
     return jnp.concatenate((mask(latents.shape, vae.config, last=last_image is not None), latents), axis=-1)
 
 
-def mask(shape: tuple[int, ...], config: VAEConfig, *, last: bool) -> jax.Array:
-    """1 where a frame is given, a channel for each of a latent's frames (4 times the first one), in float32."""
+def mask(shape: tuple[int, ...], config: VAEConfig, *, last: bool) -> Float32[Array, "b t h w frames"]:
+    """Makes 1 where a frame is given, a channel for each of a latent's frames (4 times the first one)."""
     given = np.zeros((*shape[:-1], config.temporal_factor), np.float32)
     given[:, 0] = 1
     if last:
@@ -84,21 +88,21 @@ def mask(shape: tuple[int, ...], config: VAEConfig, *, last: bool) -> jax.Array:
     return jnp.asarray(given)
 
 
-Frame = jax.Array  # `[1, 1, h, w, c]`, what the encoder's stages hand on
+Frame = Float[Array, "1 1 _ _ _"]  # input and result of the encoder's stages
 
 
 @functools.partial(jax.jit, static_argnames=("graph", "first", "stage"), donate_argnames="cache")
 def encode_stage(
     graph, state, frames: Sequence[Frame], cache: Cache | None, *, first: bool, stage: int
 ) -> tuple[Frame, Cache]:
-    """A stage of the encoder, from as many frames as it makes one of; cache None before all else."""
+    """Runs a stage of the encoder on as many frames as it makes one of; cache None at first."""
     vae, x = nnx.merge(graph, state), jnp.concatenate(frames, axis=1)
     cache = vae.init_encode_cache(x.shape[0], *x.shape[2:4]) if cache is None else cache
     return vae.encode_chunk(x, cache, first=first, stage=stage)
 
 
 def encoding_bytes(vae: WanVAE, height: int, width: int) -> int:
-    """Device memory that `encode_still` takes besides the weights, for an image of this size in pixels."""
+    """Returns the bytes that `encode_still` takes besides the weights, for an image of this size in pixels."""
     cache = jax.eval_shape(lambda: vae.init_encode_cache(1, height, width))
     return int(WORKING_SET * tree_bytes(cache))
 
@@ -116,8 +120,10 @@ def compile_still(vae: WanVAE, height: int, width: int) -> None:
             frame, cache = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), lowered.out_info)
 
 
-def encode_still(vae: WanVAE, image: np.ndarray, *, num_frames: int, last_image: np.ndarray | None = None) -> jax.Array:
-    """Latents of the clip of an image and grey frames, as `turbojax.models.vae.encode` gives them, for less work.
+def encode_still(
+    vae: WanVAE, image: np.ndarray, *, num_frames: int, last_image: np.ndarray | None = None
+) -> Float32[Array, "1 t h w z"]:
+    """Encodes the clip of an image and grey frames, as `turbojax.models.vae.encode` does, for less work.
 
     The encoder looks back only, so some time after the image each of its stages gives the same frame over and over.
     From there on the stage is passed over and its result used again: of 80 grey frames the first stage computes 11,
@@ -132,26 +138,26 @@ def encode_still(vae: WanVAE, image: np.ndarray, *, num_frames: int, last_image:
         made[-1] = jnp.asarray(last_image, vae.config.dtype)[None, None]
     graph, state = nnx.split(vae)
     cache = None
-    for stage, (stride, settled) in enumerate(stages_of(vae)):
+    for stage, (stride, constant) in enumerate(stages_of(vae)):
         groups = [made[:1], *(made[i : i + stride] for i in range(1, len(made), stride))]
         made = []
         for i, group in enumerate(groups):
             ends = last_image is not None and i == len(groups) - 1
-            if i <= settled or ends:
+            if i <= constant or ends:
                 frame, cache = encode_stage(graph, state, group, cache, first=i == 0, stage=stage)
             made.append(frame)
     return jnp.concatenate(made, axis=1)
 
 
 def stages_of(vae: WanVAE) -> list[tuple[int, int]]:
-    """For each stage of the encoder, how many frames make one, and the frame from which on all are the same."""
+    """Returns the number of frames that each stage makes one of, and the frame from which on all are the same."""
     encoder, stages = vae.encoder, []
-    frame = encoder.conv_in.settled(1)
+    frame = encoder.conv_in.constant_from(1)
     for i, part in enumerate(encoder.stages):
         stride = 1
         for block in (encoder.blocks[j] for j in part):
-            frame, stride = block.settled(frame), stride * block.stride
+            frame, stride = block.constant_from(frame), stride * block.stride
         if i == len(encoder.stages) - 1:
-            frame = encoder.conv_out.settled(frame)
+            frame = encoder.conv_out.constant_from(frame)
         stages.append((stride, frame))
     return stages

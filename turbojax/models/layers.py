@@ -5,6 +5,7 @@ want them. Parameters are stored in the model's dtype (norms and modulation in f
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
+from jaxtyping import Array, Float
 
 from turbojax.kernels import int8
 from turbojax.kernels.norms import Residual, Table, along_last, layer_norm, modulated_norm, rms_norm, rms_norm_rotate
@@ -25,23 +27,25 @@ class Dense(nnx.Module):
         self.weight = nnx.Param(scale * jax.random.normal(rngs.params(), (features_out, features_in), dtype))
         self.bias: Any = nnx.Param(jnp.zeros(features_out, dtype)) if use_bias else None
 
-    def __call__(self, x: jax.Array, *, add_to: Residual | None = None) -> jax.Array:
+    def __call__(self, x: Float[Array, "*rows in"], *, add_to: Residual | None = None) -> Float[Array, "*rows out"]:
         y = contract(x, self.weight[...].astype(x.dtype))
         y = y if self.bias is None else y + along_last(self.bias[...], y)
         return y if add_to is None else add_to.plus(y)
 
     # The next three are what a layer and its int8 form have in common: the block is written once for both.
 
-    def prepare(self, x: jax.Array) -> jax.Array:
-        """x in the form that the layer multiplies, for use by several layers: as it is, or quantized."""
+    def prepare(self, x: Float[Array, "*rows in"]) -> Float[Array, "*rows in"]:
+        """Returns x in the form that the layer multiplies, for use by several layers: as it is, or quantized."""
         return x
 
-    def prepare_normed(self, x: jax.Array, gain: jax.Array, shift: jax.Array, *, eps: float) -> jax.Array:
-        """`modulated_norm` of x in that form."""
+    def prepare_normed(
+        self, x: Float[Array, "B L D"], gain: jax.Array, shift: jax.Array, *, eps: float
+    ) -> Float[Array, "B L D"]:
+        """Returns `modulated_norm` of x in that form."""
         return modulated_norm(x, gain, shift, eps=eps)
 
-    def gelu(self, x: jax.Array) -> jax.Array:
-        """The layer's result through GELU (tanh), in the form that a following layer of its kind takes."""
+    def gelu(self, x: Float[Array, "*rows in"]) -> Float[Array, "*rows out"]:
+        """Returns GELU (tanh) of the layer's result, in the form that a following layer of its kind takes."""
         return jax.nn.gelu(self(x))
 
 
@@ -65,7 +69,9 @@ class Int8Dense(nnx.Module):
             return modulated_norm(x, gain, shift, eps=eps)
         return int8.norm_quantize(x, gain, shift, self.quant, eps=eps)
 
-    def __call__(self, x: jax.Array | int8.Quantized, *, add_to: Residual | None = None) -> jax.Array:
+    def __call__(
+        self, x: Float[Array, "*rows in"] | int8.Quantized, *, add_to: Residual | None = None
+    ) -> Float[Array, "*_rows out"]:
         if self.quant.weight_only:
             y = self._dequantizing(x, gelu=False)
             return y if add_to is None else add_to.plus(y)
@@ -94,11 +100,11 @@ class RMSNorm(nnx.Module):
         self.eps = eps
         self.weight = nnx.Param(jnp.ones(features, jnp.float32))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
         return rms_norm(x, self.weight[...], eps=self.eps)
 
-    def rotated(self, x: jax.Array, table: Table) -> jax.Array:
-        """The norm of x `[B, L, D]`, rotated by heads: `[B, L, N, H]`."""
+    def rotated(self, x: Float[Array, "B L D"], table: Table) -> Float[Array, "B L N H"]:
+        """Returns the norm of x, rotated by heads."""
         return rms_norm_rotate(x, self.weight[...], table, eps=self.eps)
 
 
@@ -110,11 +116,11 @@ class LayerNorm(nnx.Module):
         self.weight = nnx.Param(jnp.ones(features, jnp.float32))
         self.bias = nnx.Param(jnp.zeros(features, jnp.float32))
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*rows D"]) -> Float[Array, "*rows D"]:
         return layer_norm(x, self.weight[...], self.bias[...], eps=self.eps)
 
-    def affine(self) -> tuple[jax.Array, jax.Array]:
-        """Gain and shift `[1, 1, D]`, as `modulated_norm` takes them."""
+    def affine(self) -> tuple[Float[Array, "1 1 D"], Float[Array, "1 1 D"]]:
+        """Returns gain and shift as `modulated_norm` takes them."""
         return self.weight[...].reshape(1, 1, -1), self.bias[...].reshape(1, 1, -1)
 
 
@@ -127,12 +133,23 @@ class MLP(nnx.Module):
         self.fc1 = Dense(features_in, hidden, dtype=dtype, rngs=rngs)
         self.fc2 = Dense(hidden, features_out, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "*rows in"]) -> Float[Array, "*rows out"]:
         return self.fc2(self.activation(self.fc1(x)))
 
 
-def scan_blocks(blocks: nnx.Module, x: jax.Array, context: tuple) -> jax.Array:
-    """x through stacked blocks, `block(x, *context)` each: one scan, so that all of them compile as one."""
+def stack_blocks(block: Callable[..., nnx.Module], config: Any, rngs: nnx.Rngs) -> Any:
+    """Makes `config.num_layers` blocks whose parameters are stacked `[layers, ...]`."""
+
+    @nnx.split_rngs(splits=config.num_layers)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def make(rngs: nnx.Rngs) -> nnx.Module:
+        return block(config, rngs=rngs)
+
+    return make(rngs)
+
+
+def scan_blocks(blocks: nnx.Module, x: Float[Array, "B L D"], context: tuple) -> Float[Array, "B L D"]:
+    """Runs x through stacked blocks, `block(x, *context)` each: one scan, so that all of them compile as one."""
     graph, layers = nnx.split(blocks)
 
     def run_block(x, layer):
@@ -141,9 +158,13 @@ def scan_blocks(blocks: nnx.Module, x: jax.Array, context: tuple) -> jax.Array:
     return lax.scan(run_block, x, layers)[0]
 
 
-def contract(x: jax.Array, weight: jax.Array) -> jax.Array:
-    """x `[..., in]` times weight `[out, in]` in x's dtype.
+def split_heads(x: Float[Array, "B L D"], heads: int) -> Float[Array, "B L N H"]:
+    """Splits the width into heads."""
+    return x.reshape(*x.shape[:-1], heads, -1)
 
+
+def contract(x: Float[Array, "*rows in"], weight: Float[Array, "out in"]) -> Float[Array, "*rows out"]:
+    """x W^T in x's dtype.
 
     Sums are float32, on the tensor cores and on CPUs; asked for as a result they would go through memory as such.
     """
@@ -151,18 +172,18 @@ def contract(x: jax.Array, weight: jax.Array) -> jax.Array:
 
 
 def rotary_pairs(head_dim: int) -> tuple[int, int, int]:
-    """Rotated pairs for time, height and width: height and width take head_dim // 6 each, time the rest."""
+    """Returns the rotated pairs for time, height and width: height and width take head_dim // 6 each, time the rest."""
     side = head_dim // 6
     return head_dim // 2 - 2 * side, side, side
 
 
-def rotary_angles(size: int, pairs: int, *, theta: float = 10000.0) -> np.ndarray:
-    """Angles of one axis, position * theta^(-i / pairs), float32 `[size, pairs]`."""
+def rotary_angles(size: int, pairs: int, *, theta: float = 10000.0) -> Float[np.ndarray, "size pairs"]:
+    """Returns the angles of one axis, position * theta^(-i / pairs), in float32."""
     return np.outer(np.arange(size), theta ** (-np.arange(pairs) / max(pairs, 1))).astype(np.float32)
 
 
 def rotary_table(grid: tuple[int, int, int], head_dim: int) -> Table:
-    """cos and sin of the 3-D rotary embedding, float32 `[L, head_dim / 2]` each.
+    """Returns cos and sin of the 3-D rotary embedding, float32 `[L, head_dim / 2]` each.
 
     grid: patches in time, height and width; tokens run with width fastest. Each axis has its own exponent range.
     """
@@ -171,8 +192,8 @@ def rotary_table(grid: tuple[int, int, int], head_dim: int) -> Table:
     return cos, sin
 
 
-def over_tokens(axes: list[np.ndarray], grid: tuple[int, int, int]) -> jax.Array:
-    """Per-axis rows `[size, n]` to one row a token `[T*H*W, sum of n]`; only the small axes become constants."""
+def over_tokens(axes: list[np.ndarray], grid: tuple[int, int, int]) -> Float[Array, "L pairs"]:
+    """Turns per-axis rows `[size, n]` into one row a token; only the small axes become constants."""
     parts = []
     for i, axis in enumerate(axes):
         shape = [1, 1, 1, axis.shape[1]]
@@ -181,8 +202,8 @@ def over_tokens(axes: list[np.ndarray], grid: tuple[int, int, int]) -> jax.Array
     return jnp.concatenate(parts, axis=-1).reshape(math.prod(grid), -1)
 
 
-def time_sinusoid(timesteps: jax.Array, dim: int) -> jax.Array:
-    """cos and then sin of t * 10000^(-i / half), float32 `[B, dim]`; timesteps float32 `[B]` in 0..1000.
+def time_sinusoid(timesteps: Float[Array, " B"], dim: int) -> Float[Array, "B dim"]:
+    """Returns cos and then sin of t * 10000^(-i / half), float32; timesteps in 0..1000.
 
     The reference works in float64. Here the phase is counted in turns and split so that the large product is exact
     in float32 and its whole turns can be dropped: the error stays below 1.5e-6, plain float32 reaches 6e-5.

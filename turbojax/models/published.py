@@ -1,4 +1,4 @@
-"""The published networks by name, and what stands around a transformer."""
+"""The published networks by name, and the configurations of all networks of a pipeline."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -30,14 +30,14 @@ class ModelConfigs(NamedTuple):
 
 
 def known_network(model: str | None) -> WanConfig:
-    """The network of a name in MODELS; raises UserError for another."""
+    """Returns the network of a name in MODELS; raises UserError for another."""
     if model not in MODELS:
         raise UserError(f"{model=} is unknown; choose one of {', '.join(MODELS)}")
     return MODELS[model]()
 
 
 def published_configs(config: WanConfig, *, two: bool) -> ModelConfigs:
-    """A transformer, or two, with the published networks around it in its dtype."""
+    """Returns a transformer, or two, with the published networks around it in its dtype."""
     clip = CLIPConfig.vit_h_14(dtype=clip_dtype(config.dtype)) if config.clip_dim else None
     vae, text = VAEConfig.wan2_1(dtype=config.dtype), UMT5Config.xxl(dtype=config.dtype)
     return ModelConfigs(config, vae, text, clip, 2 if two else 1)

@@ -1,8 +1,8 @@
-"""The autoencoder in spatial tiles, for small cards: each overlaps its neighbours and passes into them.
+"""The autoencoder in spatial tiles, for small GPUs: each overlaps its neighbours and passes into them.
 
 A tile runs through the whole clip before the next one begins, so the cache of one tile is all that the device holds.
-What sees a whole frame, the attention in the middle, is small and runs untiled before the decoder's tiles and after the
-encoder's. Near a cut a tile sees zeros where the picture goes on. What that does fades within a few latents and is gone
+The attention in the middle sees a whole frame; it is small and runs untiled before the decoder's tiles and after the
+encoder's. Near a cut a tile sees zeros where the picture goes on. The error fades within a few latents and is gone
 after 13 in the decoder and 9 in the encoder, the convolutions' reach; so the ends of an overlap are not used at all,
 and weights change along its middle half.
 """
@@ -16,10 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Float, Float32, Num
 
 from turbojax.errors import UserError
 from turbojax.kernels.sizes import cdiv
-from turbojax.models.vae import CHUNK, Cache, WanVAE, check_latents, check_video, chunk_sizes, to_uint8
+from turbojax.models.vae import CHUNK, WanVAE, check_latents, check_video, chunk_sizes, to_uint8
+from turbojax.models.vae_layers import Cache
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Cut(NamedTuple):
 
 
 def cut(length: int, tiling: Tiling) -> Cut:
-    """As few tiles as do, as small as they may be, evenly placed."""
+    """Returns as few tiles as do, as small as they may be, evenly placed."""
     if length <= tiling.size:
         return Cut(length, (0,))
     count = cdiv(length - tiling.overlap, tiling.size - tiling.overlap)
@@ -53,7 +55,7 @@ def cut(length: int, tiling: Tiling) -> Cut:
 
 
 def tile_sides(shape: tuple[int, ...], tiling: Tiling = Tiling()) -> tuple[int, int]:
-    """Height and width of the tiles of latents `[h, w]`."""
+    """Returns height and width of the tiles of latents `[h, w]`."""
     rows, columns = (cut(length, tiling) for length in shape)
     return rows.side, columns.side
 
@@ -65,8 +67,8 @@ def decode_tiled(
     tiling: Tiling = Tiling(),
     chunk: int = CHUNK,
     as_uint8: bool = False,
-) -> np.ndarray:
-    """As `turbojax.models.vae.decode`, in tiles; the video `[b, 1 + 4n, 8h, 8w, 3]` is put together on the host."""
+) -> Num[np.ndarray, "b t h w 3"]:
+    """Decodes in tiles, as `turbojax.models.vae.decode`; the video `[b, 1 + 4n, 8h, 8w, 3]` is joined on the host."""
     check_latents(latents.shape, vae.config)
     graph, state = nnx.split(vae)
     sizes = (1, *chunk_sizes(latents.shape[1] - 1, chunk))
@@ -97,8 +99,8 @@ def compile_tiles(
 
 def encode_tiled(
     vae: WanVAE, video: jax.Array | np.ndarray, *, tiling: Tiling = Tiling(), chunk: int = CHUNK
-) -> np.ndarray:
-    """As `turbojax.models.vae.encode`, in tiles; the latents `[b, 1 + n, h/8, w/8, z_dim]` lie on the host."""
+) -> Float[np.ndarray, "b t h w z"]:
+    """Encodes in tiles, as `turbojax.models.vae.encode`; the latents `[b, 1 + n, h/8, w/8, z_dim]` lie on the host."""
     check_video(video.shape, vae.config)
     graph, state = nnx.split(vae)
     factor, unit = vae.config.temporal_factor, vae.config.spatial_factor
@@ -137,7 +139,7 @@ def _encode_half(graph, state, x: jax.Array, cache: Cache | None, *, half: int) 
 
 
 def part_of(cache: Cache, blocks: range) -> Cache:
-    """A coder's cache without what only its other blocks need."""
+    """Returns a coder's cache without what only its other blocks need."""
     past_in, pasts, past_out = cache
     kept = [past if i in blocks else () for i, past in enumerate(pasts)]
     return past_in if blocks.start == 0 else (), kept, past_out if blocks.stop == len(pasts) else ()
@@ -148,7 +150,7 @@ def in_chunks(
     x: jax.Array | np.ndarray,
     sizes: Sequence[int],
 ) -> np.ndarray:
-    """step on the clip's chunks, with the cache from one to the next; the results `[b, t, h, w, c]` on the host."""
+    """Runs step on a clip's chunks, with the cache from one to the next; the results `[b, t, h, w, c]` on the host."""
     cache, start, results = None, 0, []
     for size in sizes:
         y, cache = step(jnp.asarray(x[:, start : start + size]), cache)
@@ -166,7 +168,7 @@ def in_tiles(
     *,
     units: tuple[int, int],
 ) -> np.ndarray:
-    """run on each tile of x `[b, t, h, w, c]`, the results put together; units: of x and of the result, in a latent."""
+    """Joins the results of run on tiles of x `[b, t, h, w, c]`; units: of x and of the result, in a latent."""
     unit_in, unit_out = units
 
     def strip(y: int) -> np.ndarray:
@@ -179,7 +181,7 @@ def in_tiles(
 
 
 def joined(part: Callable[[int], np.ndarray], cut: Cut, unit: int, *, axis: int) -> np.ndarray:
-    """part(start) for each start, put together along an axis `[b, t, h, w, c]`."""
+    """Joins part(start) of each start along an axis of `[b, t, h, w, c]`."""
     first = part(0)
     if len(cut.starts) == 1:
         return first
@@ -189,7 +191,7 @@ def joined(part: Callable[[int], np.ndarray], cut: Cut, unit: int, *, axis: int)
     lines = lambda a, start, stop: a[(slice(None),) * axis + (slice(start, stop),)]  # noqa: E731
     lines(whole, 0, filled)[...] = first
     for begin in (start * unit for start in cut.starts[1:]):
-        new, weight = part(begin // unit), passing(filled - begin)
+        new, weight = part(begin // unit), blend_weights(filled - begin)
         low, high = np.count_nonzero(weight == 0), np.count_nonzero(weight < 1)  # between them tiles are mixed
         weight = weight[low:high].reshape(-1, *[1] * (4 - axis))
         for t in range(shape[1]):  # a frame at a time is small in float32
@@ -201,7 +203,7 @@ def joined(part: Callable[[int], np.ndarray], cut: Cut, unit: int, *, axis: int)
     return whole
 
 
-def passing(length: int) -> np.ndarray:
-    """Weights of the later tile along an overlap: 0 in the first quarter, 1 in the last, linear between; float32."""
+def blend_weights(length: int) -> Float32[np.ndarray, " {length}"]:
+    """Returns the weights of the later tile along an overlap: 0 in the first quarter, 1 in the last, linear between."""
     position = (np.arange(length, dtype=np.float32) + 0.5) / max(length, 1)
     return np.clip(2 * position - 0.5, 0, 1)

@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from turbojax.errors import UserError
-from turbojax.models.layers import Dense, RMSNorm, scan_blocks
+from turbojax.models.layers import Dense, RMSNorm, scan_blocks, split_heads, stack_blocks
 
 TEXT_LEN = 512  # rows of text that the video transformers attend to
 
@@ -66,8 +67,10 @@ class Attention(nnx.Module):
         table = (c.num_buckets, c.num_heads)
         self.position_bias = nnx.Param(jax.random.normal(rngs.params(), table, jnp.float32))
 
-    def __call__(self, x: jax.Array, mask: jax.Array, buckets: jax.Array) -> jax.Array:
-        """x `[B, L, D]`, mask bool `[B, L]`, buckets int `[L, L]` to `[B, L, D]`; softmax in float32."""
+    def __call__(
+        self, x: Float[Array, "B L D"], mask: Bool[Array, "B L"], buckets: Int[Array, "L L"]
+    ) -> Float[Array, "B L D"]:
+        """Attends where the mask is true; softmax in float32."""
         q, k, v = (split_heads(a, self.config.num_heads) for a in (self.q(x), self.k(x), self.v(x)))
         scores = jnp.einsum("bqnh,bknh->bnqk", q, k, preferred_element_type=jnp.float32)
         scores = scores + self.bias(buckets)[None]
@@ -76,8 +79,8 @@ class Attention(nnx.Module):
         out = jnp.einsum("bnqk,bknh->bqnh", weights, v, preferred_element_type=jnp.float32).astype(x.dtype)
         return self.o(out.reshape(*x.shape[:2], -1))
 
-    def bias(self, buckets: jax.Array) -> jax.Array:
-        """Buckets `[L, L]` to the bias added to the scores, float32 `[N, L, L]`."""
+    def bias(self, buckets: Int[Array, "L L"]) -> Float[Array, "N L L"]:
+        """Returns the bias that is added to the scores, float32."""
         return self.position_bias[...].T[:, buckets]
 
 
@@ -90,7 +93,7 @@ class GatedMLP(nnx.Module):
         self.gate, self.fc1 = (linear(c.dim, c.ffn_dim) for _ in range(2))
         self.fc2 = linear(c.ffn_dim, c.dim)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         return self.fc2(self.fc1(x) * jax.nn.gelu(self.gate(x), approximate=True))
 
 
@@ -102,7 +105,9 @@ class Block(nnx.Module):
         self.attn = Attention(config, rngs=rngs)
         self.ffn = GatedMLP(config, rngs=rngs)
 
-    def __call__(self, x: jax.Array, mask: jax.Array, buckets: jax.Array) -> jax.Array:
+    def __call__(
+        self, x: Float[Array, "B L D"], mask: Bool[Array, "B L"], buckets: Int[Array, "L L"]
+    ) -> Float[Array, "B L D"]:
         x = x + self.attn(self.norm1(x), mask, buckets)
         return x + self.ffn(self.norm2(x))
 
@@ -111,48 +116,42 @@ class UMT5Encoder(nnx.Module):
     """Token embeddings to text features. Parameters of the blocks are stacked `[layers, ...]`."""
 
     def __init__(self, config: UMT5Config, *, rngs: nnx.Rngs):
-        c = self.config = config
+        self.config = config
+        self.blocks = stack_blocks(Block, config, rngs)
+        self.norm = RMSNorm(config.dim, eps=config.eps)
 
-        @nnx.split_rngs(splits=c.num_layers)
-        @nnx.vmap(in_axes=0, out_axes=0)
-        def stack(rngs):
-            return Block(c, rngs=rngs)
+    def __call__(self, x: Float[Array, "B L D"], mask: Bool[Array, "B L"] | Int[Array, "B L"]) -> Float[Array, "B L D"]:
+        """Returns text features in the config's dtype.
 
-        self.blocks = stack(rngs)
-        self.norm = RMSNorm(c.dim, eps=c.eps)
-
-    def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
-        """Text features `[B, L, D]` in the config's dtype.
-
-        x: rows of the embedding table `[B, L, D]`, from `embed_tokens`.
-        mask: bool or int `[B, L]`, true for tokens; what is computed for the other rows means nothing.
+        x: rows of the embedding table, from `embed_tokens`.
+        mask: true for tokens; what is computed for the other rows means nothing.
         """
         x, context, rest = self.embed(x, mask)
         return self.unembed(scan_blocks(self.blocks, x, context), rest)
 
-    def embed(self, x: jax.Array, mask: jax.Array) -> tuple[jax.Array, tuple, tuple]:
+    def embed(
+        self, x: Float[Array, "B L D"], mask: Bool[Array, "B L"] | Int[Array, "B L"]
+    ) -> tuple[jax.Array, tuple, tuple]:
         """Returns x in the config's dtype, what else each block takes, and nothing for `unembed`."""
         buckets = jnp.asarray(position_buckets(x.shape[1], self.config))
         return x.astype(self.config.dtype), (mask.astype(jnp.bool_), buckets), ()
 
-    def unembed(self, x: jax.Array, rest: tuple) -> jax.Array:
+    def unembed(self, x: Float[Array, "B L D"], rest: tuple) -> Float[Array, "B L D"]:
+        """Returns the norm of the last block's result."""
         return self.norm(x)
 
 
-def split_heads(x: jax.Array, heads: int) -> jax.Array:
-    """`[B, L, N H]` to `[B, L, N, H]`."""
-    return x.reshape(*x.shape[:-1], heads, -1)
-
-
-def position_buckets(length: int, config: UMT5Config) -> np.ndarray:
-    """Buckets of all pairs, int32 `[query, key]`."""
+def position_buckets(length: int, config: UMT5Config) -> Int[np.ndarray, "L L"]:
+    """Returns the buckets of all pairs of query and key, int32."""
     position = np.arange(length)
     offset = position[None] - position[:, None]
     return relative_buckets(offset, num_buckets=config.num_buckets, max_distance=config.max_distance)
 
 
-def relative_buckets(offset: np.ndarray, *, num_buckets: int, max_distance: int) -> np.ndarray:
-    """Bucket of each offset, key position minus query position; int32 in the offset's shape.
+def relative_buckets(
+    offset: Int[np.ndarray, "*pairs"], *, num_buckets: int, max_distance: int
+) -> Int[np.ndarray, "*pairs"]:
+    """Returns the bucket of each offset, key position minus query position; int32.
 
     Keys after the query get the upper half of the buckets. In each half the first half is exact, the rest
     grows logarithmically to max_distance, and everything beyond shares the last bucket. Offsets are known
@@ -189,8 +188,8 @@ def encode_text(
     mask: np.ndarray,
     *,
     length: int = TEXT_LEN,
-) -> jax.Array:
-    """Text embedding for the video transformer, `[B, length, D]`, rows past each prompt's end zero.
+) -> Float[Array, "B length D"]:
+    """Encodes text for the video transformer, rows past each prompt's end zero.
 
     encoder: the module, or a function of (x, mask) that runs one. A module is compiled once for each shape.
     table: embedding table `[vocab, D]`, stays on the host.
@@ -206,12 +205,12 @@ def encode_text(
 
 @functools.partial(jax.jit, static_argnums=0)
 def run_encoder(graph: nnx.GraphDef, state: nnx.State, x: jax.Array, mask: jax.Array) -> jax.Array:
-    """A split module's call; compiled once per architecture and shape, whatever the weights."""
+    """Calls a split module; compiled once per architecture and shape, whatever the weights."""
     return nnx.merge(graph, state)(x, mask)
 
 
 @functools.partial(jax.jit, static_argnames="length")
-def zero_past_end(x: jax.Array, mask: jax.Array, *, length: int) -> jax.Array:
-    """x `[B, L, D]` with zero rows where mask `[B, L]` is zero, padded with zero rows to `[B, length, D]`."""
+def zero_past_end(x: Float[Array, "B L D"], mask: Shaped[Array, "B L"], *, length: int) -> Float[Array, "B {length} D"]:
+    """Sets rows to zero where mask is zero, and pads with zero rows to `length`."""
     x = jnp.where(mask[..., None].astype(jnp.bool_), x, jnp.zeros((), x.dtype))
     return jnp.pad(x, ((0, 0), (0, length - x.shape[1]), (0, 0)))

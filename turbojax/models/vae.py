@@ -9,7 +9,6 @@ module `wan/modules/vae.py` (Wan 2.1, class WanVAE_ with its cached encode and d
 import dataclasses
 import functools
 import itertools
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,17 +16,25 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax import lax
+from jaxtyping import Array, Float, Float32, Num, UInt8
 
 from turbojax.errors import UserError
-from turbojax.kernels.attention import dot_product_attention
-from turbojax.kernels.sizes import cdiv
 from turbojax.models.layers import Dense, along_last
 from turbojax.models.sizes import tree_bytes
+from turbojax.models.vae_layers import (
+    AttentionBlock,
+    Cache,
+    CausalBlock,
+    CausalConv3d,
+    ChannelNorm,
+    Downsample,
+    Frames,
+    ResidualBlock,
+    Upsample,
+)
 
 WORKING_SET = 2.1  # bytes in use while decoding, for each of the cache: XLA's own count for an H100
 CHUNK = 1  # latents at once; more takes memory and no less time (docs/notes/vae.md)
-Cache = Any  # a pytree of arrays `[b, frames, h, w, c]`
 
 # Statistics of the released latents, by channel (class WanVAE of the public module).
 # fmt: off
@@ -43,7 +50,7 @@ class VAEConfig:
     """Everything that decides the autoencoder's parameters and results.
 
     dim_mult: width of each stage in units of `dim`, from full resolution down.
-    temporal_downsample: for each step between two stages, whether it halves the frames too.
+    temporal_downsample: for each step between two stages, True if it halves the frames too.
     mean, std: the latents handed out are `(mu - mean) / std`, one constant a channel.
     """
 
@@ -67,12 +74,12 @@ class VAEConfig:
 
     @property
     def spatial_factor(self) -> int:
-        """Pixels a latent, along height and along width."""
+        """Returns the pixels a latent, along height and along width."""
         return 2 ** len(self.temporal_downsample)
 
     @property
     def temporal_factor(self) -> int:
-        """Frames a latent, after the first."""
+        """Returns the frames a latent, after the first."""
         return 2 ** sum(self.temporal_downsample)
 
     @classmethod
@@ -81,235 +88,32 @@ class VAEConfig:
         return cls(**changes)
 
 
-def conv_over_space(x: jax.Array, kernel: jax.Array, bias: jax.Array, *, stride: int = 1) -> jax.Array:
-    """2-D convolution of x `[n, h, w, in]` with kernel `[h, w, in, out]` to `[n, h, w, out]`.
-
-    Pads evenly with zeros; with stride 2 only one row at the bottom and one column at the right.
-    """
-    padding = [(size // 2 - (stride - 1), size // 2) for size in kernel.shape[:2]]
-    dims = ("NHWC", "HWIO", "NHWC")
-    y = lax.conv_general_dilated(x, kernel.astype(x.dtype), (stride, stride), padding, dimension_numbers=dims)
-    return y + along_last(bias, y)
-
-
-def join_frames(x: jax.Array, size: int, *, stride: int = 1) -> jax.Array:
-    """Frames `[b, t, h, w, c]`, `size` of them side by side: `[b, (t - size) // stride + 1, h, w, size c]`."""
-    steps = (x.shape[1] - size) // stride + 1
-    return jnp.concatenate([x[:, i : i + stride * (steps - 1) + 1 : stride] for i in range(size)], axis=-1)
-
-
-def conv_over_time(joined: jax.Array, kernel: jax.Array, bias: jax.Array) -> jax.Array:
-    """y[t] = bias + sum over i of conv2d(x[stride t + i], kernel[i]): unpadded in time, padded in space.
-
-    joined: from `join_frames`, kernel `[k, h, w, in, out]`. The sum is one 2-D convolution of k frames joined on
-    channels: on Hopper faster than cuDNN's 3-D convolution.
-    """
-    _, height, width, _, features_out = kernel.shape
-    kernel = jnp.moveaxis(kernel, 0, 2).reshape(height, width, -1, features_out)
-    y = conv_over_space(joined.reshape(-1, *joined.shape[2:]), kernel, bias)
-    return y.reshape(*joined.shape[:-1], features_out)
-
-
-def init_kernel(shape: tuple[int, ...], config: VAEConfig, rngs: nnx.Rngs) -> nnx.Param:
-    return nnx.Param(jax.random.normal(rngs.params(), shape, config.dtype) / math.sqrt(math.prod(shape[:-1])))
-
-
-class Conv2d(nnx.Module):
-    """A 3 x 3 convolution of each frame alone, `[b, t, h, w, in]` to `[b, t, h, w, out]`."""
-
-    def __init__(self, features_in: int, features_out: int, *, stride: int = 1, config, rngs):
-        self.stride = stride
-        self.kernel = init_kernel((3, 3, features_in, features_out), config, rngs)
-        self.bias = nnx.Param(jnp.zeros(features_out, config.dtype))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = conv_over_space(x.reshape(-1, *x.shape[2:]), self.kernel[...], self.bias[...], stride=self.stride)
-        return y.reshape(*x.shape[:2], *y.shape[1:])
-
-
-class CausalConv3d(nnx.Module):
-    """Convolution over time and space that looks back only: `past` frames come before x, zeros at the start.
-
-    size: kernel in time, height and width. stride: in time. The cache holds the last size - stride frames.
-    """
-
-    def __init__(self, features_in: int, features_out: int, *, size=(3, 3, 3), stride: int = 1, config, rngs):
-        self.stride, self.dtype = stride, config.dtype
-        self.kernel = init_kernel((*size, features_in, features_out), config, rngs)
-        self.bias = nnx.Param(jnp.zeros(features_out, config.dtype))
-
-    def init_cache(self, batch: int, height: int, width: int) -> jax.Array:
-        size, _, _, features_in, _ = self.kernel.shape
-        return jnp.zeros((batch, size - self.stride, height, width, features_in), self.dtype)
-
-    def settled(self, frame: int) -> int:
-        """The result's frame from which on nothing changes, if the input's does not from `frame` on."""
-        return cdiv(frame + self.kernel.shape[0] - 1, self.stride)
-
-    def __call__(self, x: jax.Array, past: jax.Array) -> tuple[jax.Array, jax.Array]:
-        joined = join_frames(jnp.concatenate((past, x), axis=1), self.kernel.shape[0], stride=self.stride)
-        # The next cache comes after the frames are joined, so that XLA writes it where `past` was instead of copying
-        # every `past` first.
-        joined, past, x = lax.optimization_barrier((joined, past, x))
-        seen = jnp.concatenate((past, x), axis=1)
-        return conv_over_time(joined, self.kernel[...], self.bias[...]), seen[:, seen.shape[1] - past.shape[1] :]
-
-
-class ChannelNorm(nnx.Module):
-    """x / |x| * sqrt(C) * gamma over the last axis, in float32; the length |x| is at least 1e-12."""
-
-    def __init__(self, features: int):
-        self.gamma = nnx.Param(jnp.ones(features, jnp.float32))
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        f = x.astype(jnp.float32)
-        length = jnp.sqrt(jnp.sum(f * f, axis=-1, keepdims=True))
-        f = f / jnp.maximum(length, 1e-12) * math.sqrt(x.shape[-1])
-        return (f * along_last(self.gamma[...], f)).astype(x.dtype)
-
-
-class Block(nnx.Module):
-    """A piece of the encoder or decoder: x and its cache in, x and its cache out.
-
-    first (static): x begins with the first frame of the clip.
-    """
-
-    scale = 1.0  # height and width are multiplied by it
-    stride = 1  # frames after the first are divided by it
-
-    def init_cache(self, batch: int, height: int, width: int) -> Cache:
-        """Zeros, as before the first frame; height and width are those of the input."""
-        return ()
-
-    def settled(self, frame: int) -> int:
-        """As CausalConv3d.settled: frames are counted from 0, the clip's first."""
-        return frame
-
-    def __call__(self, x: jax.Array, cache: Cache, *, first: bool) -> tuple[jax.Array, Cache]:
-        raise NotImplementedError
-
-
-class ResidualBlock(Block):
-    """shortcut(x) + conv2(silu(norm2(conv1(silu(norm1(x))))))."""
-
-    def __init__(self, features_in: int, features_out: int, *, config: VAEConfig, rngs: nnx.Rngs):
-        self.norm1 = ChannelNorm(features_in)
-        self.conv1 = CausalConv3d(features_in, features_out, config=config, rngs=rngs)
-        self.norm2 = ChannelNorm(features_out)
-        self.conv2 = CausalConv3d(features_out, features_out, config=config, rngs=rngs)
-        changes = features_in != features_out
-        self.shortcut = Dense(features_in, features_out, dtype=config.dtype, rngs=rngs) if changes else None
-
-    def init_cache(self, batch: int, height: int, width: int) -> Cache:
-        return self.conv1.init_cache(batch, height, width), self.conv2.init_cache(batch, height, width)
-
-    def settled(self, frame: int) -> int:
-        return self.conv2.settled(self.conv1.settled(frame))
-
-    def __call__(self, x: jax.Array, cache: Cache, *, first: bool) -> tuple[jax.Array, Cache]:
-        past1, past2 = cache
-        y, past1 = self.conv1(jax.nn.silu(self.norm1(x)), past1)
-        y, past2 = self.conv2(jax.nn.silu(self.norm2(y)), past2)
-        return y + (x if self.shortcut is None else self.shortcut(x)), (past1, past2)
-
-
-class AttentionBlock(Block):
-    """x + proj(attention(norm(x))) over the pixels of each frame alone, one head as wide as the channels."""
-
-    def __init__(self, features: int, *, config: VAEConfig, rngs: nnx.Rngs):
-        self.norm = ChannelNorm(features)
-        self.to_qkv = Dense(features, 3 * features, dtype=config.dtype, rngs=rngs)
-        self.proj = Dense(features, features, dtype=config.dtype, rngs=rngs)
-
-    def __call__(self, x: jax.Array, cache: Cache, *, first: bool) -> tuple[jax.Array, Cache]:
-        batch, frames, height, width, features = x.shape
-        qkv = self.to_qkv(self.norm(x)).reshape(batch * frames, height * width, 1, 3 * features)
-        y = dot_product_attention(*jnp.split(qkv, 3, axis=-1))
-        return x + self.proj(y.reshape(x.shape)), cache
-
-
-class Downsample(Block):
-    """Halves height and width and, if `temporal`, the frames after the first."""
-
-    scale = 0.5
-
-    def __init__(self, features: int, *, temporal: bool, config: VAEConfig, rngs: nnx.Rngs):
-        make = functools.partial(CausalConv3d, size=(3, 1, 1), stride=2, config=config, rngs=rngs)
-        self.conv = Conv2d(features, features, stride=2, config=config, rngs=rngs)
-        self.time_conv = make(features, features) if temporal else None
-        self.stride = 2 if temporal else 1
-
-    def init_cache(self, batch: int, height: int, width: int) -> Cache:
-        return () if self.time_conv is None else self.time_conv.init_cache(batch, height // 2, width // 2)
-
-    def settled(self, frame: int) -> int:
-        return frame if self.time_conv is None else self.time_conv.settled(frame)
-
-    def __call__(self, x: jax.Array, cache: Cache, *, first: bool) -> tuple[jax.Array, Cache]:
-        x = self.conv(x)
-        if self.time_conv is None:
-            return x, cache
-        if not first:
-            return self.time_conv(x, cache)
-        head, rest = x[:, :1], x[:, 1:]  # the head goes on as it is, and is what the rest looks back on
-        if not rest.shape[1]:
-            return head, head
-        rest, cache = self.time_conv(rest, head)
-        return jnp.concatenate((head, rest), axis=1), cache
-
-
-class Upsample(Block):
-    """Doubles height and width, halves channels and, if `temporal`, doubles the frames after the first."""
-
-    scale = 2.0
-
-    def __init__(self, features: int, *, temporal: bool, config: VAEConfig, rngs: nnx.Rngs):
-        make = functools.partial(CausalConv3d, size=(3, 1, 1), config=config, rngs=rngs)
-        self.time_conv = make(features, 2 * features) if temporal else None
-        self.conv = Conv2d(features, features // 2, config=config, rngs=rngs)
-
-    def init_cache(self, batch: int, height: int, width: int) -> Cache:
-        return () if self.time_conv is None else self.time_conv.init_cache(batch, height, width)
-
-    def __call__(self, x: jax.Array, cache: Cache, *, first: bool) -> tuple[jax.Array, Cache]:
-        if self.time_conv is not None:
-            head, rest = (x[:, :1], x[:, 1:]) if first else (x[:, :0], x)  # the rest looks back on zeros, not the head
-            if rest.shape[1]:
-                rest, cache = self.time_conv(rest, cache)
-                rest = jnp.stack(jnp.split(rest, 2, axis=-1), axis=2)  # the first half of the channels is earlier
-                x = jnp.concatenate((head, rest.reshape(rest.shape[0], -1, *rest.shape[3:])), axis=1)
-        batch, frames, height, width, features = x.shape
-        x = jnp.broadcast_to(x[:, :, :, None, :, None], (batch, frames, height, 2, width, 2, features))
-        return self.conv(x.reshape(batch, frames, 2 * height, 2 * width, features)), cache
-
-
-def middle(features: int, *, config: VAEConfig, rngs: nnx.Rngs) -> nnx.List:
-    ends = [ResidualBlock(features, features, config=config, rngs=rngs) for _ in range(2)]
-    return nnx.List([ends[0], AttentionBlock(features, config=config, rngs=rngs), ends[1]])
+def middle(features: int, *, dtype: Any, rngs: nnx.Rngs) -> nnx.List:
+    ends = [ResidualBlock(features, features, dtype=dtype, rngs=rngs) for _ in range(2)]
+    return nnx.List([ends[0], AttentionBlock(features, dtype=dtype, rngs=rngs), ends[1]])
 
 
 class Coder(nnx.Module):
-    """What encoder and decoder share: conv_in, blocks, then conv_out(silu(norm(x)))."""
+    """Base of encoder and decoder: conv_in, blocks, then conv_out(silu(norm(x)))."""
 
     conv_in: CausalConv3d
     norm: ChannelNorm
     conv_out: CausalConv3d
 
     @property
-    def blocks(self) -> list[Block]:
+    def blocks(self) -> list[CausalBlock]:
         raise NotImplementedError
 
     def init_cache(self, batch: int, height: int, width: int) -> Cache:
+        """Returns zeros, as before the first frame; height and width are those of the input."""
         conv_in, blocks = self.conv_in.init_cache(batch, height, width), []
         for block in self.blocks:
             blocks.append(block.init_cache(batch, height, width))
             height, width = int(height * block.scale), int(width * block.scale)
         return conv_in, blocks, self.conv_out.init_cache(batch, height, width)
 
-    def __call__(
-        self, x: jax.Array, cache: Cache, *, first: bool, part: range | None = None
-    ) -> tuple[jax.Array, Cache]:
-        """part (static): run these blocks only; the first one brings conv_in along and the last one conv_out."""
+    def __call__(self, x: Frames, cache: Cache, *, first: bool, part: range | None = None) -> tuple[Frames, Cache]:
+        """Runs a chunk; part (static): these blocks only, the first one with conv_in and the last one with conv_out."""
         past_in, pasts, past_out = cache
         blocks, pasts = self.blocks, list(pasts)
         part = range(len(blocks)) if part is None else part
@@ -326,9 +130,9 @@ class Encoder(Coder):
     """Frames `[b, t, h, w, 3]` to `[b, t / 4, h / 8, w / 8, 2 z_dim]`."""
 
     def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
-        make: dict[str, Any] = dict(config=config, rngs=rngs)
+        make: dict[str, Any] = dict(dtype=config.dtype, rngs=rngs)
         widths = [config.dim * m for m in config.dim_mult]
-        down: list[Block] = []
+        down: list[CausalBlock] = []
         for stage, (before, width) in enumerate(itertools.pairwise((config.dim, *widths))):
             down.append(ResidualBlock(before, width, **make))
             down += [ResidualBlock(width, width, **make) for _ in range(config.num_res_blocks - 1)]
@@ -341,12 +145,12 @@ class Encoder(Coder):
         self.conv_out = CausalConv3d(widths[-1], 2 * config.z_dim, **make)
 
     @property
-    def blocks(self) -> list[Block]:
+    def blocks(self) -> list[CausalBlock]:
         return [*self.downsamples, *self.middle]
 
     @property
     def stages(self) -> list[range]:
-        """The blocks by resolution: each Downsample ends a part of them."""
+        """Returns the blocks by resolution: each Downsample ends a part of them."""
         blocks = self.blocks
         ends = [i + 1 for i, block in enumerate(blocks) if isinstance(block, Downsample)]
         return [range(start, stop) for start, stop in itertools.pairwise((0, *ends, len(blocks)))]
@@ -356,11 +160,11 @@ class Decoder(Coder):
     """`[b, t, h, w, z_dim]` to frames `[b, 4 t, 8 h, 8 w, 3]`."""
 
     def __init__(self, config: VAEConfig, *, rngs: nnx.Rngs):
-        make: dict[str, Any] = dict(config=config, rngs=rngs)
+        make: dict[str, Any] = dict(dtype=config.dtype, rngs=rngs)
         widths = [config.dim * m for m in reversed(config.dim_mult)]
         temporal = config.temporal_downsample[::-1]
         before = widths[0]
-        up: list[Block] = []
+        up: list[CausalBlock] = []
         for stage, width in enumerate(widths):
             up.append(ResidualBlock(before, width, **make))
             up += [ResidualBlock(width, width, **make) for _ in range(config.num_res_blocks)]
@@ -374,12 +178,12 @@ class Decoder(Coder):
         self.conv_out = CausalConv3d(widths[-1], 3, **make)
 
     @property
-    def blocks(self) -> list[Block]:
+    def blocks(self) -> list[CausalBlock]:
         return [*self.middle, *self.upsamples]
 
     @property
     def halves(self) -> tuple[range, range]:
-        """The blocks that see a whole frame, at the latents' resolution, and those after them, which see less."""
+        """Returns the blocks that see a whole frame, at the latents' resolution, and those that see less."""
         return range(len(self.middle)), range(len(self.middle), len(self.blocks))
 
 
@@ -398,17 +202,17 @@ class WanVAE(nnx.Module):
         self.decoder = Decoder(config, rngs=rngs)
 
     def init_encode_cache(self, batch: int, height: int, width: int) -> Cache:
-        """The cache before the first frame: zeros. height and width in pixels."""
+        """Returns the cache before the first frame: zeros. height and width in pixels."""
         return self.encoder.init_cache(batch, height, width)
 
     def init_decode_cache(self, batch: int, height: int, width: int) -> Cache:
-        """The cache before the first latent: zeros. height and width in latents, an eighth of the pixels."""
+        """Returns the cache before the first latent: zeros. height and width in latents, an eighth of the pixels."""
         return self.decoder.init_cache(batch, height, width)
 
     def encode_chunk(
-        self, video: jax.Array, cache: Cache, *, first: bool, stage: int | None = None
-    ) -> tuple[jax.Array, Cache]:
-        """video `[b, 4n, h, w, 3]` in [-1, 1] to latents, float32 `[b, n, h/8, w/8, z_dim]`, and cache.
+        self, video: Frames, cache: Cache, *, first: bool, stage: int | None = None
+    ) -> tuple[Frames, Cache]:
+        """Encodes video `[b, 4n, h, w, 3]` in [-1, 1] to latents, float32 `[b, n, h/8, w/8, z_dim]`, and cache.
 
         stage (static): go through this one of the encoder's stages only, from what the one before it gave.
         """
@@ -422,9 +226,9 @@ class WanVAE(nnx.Module):
         return (mu - mean) / std, cache
 
     def decode_chunk(
-        self, latents: jax.Array, cache: Cache, *, first: bool, half: int | None = None
-    ) -> tuple[jax.Array, Cache]:
-        """latents `[b, n, h, w, z_dim]` to frames, `[b, 4n, 8h, 8w, 3]` in the model's dtype, and the cache.
+        self, latents: Frames, cache: Cache, *, first: bool, half: int | None = None
+    ) -> tuple[Frames, Cache]:
+        """Decodes latents `[b, n, h, w, z_dim]` to frames, `[b, 4n, 8h, 8w, 3]` in the model's dtype, and the cache.
 
         Frames lie about [-1, 1] and are not clamped. half (static): only go through this one of the decoder's halves,
         0 from latents to features `[b, n, h, w, c]` or 1 from there on.
@@ -437,7 +241,7 @@ class WanVAE(nnx.Module):
         return self.decoder(latents, cache, first=first, part=part)
 
     def statistics(self, like: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Mean and std of the latents, with leading axes of one."""
+        """Returns mean and std of the latents, with leading axes of one."""
         mean, std = (along_last(jnp.asarray(a, jnp.float32), like) for a in (self.config.mean, self.config.std))
         return mean, std
 
@@ -459,14 +263,14 @@ def _decode_chunk(graph, state, latents: jax.Array, cache: Cache | None, *, as_u
     return to_uint8(frames) if as_uint8 else frames, cache
 
 
-def to_uint8(frames: jax.Array) -> jax.Array:
-    """Frames in [-1, 1] to levels: round((x + 1) * 127.5), clamped to 0..255."""
+def to_uint8(frames: Float[Array, "*video"]) -> UInt8[Array, "*video"]:
+    """Turns frames in [-1, 1] into levels: round((x + 1) * 127.5), clamped to 0..255."""
     f = jnp.clip(frames.astype(jnp.float32), -1, 1)
     return jnp.round((f + 1) * 127.5).astype(jnp.uint8)
 
 
-def encode(vae: WanVAE, video: jax.Array | np.ndarray, *, chunk: int = CHUNK) -> jax.Array:
-    """Video `[b, 1 + 4n, h, w, 3]` in [-1, 1] to latents `[b, 1 + n, h/8, w/8, z_dim]`, float32.
+def encode(vae: WanVAE, video: jax.Array | np.ndarray, *, chunk: int = CHUNK) -> Float32[Array, "b t h w z"]:
+    """Encodes video `[b, 1 + 4n, h, w, 3]` in [-1, 1] to latents `[b, 1 + n, h/8, w/8, z_dim]`.
 
     The latents are (mu - mean) / std, without sampling.
 
@@ -486,14 +290,14 @@ def encode(vae: WanVAE, video: jax.Array | np.ndarray, *, chunk: int = CHUNK) ->
     return jnp.concatenate(latents, axis=1)
 
 
-def decode(vae: WanVAE, latents: jax.Array | np.ndarray, **options) -> jax.Array:
-    """Latents `[b, 1 + n, h, w, z_dim]` to the video `[b, 1 + 4n, 8h, 8w, 3]`; options of `decode_chunks`."""
+def decode(vae: WanVAE, latents: jax.Array | np.ndarray, **options) -> Num[Array, "b t h w 3"]:
+    """Decodes latents `[b, 1 + n, h, w, z_dim]` to the video `[b, 1 + 4n, 8h, 8w, 3]`; options of `decode_chunks`."""
     return jnp.concatenate(list(decode_chunks(vae, latents, **options)), axis=1)
 
 
 def decode_chunks(
     vae: WanVAE, latents: jax.Array | np.ndarray, *, chunk: int = CHUNK, as_uint8: bool = False
-) -> Iterator[jax.Array]:
+) -> Iterator[Num[Array, "b t h w 3"]]:
     """Yields the video piece by piece, in memory that does not grow with its length.
 
     latents: `[b, 1 + n, h, w, z_dim]`, as `encode` returns them.
@@ -523,7 +327,7 @@ def decode_chunks(
 
 
 def decoding_bytes(vae: WanVAE, height: int, width: int) -> int:
-    """Device memory that decoding takes besides the weights, for latents of this size and a chunk of one."""
+    """Returns the bytes that decoding takes besides the weights, for latents of this size and a chunk of one."""
     cache = jax.eval_shape(lambda: vae.init_decode_cache(1, height, width))
     return int(WORKING_SET * tree_bytes(cache))
 
@@ -552,6 +356,7 @@ def chunk_sizes(n: int, chunk: int) -> tuple[int, ...]:
 
 
 def check_video(shape: tuple[int, ...], config: VAEConfig) -> None:
+    """Raises UserError unless the autoencoder takes a video of this shape."""
     if len(shape) != 5 or shape[-1] != 3:
         raise UserError(f"video has shape {list(shape)}; give [batch, frames, height, width, 3]")
     _, frames, height, width, _ = shape
@@ -571,5 +376,6 @@ def check_step(name: str, value: int, step: int, *, offset: int = 0) -> None:
 
 
 def check_latents(shape: tuple[int, ...], config: VAEConfig) -> None:
+    """Raises UserError unless the autoencoder takes latents of this shape."""
     if len(shape) != 5 or shape[-1] != config.z_dim or 0 in shape:
         raise UserError(f"latents have shape {list(shape)}; give [batch, latents, height, width, {config.z_dim}]")

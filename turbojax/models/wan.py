@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jaxtyping import Array, Float, Num
 
 from turbojax.errors import UserError
 from turbojax.kernels.attention import dot_product_attention
@@ -20,7 +21,17 @@ from turbojax.kernels.int8 import QuantConfig, Quantized
 from turbojax.kernels.norms import Residual, Table, modulated_norm
 from turbojax.kernels.sage import VALUES, Values, sage_sparse_linear_attention
 from turbojax.kernels.sla import sparse_linear_attention
-from turbojax.models.layers import MLP, Dense, Int8Dense, LayerNorm, RMSNorm, rotary_table, time_sinusoid
+from turbojax.models.layers import (
+    MLP,
+    Dense,
+    Int8Dense,
+    LayerNorm,
+    RMSNorm,
+    rotary_table,
+    split_heads,
+    stack_blocks,
+    time_sinusoid,
+)
 from turbojax.sharding import over_heads, scan_layers
 
 AttentionType = Literal["original", "sla", "sagesla"]
@@ -29,19 +40,19 @@ BLOCKS: dict[str, tuple[int, int]] = {"original": (0, 0), "sla": (128, 64), "sag
 
 CLIP_TOKENS = 257  # of an image
 
-Activation = jax.Array | Quantized
-KeysValues = tuple[jax.Array, jax.Array]
-Tokens = KeysValues | jax.Array
-# Of text and image of all layers, the most that is kept for a video. What it saves is mostly launches, which count at
-# 1.3B; at 14B it would be 0.4 GB.
+Activation = Float[Array, "B L D"] | Quantized
+KeysValues = tuple[Float[Array, "*layers B _ N H"], Float[Array, "*layers B _ N H"]]
+Tokens = KeysValues | Float[Array, "B _ D"]
+# Largest keys and values of text and image, over all layers, that are kept for a video. They mostly save launches,
+# which count at 1.3B; at 14B they would take 0.4 GB.
 KEYS_BYTES = 2**28
 
-# What runs before the steps and not in them.
+# Modules that run before the steps and not in them.
 EMBEDDINGS = ("text_embedding", "time_embedding", "time_projection", "image_embedding")
 
 
 class Context(NamedTuple):
-    """What the blocks need and no step changes; `WanModel.prepare` makes it once for a video.
+    """Inputs of the blocks that no step changes; `WanModel.prepare` makes it once for a video.
 
     text, image: keys and values of every layer, `[layers, B, tokens, N, H]`, or, where these take more than KEYS_BYTES,
     tokens `[B, tokens, D]` of which each layer makes its own in each step; image None without CLIP tokens.
@@ -54,10 +65,10 @@ class Context(NamedTuple):
 
 
 class TimeEmbedding(NamedTuple):
-    """A timestep, as what it modulates: head `[B, D]` and blocks `[B, 6, D]`, float32."""
+    """A timestep's modulation of the head and of the blocks, float32."""
 
-    head: jax.Array
-    blocks: jax.Array
+    head: Float[Array, "*steps B D"]
+    blocks: Float[Array, "*steps B 6 D"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,12 +79,12 @@ class WanConfig:
     clip_dim: width of the CLIP image tokens (Wan 2.1 image to video), None without.
     clip_images: images whose tokens it takes: 2 for the model of a first and a last frame.
     attention_type: self-attention: "original" (dense), "sla", or "sagesla" (int8 and float8, forward only).
-    sla_topk, sla_blocks: share of key blocks, and rows of query and key blocks (None: as published).
+    sla_topk, sla_blocks: fraction of key blocks, and rows of query and key blocks (None: as published).
     sage_values: how SageSLA multiplies with v, see `turbojax.kernels.sage.reference`.
     sigma_max: first noise level that rCM's steps begin with; None: as published.
     attention_implementation: "reference" for attention that `jax.jvp` can differentiate; None for the fastest.
     quant: how the linear layers inside the blocks hold int8 weights; None for `dtype`.
-    remat: whether gradients compute each block a second time instead of keeping what is inside it.
+    remat: gradients compute each block a second time instead of keeping its intermediates.
     """
 
     dim: int
@@ -115,7 +126,7 @@ class WanConfig:
 
     @property
     def blocks(self) -> tuple[int, int]:
-        """Rows of a query block and of a key block."""
+        """Returns the rows of a query block and of a key block."""
         return self.sla_blocks or BLOCKS[self.attention_type]
 
     @property
@@ -153,15 +164,17 @@ class SelfAttention(nnx.Module):
         if config.attention_type != "original":
             self.proj_l = Dense(config.head_dim, config.head_dim, dtype=config.dtype, rngs=rngs)
 
-    def __call__(self, x: Activation, table: Table, *, add_to: Residual | None = None) -> jax.Array:
-        """x `[B, L, D]`, quantized where the layers are, to `[B, L, D]`, summed into add_to if given."""
+    def __call__(self, x: Activation, table: Table, *, add_to: Residual | None = None) -> Float[Array, "B L D"]:
+        """Attends; x is quantized where the layers are, and the result is summed into add_to if given."""
         c = self.config
         q, k = self.norm_q.rotated(self.q(x), table), self.norm_k.rotated(self.k(x), table)
         out = over_heads(self.attend, q, k, split_heads(self.v(x), c.num_heads))
         return self.o(out.reshape(*out.shape[:2], c.dim), add_to=add_to)
 
-    def attend(self, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        """Attention over all tokens, q, k and v `[B, L, N, H]`; on a mesh, of some of the heads."""
+    def attend(
+        self, q: Float[Array, "B L N H"], k: Float[Array, "B L N H"], v: Float[Array, "B L N H"]
+    ) -> Float[Array, "B L N H"]:
+        """Attends over all tokens; on a mesh, by some of the heads."""
         c = self.config
         if c.attention_type == "original":
             return dot_product_attention(q, k, v, implementation=c.attention_implementation)
@@ -188,8 +201,10 @@ class CrossAttention(nnx.Module):
             self.k_img, self.v_img = (block_linear(config, rngs) for _ in range(2))
             self.norm_k_img = RMSNorm(config.dim, eps=config.eps)
 
-    def keys(self, text: jax.Array, image: jax.Array | None) -> tuple[KeysValues, KeysValues | None]:
-        """Keys and values `[B, tokens, N, H]` of text `[B, S, D]` and of image `[B, 257 or 514, D]` or None."""
+    def keys(
+        self, text: Float[Array, "B _ D"], image: Float[Array, "B _ D"] | None
+    ) -> tuple[KeysValues, KeysValues | None]:
+        """Returns keys and values of text and of the image's 257 or 514 tokens."""
         heads = self.config.num_heads
         text = self.k.prepare(text)
         of_text = split_heads(self.norm_k(self.k(text)), heads), split_heads(self.v(text), heads)
@@ -200,10 +215,10 @@ class CrossAttention(nnx.Module):
 
     def __call__(
         self, x: Activation, text: Tokens, image: Tokens | None, *, add_to: Residual | None = None
-    ) -> jax.Array:
-        """x `[B, L, D]`, quantized where the layers are, to `[B, L, D]`, summed into add_to.
+    ) -> Float[Array, "B L D"]:
+        """Attends; x is quantized where the layers are, and the result is summed into add_to if given.
 
-        text, image: their keys and values, or what `keys` makes them of.
+        text, image: their keys and values, or tokens that `keys` takes.
         """
         if isinstance(text, jax.Array):
             assert not isinstance(image, tuple)
@@ -225,8 +240,8 @@ class FeedForward(nnx.Module):
         self.fc1 = linear(config.dim, config.ffn_dim, dtype=config.dtype, rngs=rngs)
         self.fc2 = linear(config.ffn_dim, config.dim, dtype=config.dtype, rngs=rngs)
 
-    def __call__(self, x: Activation, *, add_to: Residual | None = None) -> jax.Array:
-        """x `[B, L, D]`, quantized where the layers are, to `[B, L, D]`, summed into add_to if given."""
+    def __call__(self, x: Activation, *, add_to: Residual | None = None) -> Float[Array, "B L D"]:
+        """Runs both layers; x is quantized where they are, and the result is summed into add_to if given."""
         return self.fc2(self.fc1.gelu(x), add_to=add_to)
 
 
@@ -242,8 +257,15 @@ class Block(nnx.Module):
         self.cross_attn = CrossAttention(c, rngs=rngs)
         self.ffn = FeedForward(c, rngs=rngs)
 
-    def __call__(self, x: jax.Array, e0: jax.Array, text: Tokens, image: Tokens | None, table: Table) -> jax.Array:
-        """x `[B, L, D]`, e0 `[B, 6, D]` float32 to `[B, L, D]`; text and image as `CrossAttention` takes them."""
+    def __call__(
+        self,
+        x: Float[Array, "B L D"],
+        e0: Float[Array, "B 6 D"],
+        text: Tokens,
+        image: Tokens | None,
+        table: Table,
+    ) -> Float[Array, "B L D"]:
+        """Runs the block; e0 is float32, text and image are as `CrossAttention` takes them."""
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation(self.modulation[...], e0)
         h = self.self_attn.q.prepare_normed(x, 1 + scale1, shift1, eps=self.eps)
         x = self.self_attn(h, table, add_to=Residual(x, gate1))
@@ -254,7 +276,7 @@ class Block(nnx.Module):
 
 
 class ImageEmbedding(nnx.Module):
-    """CLIP tokens `[B, 257, clip_dim]` to `[B, 257, D]`; those of two images one after the other, with positions."""
+    """CLIP tokens to the width of the model; those of two images one after the other, with positions."""
 
     def __init__(self, config: WanConfig, *, rngs: nnx.Rngs):
         width, dim = config.clip_dim, config.dim
@@ -265,7 +287,7 @@ class ImageEmbedding(nnx.Module):
         tokens = config.clip_images * CLIP_TOKENS
         self.positions = nnx.Param(jnp.zeros((tokens, width), config.dtype)) if config.clip_images > 1 else None
 
-    def __call__(self, clip: jax.Array) -> jax.Array:
+    def __call__(self, clip: Float[Array, "B tokens clip_dim"]) -> Float[Array, "B tokens D"]:
         if self.positions is not None:
             clip = clip + self.positions[...].astype(clip.dtype)[None]
         return self.norm_out(self.mlp(self.norm_in(clip)))
@@ -280,8 +302,8 @@ class Head(nnx.Module):
         self.modulation = nnx.Param(jax.random.normal(rngs.params(), (2, c.dim), jnp.float32) / math.sqrt(c.dim))
         self.proj = Dense(c.dim, c.out_channels * c.patch_features, dtype=c.dtype, rngs=rngs)
 
-    def __call__(self, x: jax.Array, e: jax.Array) -> jax.Array:
-        """x `[B, L, D]`, e `[B, D]` to float32 `[B, L, patch features]`."""
+    def __call__(self, x: Float[Array, "B L D"], e: Float[Array, "B D"]) -> Float[Array, "B L features"]:
+        """Returns the features of the patches, float32."""
         shift, scale = modulation(self.modulation[...], e[:, None])
         return self.proj(modulated_norm(x.astype(jnp.float32), 1 + scale, shift, eps=self.eps))
 
@@ -297,40 +319,40 @@ class WanModel(nnx.Module):
         self.time_projection = Dense(c.dim, 6 * c.dim, dtype=c.dtype, rngs=rngs)
         if c.clip_dim:
             self.image_embedding = ImageEmbedding(c, rngs=rngs)
-
-        @nnx.split_rngs(splits=c.num_layers)
-        @nnx.vmap(in_axes=0, out_axes=0)
-        def stack(rngs):
-            return Block(c, rngs=rngs)
-
-        self.blocks = stack(rngs)
+        self.blocks = stack_blocks(Block, c, rngs)
         self.head = Head(c, rngs=rngs)
 
     def __call__(
         self,
-        x: jax.Array,
-        timesteps: jax.Array,
-        text: jax.Array,
+        x: Float[Array, "b t h w c"],
+        timesteps: Float[Array, " b"],
+        text: Float[Array, "b tokens text_dim"],
         *,
-        y: jax.Array | None = None,
-        clip: jax.Array | None = None,
-    ) -> jax.Array:
-        """Velocity, float32 `[B, T, H, W, out_channels]`.
+        y: Float[Array, "b t h w _"] | None = None,
+        clip: Float[Array, "b clip_tokens clip_dim"] | None = None,
+    ) -> Float[Array, "b t h w out_channels"]:
+        """Returns the velocity, float32.
 
-        x: noisy latents `[B, T, H, W, C]`; H and W even.
-        timesteps: float32 `[B]` in 0..1000.
-        text: text embedding `[B, 512, text_dim]`, zero rows past the prompt's end; of these any number may be left out,
-          with the same result.
-        y: mask and condition latents `[B, T, H, W, 20]` (image to video).
-        clip: CLIP tokens `[B, 257, clip_dim]`, of two images 514 (Wan 2.1 image to video).
+        x: noisy latents; h and w even.
+        timesteps: float32 in 0..1000.
+        text: text embedding of 512 tokens, zero rows past the prompt's end; of these any number may be left out, with
+          the same result.
+        y: mask and condition latents (image to video).
+        clip: 257 CLIP tokens, of two images 514 (Wan 2.1 image to video).
         """
         context = self.prepare(text, patch_grid(x, self.config.patch), clip=clip)
         return self.velocity(x, self.embed_time(timesteps), context, y=y)
 
-    # What `__call__` is made of. A sampler prepares once for a video and embeds all its timesteps at once.
+    # The parts of `__call__`. A sampler prepares once for a video and embeds all its timesteps at once.
 
-    def prepare(self, text: jax.Array, grid: tuple[int, int, int], *, clip: jax.Array | None = None) -> Context:
-        """What no step changes, see `__call__`; grid: patches in time, height and width."""
+    def prepare(
+        self,
+        text: Float[Array, "b tokens text_dim"],
+        grid: tuple[int, int, int],
+        *,
+        clip: Float[Array, "b clip_tokens clip_dim"] | None = None,
+    ) -> Context:
+        """Computes what no step changes, see `__call__`; grid: patches in time, height and width."""
         text, image = self.embed_text(text, clip)
         table = rotary_table(grid, self.config.head_dim)
         if not kept_keys(self.config, sum(math.prod(a.shape[:2]) for a in jax.tree.leaves((text, image)))):
@@ -340,12 +362,22 @@ class WanModel(nnx.Module):
         _, (of_text, of_image) = lax.scan(keys_of, None, layers)
         return Context(of_text, of_image, table)
 
-    def velocity(self, x: jax.Array, time: TimeEmbedding, context: Context, *, y: jax.Array | None = None) -> jax.Array:
-        """One step: time from `embed_time`, context from `prepare`."""
+    def velocity(
+        self,
+        x: Float[Array, "b t h w c"],
+        time: TimeEmbedding,
+        context: Context,
+        *,
+        y: Float[Array, "b t h w _"] | None = None,
+    ) -> Float[Array, "b t h w out_channels"]:
+        """Computes one step: time from `embed_time`, context from `prepare`."""
         tokens = self.run_blocks(self.embed_latents(x, y), time.blocks, context)
         return self.unembed(tokens, (time, x))
 
-    def run_blocks(self, x: jax.Array, e0: jax.Array, context: Context) -> jax.Array:
+    def run_blocks(
+        self, x: Float[Array, "B L D"], e0: Float[Array, "B 6 D"], context: Context
+    ) -> Float[Array, "B L D"]:
+        """Runs tokens through all blocks by one scan."""
         graph, layers = nnx.split(self.blocks)
 
         def run_block(layer, x, keys, per_sample, table):
@@ -363,13 +395,15 @@ class WanModel(nnx.Module):
         time, table = self.embed_time(timesteps), rotary_table(patch_grid(x, self.config.patch), self.config.head_dim)
         return self.embed_latents(x, y), (time.blocks, *self.embed_text(text, clip), table), (time, x)
 
-    def unembed(self, tokens: jax.Array, rest: tuple[TimeEmbedding, jax.Array]) -> jax.Array:
-        """Tokens behind the last block to the velocity; of the latents only the shape is used."""
+    def unembed(
+        self, tokens: Float[Array, "b L D"], rest: tuple[TimeEmbedding, jax.Array]
+    ) -> Float[Array, "b t h w out_channels"]:
+        """Turns the last block's tokens into the velocity; of the latents in `rest` only the shape is used."""
         time, x = rest
         return unpatchify(self.head(tokens, time.head), patch_grid(x, self.config.patch), self.config.patch)
 
-    def embed_latents(self, x: jax.Array, y: jax.Array | None) -> jax.Array:
-        """Latents with their condition to tokens `[B, L, D]`."""
+    def embed_latents(self, x: Float[Array, "b t h w c"], y: Float[Array, "b t h w _"] | None) -> Float[Array, "b L D"]:
+        """Turns latents with their condition into tokens."""
         c = self.config
         channels = x.shape[-1] + (0 if y is None else y.shape[-1])
         if channels != c.in_channels:
@@ -380,16 +414,18 @@ class WanModel(nnx.Module):
         x = x.astype(c.dtype) if y is None else jnp.concatenate((x.astype(c.dtype), y.astype(c.dtype)), axis=-1)
         return self.patch_embedding(patchify(x, c.patch))
 
-    def embed_time(self, timesteps: jax.Array) -> TimeEmbedding:
-        """timesteps float32 `[B]` in 0..1000 to what they modulate."""
+    def embed_time(self, timesteps: Float[Array, " B"]) -> TimeEmbedding:
+        """Embeds float32 timesteps in 0..1000."""
         e = self.time_embedding(time_sinusoid(timesteps, self.config.freq_dim))
         e0 = self.time_projection(jax.nn.silu(e))
         return TimeEmbedding(e, e0.reshape(e.shape[0], 6, self.config.dim))
 
-    def embed_text(self, text: jax.Array, clip: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
-        """Text `[B, S, D]` and image tokens `[B, 257 or 514, D]` as cross-attention takes them.
+    def embed_text(
+        self, text: Float[Array, "B _ text_dim"], clip: Float[Array, "B _ clip_dim"] | None
+    ) -> tuple[Float[Array, "B _ D"], Float[Array, "B _ D"] | None]:
+        """Embeds text and the image's 257 or 514 tokens as cross-attention takes them.
 
-        Of text with less than 512 rows, the last of S stands for itself and all that are left out.
+        Of text with less than 512 rows, the last one stands for itself and all that are left out.
         """
         c = self.config
         if text.shape[1] < c.text_len:
@@ -404,7 +440,7 @@ class WanModel(nnx.Module):
 
 
 def kept_keys(config: WanConfig, tokens: int) -> int:
-    """Bytes of the keys and values of so many tokens in all layers; 0 where each step makes them, see `Context`."""
+    """Returns the bytes of keys and values of so many tokens in all layers; 0 where each step makes them."""
     size = 2 * config.num_layers * tokens * config.dim * jnp.dtype(config.dtype).itemsize
     return size if size <= KEYS_BYTES else 0
 
@@ -417,31 +453,29 @@ def block_linear(config: WanConfig, rngs: nnx.Rngs):
     return linear_kind(config)(config.dim, config.dim, dtype=config.dtype, rngs=rngs)
 
 
-def split_heads(x: jax.Array, heads: int) -> jax.Array:
-    """`[B, L, D]` to `[B, L, N, H]`."""
-    return x.reshape(*x.shape[:-1], heads, -1)
-
-
-def modulation(own: jax.Array, e: jax.Array) -> list[jax.Array]:
-    """A block's own modulation `[n, D]` plus the timestep's `[B, n or 1, D]`, as n arrays `[B, 1, D]`, float32."""
+def modulation(own: Float[Array, "n D"], e: Float[Array, "B _ D"]) -> list[Float[Array, "B 1 D"]]:
+    """Adds a block's own modulation and the timestep's n or 1; n arrays in float32."""
     both = own.astype(jnp.float32)[None] + e
     return jnp.split(both, both.shape[1], axis=1)
 
 
 def patch_grid(x: jax.Array, patch: tuple[int, int, int]) -> tuple[int, int, int]:
+    """Returns the patches in time, height and width."""
     t, h, w = (size // p for size, p in zip(x.shape[1:4], patch, strict=True))
     return t, h, w
 
 
-def patchify(x: jax.Array, patch: tuple[int, int, int]) -> jax.Array:
-    """`[B, T, H, W, C]` to `[B, L, C pt ph pw]`, channel slowest, so that the weight is the Conv3d's reshaped."""
+def patchify(x: Num[Array, "b t h w c"], patch: tuple[int, int, int]) -> Num[Array, "b L features"]:
+    """Turns patches into tokens `[b, L, c pt ph pw]`, channel slowest, so that the weight is the Conv3d's reshaped."""
     (pt, ph, pw), (t, h, w) = patch, patch_grid(x, patch)
     x = x.reshape(x.shape[0], t, pt, h, ph, w, pw, x.shape[-1])
     return x.transpose(0, 1, 3, 5, 7, 2, 4, 6).reshape(x.shape[0], t * h * w, -1)
 
 
-def unpatchify(x: jax.Array, grid: tuple[int, int, int], patch: tuple[int, int, int]) -> jax.Array:
-    """`[B, L, pt ph pw C]`, channel fastest, to `[B, T, H, W, C]`."""
+def unpatchify(
+    x: Num[Array, "b L features"], grid: tuple[int, int, int], patch: tuple[int, int, int]
+) -> Num[Array, "b t h w c"]:
+    """Turns tokens `[b, L, pt ph pw c]`, channel fastest, into latents."""
     (t, h, w), (pt, ph, pw) = grid, patch
     x = x.reshape(x.shape[0], t, h, w, pt, ph, pw, -1).transpose(0, 1, 4, 2, 5, 3, 6, 7)
     return x.reshape(x.shape[0], t * pt, h * ph, w * pw, -1)
