@@ -120,17 +120,17 @@ def test_attention(length, batch, dim, topk, block_q, block_k):
 def test_values_a_step_late_change_nothing(length, count, block_k):
     inputs = arrays(length, dim=64)
     settings = fused.settings("triton", count, block_q=64, block_k=block_k, dim=64)
-    assert not settings.tiles.late
-    late = dataclasses.replace(settings, tiles=settings.tiles._replace(late=True))
-    np.testing.assert_array_equal(fused.attention(*inputs, late), fused.attention(*inputs, settings))
+    assert not settings.tiles.deferred_pv
+    deferred = dataclasses.replace(settings, tiles=settings.tiles._replace(deferred_pv=True))
+    np.testing.assert_array_equal(fused.attention(*inputs, deferred), fused.attention(*inputs, settings))
 
 
-@pytest.mark.parametrize("late", [False, slow(True)])
+@pytest.mark.parametrize("deferred_pv", [False, slow(True)])
 @pytest.mark.parametrize(("length", "count", "block_k"), [(300, 3, 64), (256, 4, 64), (330, 2, 128), (40, 1, 64)])
-def test_bounded_scores_need_no_maximum(monkeypatch, length, count, block_k, late):
+def test_bounded_scores_need_no_maximum(monkeypatch, length, count, block_k, deferred_pv):
     inputs = arrays(length, dim=64)
     settings = fused.settings("triton", count, block_q=64, block_k=block_k, dim=64)
-    settings = dataclasses.replace(settings, tiles=settings.tiles._replace(late=late))
+    settings = dataclasses.replace(settings, tiles=settings.tiles._replace(deferred_pv=deferred_pv))
     got, (*_, lse) = jax.block_until_ready(fused.forward(*inputs, settings))  # kernels read BOUND when they run
     monkeypatch.setattr(triton_forward, "BOUND", triton.language.constexpr(0.0))
     expected, (*_, expected_lse) = jax.block_until_ready(fused.forward(*inputs, settings))

@@ -42,7 +42,7 @@ def assert_within_limits(kernel, pointers, constants, *, warps: int, stages: int
 def test_sparse_forward_compiles_within_limits(block_q, block_k, dim, residuals, capability):
     tiles = triton_forward.tiles(divmod(capability, 10), block_q=block_q, block_k=block_k, dim=dim)
     blocks = {"BLOCK_Q": block_q, "BLOCK_K": block_k, "KEYS": tiles.step, "COUNT": 59}
-    constants = SHAPE | blocks | {"H": dim, "SCALE": 0.1275, "RESIDUALS": residuals, "LATE": tiles.late}
+    constants = SHAPE | blocks | {"H": dim, "SCALE": 0.1275, "RESIDUALS": residuals, "DEFERRED_PV": tiles.deferred_pv}
     settings = {"warps": tiles.warps, "stages": tiles.stages, "capability": capability}
     assert_within_limits(triton_forward.sparse_forward_kernel, FORWARD, constants, **settings)
 
@@ -65,7 +65,7 @@ def test_sparse_backward_compiles_within_limits(block_q, block_k, dim, capabilit
 def test_small_kernels_compile_within_limits(dim, capability):
     shape = SHAPE | {"H": dim}
     for norms in (False, True):
-        summary = shape | {"ROWS": triton_summary.KEY_ROWS, "SHARE": 182, "SHARES": 13, "NORMS": norms}
+        summary = shape | {"ROWS": triton_summary.KEY_ROWS, "GROUPS": 182, "SPLITS": 13, "NORMS": norms}
         assert_within_limits(
             triton_summary.key_summary_kernel, SUMMARY, summary, warps=8, stages=3, capability=capability
         )
@@ -82,6 +82,6 @@ def test_linear_backward_compiles_within_limits(dim, capability):
     for name in ("linear_queries_kernel", "linear_state_kernel", "linear_keys_kernel"):
         kernel = getattr(triton_linear, name)
         pointers = {name: type for name, type in BACKWARD.items() if name in kernel.arg_names}
-        constants = SHAPE | {"H": dim, "ROWS": triton_linear.ROWS, "SHARE": 91, "SHARES": 13}
+        constants = SHAPE | {"H": dim, "ROWS": triton_linear.ROWS, "GROUPS": 91, "SPLITS": 13}
         constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
         assert_within_limits(kernel, pointers, constants, warps=8, stages=2, capability=capability, spilled=32)

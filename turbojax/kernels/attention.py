@@ -41,7 +41,7 @@ def dot_product_attention(
 
 
 def cudnn_unsupported(q: dispatch.Shaped, *, last: int = 1) -> str | None:
-    """Names what cuDNN's flash attention takes instead of arrays like q; None where it takes them."""
+    """Names what cuDNN's flash attention requires instead of arrays like q; None where it takes them."""
     if last != 1:
         return f"keys one by one, not {last=}"
     if takes := dispatch.no_kernels():
@@ -56,7 +56,7 @@ def cudnn_unsupported(q: dispatch.Shaped, *, last: int = 1) -> str | None:
 def attention_reference(
     q: Float[Array, "B L N H"], k: Float[Array, "B S N H"], v: Float[Array, "B S N H"], *, last: int = 1
 ) -> Float[Array, "B L N H"]:
-    """The definition, one block of queries at a time; last as `dot_product_attention` takes it."""
+    """Computes the definition, one block of queries at a time; last as `dot_product_attention` takes it."""
     batch, length, heads, dim = q.shape
     block = max(1, min(length, SCORES_IN_MEMORY // (batch * heads * k.shape[1])))
     if TILE < block < length:

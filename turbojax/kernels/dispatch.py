@@ -15,7 +15,7 @@ KERNELS_FROM: Capability = (8, 0)  # Ampere: bfloat16 and int8 tensor cores, asy
 
 
 def compute_capability() -> Capability | None:
-    """(9, 0) for Hopper and so on; None without an NVIDIA GPU."""
+    """Returns (9, 0) for Hopper and so on; None without an NVIDIA GPU."""
     device = jax.devices()[0]
     capability = getattr(device, "compute_capability", None)
     if device.platform != "gpu" or not isinstance(capability, str):
@@ -25,14 +25,14 @@ def compute_capability() -> Capability | None:
 
 
 def has_kernels(capability: Capability | None) -> bool:
-    """Whether the project's kernels and cuDNN's attention run there; else XLA computes everything."""
+    """Returns True if the project's kernels and cuDNN's attention run there; else XLA computes everything."""
     return capability is not None and capability >= KERNELS_FROM
 
 
 def choose(op: str, implementation: str | None, kernels: Mapping[str, str | None]) -> Any:
-    """The implementation that runs: the named one, or of None the first of the kernels that can, or else "reference".
+    """Returns the implementation that runs: the named one, or for None the first kernel that can, or else "reference".
 
-    op: what errors call it. kernels: fastest first; each with what it takes where it cannot run, None where it can.
+    op: what errors call it. kernels: fastest first; each with what it requires where it cannot run, None where it can.
     Raises UserError for a name that is unknown, and where what is named cannot run.
     """
     if implementation not in (None, *kernels, "reference"):
@@ -52,14 +52,14 @@ def no_kernels() -> str | None:
 
 
 def triton_unsupported(dtype: Any) -> str | None:
-    """Names what our Triton kernels take instead of a dtype or device, see `choose`; None where they run."""
+    """Names what our Triton kernels require instead of a dtype or device, see `choose`; None where they run."""
     if triton_call.override is None and (takes := no_kernels()):
         return takes
     return None if dtype == jnp.bfloat16 else f"bfloat16, not {jnp.dtype(dtype)}"
 
 
 def slow_gpu(capability: Capability | None) -> str | None:
-    """What to tell of a GPU without kernels, such as a T4 (7.5); None for others and without one."""
+    """Warning about a GPU without kernels, such as a T4 (7.5); None for others and without one."""
     if capability is None or has_kernels(capability):
         return None
     has, needed = (".".join(map(str, c)) for c in (capability, KERNELS_FROM))

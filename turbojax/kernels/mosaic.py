@@ -1,4 +1,4 @@
-"""What the Pallas Mosaic GPU kernels share."""
+"""Layout and loads that the Pallas Mosaic GPU kernels share."""
 
 from typing import Any
 
@@ -14,6 +14,6 @@ def in_tiles(dtype: Any) -> tuple[Any, ...]:
 
 
 def load(ref: Any, *, layout: Any = None) -> jax.Array:
-    """An array in registers, in the layout given or in that of whatever it meets."""
+    """Loads an array to registers, in the layout given or in that of whatever it meets."""
     index = ((),) if jax.__version_info__ < (0, 11) else ()  # jax 0.11 warns of one, 0.10 wants it
     return plgpu.load(ref, *index, layout=layout, optimized=False)

@@ -105,7 +105,7 @@ def rms_norm_rotate(
 
 
 def choose(implementation: Implementation | None, dtype: Any, head_dim: int) -> Implementation:
-    """The implementation that runs: the named one, or the kernel if it can."""
+    """Returns the implementation that runs: the named one, or the kernel if it can."""
     takes = dispatch.triton_unsupported(dtype)
     if not takes and head_dim not in (64, 128):
         takes = f"a head dim of 64 or 128, not {head_dim}"

@@ -31,7 +31,7 @@ def rms_norm_rotate_kernel(
 
 
 def rms_norm_rotate(x: jax.Array, weight: jax.Array, cos: jax.Array, sin: jax.Array, *, eps: float) -> jax.Array:
-    """As `norms.rms_norm_rotate`: x bfloat16 `[B, L, D]` to `[B, L, N, H]`, in its memory if nothing else needs x."""
+    """Launches `norms.rms_norm_rotate`: x bfloat16 `[B, L, D]` to `[B, L, N, H]`, in place if nothing else needs x."""
     batch, length, width = x.shape
     dim = 2 * cos.shape[-1]
     shape = (batch, length, width // dim, dim)

@@ -19,7 +19,7 @@ from turbojax.kernels.int8.reference import (
     Quantized,
     WeightScale,
     dequantize_weight,
-    finish,
+    epilogue,
     matmul_blocks,
     matmul_rows,
     quantize_blocks,
@@ -31,21 +31,21 @@ Implementation = Literal["mosaic", "triton", "reference"]
 
 
 def choose(implementation: Implementation | None, dtype) -> Implementation:
-    """The implementation that runs on values of a dtype, where there is a Triton kernel: the named one, or None's."""
+    """Returns the implementation that runs on a dtype, of an op with a Triton kernel: the named one, or None's."""
     return dispatch.choose("the int8 linear layer", implementation, {"triton": dispatch.triton_unsupported(dtype)})
 
 
 def choose_matmul(
     implementation: Implementation | None, dtype, quant: QuantConfig, sizes: tuple[int, int, int]
 ) -> Implementation:
-    """The same for a matmul of int8 with int8, its result in dtype; sizes: M, N and K."""
+    """Returns the implementation of a matmul of int8 with int8, its result in dtype; sizes: M, N and K."""
     triton = dispatch.triton_unsupported(dtype)
     mosaic = triton or mosaic_unsupported(quant, *sizes)
     return dispatch.choose("the int8 matmul", implementation, {"mosaic": mosaic, "triton": triton})
 
 
 def mosaic_unsupported(quant: QuantConfig, m: int, n: int, k: int) -> str | None:
-    """Names what the Hopper kernel takes besides, where it cannot run; None if it can."""
+    """Names what the Hopper kernel requires besides, where it cannot run; None if it can."""
     if dispatch.compute_capability() != (9, 0):
         return "a GPU of compute capability 9.0"
     if quant.scheme == "block128" and quant.group == 1:
@@ -61,6 +61,7 @@ def mosaic_unsupported(quant: QuantConfig, m: int, n: int, k: int) -> str | None
 
 
 def check_features(k: int) -> None:
+    """Raises UserError if in_features do not fill whole blocks."""
     if k % BLOCK:
         raise UserError(
             f"int8 linear layers need in_features to be a multiple of {BLOCK}, not {k}; leave it unquantized"
@@ -70,7 +71,7 @@ def check_features(k: int) -> None:
 def quantize(
     x: Float[Array, "*rows K"], quant: QuantConfig, *, implementation: Implementation | None = None
 ) -> Quantized:
-    """Activations `[..., K]` to int8."""
+    """Quantizes activations `[..., K]` to int8."""
     k = x.shape[-1]
     check_features(k)
     rows = x.reshape(-1, k)
@@ -130,10 +131,10 @@ def matmul(
         return add_to.plus(y)
     if chosen == "reference":
         if quant.scheme == "block128":
-            total = matmul_blocks(x_q, x.scale, w_q, w_scale, group=quant.group)
+            sums = matmul_blocks(x_q, x.scale, w_q, w_scale, group=quant.group)
         else:
-            total = matmul_rows(x_q, x.scale, w_q, w_scale)
-        y = finish(total, bias, gelu=gelu, dtype=dtype)
+            sums = matmul_rows(x_q, x.scale, w_q, w_scale)
+        y = epilogue(sums, bias, gelu=gelu, dtype=dtype)
     elif chosen == "mosaic":
         from turbojax.kernels.int8 import mosaic_matmul
 
@@ -146,7 +147,7 @@ def matmul(
 
 
 def adds_in_kernel(residual: Residual, quant: QuantConfig) -> bool:
-    """Whether a kernel's epilogue takes the sum.
+    """Returns True if a kernel's epilogue can add the residual.
 
     A tile, of 128 rows at most, may hold rows of two samples with a gate each; channel tiles lack registers for two.
     """
@@ -203,7 +204,7 @@ def dequantizing_matmul(
     if choose(implementation, x.dtype) == "reference":
         weight = dequantize_weight(w_q, w_scale)
         y = lax.dot_general(rows.astype(jnp.float32), weight, (((1,), (1,)), ((), ())))
-        return finish(y, bias, gelu=gelu, dtype=x.dtype).reshape(*x.shape[:-1], n)
+        return epilogue(y, bias, gelu=gelu, dtype=x.dtype).reshape(*x.shape[:-1], n)
     from turbojax.kernels.int8 import triton_matmul
 
     y = triton_matmul.dequantizing_matmul(rows, w_q, w_scale, bias, quant, gelu=gelu)

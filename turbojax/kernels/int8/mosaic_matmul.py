@@ -189,10 +189,10 @@ def kernel(x, x_scale, w, w_scale, *rest, m, n, k, tiles: Tiles, scheme: str, op
                     @functools.partial(pl.run_scoped, acc=plgpu.ACC(shape, acc_dtype))
                     def with_acc(acc):
                         run(acc)
-                        finish(acc[...])
+                        epilogue(acc[...])
 
                 else:
-                    finish(run(plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)))
+                    epilogue(run(plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)))
 
             def block_amax(f):
                 """The largest |f| over both warp groups, 1e-8 at least; NaN if any is.
@@ -207,7 +207,7 @@ def kernel(x, x_scale, w, w_scale, *rest, m, n, k, tiles: Tiles, scheme: str, op
                 return jnp.maximum(jnp.max(row_amax[...]), 1e-8)
 
             def gates(shape):
-                """Of own rows, which belong to two samples at most."""
+                """Gates of the group's own rows, which belong to two samples at most."""
                 assert gate is not None
 
                 def of_sample(sample):
@@ -223,7 +223,7 @@ def kernel(x, x_scale, w, w_scale, *rest, m, n, k, tiles: Tiles, scheme: str, op
                 here = row < (sample + 1) * (m // batch) - first_row
                 return jnp.where(here, of_sample(sample), of_sample(jnp.minimum(sample + 1, batch - 1)))
 
-            def finish(acc):
+            def epilogue(acc):
                 if scheme == "channel":
                     acc = acc.astype(jnp.float32)
                     row_scale = mosaic.load(x_scale.at[pl.ds(first_row, tiles.rows)])

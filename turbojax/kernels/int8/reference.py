@@ -37,7 +37,7 @@ SMALLEST_AMAX = 1e-8
 
 @dataclasses.dataclass(frozen=True)
 class QuantConfig:
-    """How linear layers hold weights and take activations.
+    """Format of the weights and activations of linear layers.
 
     scheme: "block128" or "channel". group: rows of activations a scale, 128 or 1 (block128 only; 1 is more exact).
     weight_only: activations stay bfloat16 and the weight is converted in the kernel: best quality, same memory.
@@ -58,14 +58,14 @@ QUANT_SCHEMES: dict[str, QuantConfig] = {
 
 
 def quant_scheme(name: str) -> QuantConfig:
-    """A scheme by the name that configurations use."""
+    """Returns a scheme by the name that configurations use."""
     if name not in QUANT_SCHEMES:
         raise UserError(f"quant_scheme={name!r} is unknown; choose one of {', '.join(QUANT_SCHEMES)}")
     return QUANT_SCHEMES[name]
 
 
 def scheme_name(config: QuantConfig) -> str:
-    """The name of a scheme, see `quant_scheme`; raises UserError where there is none for it."""
+    """Returns the name of a scheme, see `quant_scheme`; raises UserError where there is none for it."""
     for name, scheme in QUANT_SCHEMES.items():
         if scheme == config:
             return name
@@ -157,7 +157,7 @@ def int32_matmul(x_q: Int8[Array, "M K"], w_q: Int8[Array, "N K"]) -> Int32[Arra
     return lax.dot_general(x_q, w_q, (((1,), (1,)), ((), ())), preferred_element_type=jnp.int32)
 
 
-def finish(y: jax.Array, bias: jax.Array | None, *, gelu: bool, dtype) -> jax.Array:
+def epilogue(y: jax.Array, bias: jax.Array | None, *, gelu: bool, dtype) -> jax.Array:
     y = y.astype(dtype)
     if bias is not None:
         y = y + bias.astype(dtype)[None]

@@ -64,7 +64,7 @@ def tile_of_program(M: tl.constexpr, N: tl.constexpr, TILE_M: tl.constexpr, TILE
 
 
 @triton.jit
-def finish(y, bias, columns, N: tl.constexpr, HAS_BIAS: tl.constexpr, GELU: tl.constexpr):
+def epilogue(y, bias, columns, N: tl.constexpr, HAS_BIAS: tl.constexpr, GELU: tl.constexpr):
     """Bias and GELU with the reference's roundings: the sum to bfloat16, the biased sum to bfloat16."""
     y = y.to(tl.bfloat16)
     if HAS_BIAS:
@@ -114,13 +114,13 @@ def int8_matmul_kernel(
     w_ptrs = w + (columns % N).to(tl.int64)[:, None] * K + tl.arange(0, 128)[None, :]
     acc = tl.zeros((TILE_M, TILE_N), tl.float32)
     if SCHEME == "channel":
-        total = tl.zeros((TILE_M, TILE_N), tl.int32)
+        sums = tl.zeros((TILE_M, TILE_N), tl.int32)
         for _ in range(0, K, 128):
-            total = tl.dot(tl.load(x_ptrs), tl.load(w_ptrs).T, total, out_dtype=tl.int32)
+            sums = tl.dot(tl.load(x_ptrs), tl.load(w_ptrs).T, sums, out_dtype=tl.int32)
             x_ptrs += 128
             w_ptrs += 128
         row_scale, column_scale = tl.load(x_scale + rows % M), tl.load(w_scale + columns % N)
-        acc = total.to(tl.float32) * row_scale[:, None] * column_scale[None, :]
+        acc = sums.to(tl.float32) * row_scale[:, None] * column_scale[None, :]
     else:
         if GROUP == 128:
             x_scale += tile_m * (K // 128)
@@ -136,7 +136,7 @@ def int8_matmul_kernel(
                 acc += part * (row_scale * block_scale)
             else:
                 acc += part * (row_scale * block_scale)[:, None]
-    out = finish(acc, bias, columns, N, HAS_BIAS, GELU)
+    out = epilogue(acc, bias, columns, N, HAS_BIAS, GELU)
     inside = (rows < M)[:, None] & (columns < N)[None, :]
     offsets = rows.to(tl.int64)[:, None] * N + columns[None, :]
     if RESIDUAL:
@@ -189,7 +189,7 @@ def dequantizing_matmul_kernel(
         w_ptrs += 128
     if SCHEME == "channel":
         acc *= tl.load(w_scale + columns % N)[:, None]
-    out = finish(acc.T, bias, columns, N, HAS_BIAS, GELU)
+    out = epilogue(acc.T, bias, columns, N, HAS_BIAS, GELU)
     inside = (rows < M)[:, None] & (columns < N)[None, :]
     tl.store(y + rows.to(tl.int64)[:, None] * N + columns[None, :], out, mask=inside)
 

@@ -39,13 +39,13 @@ def store_quantized(v, q, scale, offsets, rows, i, j, M: tl.constexpr, K: tl.con
     the registers, more programs at once.
     """
     without_sign = tl.where(rows < M, 0x7FFF, 0).to(tl.int16)[:, None]
-    top = tl.max(v.to(tl.int16, bitcast=True) & without_sign, axis=1)
+    bits = tl.max(v.to(tl.int16, bitcast=True) & without_sign, axis=1)
     if GROUP == 128:
-        amax = amax_of_bits(tl.max(top, axis=0))
+        amax = amax_of_bits(tl.max(bits, axis=0))
         tl.store(q + offsets, to_int8(v.to(tl.float32), amax), mask=(rows < M)[:, None])
         tl.store(scale + i * (K // 128) + j, amax / 128.0)
     else:
-        amax = amax_of_bits(top)
+        amax = amax_of_bits(bits)
         tl.store(q + offsets, to_int8(v.to(tl.float32), amax[:, None]), mask=(rows < M)[:, None])
         tl.store(scale + rows.to(tl.int64) * (K // 128) + j, amax / 128.0, mask=rows < M)
 
@@ -66,13 +66,13 @@ def quantize_rows_kernel(x, q, scale, K: tl.constexpr, CHUNK: tl.constexpr):
     """One program a row of x; the second reading comes from the cache."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, CHUNK)
-    top = tl.zeros((CHUNK,), tl.float32)
+    amax = tl.zeros((CHUNK,), tl.float32)
     nans = tl.zeros((CHUNK,), tl.int32)
     for start in range(0, K, CHUNK):
         f = tl.load(x + row * K + start + columns, mask=start + columns < K, other=0.0).to(tl.float32)
-        top = tl.maximum(top, tl.abs(f))
+        amax = tl.maximum(amax, tl.abs(f))
         nans += (f != f).to(tl.int32)
-    amax = tl.where(tl.sum(nans, axis=0) > 0, float("nan"), tl.maximum(tl.max(top, axis=0), 1e-8))
+    amax = tl.where(tl.sum(nans, axis=0) > 0, float("nan"), tl.maximum(tl.max(amax, axis=0), 1e-8))
     for start in range(0, K, CHUNK):
         inside = start + columns < K
         f = tl.load(x + row * K + start + columns, mask=inside, other=0.0).to(tl.float32)
@@ -82,7 +82,7 @@ def quantize_rows_kernel(x, q, scale, K: tl.constexpr, CHUNK: tl.constexpr):
 
 @triton.jit
 def of_rows(gate, rows, columns, M: tl.constexpr, N: tl.constexpr, BATCH: tl.constexpr):
-    """What a tile's rows take of gate, float32 [BATCH, N]; a tile belongs to two samples at most.
+    """Rows of gate, float32 [BATCH, N], that belong to a tile's rows; a tile belongs to two samples at most.
 
     One or two rows of it are read: an element for each of the tile's would keep the cache busy.
     """

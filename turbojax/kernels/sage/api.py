@@ -17,7 +17,7 @@ from turbojax.kernels.sla.reference import block_table, linear_branch, num_selec
 def choose(
     implementation: Implementation | None, q: dispatch.Shaped, *, block_q: int, block_k: int, values: Values
 ) -> Implementation:
-    """The implementation that runs: the named one, or the fused one if it can; float8 never falls back on a GPU."""
+    """Returns the implementation: the named one, or the fused one if it can run; float8 never falls back on a GPU."""
     unsupported = triton_unsupported(q, block_q=block_q, block_k=block_k)
     chosen = dispatch.choose("SageSLA", implementation, {"triton": unsupported})
     capability = dispatch.compute_capability()
@@ -41,7 +41,7 @@ def sage_sparse_linear_attention(
     implementation: Implementation | None = None,
     overwrite_q: bool = False,
 ) -> Float[Array, "B L N H"]:
-    """The whole of the module docstring plus SLA's linear branch, from unquantized q, k, v.
+    """Attends as `reference` defines it, plus SLA's linear branch, from unquantized q, k, v.
 
     q, k (rotated) and v `[B, L, N, H]`, proj_weight `[H, H]` (out, in). The default blocks are those that the published
     checkpoints run with on Hopper; elsewhere they are 128 and 64. overwrite_q: the result takes q's memory, which

@@ -24,7 +24,7 @@ from turbojax.kernels.sla.triton_summary import key_summary, mean_of_means
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What the kernels are compiled for.
+    """Constants that the kernels are compiled with.
 
     count: key blocks a query block attends to. tiles: how the sparse kernel runs. overwrite_q: the result takes q's
     memory.
@@ -39,7 +39,7 @@ class Settings:
 
 
 def settings(count: int, *, block_q: int, block_k: int, values: Values, overwrite_q: bool = False) -> Settings:
-    """The fastest settings for the device's compute capability."""
+    """Returns the fastest settings for the device's compute capability."""
     capability = compute_capability() or (9, 0)
     tiles = triton_forward.forward_tiles(capability, block_q=block_q, block_k=block_k, values=values)
     return Settings(count, block_q, block_k, values, tiles, overwrite_q)

@@ -110,23 +110,23 @@ def sage_sparse(
 
 def exact_product(scores: jax.Array, v: jax.Array) -> jax.Array:
     """Softmax over all chosen keys; scores in base 2 `[B, N, q, c, k]`, v `[B, N, c, k, H]`; float32 `[B, N, q, H]`."""
-    top = jnp.max(scores, axis=(3, 4), keepdims=True)
-    p = jnp.exp2(scores - top)
+    row_max = jnp.max(scores, axis=(3, 4), keepdims=True)
+    p = jnp.exp2(scores - row_max)
     return jnp.einsum("bnqck,bnckh->bnqh", p, v) / jnp.sum(p, axis=(3, 4))[..., None]
 
 
 def float8_product(scores: jax.Array, v: jax.Array) -> jax.Array:
-    """As `exact_product`, block by block with P in e4m3."""
+    """`exact_product` block by block with P in e4m3."""
 
     def add_block(carry, block):
-        top, total, denominator = carry
+        row_max, acc, row_sum = carry
         s, v_j = block
-        new_top = jnp.maximum(top, jnp.max(s, axis=3))
-        decay = jnp.exp2(top - new_top)
-        p = jnp.exp2(s - new_top[..., None] + P_OFFSET)
+        new_max = jnp.maximum(row_max, jnp.max(s, axis=3))
+        rescale = jnp.exp2(row_max - new_max)
+        p = jnp.exp2(s - new_max[..., None] + P_OFFSET)
         rounded = to_e4m3(p).astype(jnp.float32)
-        total = total * decay[..., None] + jnp.einsum("bnqk,bnkh->bnqh", rounded, v_j)
-        return (new_top, total, denominator * decay + jnp.sum(p, axis=3)), None
+        acc = acc * rescale[..., None] + jnp.einsum("bnqk,bnkh->bnqh", rounded, v_j)
+        return (new_max, acc, row_sum * rescale + jnp.sum(p, axis=3)), None
 
     shape = scores.shape[:3]
     start = (
@@ -134,5 +134,5 @@ def float8_product(scores: jax.Array, v: jax.Array) -> jax.Array:
         jnp.zeros((*shape, v.shape[-1]), jnp.float32),
         jnp.zeros(shape, jnp.float32),
     )
-    (_, total, denominator), _ = lax.scan(add_block, start, (jnp.moveaxis(scores, 3, 0), jnp.moveaxis(v, 2, 0)))
-    return total / denominator[..., None]
+    (_, acc, row_sum), _ = lax.scan(add_block, start, (jnp.moveaxis(scores, 3, 0), jnp.moveaxis(v, 2, 0)))
+    return acc / row_sum[..., None]

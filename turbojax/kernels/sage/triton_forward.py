@@ -47,16 +47,16 @@ def keep_columns(x, left, other):
 
 
 @triton.jit
-def attend(q, k, v, factor, left, top, denominator, total, VALUES: tl.constexpr, PARTIAL: tl.constexpr):
+def attend(q, k, v, factor, left, row_max, row_sum, acc, VALUES: tl.constexpr, PARTIAL: tl.constexpr):
     """One key block of the online softmax in base 2; q, k int8 [q, H] and [k, H], v [k, H]; `left` keys if PARTIAL."""
     products = tl.dot(q, k.T, out_dtype=tl.int32)
     if PARTIAL:
         products = keep_columns(products, left, LEAST)
     # The maximum is that of the integers: a Hopper instruction takes three, and none waits for its conversion.
-    new_top = tl.maximum(top, tl.max(products, axis=1).to(tl.float32) * factor)
-    decay = tl.exp2(top - new_top)
+    new_max = tl.maximum(row_max, tl.max(products, axis=1).to(tl.float32) * factor)
+    rescale = tl.exp2(row_max - new_max)
     offset: tl.constexpr = OFFSET if VALUES == "float8" else 0.0
-    p = tl.exp2(products.to(tl.float32) * factor - (new_top - offset)[:, None])
+    p = tl.exp2(products.to(tl.float32) * factor - (new_max - offset)[:, None])
     if PARTIAL:
         p = keep_columns(p, left, 0.0)  # with small factors LEAST is not far below the maximum
     if VALUES == "float8":
@@ -64,29 +64,29 @@ def attend(q, k, v, factor, left, top, denominator, total, VALUES: tl.constexpr,
     else:
         part = tl.dot(p.to(tl.bfloat16), v)
     # Added outside of the tensor cores, whose float8 sums keep 14 bits; it costs what the multiplication alone would.
-    total = total * decay[:, None] + part
-    return new_top, denominator * decay + tl.sum(p, axis=1), total
+    acc = acc * rescale[:, None] + part
+    return new_max, row_sum * rescale + tl.sum(p, axis=1), acc
 
 
 @triton.jit
-def add_linear(total, q, inside, normalizer, projected, bias, N: tl.constexpr, H: tl.constexpr, Q: tl.constexpr):
-    """total + phi(q) projected / (1e-5 + phi(q) . normalizer) + bias; the pointers are those of the block and its head.
+def add_linear(acc, q, inside, normalizer, projected, bias, N: tl.constexpr, H: tl.constexpr, Q: tl.constexpr):
+    """acc + phi(q) projected / (1e-5 + phi(q) . normalizer) + bias; the pointers are those of the block and its head.
 
-    q is read twice, the second time with `projected` in parts of H, so that neither's registers add to total's.
+    q is read twice, the second time with `projected` in parts of H, so that neither's registers add to acc's.
     """
     columns, rows = tl.arange(0, H), tl.arange(0, Q)
     all_x = tl.load(q + rows[:, None] * (N * H) + columns[None, :], mask=inside, other=0.0).to(tl.float32)
-    top = tl.max(all_x, axis=1) * LOG2_E
-    e = tl.exp2(all_x * LOG2_E - top[:, None])
+    row_max = tl.max(all_x, axis=1) * LOG2_E
+    e = tl.exp2(all_x * LOG2_E - row_max[:, None])
     weight = 1.0 / tl.sum(e * (1e-5 + tl.load(normalizer + columns))[None, :], axis=1)
     PART: tl.constexpr = 64
     part = tl.arange(0, PART)
     for start in tl.static_range(0, H, PART):
         x = tl.load(q + rows[:, None] * (N * H) + (start + part)[None, :], mask=inside, other=0.0).to(tl.float32)
-        phi = (tl.exp2(x * LOG2_E - top[:, None]) * weight[:, None]).to(tl.bfloat16)
+        phi = (tl.exp2(x * LOG2_E - row_max[:, None]) * weight[:, None]).to(tl.bfloat16)
         state = tl.load(projected + (start + part)[:, None] * H + columns[None, :])
-        total = tl.dot(phi, state, total)
-    return total + tl.load(bias + columns)[None, :]
+        acc = tl.dot(phi, state, acc)
+    return acc + tl.load(bias + columns)[None, :]
 
 
 @triton.jit
@@ -141,9 +141,9 @@ def sage_forward_kernel(
         v_offsets = k_offsets
     v_step: tl.constexpr = BLOCK_K if VALUES == "float8" else BLOCK_K * N * H
 
-    top = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
-    denominator = tl.zeros((BLOCK_Q,), tl.float32)
-    total = tl.zeros((BLOCK_Q, H), tl.float32)
+    row_max = tl.full((BLOCK_Q,), float("-inf"), tl.float32)
+    row_sum = tl.zeros((BLOCK_Q,), tl.float32)
+    acc = tl.zeros((BLOCK_Q, H), tl.float32)
     chosen = tl.load(table)
     for c in range(0, COUNT):
         left = L - chosen * BLOCK_K
@@ -156,14 +156,14 @@ def sage_forward_kernel(
             v_tile = tl.load(v + block * v_step + v_offsets)
         else:
             v_tile = tl.load(v + block * v_step + v_offsets, mask=(in_k < left)[:, None], other=0.0)
-        top, denominator, total = attend(q_tile, k_tile, v_tile, factor, left, top, denominator, total, VALUES, partial)
+        row_max, row_sum, acc = attend(q_tile, k_tile, v_tile, factor, left, row_max, row_sum, acc, VALUES, partial)
 
-    total *= (1.0 / denominator)[:, None] * tl.load(v_scale + head * H + columns)[None, :]
+    acc *= (1.0 / row_sum)[:, None] * tl.load(v_scale + head * H + columns)[None, :]
     inside = (i * BLOCK_Q + in_q < L)[:, None]
     here = ((b * L + i * BLOCK_Q) * N + n) * H
     linear_state = projected + head.to(tl.int64) * (H * H)
-    total = add_linear(total, q + here, inside, normalizer + head * H, linear_state, bias, N, H, BLOCK_Q)
-    tl.store(out + here + q_offsets, total.to(tl.bfloat16), mask=inside)
+    acc = add_linear(acc, q + here, inside, normalizer + head * H, linear_state, bias, N, H, BLOCK_Q)
+    tl.store(out + here + q_offsets, acc.to(tl.bfloat16), mask=inside)
 
 
 def sage_forward(

@@ -80,12 +80,12 @@ def channel_amax_kernel(
     n, i, b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     columns, in_rows = tl.arange(0, H), tl.arange(0, ROWS)
     offsets = in_rows[:, None] * (N * H) + columns[None, :]
-    top = tl.zeros((ROWS, H), tl.int16)
+    amax_bits = tl.zeros((ROWS, H), tl.int16)
     for start in range(0, CHUNK, ROWS):
         row = i * CHUNK + start
         x = tl.load(v + ((b * L + row) * N + n) * H + offsets, mask=(row + in_rows < L)[:, None], other=0.0)
-        top = tl.maximum(top, x.to(tl.int16, bitcast=True) & 0x7FFF)
-    bits = tl.max(top, axis=0).to(tl.int32) << 16
+        amax_bits = tl.maximum(amax_bits, x.to(tl.int16, bitcast=True) & 0x7FFF)
+    bits = tl.max(amax_bits, axis=0).to(tl.int32) << 16
     tl.store(amax + ((b * tl.num_programs(1) + i) * N + n) * H + columns, float_of_bits(bits))
 
 
@@ -120,7 +120,7 @@ def quantize_values_kernel(
 def quantize_rows(
     x: jax.Array, block: int, *, mean: jax.Array | None = None, means: bool = False
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """As `reference.quantize_rows`: x bfloat16 `[B, L, N, H]`, less mean float32 `[B, N, H]` if given, in one read.
+    """Launches `reference.quantize_rows`: x bfloat16 `[B, L, N, H]`, less mean float32 `[B, N, H]` if given.
 
     Gives int8 `[B, L padded to the block, N, H]`, float32 scales `[B, N, blocks]`, and with means also x's block means,
     float32 `[B, N, blocks, H]`; without, `[1]` and undefined.
@@ -150,7 +150,7 @@ def quantize_rows(
 
 
 def quantize_values(v: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """As `reference.quantize_values`: v bfloat16 `[B, L, N, H]` to e4m3 and float32 scales `[B, N, H]`.
+    """Launches `reference.quantize_values`: v bfloat16 `[B, L, N, H]` to e4m3 and float32 scales `[B, N, H]`.
 
     The codes are transposed and padded with zeros, `[B, N, H, L padded to 128]`, each 16 keys in `operand_order`:
     key 8 b + 2 c + d at 4 c + 2 b + d.

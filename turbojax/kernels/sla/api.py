@@ -19,14 +19,14 @@ MOST_KEY_BLOCKS = 4096
 
 
 def choose(implementation: Implementation | None, q: dispatch.Shaped, *, block_q: int, block_k: int) -> Implementation:
-    """The implementation that runs: the named one, or the fastest one that can; q `[B, L, N, H]`."""
+    """Returns the implementation that runs: the named one, or the fastest one that can; q `[B, L, N, H]`."""
     triton = triton_unsupported(q, block_q=block_q, block_k=block_k)
     mosaic = triton or mosaic_unsupported(q, block_q=block_q)
     return dispatch.choose("sparse-linear attention", implementation, {"mosaic": mosaic, "triton": triton})
 
 
 def triton_unsupported(q: dispatch.Shaped, *, block_q: int, block_k: int) -> str | None:
-    """Why the Triton kernels cannot run, as what they take instead; None if they can."""
+    """Names what the Triton kernels require instead of q and these blocks; None if they can run."""
     if takes := dispatch.triton_unsupported(q.dtype):
         return takes
     if q.shape[-1] not in (64, 128):
@@ -39,7 +39,7 @@ def triton_unsupported(q: dispatch.Shaped, *, block_q: int, block_k: int) -> str
 
 
 def mosaic_unsupported(q: dispatch.Shaped, *, block_q: int) -> str | None:
-    """What the Hopper kernel takes besides, as `triton_unsupported`."""
+    """Names what the Hopper kernel requires besides; None if it can run."""
     if dispatch.compute_capability() != (9, 0):
         return "a GPU of compute capability 9.0"
     if q.shape[1] % 8:  # Mosaic's tiled copies drop the rows behind the last full group of 8
@@ -61,7 +61,7 @@ def sparse_linear_attention(
     block_k: int = 64,
     implementation: Implementation | None = None,
 ) -> Float[Array, "B L N H"]:
-    """The whole of the module docstring; q, k (rotated) and v `[B, L, N, H]`, proj_weight `[H, H]` (out, in).
+    """Attends as `reference` defines it; q, k (rotated) and v `[B, L, N, H]`, proj_weight `[H, H]` (out, in).
 
     The default blocks are those that TurboDiffusion's published checkpoints run with. Kernels have gradients by
     `jax.vjp` only: training by `jax.jvp` (sCM) needs implementation="reference".

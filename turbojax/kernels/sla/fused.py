@@ -22,9 +22,9 @@ SparseKernel = Literal["mosaic", "triton"]
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What the kernels are compiled for.
+    """Constants that the kernels are compiled with.
 
-    count: key blocks a query block attends to. sparse_kernel, tiles: who runs the sparse forward pass, and how;
+    count: key blocks a query block attends to. sparse_kernel, tiles: kernel of the sparse forward pass, and its tiles;
     backward_tiles: those of dq, and of dk and dv.
     """
 
@@ -37,7 +37,7 @@ class Settings:
 
 
 def settings(sparse_kernel: SparseKernel, count: int, *, block_q: int, block_k: int, dim: int) -> Settings:
-    """The fastest settings for the device's compute capability."""
+    """Returns the fastest settings for the device's compute capability."""
     capability, sizes = compute_capability(), {"block_q": block_q, "block_k": block_k, "dim": dim}
     forward, backward = triton_forward.tiles(capability, **sizes), triton_backward.tiles(capability, **sizes)
     return Settings(count, block_q, block_k, sparse_kernel, forward, backward)
@@ -56,12 +56,12 @@ def sparse_forward(
 
 
 def exact_einsum(equation: str, *arrays: jax.Array) -> jax.Array:
-    """float32 products, not the tensor cores' shorter ones."""
+    """Computes float32 products, not the tensor cores' shorter ones."""
     return jnp.einsum(equation, *arrays, precision=lax.Precision.HIGHEST)
 
 
 def block_table(q: jax.Array, k_means: jax.Array, settings: Settings) -> tuple[jax.Array, jax.Array]:
-    """As `reference.block_table`, from the means of k's blocks, float32 `[B, N, key blocks, H]`.
+    """Computes `reference.block_table` from the means of k's blocks, float32 `[B, N, key blocks, H]`.
 
     Also the largest norm of a query of each block, float32 `[B, N, query blocks]`.
     """
@@ -77,7 +77,7 @@ def table_of_means(q_means: jax.Array, k_means: jax.Array, k_mean: jax.Array, co
 
 
 def score_bounds(q_norms: jax.Array, k_norm: jax.Array, dim: int) -> jax.Array:
-    """How far from zero scores can be, `[B, N, query blocks]`, by the norms of a block's queries and of all keys."""
+    """Largest magnitude of scores, `[B, N, query blocks]`, by the norms of a block's queries and of all keys."""
     return q_norms * k_norm[:, :, None] * dim**-0.5
 
 
@@ -96,7 +96,7 @@ def attention(
 
 
 def forward(q, k, v, proj_weight, proj_bias, settings: Settings, *, residuals: bool = True):
-    """The result, and what the gradients need."""
+    """Returns the result, and the residuals that the gradients need."""
     k_means, state, normalizer, k_norm = triton_summary.key_summary(k, v, settings.block_k, norms=True)
     table, q_norms = block_table(q, k_means, settings)
     projected = project_state(state, proj_weight)

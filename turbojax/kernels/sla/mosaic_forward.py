@@ -6,7 +6,7 @@ product is, the less is read and rescaled for it. This takes all shared memory, 
 through the ring of keys, behind a tile's last. Programs are persistent: the next tile's keys arrive during the epilogue
 of this one.
 
-The groups take turns: while one takes its softmax the other has the tensor core to itself.
+A ping-pong barrier orders the groups: while one takes its softmax the other has the tensor core to itself.
 """
 
 import functools
@@ -69,7 +69,7 @@ def sparse_forward(
 
     def kernel(q, k, v, table, projected, vectors, bounds, out, buffers, barriers):
         q_smem, k_smem, v_smem, vectors_smem = buffers
-        q_ready, k_ready, v_ready, q_used, k_used, v_used, turns = barriers
+        q_ready, k_ready, v_ready, q_used, k_used, v_used, ping_pong = barriers
         wg = lax.axis_index("wg")
 
         def for_each_tile(body):
@@ -83,7 +83,7 @@ def sparse_forward(
                 body(info.local_index, lax.div(i, tiles * heads), head, tile)
 
         def key_entry(number, step):
-            """Of the ring of keys, counted from the first tile on; a tile's last entry, `steps`, is the state."""
+            """Number of an entry in the ring of keys, over all tiles; a tile's last entry, `steps`, is the state."""
             return number * (steps + 1) + step
 
         def value_entry(number, step):
@@ -92,9 +92,9 @@ def sparse_forward(
         def slot_of(entry):
             return lax.rem(entry, STAGES)
 
-        def give_and_take_turns():
-            plgpu.barrier_arrive(turns)
-            plgpu.barrier_wait(turns)
+        def switch_groups():
+            plgpu.barrier_arrive(ping_pong)
+            plgpu.barrier_wait(ping_pong)
 
         @pl.when(wg == CONSUMERS)
         def produce():
@@ -152,7 +152,7 @@ def sparse_forward(
                     return slot_of(key_entry(number, step))
 
                 def of_rows(x, columns=dim):
-                    """One value a row, `[64]`, as `[64, columns]`."""
+                    """Broadcasts one value a row, `[64]`, to `[64, columns]`."""
                     return lax.broadcast_in_dim(x, (ROWS, columns), [0])
 
                 def own_scores(step, blocks, mask=None):
@@ -161,7 +161,7 @@ def sparse_forward(
                     def multiply(s):
                         keys = k_smem.at[slot, pl.ds(0, blocks * BLOCK)]
                         plgpu.wgmma(s, own_q, keys.transpose((1, 0)))
-                        give_and_take_turns()
+                        switch_groups()
 
                     if mask is None:
                         zeros = plgpu.ACC((ROWS, blocks * BLOCK), jnp.float32)
@@ -171,23 +171,23 @@ def sparse_forward(
                     plgpu.barrier_arrive(k_used.at[slot])
                     return s
 
-                def soften(s, acc, top, total, *, bounded=False):
-                    """Weights of scores, and what came before: the sum of values, the maximum, the denominator."""
+                def softmax_step(s, acc, row_max, row_sum, *, bounded=False):
+                    """Returns softmax weights, and the rescaled accumulator, maximum and row sum."""
                     scale = LOG2_E * dim**-0.5
-                    if bounded:  # top is zero
+                    if bounded:  # row_max is zero
                         p = jnp.exp2(s * scale)
-                        return p, acc, top, total + p.sum(axis=1)
-                    new_top = jnp.maximum(top, s.max(axis=1) * scale)
-                    decay = jnp.exp2(top - new_top)
-                    p = jnp.exp2(s * scale - of_rows(new_top, s.shape[1]))
-                    return p, acc * of_rows(decay), new_top, total * decay + p.sum(axis=1)
+                        return p, acc, row_max, row_sum + p.sum(axis=1)
+                    new_max = jnp.maximum(row_max, s.max(axis=1) * scale)
+                    rescale = jnp.exp2(row_max - new_max)
+                    p = jnp.exp2(s * scale - of_rows(new_max, s.shape[1]))
+                    return p, acc * of_rows(rescale), new_max, row_sum * rescale + p.sum(axis=1)
 
-                def add_values(step, blocks, p, acc, top, total):
+                def add_values(step, blocks, p, acc, row_max, row_sum):
                     slot, next_entry = slot_of(value_entry(number, step)), key_entry(number, step + 1)
-                    acc, total, top, p = lax.optimization_barrier((acc, total, top, p.astype(q.dtype)))
-                    plgpu.barrier_arrive(turns)
+                    acc, row_sum, row_max, p = lax.optimization_barrier((acc, row_sum, row_max, p.astype(q.dtype)))
+                    plgpu.barrier_arrive(ping_pong)
                     plgpu.barrier_wait(v_ready.at[slot])
-                    plgpu.barrier_wait(turns)
+                    plgpu.barrier_wait(ping_pong)
 
                     def multiply(acc):
                         plgpu.wgmma(acc, p, v_smem.at[slot, pl.ds(0, blocks * BLOCK)])
@@ -195,10 +195,10 @@ def sparse_forward(
 
                     acc = pl.run_state(multiply)(plgpu.ACC.init(acc))
                     plgpu.barrier_arrive(v_used.at[slot])
-                    return acc, top, total
+                    return acc, row_max, row_sum
 
                 def end_mask():
-                    """What scores of the table's last blocks begin with: -inf behind the last key."""
+                    """Initial scores of the table's last blocks: -inf behind the last key."""
                     shape = (ROWS, first * BLOCK)
                     behind = BLOCK * (table[b, head, tile, chosen - 1] + 1) - length
 
@@ -209,30 +209,30 @@ def sparse_forward(
                     return lax.cond(behind > 0, masked, lambda: plgpu.layout_cast(jnp.zeros(shape, jnp.float32), WGMMA))
 
                 def attend(step, carry, *, blocks: int = parts, mask=None, bounded=False):
-                    p, *carry = soften(own_scores(step, blocks, mask), *carry, bounded=bounded)
+                    p, *carry = softmax_step(own_scores(step, blocks, mask), *carry, bounded=bounded)
                     return add_values(step, blocks, p, *carry)
 
                 def attend_further(carry):
                     return lax.fori_loop(1, steps, attend, carry)
 
                 def attend_bounded(carry):
-                    acc, top, total = carry
-                    unit = jnp.exp2(top)
-                    carry = acc * of_rows(unit), jnp.zeros_like(top), total * unit
+                    acc, row_max, row_sum = carry
+                    unit = jnp.exp2(row_max)
+                    carry = acc * of_rows(unit), jnp.zeros_like(row_max), row_sum * unit
                     return lax.fori_loop(1, steps, functools.partial(attend, bounded=True), carry)
 
                 mask = end_mask() if length % block_k else None
                 plgpu.barrier_wait(q_ready.at[wg])
                 plgpu.barrier_wait(k_ready.at[key_slot(0)])
                 acc = plgpu.layout_cast(jnp.zeros((ROWS, dim), jnp.float32), WGMMA)
-                top = plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), ROW)
-                total = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW)
-                pl.when(wg == 1)(give_and_take_turns)
-                carry = attend(0, (acc, top, total), blocks=first, mask=mask)
+                row_max = plgpu.layout_cast(jnp.full((ROWS,), -jnp.inf, jnp.float32), ROW)
+                row_sum = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), ROW)
+                pl.when(wg == 1)(switch_groups)
+                carry = attend(0, (acc, row_max, row_sum), blocks=first, mask=mask)
                 within = bounds[b, head, tile] <= BOUND
-                acc, _, total = lax.cond(within, attend_bounded, attend_further, carry)
+                acc, _, row_sum = lax.cond(within, attend_bounded, attend_further, carry)
                 # Neither group waits for the other's epilogue.
-                pl.when(wg == 0)(lambda: plgpu.barrier_arrive(turns))
+                pl.when(wg == 0)(lambda: plgpu.barrier_arrive(ping_pong))
                 # A reciprocal a row, for divisions take many instructions.
                 own = mosaic.load(own_q, layout=WGMMA).astype(jnp.float32)
                 e = jnp.exp2((own - of_rows(own.max(axis=1))) * LOG2_E)
@@ -245,7 +245,7 @@ def sparse_forward(
                 z = lax.broadcast_in_dim(mosaic.load(vectors_smem.at[0], layout=COLUMN), e.shape, [1])
                 divisor = (e * (z + 1e-5)).sum(axis=1)
                 linear = pl.run_scoped(project, plgpu.ACC((ROWS, dim), jnp.float32))
-                both = acc * of_rows(1 / total) + linear * of_rows(1 / divisor)
+                both = acc * of_rows(1 / row_sum) + linear * of_rows(1 / divisor)
                 b_l = lax.broadcast_in_dim(mosaic.load(vectors_smem.at[1], layout=COLUMN), both.shape, [1])
                 own_q[...] = (both + b_l).astype(q.dtype)
                 plgpu.barrier_arrive(k_used.at[state_slot])
@@ -253,7 +253,7 @@ def sparse_forward(
                 plgpu.copy_smem_to_gmem(own_q, out.at[b, pl.ds(tile * BLOCK_Q + wg * ROWS, ROWS), head])
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 plgpu.barrier_arrive(q_used.at[wg])
-                pl.when(wg == 0)(lambda: plgpu.barrier_wait(turns))
+                pl.when(wg == 0)(lambda: plgpu.barrier_wait(ping_pong))
 
             for_each_tile(compute_tile)
             plgpu.wait_smem_to_gmem(0)

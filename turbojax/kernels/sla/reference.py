@@ -25,7 +25,7 @@ LOG2_E = math.log2(math.e)
 
 
 def num_selected(topk: float, key_blocks: int) -> int:
-    """Key blocks a query block attends to: the truncated share `topk` of all, at least one."""
+    """Key blocks a query block attends to: the fraction `topk` of all, rounded down, at least one."""
     if not 0 < topk <= 1:
         raise UserError(f"sla_topk={topk} must be in (0, 1]; 0.1 and 0.15 are usual")
     return max(1, int(topk * key_blocks))
@@ -55,7 +55,7 @@ def pooled_scores(
 def block_table(
     q: Float[Array, "B L N H"], k: Float[Array, "B S N H"], *, topk: float, block_q: int, block_k: int
 ) -> Int32[Array, "B N q_blocks chosen"]:
-    """The chosen key blocks of each query block in ascending order, int32 `[B, N, query blocks, chosen]`."""
+    """Turns top-k into blocks: the key blocks that each query block attends to, ascending."""
     scores = lax.stop_gradient(pooled_scores(q, k, block_q=block_q, block_k=block_k))
     _, chosen = lax.top_k(scores, num_selected(topk, scores.shape[-1]))
     return jnp.sort(chosen, axis=-1)

@@ -30,7 +30,7 @@ def tiles(capability: tuple[int, int] | None, *, block_q: int, block_k: int, dim
 
 
 def invert_table(table: jax.Array, key_blocks: int) -> tuple[jax.Array, jax.Array]:
-    """Who chose each key block, from table int32 `[B, N, query blocks, chosen]`.
+    """Finds the query blocks that chose each key block, from table int32 `[B, N, query blocks, chosen]`.
 
     Query blocks in the order of the key blocks that chose them, int32 `[B, N, query blocks * chosen]`, and where each
     key block's begin, int32 `[B, N, key blocks + 1]`.
@@ -100,7 +100,7 @@ def query_gradient_kernel(
     k += sample
     v += sample
     table += (head * tl.cdiv(L, BLOCK_Q) + i).to(tl.int64) * COUNT
-    total = tl.zeros((BLOCK_Q, H), tl.float32)
+    acc = tl.zeros((BLOCK_Q, H), tl.float32)
     whole = COUNT
     if L % BLOCK_K:  # the partial block first, as in the forward pass
         whole = COUNT - 1
@@ -108,18 +108,18 @@ def query_gradient_kernel(
         for step in tl.range(steps, num_stages=1):
             block = tl.minimum(last + step * KEYS, L - 1).to(tl.int64) * (N * H)
             left = L - last - step * KEYS
-            total = query_gradient_step(
-                queries, gradient, k + block, v + block, left, row_lse, row_delta, total, KEYS, True, N * H, H, SCALE
+            acc = query_gradient_step(
+                queries, gradient, k + block, v + block, left, row_lse, row_delta, acc, KEYS, True, N * H, H, SCALE
             )
     chosen = tl.load(table)
     for step in range(whole * steps):
         block = (chosen * BLOCK_K + (step % steps) * KEYS).to(tl.int64) * (N * H)
         chosen = tl.load(table + tl.minimum((step + 1) // steps, COUNT - 1))  # a step ahead
-        total = query_gradient_step(
-            queries, gradient, k + block, v + block, KEYS, row_lse, row_delta, total, KEYS, False, N * H, H, SCALE
+        acc = query_gradient_step(
+            queries, gradient, k + block, v + block, KEYS, row_lse, row_delta, acc, KEYS, False, N * H, H, SCALE
         )
-    total = total * (SCALE / LOG2_E) + tl.load(linear + first_row + row_offsets).to(tl.float32)
-    tl.store(dq + first_row + row_offsets, total.to(tl.bfloat16), mask=inside[:, None])
+    acc = acc * (SCALE / LOG2_E) + tl.load(linear + first_row + row_offsets).to(tl.float32)
+    tl.store(dq + first_row + row_offsets, acc.to(tl.bfloat16), mask=inside[:, None])
 
 
 @triton.jit
@@ -163,8 +163,8 @@ def key_gradients_kernel(
     begin, end = tl.load(begins), tl.load(begins + 1)
     queries += head.to(tl.int64) * ENTRIES
     steps: tl.constexpr = BLOCK_Q // ROWS
-    total_k = tl.zeros((BLOCK_K, H), tl.float32)
-    total_v = tl.zeros((BLOCK_K, H), tl.float32)
+    dk_acc = tl.zeros((BLOCK_K, H), tl.float32)
+    dv_acc = tl.zeros((BLOCK_K, H), tl.float32)
     query_block = tl.load(queries + tl.minimum(begin, ENTRIES - 1))
     for step in range((end - begin) * steps):
         first = tl.minimum(query_block * BLOCK_Q + (step % steps) * ROWS, L - 1)
@@ -177,14 +177,14 @@ def key_gradients_kernel(
         row_delta = tl.load(delta + first + rows)
         q_tile, gradient = tl.load(q + block + offsets), tl.load(d_out + block + offsets)
         p = tl.exp2(tl.dot(k_tile, q_tile.T) * SCALE - row_lse[None, :])
-        total_v = tl.dot(p.to(tl.bfloat16), gradient, total_v)
+        dv_acc = tl.dot(p.to(tl.bfloat16), gradient, dv_acc)
         ds = p * (tl.dot(v_tile, gradient.T) - row_delta[None, :])
-        total_k = tl.dot(ds.to(tl.bfloat16), q_tile, total_k)
+        dk_acc = tl.dot(ds.to(tl.bfloat16), q_tile, dk_acc)
     inside = (keys < L)[:, None]
-    total_k = total_k * (SCALE / LOG2_E) + tl.load(linear_k + key_offsets).to(tl.float32)
-    total_v += tl.load(linear_v + key_offsets).to(tl.float32)
-    tl.store(dk + key_offsets, total_k.to(tl.bfloat16), mask=inside)
-    tl.store(dv + key_offsets, total_v.to(tl.bfloat16), mask=inside)
+    dk_acc = dk_acc * (SCALE / LOG2_E) + tl.load(linear_k + key_offsets).to(tl.float32)
+    dv_acc += tl.load(linear_v + key_offsets).to(tl.float32)
+    tl.store(dk + key_offsets, dk_acc.to(tl.bfloat16), mask=inside)
+    tl.store(dv + key_offsets, dv_acc.to(tl.bfloat16), mask=inside)
 
 
 def sparse_backward(

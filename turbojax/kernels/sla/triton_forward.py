@@ -18,93 +18,93 @@ BOUND = tl.constexpr(reference.BOUND)
 
 
 class Tiles(NamedTuple):
-    """Rows that a step of the loop takes, warps, stages of loads in flight; late: values are added a step late."""
+    """Rows of a step of the loop, warps, stages of loads in flight; deferred_pv: P V is computed a step later."""
 
     step: int
     warps: int
     stages: int
-    late: bool = False
+    deferred_pv: bool = False
 
 
 def tiles(capability: tuple[int, int] | None, *, block_q: int, block_k: int, dim: int) -> Tiles:
     """The sparse loop's tiles: the most stages that fit a compute capability and spill no registers (tests/kernels)."""
     few = (capability == (8, 0) and dim == 128) or (capability == (8, 9) and (block_q, dim) == (64, 64))
     hopper = capability == (9, 0)  # its products run beside other instructions
-    return Tiles(64, warps=block_q // 16, stages=4 if hopper else 2 if few else 3, late=hopper)
+    return Tiles(64, warps=block_q // 16, stages=4 if hopper else 2 if few else 3, deferred_pv=hopper)
 
 
 @triton.jit
-def soften(s, top, total, SCALE: tl.constexpr, BOUNDED: tl.constexpr):
-    """Weights of scores in base 2, and the decay of what came before; the new maximum and denominator.
+def softmax_step(s, row_max, row_sum, SCALE: tl.constexpr, BOUNDED: tl.constexpr):
+    """Weights of scores in base 2, the factor that rescales earlier sums, the new maximum and row sum.
 
-    BOUNDED: top is zero, and stays; there is no decay.
+    BOUNDED: row_max is zero, and stays; nothing is rescaled.
     """
     if BOUNDED:
-        higher, decay = top, top
+        new_max, rescale = row_max, row_max
         p = tl.exp2(s * SCALE)
-        total += tl.sum(p, axis=1)
+        row_sum += tl.sum(p, axis=1)
     else:
-        higher = tl.maximum(top, tl.max(s, axis=1) * SCALE)
-        p = tl.exp2(s * SCALE - higher[:, None])
-        decay = tl.exp2(top - higher)
-        total = total * decay + tl.sum(p, axis=1)
-    return p, decay, higher, total
+        new_max = tl.maximum(row_max, tl.max(s, axis=1) * SCALE)
+        p = tl.exp2(s * SCALE - new_max[:, None])
+        rescale = tl.exp2(row_max - new_max)
+        row_sum = row_sum * rescale + tl.sum(p, axis=1)
+    return p, rescale, new_max, row_sum
 
 
 @triton.jit
-def add_values(p, v, acc, decay, BOUNDED: tl.constexpr):
-    """The decayed sum and the product of weights with values; as `soften`, BOUNDED."""
+def add_values(p, v, acc, rescale, BOUNDED: tl.constexpr):
+    """Adds P V to the rescaled accumulator; BOUNDED as in `softmax_step`."""
     if not BOUNDED:
-        acc *= decay[:, None]
+        acc *= rescale[:, None]
     return tl.dot(p.to(tl.bfloat16), v, acc)
 
 
 @triton.jit
-def attend_masked(queries, k, v, left, top, total, acc, KEYS: tl.constexpr, ROW: tl.constexpr, H: tl.constexpr,
+def attend_masked(queries, k, v, left, row_max, row_sum, acc, KEYS: tl.constexpr, ROW: tl.constexpr, H: tl.constexpr,
                   SCALE: tl.constexpr):  # fmt: skip
     """One step of softmax attention over KEYS rows at k and v, ROW elements apart, of which `left` exist.
 
-    top, total and acc are the running maximum, denominator and sum. Rows past the end repeat the last one.
+    row_max, row_sum and acc are the running maximum, denominator and sum. Rows past the end repeat the last one.
     """
     keys = tl.arange(0, KEYS)
     rows = tl.minimum(keys, tl.maximum(left - 1, 0))
     offsets = rows[:, None] * ROW + tl.arange(0, H)[None, :]
     s = tl.where((keys < left)[None, :], tl.dot(queries, tl.load(k + offsets).T), -float("inf"))
-    p, decay, top, total = soften(s, top, total, SCALE, False)
-    return top, total, add_values(p, tl.load(v + offsets), acc, decay, False)
+    p, rescale, row_max, row_sum = softmax_step(s, row_max, row_sum, SCALE, False)
+    return row_max, row_sum, add_values(p, tl.load(v + offsets), acc, rescale, False)
 
 
 @triton.jit
-def attend(queries, k, v, table, top, total, acc, COUNT: tl.constexpr, BLOCK_K: tl.constexpr, KEYS: tl.constexpr,
-           ROW: tl.constexpr, H: tl.constexpr, SCALE: tl.constexpr, LATE: tl.constexpr,
+def attend(queries, k, v, table, row_max, row_sum, acc, COUNT: tl.constexpr, BLOCK_K: tl.constexpr, KEYS: tl.constexpr,
+           ROW: tl.constexpr, H: tl.constexpr, SCALE: tl.constexpr, DEFERRED_PV: tl.constexpr,
            BOUNDED: tl.constexpr):  # fmt: skip
-    """Attention over COUNT whole blocks; BOUNDED as `soften`.
+    """Attention over COUNT whole blocks; BOUNDED as in `softmax_step`.
 
-    LATE: values are added a step late, by tensor cores that have nothing else to do during the next softmax.
+    DEFERRED_PV: P V is computed a step later, by tensor cores that have nothing else to do during the next softmax.
     """
     steps: tl.constexpr = BLOCK_K // KEYS
     offsets = tl.arange(0, KEYS)[:, None] * ROW + tl.arange(0, H)[None, :]
     # Table entries are read ahead: loads whose address comes from a load of the same step are fetched less early.
     block = (tl.load(table) * BLOCK_K).to(tl.int64) * ROW
     chosen = tl.load(table + min(1 // steps, COUNT - 1))
-    if LATE:
+    if DEFERRED_PV:
         s = tl.dot(queries, tl.load(k + block + offsets).T)
-        p, decay, top, total = soften(s, top, total, SCALE, BOUNDED)
-    for step in range(COUNT * steps - LATE):
+        p, rescale, row_max, row_sum = softmax_step(s, row_max, row_sum, SCALE, BOUNDED)
+    for step in range(COUNT * steps - DEFERRED_PV):
         here = block
         block = (chosen * BLOCK_K + ((step + 1) % steps) * KEYS).to(tl.int64) * ROW
         chosen = tl.load(table + tl.minimum((step + 2) // steps, COUNT - 1))
-        if LATE:
+        if DEFERRED_PV:
             s = tl.dot(queries, tl.load(k + block + offsets).T)
-            acc = add_values(p, tl.load(v + here + offsets), acc, decay, BOUNDED)
-            p, decay, top, total = soften(s, top, total, SCALE, BOUNDED)
+            acc = add_values(p, tl.load(v + here + offsets), acc, rescale, BOUNDED)
+            p, rescale, row_max, row_sum = softmax_step(s, row_max, row_sum, SCALE, BOUNDED)
         else:
             s = tl.dot(queries, tl.load(k + here + offsets).T)
-            p, decay, top, total = soften(s, top, total, SCALE, BOUNDED)
-            acc = add_values(p, tl.load(v + here + offsets), acc, decay, BOUNDED)
-    if LATE:
-        acc = add_values(p, tl.load(v + block + offsets), acc, decay, BOUNDED)
-    return top, total, acc
+            p, rescale, row_max, row_sum = softmax_step(s, row_max, row_sum, SCALE, BOUNDED)
+            acc = add_values(p, tl.load(v + here + offsets), acc, rescale, BOUNDED)
+    if DEFERRED_PV:
+        acc = add_values(p, tl.load(v + block + offsets), acc, rescale, BOUNDED)
+    return row_max, row_sum, acc
 
 
 @triton.jit
@@ -129,7 +129,7 @@ def sparse_forward_kernel(
     COUNT: tl.constexpr,
     SCALE: tl.constexpr,
     RESIDUALS: tl.constexpr,
-    LATE: tl.constexpr,
+    DEFERRED_PV: tl.constexpr,
 ):
     """One program a query block of a head: softmax over its COUNT key blocks, KEYS at a time, plus the linear branch.
 
@@ -150,8 +150,8 @@ def sparse_forward_kernel(
     k += sample
     v += sample
     table += (head * tl.cdiv(L, BLOCK_Q) + i).to(tl.int64) * COUNT
-    top = tl.full((BLOCK_Q,), -float("inf"), tl.float32)
-    total = tl.zeros((BLOCK_Q,), tl.float32)
+    row_max = tl.full((BLOCK_Q,), -float("inf"), tl.float32)
+    row_sum = tl.zeros((BLOCK_Q,), tl.float32)
     acc = tl.zeros((BLOCK_Q, H), tl.float32)
     whole: tl.constexpr = COUNT - (L % BLOCK_K > 0)
     if partial:  # ascending order puts the partial block last: it goes first, so that the loop needs no mask
@@ -160,25 +160,27 @@ def sparse_forward_kernel(
             first = tl.minimum(last + step * KEYS, L - 1)
             block = first.to(tl.int64) * (N * H)
             left = L - last - step * KEYS
-            top, total, acc = attend_masked(queries, k + block, v + block, left, top, total, acc, KEYS, N * H, H, SCALE)
+            row_max, row_sum, acc = attend_masked(
+                queries, k + block, v + block, left, row_max, row_sum, acc, KEYS, N * H, H, SCALE
+            )
     if whole:
         # Buffers of the loops share memory behind two ifs; behind if and else they do not.
         within = tl.load(bounds + head * tl.cdiv(L, BLOCK_Q) + i) <= BOUND
         if within:
-            unit = tl.exp2(top)
-            total, acc, top = total * unit, acc * unit[:, None], tl.zeros((BLOCK_Q,), tl.float32)
-            top, total, acc = attend(
-                queries, k, v, table, top, total, acc, whole, BLOCK_K, KEYS, N * H, H, SCALE, LATE, True
+            unit = tl.exp2(row_max)
+            row_sum, acc, row_max = row_sum * unit, acc * unit[:, None], tl.zeros((BLOCK_Q,), tl.float32)
+            row_max, row_sum, acc = attend(
+                queries, k, v, table, row_max, row_sum, acc, whole, BLOCK_K, KEYS, N * H, H, SCALE, DEFERRED_PV, True
             )
         if within == 0:
-            top, total, acc = attend(
-                queries, k, v, table, top, total, acc, whole, BLOCK_K, KEYS, N * H, H, SCALE, LATE, False
+            row_max, row_sum, acc = attend(
+                queries, k, v, table, row_max, row_sum, acc, whole, BLOCK_K, KEYS, N * H, H, SCALE, DEFERRED_PV, False
             )
-    acc = acc / total[:, None]
+    acc = acc / row_sum[:, None]
     inside = (rows < L)[:, None]
     if RESIDUALS:
         tl.store(sparse + first_row + q_offsets, acc.to(tl.bfloat16), mask=inside)
-        tl.store(lse + head.to(tl.int64) * L + rows, top + tl.log2(total), mask=rows < L)
+        tl.store(lse + head.to(tl.int64) * L + rows, row_max + tl.log2(row_sum), mask=rows < L)
     # The linear branch, e(q) P / e(q) (z + 1e-5) with e the numerators of phi, in parts: fewer registers. The sum of
     # the softmax takes the factor that the product is divided by, so that the product can add to it.
     part: tl.constexpr = 64
@@ -252,6 +254,6 @@ def sparse_forward(
         COUNT=table.shape[3],
         SCALE=dim**-0.5 * LOG2_E.value,
         RESIDUALS=residuals,
-        LATE=tiles.late,
+        DEFERRED_PV=tiles.deferred_pv,
     )
     return out, sparse, lse

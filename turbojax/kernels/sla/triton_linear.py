@@ -17,10 +17,10 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from turbojax.kernels.sla.triton_summary import launch_in_shares, shares_of
+from turbojax.kernels.sla.triton_summary import launch_split, split_groups
 
 ROWS = 64  # of a step
-launch = functools.partial(launch_in_shares, rows=ROWS, stages=2)
+launch = functools.partial(launch_split, rows=ROWS, stages=2)
 
 
 @triton.jit
@@ -43,19 +43,19 @@ def linear_queries_kernel(
     N: tl.constexpr,
     H: tl.constexpr,
     ROWS: tl.constexpr,
-    SHARE: tl.constexpr,
-    SHARES: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
-    """One program SHARE groups of ROWS queries of a head: dq, and its parts of dz and db."""
-    n, share, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """One program GROUPS groups of ROWS queries of a head: dq, and its parts of dz and db."""
+    n, split, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     columns = tl.arange(0, H)
     head = b * N + n
     square = columns[:, None] * H + columns[None, :]
     projected += head.to(tl.int64) * H * H
     z = tl.load(normalizer + head * H + columns)[None, :]
-    total_z = tl.zeros((H,), tl.float32)
-    total_g = tl.zeros((H,), tl.float32)
-    for i in range(share * SHARE, tl.minimum((share + 1) * SHARE, (L + ROWS - 1) // ROWS)):
+    dz_acc = tl.zeros((H,), tl.float32)
+    bias_acc = tl.zeros((H,), tl.float32)
+    for i in range(split * GROUPS, tl.minimum((split + 1) * GROUPS, (L + ROWS - 1) // ROWS)):
         rows = i * ROWS + tl.arange(0, ROWS)
         inside = (rows < L)[:, None]
         offsets = ((b.to(tl.int64) * L + rows) * N + n)[:, None] * H + columns[None, :]
@@ -66,11 +66,11 @@ def linear_queries_kernel(
         dr = -tl.sum(phi * dy, axis=1) / (r * r)
         # Through the softmax of q: sum(phi dphi) is -1e-5 dr.
         tl.store(dq + offsets, (phi * (dy / r[:, None] + dr[:, None] * (z + 1e-5))).to(tl.bfloat16), mask=inside)
-        total_z += tl.sum(phi * dr[:, None], axis=0)
-        total_g += tl.sum(g.to(tl.float32), axis=0)
-    part = head * SHARES + share
-    tl.store(d_normalizer + part * H + columns, total_z)
-    tl.store(d_bias + part * H + columns, total_g)
+        dz_acc += tl.sum(phi * dr[:, None], axis=0)
+        bias_acc += tl.sum(g.to(tl.float32), axis=0)
+    part = head * SPLITS + split
+    tl.store(d_normalizer + part * H + columns, dz_acc)
+    tl.store(d_bias + part * H + columns, bias_acc)
 
 
 @triton.jit
@@ -83,24 +83,24 @@ def linear_state_kernel(
     N: tl.constexpr,
     H: tl.constexpr,
     ROWS: tl.constexpr,
-    SHARE: tl.constexpr,
-    SHARES: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
-    """One program SHARE groups of ROWS queries of a head: its part of dP."""
-    n, share, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """One program GROUPS groups of ROWS queries of a head: its part of dP."""
+    n, split, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     columns = tl.arange(0, H)
     head = b * N + n
     z = tl.load(normalizer + head * H + columns)[None, :]
-    total = tl.zeros((H, H), tl.float32)
-    for i in range(share * SHARE, tl.minimum((share + 1) * SHARE, (L + ROWS - 1) // ROWS)):
+    acc = tl.zeros((H, H), tl.float32)
+    for i in range(split * GROUPS, tl.minimum((split + 1) * GROUPS, (L + ROWS - 1) // ROWS)):
         rows = i * ROWS + tl.arange(0, ROWS)
         inside = (rows < L)[:, None]
         offsets = ((b.to(tl.int64) * L + rows) * N + n)[:, None] * H + columns[None, :]
         phi = softmax_rows(tl.load(q + offsets, mask=inside, other=0.0).to(tl.float32))
         y = phi / (1e-5 + tl.sum(phi * z, axis=1))[:, None]
-        total = tl.dot(y.to(tl.bfloat16).T, tl.load(d_out + offsets, mask=inside, other=0.0), total)
-    part = (head * SHARES + share).to(tl.int64)
-    tl.store(d_projected + part * H * H + columns[:, None] * H + columns[None, :], total)
+        acc = tl.dot(y.to(tl.bfloat16).T, tl.load(d_out + offsets, mask=inside, other=0.0), acc)
+    part = (head * SPLITS + split).to(tl.int64)
+    tl.store(d_projected + part * H * H + columns[:, None] * H + columns[None, :], acc)
 
 
 @triton.jit
@@ -115,16 +115,16 @@ def linear_keys_kernel(
     N: tl.constexpr,
     H: tl.constexpr,
     ROWS: tl.constexpr,
-    SHARE: tl.constexpr,
+    GROUPS: tl.constexpr,
 ):
-    """One program SHARE groups of ROWS keys of a head: dk and dv."""
-    n, share, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """One program GROUPS groups of ROWS keys of a head: dk and dv."""
+    n, split, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     columns = tl.arange(0, H)
     head = b * N + n
     square = columns[:, None] * H + columns[None, :]
     d_state += head.to(tl.int64) * H * H
     dz = tl.load(d_normalizer + head * H + columns)[None, :]
-    for i in range(share * SHARE, tl.minimum((share + 1) * SHARE, (L + ROWS - 1) // ROWS)):
+    for i in range(split * GROUPS, tl.minimum((split + 1) * GROUPS, (L + ROWS - 1) // ROWS)):
         rows = i * ROWS + tl.arange(0, ROWS)
         inside = (rows < L)[:, None]
         offsets = ((b.to(tl.int64) * L + rows) * N + n)[:, None] * H + columns[None, :]
@@ -144,12 +144,18 @@ def linear_queries(
     q and d_out bfloat16 `[B, L, N, H]`, projected (P) bfloat16 `[B, N, H, H]`, normalizer (z) float32 `[B, N, H]`.
     """
     batch, length, heads, dim = q.shape
-    part = jax.ShapeDtypeStruct((batch, heads, shares_of(length, batch * heads, ROWS)[1], dim), jnp.float32)
+    part = jax.ShapeDtypeStruct((batch, heads, split_groups(length, batch * heads, ROWS)[1], dim), jnp.float32)
     square = jax.ShapeDtypeStruct((*part.shape, dim), jnp.float32)
     dq, d_normalizer, d_bias = launch(
-        linear_queries_kernel, q, d_out, projected, normalizer, out_shape=(gradient_of(q), part, part), own_sums=True
+        linear_queries_kernel,
+        q,
+        d_out,
+        projected,
+        normalizer,
+        out_shape=(gradient_of(q), part, part),
+        partial_sums=True,
     )
-    (d_projected,) = launch(linear_state_kernel, q, d_out, normalizer, out_shape=(square,), own_sums=True)
+    (d_projected,) = launch(linear_state_kernel, q, d_out, normalizer, out_shape=(square,), partial_sums=True)
     return dq, d_projected.sum(axis=2), d_normalizer.sum(axis=2), d_bias.sum(axis=2)
 
 

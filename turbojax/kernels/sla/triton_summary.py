@@ -1,4 +1,4 @@
-"""Triton kernels of what sparse-linear attention needs of whole blocks and heads; equations are in `reference`.
+"""Triton kernels of sparse-linear attention's statistics of blocks and heads; equations are in `reference`.
 
 Block means and the block map that comes of them, the state of the linear branch, and norms that bound the scores. B
 batch, L tokens, N heads, H head dim (64 or 128); q, k, v bfloat16 `[B, L, N, H]`, read in place. Nothing is summed by
@@ -61,15 +61,15 @@ def key_summary_kernel(
     N: tl.constexpr,
     H: tl.constexpr,
     ROWS: tl.constexpr,
-    SHARE: tl.constexpr,
-    SHARES: tl.constexpr,
+    GROUPS: tl.constexpr,
+    SPLITS: tl.constexpr,
     NORMS: tl.constexpr,
 ):
-    """One program SHARE groups of ROWS keys of a head: their means, and phi(k)^T v and the sum of phi(k) over all.
+    """One program GROUPS groups of ROWS keys of a head: their means, and phi(k)^T v and the sum of phi(k) over all.
 
     NORMS: also the largest norm of a key.
     """
-    n, share, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    n, split, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     groups: tl.constexpr = (L + ROWS - 1) // ROWS
     columns, in_group = tl.arange(0, H), tl.arange(0, ROWS)
     head = b * N + n
@@ -80,7 +80,7 @@ def key_summary_kernel(
     normalizer = tl.zeros((H, 16), tl.float32)  # of equal columns, as in `sum_rows`
     squares = tl.zeros((ROWS,), tl.float32)
     ones = tl.full((ROWS, 16), 1.0, tl.float32).to(tl.bfloat16)
-    for j in range(share * SHARE, tl.minimum((share + 1) * SHARE, groups)):
+    for j in range(split * GROUPS, tl.minimum((split + 1) * GROUPS, groups)):
         first = j * (ROWS * N * H)
         left = L - j * ROWS
         inside = in_group < left
@@ -95,7 +95,7 @@ def key_summary_kernel(
             squares = tl.maximum(squares, square_norms(x))
         state = tl.dot(phi.T, values, state)
         normalizer = tl.dot(phi.T, ones, normalizer)
-    part = head * SHARES + share
+    part = head * SPLITS + split
     tl.store(states + part.to(tl.int64) * H * H + columns[:, None] * H + columns[None, :], state)
     tl.store(normalizers + part * H + columns, tl.max(normalizer, axis=1))
     if NORMS:
@@ -130,7 +130,7 @@ def choose_blocks_kernel(scores, table, BLOCKS: tl.constexpr, COUNT: tl.constexp
 
 
 def block_means(x: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
-    """As `reference.block_means`: x `[B, L, N, H]` to float32 `[B, N, ceil(L / block), H]`.
+    """Launches `reference.block_means`: x `[B, L, N, H]` to float32 `[B, N, ceil(L / block), H]`.
 
     Also the largest norm of a row of each block, float32 `[B, N, ceil(L / block)]`.
     """
@@ -154,50 +154,50 @@ def block_means(x: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
     return means, largest
 
 
-def shares_of(length: int, heads: int, rows: int) -> tuple[int, int]:
-    """How a head's groups of `rows` rows are shared out to programs: groups a program, and programs."""
+def split_groups(length: int, heads: int, rows: int) -> tuple[int, int]:
+    """Splits a head's groups of `rows` rows among programs: groups a program, and programs."""
     groups = cdiv(length, rows)
-    share = cdiv(groups, max(1, SUMMARY_PROGRAMS // heads))
-    return share, cdiv(groups, share)
+    a_program = cdiv(groups, max(1, SUMMARY_PROGRAMS // heads))
+    return a_program, cdiv(groups, a_program)
 
 
-def launch_in_shares(
+def launch_split(
     kernel: Any,
     x: jax.Array,
     *arrays: jax.Array,
     out_shape: Sequence[jax.ShapeDtypeStruct],
     rows: int,
     stages: int,
-    own_sums: bool = False,
+    partial_sums: bool = False,
     **constants: Any,
 ) -> tuple[jax.Array, ...]:
-    """A kernel over shares of groups of `rows` rows of x `[B, L, N, H]`; own_sums: each share has its own results."""
+    """Launches a kernel over groups of `rows` rows of x `[B, L, N, H]`; partial_sums: each program has its own sums."""
     batch, length, heads, dim = x.shape
-    share, shares = shares_of(length, batch * heads, rows)
-    if own_sums:
-        constants["SHARES"] = shares
+    a_program, splits = split_groups(length, batch * heads, rows)
+    if partial_sums:
+        constants["SPLITS"] = splits
     return triton_call(
         kernel,
         x,
         *arrays,
         out_shape=out_shape,
-        grid=(heads, shares, batch),
+        grid=(heads, splits, batch),
         num_warps=8,
         num_stages=stages,
         L=length,
         N=heads,
         H=dim,
         ROWS=rows,
-        SHARE=share,
+        GROUPS=a_program,
         **constants,
     )
 
 
 class KeySummary(NamedTuple):
-    """What the block map and the linear branch need of k and v, float32.
+    """Statistics of k and v for the block map and the linear branch, float32.
 
     means: of blocks of k `[B, N, ceil(L / block), H]`. state: phi(k)^T v `[B, N, H, H]`. normalizer: the sum of phi(k)
-    `[B, N, H]`. norm: the largest of a key `[B, N]`; where it was not asked for `[1, 1]` and undefined.
+    `[B, N, H]`. norm: the largest of a key `[B, N]`; if not requested `[1, 1]` and undefined.
     """
 
     means: jax.Array
@@ -210,20 +210,20 @@ def key_summary(k: jax.Array, v: jax.Array, block: int, *, norms: bool = False) 
     """Reads k and v `[B, L, N, H]` once."""
     batch, length, heads, dim = k.shape
     groups = cdiv(length, KEY_ROWS)
-    _, shares = shares_of(length, batch * heads, KEY_ROWS)
-    means, states, normalizers, largest = launch_in_shares(
+    _, splits = split_groups(length, batch * heads, KEY_ROWS)
+    means, states, normalizers, largest = launch_split(
         key_summary_kernel,
         k,
         v,
         out_shape=(
             jax.ShapeDtypeStruct((batch, heads, groups, dim), jnp.float32),
-            jax.ShapeDtypeStruct((batch, heads, shares, dim, dim), jnp.float32),
-            jax.ShapeDtypeStruct((batch, heads, shares, dim), jnp.float32),
-            jax.ShapeDtypeStruct((batch, heads, shares) if norms else (1, 1, 1), jnp.float32),
+            jax.ShapeDtypeStruct((batch, heads, splits, dim, dim), jnp.float32),
+            jax.ShapeDtypeStruct((batch, heads, splits, dim), jnp.float32),
+            jax.ShapeDtypeStruct((batch, heads, splits) if norms else (1, 1, 1), jnp.float32),
         ),
         rows=KEY_ROWS,
         stages=3,
-        own_sums=True,
+        partial_sums=True,
         NORMS=norms,
     )
     means = merge_means(means, length, block)
