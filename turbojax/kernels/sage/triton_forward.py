@@ -195,17 +195,7 @@ def sage_forward(
     batch, length, heads, dim = q.shape
     (out,) = triton_call(
         sage_forward_kernel,
-        q_code,
-        q_scale,
-        k_code,
-        k_scale,
-        v,
-        v_scale,
-        table,
-        q,
-        projected,
-        normalizer,
-        bias,
+        *(q_code, q_scale, k_code, k_scale, v, v_scale, table, q, projected, normalizer, bias),
         out_shape=(jax.ShapeDtypeStruct(q.shape, jnp.bfloat16),),
         in_place={7: 0} if overwrite_q else {},  # a program reads the rows of q that it writes
         grid=(table.shape[2], batch * heads),

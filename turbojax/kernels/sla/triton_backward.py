@@ -213,14 +213,7 @@ def sparse_backward(
     for_queries, for_keys = tiles
     dq, delta = triton_call(
         query_gradient_kernel,
-        q,
-        k,
-        v,
-        table,
-        sparse,
-        lse,
-        d_out,
-        linear[0],
+        *(q, k, v, table, sparse, lse, d_out, linear[0]),
         out_shape=(gradient, jax.ShapeDtypeStruct(lse.shape, jnp.float32)),
         grid=(table.shape[2], batch * heads),
         num_warps=for_queries.warps,
@@ -232,15 +225,7 @@ def sparse_backward(
     queries, begins = invert_table(table, key_blocks)
     dk, dv = triton_call(
         key_gradients_kernel,
-        q,
-        k,
-        v,
-        queries,
-        begins,
-        lse,
-        delta,
-        d_out,
-        *linear[1:],
+        *(q, k, v, queries, begins, lse, delta, d_out, *linear[1:]),
         out_shape=(gradient, gradient),
         grid=(key_blocks, batch * heads),
         num_warps=for_keys.warps,

@@ -229,14 +229,7 @@ def sparse_forward(
     batch, length, heads, dim = q.shape
     out, sparse, lse = triton_call(
         sparse_forward_kernel,
-        q,
-        k,
-        v,
-        table,
-        projected,
-        normalizer,
-        bias,
-        bounds,
+        *(q, k, v, table, projected, normalizer, bias, bounds),
         out_shape=(
             jax.ShapeDtypeStruct(q.shape, jnp.bfloat16),
             jax.ShapeDtypeStruct(q.shape if residuals else (1,), jnp.bfloat16),

@@ -31,21 +31,9 @@ def softmax_rows(x):
 
 
 @triton.jit
-def linear_queries_kernel(
-    q,
-    d_out,
-    projected,
-    normalizer,
-    dq,
-    d_normalizer,
-    d_bias,
-    L: tl.constexpr,
-    N: tl.constexpr,
-    H: tl.constexpr,
-    ROWS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    SPLITS: tl.constexpr,
-):
+def linear_queries_kernel(q, d_out, projected, normalizer, dq, d_normalizer, d_bias,
+                          L: tl.constexpr, N: tl.constexpr, H: tl.constexpr, ROWS: tl.constexpr,
+                          GROUPS: tl.constexpr, SPLITS: tl.constexpr):  # fmt: skip
     """One program GROUPS groups of ROWS queries of a head: dq, and its parts of dz and db."""
     n, split, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     columns = tl.arange(0, H)
@@ -74,18 +62,9 @@ def linear_queries_kernel(
 
 
 @triton.jit
-def linear_state_kernel(
-    q,
-    d_out,
-    normalizer,
-    d_projected,
-    L: tl.constexpr,
-    N: tl.constexpr,
-    H: tl.constexpr,
-    ROWS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    SPLITS: tl.constexpr,
-):
+def linear_state_kernel(q, d_out, normalizer, d_projected,
+                        L: tl.constexpr, N: tl.constexpr, H: tl.constexpr, ROWS: tl.constexpr,
+                        GROUPS: tl.constexpr, SPLITS: tl.constexpr):  # fmt: skip
     """One program GROUPS groups of ROWS queries of a head: its part of dP."""
     n, split, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     columns = tl.arange(0, H)
@@ -104,19 +83,9 @@ def linear_state_kernel(
 
 
 @triton.jit
-def linear_keys_kernel(
-    k,
-    v,
-    d_state,
-    d_normalizer,
-    dk,
-    dv,
-    L: tl.constexpr,
-    N: tl.constexpr,
-    H: tl.constexpr,
-    ROWS: tl.constexpr,
-    GROUPS: tl.constexpr,
-):
+def linear_keys_kernel(k, v, d_state, d_normalizer, dk, dv,
+                       L: tl.constexpr, N: tl.constexpr, H: tl.constexpr, ROWS: tl.constexpr,
+                       GROUPS: tl.constexpr):  # fmt: skip
     """One program GROUPS groups of ROWS keys of a head: dk and dv."""
     n, split, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     columns = tl.arange(0, H)

@@ -50,21 +50,9 @@ def block_means_kernel(x, means, norms, L: tl.constexpr, N: tl.constexpr, H: tl.
 
 
 @triton.jit
-def key_summary_kernel(
-    k,
-    v,
-    means,
-    states,
-    normalizers,
-    norms,
-    L: tl.constexpr,
-    N: tl.constexpr,
-    H: tl.constexpr,
-    ROWS: tl.constexpr,
-    GROUPS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    NORMS: tl.constexpr,
-):
+def key_summary_kernel(k, v, means, states, normalizers, norms,
+                       L: tl.constexpr, N: tl.constexpr, H: tl.constexpr, ROWS: tl.constexpr,
+                       GROUPS: tl.constexpr, SPLITS: tl.constexpr, NORMS: tl.constexpr):  # fmt: skip
     """One program GROUPS groups of ROWS keys of a head: their means, and phi(k)^T v and the sum of phi(k) over all.
 
     NORMS: also the largest norm of a key.
