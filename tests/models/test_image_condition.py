@@ -42,19 +42,19 @@ def test_equals_the_whole_clip(vae, images, num_frames, ends, monkeypatch):
     )
 
 
-def test_settled_frames_are_the_first_that_repeat(vae, images):
+def test_constant_frames_are_the_first_that_repeat(vae, images):
     stages = image_condition.stages_of(vae)
     assert stages == [(1, 11), (2, 11), (2, 11), (1, 29)]
     graph, state = nnx.split(vae)
     cache, frames = None, [jnp.asarray(images[:1, None]), *[jnp.zeros((1, 1, HEIGHT, WIDTH, 3))] * 128]
-    for stage, (stride, settled) in enumerate(stages):
+    for stage, (stride, constant) in enumerate(stages):
         groups = [frames[:1], *(frames[i : i + stride] for i in range(1, len(frames), stride))]
         frames = []
         for i, group in enumerate(groups):
             frame, cache = image_condition.encode_stage(graph, state, group, cache, first=i == 0, stage=stage)
             frames.append(frame)
-        np.testing.assert_array_equal(frames[settled + 1], frames[settled])
-        assert stage == 3 or not np.array_equal(frames[settled - 1], frames[settled])
+        np.testing.assert_array_equal(frames[constant + 1], frames[constant])
+        assert stage == 3 or not np.array_equal(frames[constant - 1], frames[constant])
 
 
 def test_mask(vae, images):

@@ -49,7 +49,7 @@ class Workload(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Residency:
-    """Where weights are, and if the VAE decodes whole frames; everything is on the device if nothing is set."""
+    """Places of the weights, and if the VAE decodes whole frames; everything is on the device if nothing is set."""
 
     idle_offloaded: bool = False  # VAE, image encoder and embeddings, while others run
     text_streamed: bool = False

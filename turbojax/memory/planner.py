@@ -73,7 +73,7 @@ class StageMemory:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Where weights are, what each stage needs, and why.
+    """Places of the weights, what each stage needs, and why.
 
     limit: bytes of the device, or those named in their place; usable: the share of them that is planned with, the rest
     is for predictions that are low. None where the device does not say. notes: what else to expect of the call.
@@ -132,7 +132,7 @@ def plan(
     limit: the device's memory in bytes, None where it is unknown; then everything stays on the device.
     residency: where weights are already; then only the VAE's tiles are still to choose.
     compile_sampler: compiles the program of the sampler's steps by a transformer on the device, for XLA to say what it
-      allocates; it is told if the embeddings are offloaded. None for an estimate without a GPU.
+      allocates; it takes True if the embeddings are offloaded. None for an estimate without a GPU.
     """
     mode, limit = parse(memory, limit)
     share = USABLE_SHARE_OF_NAMED if compile_sampler and memory not in MODES else USABLE_SHARE

@@ -27,7 +27,7 @@ class UMT5Config:
     """Everything that decides the encoder's parameters and results.
 
     attention_dim: width of q, k and v over all heads.
-    num_buckets, max_distance: relative positions are told apart up to max_distance, in num_buckets steps,
+    num_buckets, max_distance: relative positions are distinguished up to max_distance, in num_buckets steps,
       half of them for keys after the query.
     dtype: parameters and activations; bfloat16 or float32 (T5 models overflow in float16).
     """
