@@ -3,7 +3,7 @@
     python tests/manual/memory_ahead_of_time.py [--out=benchmarks/ahead_of_time/memory.json]
 
 Needs jax's CUDA plugin (jax 0.11 or later) and jax-triton; takes ten minutes on two cores. Kernels are lowered as on a
-card. Without one XLA cannot search for the fastest matmul and is told to take cuBLAS, as it does on an H100; what the
+GPU. Without one XLA cannot search for the fastest matmul and is told to take cuBLAS, as it does on an H100; what the
 search itself takes (`estimates.autotuning_bytes`) is left out of both numbers. Not run by pytest.
 """
 
@@ -18,8 +18,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["XLA_FLAGS"] = "--xla_gpu_enable_triton_gemm=false"
 
 import jax
-from jax.experimental import topologies
 
+from tests.manual.h100 import absent_h100
 from turbojax.bench import measure
 from turbojax.media.video import video_size
 from turbojax.memory import estimates
@@ -31,20 +31,6 @@ from turbojax.pipeline.denoise import abstract_arguments, sampler_program
 from turbojax.pipeline.request import Request
 from turbojax.weights.options import NetworkOptions
 from turbojax.weights.skeleton import wan_skeleton
-
-# What XLA says of an H100 SXM.
-H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
-  shared_memory_per_block: 49152 shared_memory_per_core: 233472 shared_memory_per_block_optin: 232448
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
-  registers_per_core_limit: 65536 registers_per_block_limit: 65536
-  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 84978434048
-  cuda_compute_capability { major: 9 }
-}
-platform_name: "CUDA" device_description_str: "NVIDIA H100 80GB HBM3"
-runtime_version { major: 13 } dnn_version_info { major: 9 minor: 10 }
-"""
 
 SMALL, LARGE = "wan2.1-t2v-1.3b", "wan2.1-t2v-14b"
 SETTINGS = [
@@ -79,15 +65,14 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--out", type=Path)
     out = parser.parse_args().out
-    topology = topologies.get_topology_desc("", "cuda", target_config=H100, topology="1x1x1")
-    card = types.SimpleNamespace(platform="gpu", compute_capability="9.0", core_count=132)
+    gpu = types.SimpleNamespace(platform="gpu", compute_capability="9.0", core_count=132)
     import jax_triton.triton_lib as launcher
 
     results = {}
     with (
-        jax.default_device(topology.devices[0]),
+        jax.default_device(absent_h100()),
         mock.patch.object(estimates, "autotuning_bytes", return_value=0),
-        mock.patch.object(jax, "devices", return_value=[card]),
+        mock.patch.object(jax, "devices", return_value=[gpu]),
         mock.patch.object(jax, "default_backend", return_value="gpu"),
         mock.patch.object(launcher.triton_kernel_call_lib, "get_compute_capability", return_value=90),
     ):
