@@ -14,7 +14,8 @@ from turbojax.train import schedule, times
 def recompute(config: dict, t: dict[str, np.ndarray]) -> Recomputed:
     values = time_values(config, t) | ema_values(config, t) | phase_values(config, t["in.phase_iteration"])
     rates = [learning_rate(**{name: numbers[0] for name, numbers in case.items()}) for case in config["lr"]]
-    values["lr_multiplier"] = [[rate(step) for step in t["in.lr_step"]] for rate in rates]
+    with jax.numpy_dtype_promotion("standard"):  # Optax divides steps, which are whole numbers
+        values["lr_multiplier"] = [[rate(step) for step in t["in.lr_step"]] for rate in rates]
     for name, case in config["adamw"].items():
         inputs = {key.removeprefix(f"in.{name}."): jnp.asarray(x) for key, x in t.items() if f"in.{name}." in key}
         values |= {f"{name}.{key}": x for key, x in adamw(case, Parameters(inputs)).items()}
@@ -84,10 +85,9 @@ def phase(phases: schedule.Phases, iteration: int) -> Values:
 
 
 def learning_rate(warm_up_steps: int, cycle_lengths: float, f_start: float, f_max: float, f_min: float):
-    with jax.numpy_dtype_promotion("standard"):
-        return schedule.learning_rate(
-            f_max, warm_up=warm_up_steps, start=f_start / f_max, end=f_min / f_max, cycle=cycle_lengths
-        )
+    return schedule.learning_rate(
+        f_max, warm_up=warm_up_steps, start=f_start / f_max, end=f_min / f_max, cycle=cycle_lengths
+    )
 
 
 def adamw(case: dict, inputs: dict[str, jax.Array]) -> Values:

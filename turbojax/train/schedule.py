@@ -146,5 +146,5 @@ def learning_rate(
     if not 0 <= warm_up < cycle:
         raise UserError(f"{warm_up=} must be a number of steps from 0 on, below {cycle=:g}")
     rise = optax.linear_schedule(start * peak, peak, max(warm_up, 1))
-    fall = optax.linear_schedule(peak, end * peak, cycle - warm_up)
+    fall = optax.linear_schedule(peak, end * peak, float(cycle - warm_up))
     return optax.join_schedules([rise, fall], [warm_up])
