@@ -1,4 +1,4 @@
-"""What a video of the world of shapes shows, and the sentences that say so.
+"""Scenes that a video of the world of shapes shows, and the sentences that say so.
 
 A scene is one or two things before a background. A thing has a shape, a colour and a motion. A tenth of the kinds of
 things (`held_out`) is never drawn by `random_scene`, so that a model can be asked for what it has not seen.

@@ -1,4 +1,4 @@
-"""What a training opens before its first step: a network and its data, and how it is written at the end."""
+"""Opens what a training needs before its first step, a network and its data, and writes the network at the end."""
 
 import contextlib
 import dataclasses
