@@ -26,7 +26,7 @@ REPLACED = {
     r"\brun_kind\b": "run_signature",
     r"\bStudio\b": "PipelineCache",
     r"\bRUN_WITH\b": "INFERENCE_DEFAULTS",
-    r"\b(PlainCheckpoint|load_plain|Pieces|Stacks)\b": "encoders, TensorSource",
+    r"\b(PlainCheckpoint|load_plain)\b": "encoders",
     r"\bsoften\b": "softmax_step",
     r"\b\w*obstacle\b": "unsupported",
 }
