@@ -72,13 +72,14 @@ def test_attention(length, batch, heads, dim, topk, blocks):
 def test_hopper_kernel(length, dim, block_k, count):
     """Two or three tiles a program; last steps whole and shorter, ended by the last key and not."""
     from turbojax.kernels.sla import mosaic_forward
+    from turbojax.kernels.sla.reference import SparseInputs
 
     with jax.default_matmul_precision("highest"):
         inputs, expected = operands(length, 40, dim, block_k, count)
     run = jax.jit(functools.partial(mosaic_forward.sparse_forward, block_k=block_k))
     bounds = jnp.full(inputs[3].shape[:3], 30.0).at[:, :, 1].set(90.0)  # one of a head's tiles looks for a maximum
-    got = run(*inputs, bounds)
-    assert bool((got == run(*inputs, bounds)).all())
+    got = run(SparseInputs(*inputs, bounds))
+    assert bool((got == run(SparseInputs(*inputs, bounds))).all())
     assert relative_error(got, expected) < 1e-2
 
 

@@ -11,12 +11,13 @@ from tests.kernels import emulator
 from turbojax.kernels import mosaic, sla
 from turbojax.kernels.sizes import cdiv
 from turbojax.kernels.sla import mosaic_forward
+from turbojax.kernels.sla.reference import SparseInputs
 
 BF16 = jnp.bfloat16
 
 
 def operands(length: int, heads: int, dim: int, block_k: int, count: int):
-    """Those of `mosaic_forward.sparse_forward`, with a random table, and the result of the reference."""
+    """`SparseInputs` but for the bounds, with a random table, and the result of the reference."""
     keys = jax.random.split(jax.random.key(length + count), 6)
     q, k, v = (jax.random.normal(key, (1, length, heads, dim), BF16) for key in keys[:3])
     weight, bias = jax.random.normal(keys[3], (dim, dim)) * dim**-0.5, jax.random.normal(keys[4], (dim,))
@@ -40,7 +41,7 @@ def test_emulated(monkeypatch, dim, block_k, count):
     arrays, expected = operands(384, 1, dim, block_k, count)
     emulator.emulate(monkeypatch, mosaic)
     bounds = jnp.array([[[9.0, 99.0, 59.0]]])  # some tiles look for a maximum, others do not
-    got = mosaic_forward.sparse_forward(*arrays, bounds, block_k=block_k, num_sms=1)
+    got = mosaic_forward.sparse_forward(SparseInputs(*arrays, bounds), block_k=block_k, num_sms=1)
     np.testing.assert_allclose(np.asarray(got, np.float32), expected, atol=2e-2)
 
 
@@ -59,7 +60,7 @@ def test_emulated(monkeypatch, dim, block_k, count):
 def test_lowers_for_a_gpu(length, dim, block_k, count):
     spec = jax.ShapeDtypeStruct
     x = spec((2, length, 3, dim), BF16)
-    arguments = (
+    inputs = SparseInputs(
         *(x, x, x),
         spec((2, 3, cdiv(length, 128), count), jnp.int32),
         spec((2, 3, dim, dim), BF16),
@@ -68,5 +69,5 @@ def test_lowers_for_a_gpu(length, dim, block_k, count):
         spec((2, 3, cdiv(length, 128)), jnp.float32),
     )
     call = functools.partial(mosaic_forward.sparse_forward, block_k=block_k, num_sms=132)
-    exported = jax.export.export(jax.jit(call), platforms=["cuda"])(*arguments)
+    exported = jax.export.export(jax.jit(call), platforms=["cuda"])(inputs)
     assert exported.out_avals[0].shape == x.shape

@@ -68,6 +68,7 @@ def milliseconds(function: Callable, inputs, *, calls: int = 5) -> float:
 def sla_parts(inputs: list[jax.Array], topk: float) -> dict[str, Any]:
     """Measures each kernel in milliseconds, and the bytes that the parts around the sparse kernel cannot do without."""
     from turbojax.kernels.sla import fused, mosaic_forward, triton_forward, triton_summary
+    from turbojax.kernels.sla.reference import SparseInputs
 
     q, k, v, weight, bias = inputs
     settings = fused.settings("mosaic", chosen_blocks(q, topk, 64), block_q=128, block_k=64, dim=DIM)
@@ -75,7 +76,8 @@ def sla_parts(inputs: list[jax.Array], topk: float) -> dict[str, Any]:
     k_means, state, normalizer, k_norm = jax.jit(key_summary)(k, v)
     table, q_norms = jax.jit(lambda q, k_means: fused.block_table(q, k_means, settings))(q, k_means)
     bounds = fused.score_bounds(q_norms, k_norm, DIM)
-    operands = (q, k, v, table, fused.project_state(state, weight), normalizer, bias.astype(jnp.float32), bounds)
+    projected = fused.project_state(state, weight)
+    operands = [SparseInputs(q, k, v, table, projected, normalizer, bias.astype(jnp.float32), bounds)]
     triton = functools.partial(triton_forward.sparse_forward, block_q=128, block_k=64, tiles=settings.tiles)
     mosaic = functools.partial(mosaic_forward.sparse_forward, block_k=64)
     pairs = table.size * 128 * 64

@@ -7,6 +7,8 @@ two blocks may share the weight tile by multicast.
 
 import dataclasses
 import functools
+from collections import namedtuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -71,12 +73,12 @@ def matmul(
         optional["residual"] = add_to.x.reshape(m, n)
         if add_to.gate is not None:
             optional["gate"] = add_to.gate.reshape(-1, n)
-    body = functools.partial(kernel, m=m, n=n, k=k, tiles=tiles, scheme=scheme, optional=tuple(optional), gelu=gelu)
+    sizes = Sizes(m, n, k, tiles, scheme, gelu)
     out_type = [jax.ShapeDtypeStruct((m, n), jnp.int8 if requantize else jnp.bfloat16)]
     if requantize:
         out_type.append(jax.ShapeDtypeStruct((pl.cdiv(m, BLOCK), n // BLOCK), jnp.float32))
     call = plgpu.kernel(
-        body,
+        functools.partial(kernel, sizes=sizes, optional=tuple(optional)),
         out_type=out_type,
         grid=(num_sms // tiles.cluster,),
         grid_names=("cluster_grid",),
@@ -87,7 +89,7 @@ def matmul(
         compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
     )
     # Tiles past the last row are computed and dropped; they read scales too.
-    rows_a_cluster = tiles.rows * CONSUMERS * tiles.cluster
+    rows_a_cluster = sizes.block_rows * tiles.cluster
     rows_a_scale = BLOCK if scheme == "block128" else 1
     scales = pl.cdiv(m, rows_a_cluster) * rows_a_cluster // rows_a_scale
     x_scale = jnp.pad(x_scale, ((0, scales - len(x_scale)),) + ((0, 0),) * (x_scale.ndim - 1))
@@ -106,155 +108,229 @@ def to_int8(f: jax.Array, amax: jax.Array) -> jax.Array:
     return jnp.minimum(jnp.maximum(rounded, -128.0), 127.0).astype(jnp.int8)
 
 
-def kernel(x, x_scale, w, w_scale, *rest, m, n, k, tiles: Tiles, scheme: str, optional: tuple[str, ...], gelu: bool):
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Constants that a kernel is compiled with: y `[m, n]` = x `[m, k]` w^T."""
+
+    m: int
+    n: int
+    k: int
+    tiles: Tiles
+    scheme: str
+    gelu: bool
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """Rows and columns of a warp group's tile."""
+        return self.tiles.rows, self.tiles.columns
+
+    @property
+    def block_rows(self) -> int:
+        """Rows of a block of warp groups."""
+        return self.tiles.rows * CONSUMERS
+
+
+# References to global memory; None where a kernel has no such.
+Arrays = namedtuple("Arrays", "x x_scale w w_scale bias residual gate y y_scale")
+# Shared memory of the pipeline, of the result and of each row's largest |y|, and barriers: `both` groups have come so
+# far, and a group's residual has.
+Scratch = namedtuple("Scratch", "pipeline both out residual_ready row_amax")
+
+
+def kernel(x, x_scale, w, w_scale, *rest, sizes: Sizes, optional: tuple[str, ...]) -> None:
     """optional: which of bias `[N]`, residual `[M, N]` and gate `[B, N]` come before the outputs."""
-    given, (y, *scales) = dict(zip(optional, rest, strict=False)), rest[len(optional) :]
+    given, (y, *y_scale) = dict(zip(optional, rest, strict=False)), rest[len(optional) :]
     bias, residual, gate = (given.get(name) for name in ("bias", "residual", "gate"))
-    y_scale = scales[0] if scales else None
-    block_m, block_n = tiles.rows * CONSUMERS, tiles.columns
-    m_tiles, n_tiles = pl.cdiv(m, block_m * tiles.cluster), n // block_n
-    operand, result = mosaic.in_tiles(jnp.int8), mosaic.in_tiles(y.dtype)
-    acc_dtype = jnp.float32 if scheme == "block128" else jnp.int32
+    arrays = Arrays(x, x_scale, w, w_scale, bias, residual, gate, y, *y_scale or [None])
+    scratch = scratch_shapes(sizes, arrays)
+    pl.run_scoped(functools.partial(compute_tiles, sizes, arrays), scratch, collective_axes="wg")
 
-    def pipeline(body, context):
-        return plgpu.emit_pipeline_warp_specialized(
-            body,
-            grid=(k // BLOCK,),
-            memory_registers=40,
-            in_specs=[
-                plgpu.BlockSpec((block_m, BLOCK), lambda i: (0, i), transforms=operand, memory_space=plgpu.SMEM),
-                plgpu.BlockSpec(
-                    (block_n, BLOCK),
-                    lambda i: (0, i),
-                    transforms=operand,
-                    memory_space=plgpu.SMEM,
-                    collective_axes=("cluster",) if tiles.cluster > 1 else (),
-                ),
-            ],
-            wg_axis="wg",
-            num_compute_wgs=CONSUMERS,
-            max_concurrent_steps=tiles.stages,
-            compute_context=context,
-        )
 
-    def ignore(*_, **__):
-        return None
-
-    @functools.partial(
-        pl.run_scoped,
-        allocations=pipeline(ignore, ignore).get_allocations(x, w),
-        out_smem=plgpu.SMEM((CONSUMERS, tiles.rows, tiles.columns), y.dtype, transforms=result),
-        row_amax=plgpu.SMEM((CONSUMERS * tiles.rows,), jnp.float32),
+def scratch_shapes(sizes: Sizes, arrays: Arrays) -> Scratch:
+    """Shapes of the shared memory, and barriers."""
+    y = arrays.y.dtype
+    return Scratch(
+        pipeline=pipeline(sizes, ignore, ignore).get_allocations(arrays.x, arrays.w),
         both=plgpu.Barrier(num_arrivals=CONSUMERS),
+        out=plgpu.SMEM((CONSUMERS, *sizes.tile), y, transforms=mosaic.in_tiles(y)),
         residual_ready=plgpu.Barrier(num_barriers=CONSUMERS),
-        collective_axes="wg",
+        row_amax=plgpu.SMEM((sizes.block_rows,), jnp.float32),
     )
-    def scope(allocations, out_smem, row_amax, both, residual_ready):
-        wg = lax.axis_index("wg")
-        in_cluster = lax.axis_index("cluster")
 
-        @plgpu.nd_loop((m_tiles * n_tiles,), collective_axes="cluster_grid")
-        def tile_loop(info):
-            (linear,) = info.index
-            m_cluster, j = plgpu.planar_snake(linear, (m_tiles, n_tiles), 0, tiles.band)
-            i = m_cluster * tiles.cluster + in_cluster
-            block_rows, block_columns = pl.ds(i * block_m, block_m), pl.ds(j * block_n, block_n)
-            own_rows = pl.ds(wg * tiles.rows, tiles.rows)
-            first_row, first_column = i * block_m + wg * tiles.rows, j * block_n
-            own_tile = pl.ds(first_row, tiles.rows), pl.ds(first_column, tiles.columns)
 
-            def multiply(idxs, x_smem, w_smem, acc):
-                operands = x_smem.at[own_rows], w_smem.transpose((1, 0))
-                if scheme == "channel":
-                    plgpu.wgmma(acc, *operands)
-                    plgpu.wgmma_wait(0)
-                    return acc
-                (step,) = idxs
-                scale = x_scale[i, step] * w_scale[j, step]
+def ignore(*_, **__) -> None:
+    """Takes the place of a pipeline's functions where it is asked for its allocations alone."""
 
-                def block_sum(part):
-                    plgpu.wgmma(part, *operands)
-                    return part[...]
 
-                part = pl.run_scoped(block_sum, plgpu.ACC((tiles.rows, tiles.columns), jnp.int32))
-                return acc + part.astype(jnp.float32) * scale
+def pipeline(sizes: Sizes, body: Any, context: Any) -> Any:
+    """One warp group copies blocks of x and w, the others call context(run), whose run() calls body for each block."""
+    operand = functools.partial(
+        plgpu.BlockSpec,
+        index_map=lambda i: (0, i),
+        transforms=mosaic.in_tiles(jnp.int8),
+        memory_space=plgpu.SMEM,
+    )
+    shared = ("cluster",) if sizes.tiles.cluster > 1 else ()
+    return plgpu.emit_pipeline_warp_specialized(
+        body,
+        grid=(sizes.k // BLOCK,),
+        memory_registers=40,
+        in_specs=[
+            operand((sizes.block_rows, BLOCK)),
+            operand((sizes.tiles.columns, BLOCK), collective_axes=shared),
+        ],
+        wg_axis="wg",
+        num_compute_wgs=CONSUMERS,
+        max_concurrent_steps=sizes.tiles.stages,
+        compute_context=context,
+    )
 
-            def context(run):
-                shape = (tiles.rows, tiles.columns)
-                if residual is not None:  # arrives during the products, where the result will lie
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    plgpu.copy_gmem_to_smem(residual.at[own_tile], out_smem.at[wg], residual_ready.at[wg])
-                if scheme == "channel":
 
-                    @functools.partial(pl.run_scoped, acc=plgpu.ACC(shape, acc_dtype))
-                    def with_acc(acc):
-                        run(acc)
-                        epilogue(acc[...])
+def compute_tiles(sizes: Sizes, arrays: Arrays, scratch: Scratch) -> None:
+    """Loops over the program's tiles, in bands."""
+    wg = lax.axis_index("wg")
+    in_cluster = lax.axis_index("cluster")
+    tiles = sizes.tiles
+    grid = pl.cdiv(sizes.m, sizes.block_rows * tiles.cluster), sizes.n // tiles.columns
 
-                else:
-                    epilogue(run(plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)))
+    @plgpu.nd_loop((grid[0] * grid[1],), collective_axes="cluster_grid")
+    def tile_loop(info):
+        (linear,) = info.index
+        m_cluster, j = plgpu.planar_snake(linear, grid, 0, tiles.band)
+        i = m_cluster * tiles.cluster + in_cluster
+        x = arrays.x.at[pl.ds(i * sizes.block_rows, sizes.block_rows), :]
+        w = arrays.w.at[pl.ds(j * tiles.columns, tiles.columns), :]
+        own_rows = pl.ds(wg * tiles.rows, tiles.rows)
+        first_row, first_column = i * sizes.block_rows + wg * tiles.rows, j * tiles.columns
+        group = Consumer(sizes, arrays, scratch, wg, i, j, own_rows, first_row, first_column)
+        pipeline(sizes, group.multiply, group.compute_tile)(x, w, allocations=scratch.pipeline)
 
-            def block_amax(f):
-                """The largest |f| over both warp groups, 1e-8 at least; NaN if any is.
+    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-                Both groups reduce the same 128 rows to a scalar: the compiler gives all groups one scratch for that,
-                where different values would race. Neither overwrites rows that the other has yet to read: a tile's
-                products lie between, whose operands come only after both have used the ones before.
-                """
-                row_amax[pl.ds(wg * tiles.rows, tiles.rows)] = jnp.max(jnp.abs(f), axis=1)
-                plgpu.barrier_arrive(both)
-                plgpu.barrier_wait(both)
-                return jnp.maximum(jnp.max(row_amax[...]), 1e-8)
 
-            def gates(shape):
-                """Gates of the group's own rows, which belong to two samples at most."""
-                assert gate is not None
+@dataclasses.dataclass(frozen=True, eq=False)
+class Consumer:
+    """Warp group `wg` in block (i, j) of the result; own_rows: its rows of the block."""
 
-                def of_sample(sample):
-                    row = mosaic.load(gate.at[sample, pl.ds(first_column, tiles.columns)])
-                    return lax.broadcast_in_dim(row, shape, [1])
+    sizes: Sizes
+    arrays: Arrays
+    scratch: Scratch
+    wg: Any
+    i: Any
+    j: Any
+    own_rows: Any
+    first_row: Any
+    first_column: Any
 
-                batch = gate.shape[0]
-                sample = first_row // (m // batch)
-                if batch == 1:
-                    return of_sample(0)
-                sample = jnp.minimum(sample, batch - 1)  # tiles past the last row, too, read gates
-                row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
-                here = row < (sample + 1) * (m // batch) - first_row
-                return jnp.where(here, of_sample(sample), of_sample(jnp.minimum(sample + 1, batch - 1)))
+    @property
+    def rows(self) -> Any:
+        return pl.ds(self.first_row, self.sizes.tiles.rows)
 
-            def epilogue(acc):
-                if scheme == "channel":
-                    acc = acc.astype(jnp.float32)
-                    row_scale = mosaic.load(x_scale.at[pl.ds(first_row, tiles.rows)])
-                    column_scale = mosaic.load(w_scale.at[pl.ds(first_column, tiles.columns)])
-                    acc = acc * lax.broadcast_in_dim(row_scale, acc.shape, [0])
-                    acc = acc * lax.broadcast_in_dim(column_scale, acc.shape, [1])
-                if bias is not None:
-                    b = mosaic.load(bias.at[pl.ds(first_column, tiles.columns)])
-                    acc = acc.astype(jnp.bfloat16).astype(jnp.float32) + lax.broadcast_in_dim(b, acc.shape, [1])
-                if gelu:
-                    acc = gelu_tanh(acc.astype(jnp.bfloat16).astype(jnp.float32))
-                out = acc.astype(jnp.bfloat16)
-                if y_scale is not None:
-                    amax = block_amax(out.astype(jnp.float32))
-                    out = to_int8(out.astype(jnp.float32), amax)
+    @property
+    def columns(self) -> Any:
+        return pl.ds(self.first_column, self.sizes.tiles.columns)
 
-                    @pl.when((wg == 0) & (i * block_m < m))
-                    def store_scale():
-                        y_scale[i, j] = amax / 128.0
+    def compute_tile(self, run: Any) -> None:
+        """Computes products of all blocks, and what follows them."""
+        residual, out = self.arrays.residual, self.scratch.out.at[self.wg]
+        if residual is not None:  # arrives during the products, where the result will lie
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            ready = self.scratch.residual_ready.at[self.wg]
+            plgpu.copy_gmem_to_smem(residual.at[self.rows, self.columns], out, ready)
+        if self.sizes.scheme == "block128":
+            zeros = plgpu.layout_cast(jnp.zeros(self.sizes.tile, jnp.float32), plgpu.Layout.WGMMA)
+            self.store(self.epilogue(run(zeros)))
+            return
 
-                if residual is None:
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                else:
-                    plgpu.barrier_wait(residual_ready.at[wg])
-                    branch = out.astype(jnp.float32) * (gates(out.shape) if gate is not None else 1.0)
-                    before = mosaic.load(out_smem.at[wg], layout=plgpu.Layout.WGMMA)
-                    out = (before.astype(jnp.float32) + branch).astype(jnp.bfloat16)
-                out_smem[wg] = out
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(out_smem.at[wg], y.at[own_tile])
+        @functools.partial(pl.run_scoped, acc=plgpu.ACC(self.sizes.tile, jnp.int32))
+        def with_acc(acc):
+            run(acc)
+            self.store(self.epilogue(self.scale(acc[...])))
 
-            pipeline(multiply, context)(x.at[block_rows, :], w.at[block_columns, :], allocations=allocations)
+    def multiply(self, step: tuple[Any], x_smem: Any, w_smem: Any, acc: Any) -> Any:
+        """Adds one block of features to acc."""
+        operands = x_smem.at[self.own_rows], w_smem.transpose((1, 0))
+        if self.sizes.scheme == "channel":
+            plgpu.wgmma(acc, *operands)
+            plgpu.wgmma_wait(0)
+            return acc
+        scale = self.arrays.x_scale[self.i, step[0]] * self.arrays.w_scale[self.j, step[0]]
 
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        def block_sum(part):
+            plgpu.wgmma(part, *operands)
+            return part[...]
+
+        part = pl.run_scoped(block_sum, plgpu.ACC(self.sizes.tile, jnp.int32))
+        return acc + part.astype(jnp.float32) * scale
+
+    def scale(self, sums: jax.Array) -> jax.Array:
+        """The channel scheme's sums times the scales of rows and columns."""
+        acc = sums.astype(jnp.float32)
+        row_scale = mosaic.load(self.arrays.x_scale.at[self.rows])
+        column_scale = mosaic.load(self.arrays.w_scale.at[self.columns])
+        acc = acc * mosaic.per_row(row_scale, acc.shape)
+        return acc * mosaic.per_column(column_scale, acc.shape)
+
+    def epilogue(self, acc: jax.Array) -> jax.Array:
+        """Adds the bias, takes GELU, and rounds to the result's dtype as the reference does, with its block's scale."""
+        if self.arrays.bias is not None:
+            b = mosaic.load(self.arrays.bias.at[self.columns])
+            acc = acc.astype(jnp.bfloat16).astype(jnp.float32) + mosaic.per_column(b, acc.shape)
+        if self.sizes.gelu:
+            acc = gelu_tanh(acc.astype(jnp.bfloat16).astype(jnp.float32))
+        out = acc.astype(jnp.bfloat16)
+        if self.arrays.y_scale is None:
+            return out
+        amax = self.block_amax(out.astype(jnp.float32))
+        out = to_int8(out.astype(jnp.float32), amax)
+
+        @pl.when((self.wg == 0) & (self.i * self.sizes.block_rows < self.sizes.m))
+        def store_scale():
+            self.arrays.y_scale[self.i, self.j] = amax / 128.0
+
+        return out
+
+    def block_amax(self, f: jax.Array) -> jax.Array:
+        """The largest |f| over both warp groups, 1e-8 at least; NaN if any is.
+
+        Both groups reduce the same 128 rows to a scalar: the compiler gives all groups one scratch for that, where
+        different values would race. Neither overwrites rows that the other has yet to read: a tile's products lie
+        between, whose operands come only after both have used the ones before.
+        """
+        self.scratch.row_amax[pl.ds(self.wg * self.sizes.tiles.rows, self.sizes.tiles.rows)] = jnp.max(
+            jnp.abs(f), axis=1
+        )
+        plgpu.barrier_arrive(self.scratch.both)
+        plgpu.barrier_wait(self.scratch.both)
+        return jnp.maximum(jnp.max(self.scratch.row_amax[...]), 1e-8)
+
+    def store(self, out: jax.Array) -> None:
+        """Writes a tile, added to the residual if there is one."""
+        out_smem = self.scratch.out
+        if self.arrays.residual is None:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        else:
+            plgpu.barrier_wait(self.scratch.residual_ready.at[self.wg])
+            branch = out.astype(jnp.float32) * (1.0 if self.arrays.gate is None else self.gates(out.shape))
+            before = mosaic.load(out_smem.at[self.wg], layout=plgpu.Layout.WGMMA)
+            out = (before.astype(jnp.float32) + branch).astype(jnp.bfloat16)
+        out_smem[self.wg] = out
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(out_smem.at[self.wg], self.arrays.y.at[self.rows, self.columns])
+
+    def gates(self, shape: tuple[int, ...]) -> jax.Array:
+        """Gates of the group's own rows, which belong to two samples at most."""
+        gate = self.arrays.gate
+
+        def of_sample(sample):
+            return mosaic.per_column(mosaic.load(gate.at[sample, self.columns]), shape)
+
+        batch = gate.shape[0]
+        length = self.sizes.m // batch
+        sample = self.first_row // length
+        if batch == 1:
+            return of_sample(0)
+        sample = jnp.minimum(sample, batch - 1)  # tiles past the last row, too, read gates
+        row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
+        here = row < (sample + 1) * length - self.first_row
+        return jnp.where(here, of_sample(sample), of_sample(jnp.minimum(sample + 1, batch - 1)))

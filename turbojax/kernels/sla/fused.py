@@ -16,6 +16,7 @@ from jax import lax
 
 from turbojax.kernels.dispatch import compute_capability
 from turbojax.kernels.sla import mosaic_forward, triton_backward, triton_forward, triton_linear, triton_summary
+from turbojax.kernels.sla.reference import SparseInputs
 
 SparseKernel = Literal["mosaic", "triton"]
 
@@ -44,14 +45,14 @@ def settings(sparse_kernel: SparseKernel, count: int, *, block_q: int, block_k: 
 
 
 def sparse_forward(
-    *arrays: jax.Array, settings: Settings, residuals: bool
+    inputs: SparseInputs, settings: Settings, *, residuals: bool
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
     """`triton_forward.sparse_forward`, or the Hopper kernel in its place, which has no residuals."""
     s = settings
     if s.sparse_kernel == "mosaic" and not residuals:
-        return mosaic_forward.sparse_forward(*arrays, block_k=s.block_k), None, None
+        return mosaic_forward.sparse_forward(inputs, block_k=s.block_k), None, None
     return triton_forward.sparse_forward(
-        *arrays, block_q=s.block_q, block_k=s.block_k, tiles=s.tiles, residuals=residuals
+        inputs, block_q=s.block_q, block_k=s.block_k, tiles=s.tiles, residuals=residuals
     )
 
 
@@ -101,8 +102,8 @@ def forward(q, k, v, proj_weight, proj_bias, settings: Settings, *, residuals: b
     table, q_norms = block_table(q, k_means, settings)
     projected = project_state(state, proj_weight)
     bounds = score_bounds(q_norms, k_norm, q.shape[-1])
-    arrays = (q, k, v, table, projected, normalizer, proj_bias.astype(jnp.float32), bounds)
-    out, sparse, lse = sparse_forward(*arrays, settings=settings, residuals=residuals)
+    inputs = SparseInputs(q, k, v, table, projected, normalizer, proj_bias.astype(jnp.float32), bounds)
+    out, sparse, lse = sparse_forward(inputs, settings, residuals=residuals)
     return out, (q, k, v, proj_weight, proj_bias, table, state, normalizer, sparse, lse)
 
 

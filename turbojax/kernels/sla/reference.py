@@ -11,6 +11,7 @@ The block map takes no gradient, and no step holds `[L, L]`.
 """
 
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,23 @@ from turbojax.errors import UserError
 # Scores no further from zero than this need no maximum: their exponentials, and sums of them, stay within float32.
 BOUND = 60.0
 LOG2_E = math.log2(math.e)
+
+
+class SparseInputs(NamedTuple):
+    """Arrays that the kernels of the forward pass take.
+
+    q, k, v bfloat16. table: chosen blocks, ascending. projected: (phi(k)^T v) W_l^T, bfloat16. normalizer: sum phi(k).
+    bounds: how far from zero a query block's scores can be; within BOUND nothing is rescaled for a maximum.
+    """
+
+    q: Float[Array, "B L N H"]
+    k: Float[Array, "B L N H"]
+    v: Float[Array, "B L N H"]
+    table: Int32[Array, "B N q_blocks chosen"]
+    projected: Float[Array, "B N H H"]
+    normalizer: Float32[Array, "B N H"]
+    bias: Float32[Array, "H"]
+    bounds: Float32[Array, "B N q_blocks"]
 
 
 def num_selected(topk: float, key_blocks: int) -> int:

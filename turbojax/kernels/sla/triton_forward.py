@@ -204,32 +204,18 @@ def sparse_forward_kernel(
 
 
 def sparse_forward(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    table: jax.Array,
-    projected: jax.Array,
-    normalizer: jax.Array,
-    bias: jax.Array,
-    bounds: jax.Array,
-    *,
-    block_q: int,
-    block_k: int,
-    tiles: Tiles,
-    residuals: bool = False,
+    inputs: reference.SparseInputs, *, block_q: int, block_k: int, tiles: Tiles, residuals: bool = False
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Softmax over the chosen key blocks plus the linear branch, bfloat16 `[B, L, N, H]`.
 
-    q, k, v bfloat16 `[B, L, N, H]`; table int32 `[B, N, query blocks, chosen]`, ascending; projected = phi(k)^T v W^T
-    bfloat16 `[B, N, H, H]`; normalizer = sum phi(k) float32 `[B, N, H]`; bias float32 `[H]`; bounds float32
-    `[B, N, query blocks]`: how far from zero a block's scores can be; within BOUND no maximum is looked for, and
-    nothing is rescaled for it. With residuals also the softmax branch alone, bfloat16 `[B, L, N, H]`, and its
-    log2-sum-exp2, float32 `[B, N, L]`; without, both `[1]` and undefined.
+    With residuals also the softmax branch alone, bfloat16 `[B, L, N, H]`, and its log2-sum-exp2, float32 `[B, N, L]`;
+    without, both `[1]` and undefined.
     """
+    q, table = inputs.q, inputs.table
     batch, length, heads, dim = q.shape
     out, sparse, lse = triton_call(
         sparse_forward_kernel,
-        *(q, k, v, table, projected, normalizer, bias, bounds),
+        *inputs,
         out_shape=(
             jax.ShapeDtypeStruct(q.shape, jnp.bfloat16),
             jax.ShapeDtypeStruct(q.shape if residuals else (1,), jnp.bfloat16),
