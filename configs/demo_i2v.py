@@ -11,14 +11,7 @@ from turbojax.config import base_config
 
 
 def get_config():
-    return base_config(
-        weights="demo-i2v",
-        image="demo",
-        prompt="The sun goes down over the sea",
-        output="outputs/demo_i2v.mp4",
-        height=96,
-        width=160,
-        num_frames=33,
-        sigma_max=200.0,
-        dtype="float32",
-    )
+    config = base_config(weights="demo-i2v", image="demo", sigma_max=200.0, dtype="float32")
+    config.update(height=96, width=160, num_frames=33)
+    config.update(prompt="The sun goes down over the sea", output="outputs/demo_i2v.mp4")
+    return config

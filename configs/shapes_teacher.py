@@ -11,13 +11,6 @@ from turbojax.shapes_training.settings import IMAGE, flow_matching
 
 
 def get_config(size: str = "full"):
-    return flow_matching(
-        size,
-        weights=IMAGE,
-        num_steps=40_000,
-        batch_size=128,
-        learning_rate=3e-3,
-        learning_rate_end=0.02,
-        time_mean=2.2,
-        time_std=1.6,
-    )
+    noise_levels = dict(time_mean=2.2, time_std=1.6)
+    rate = dict(learning_rate=3e-3, learning_rate_end=0.02)
+    return flow_matching(size, weights=IMAGE, num_steps=40_000, batch_size=128, **rate, **noise_levels)

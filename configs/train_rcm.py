@@ -10,7 +10,7 @@ distribution_matching and fake_score. The state of 1.3B with the fake score's ta
 """
 
 from turbojax import UserError
-from turbojax.train.config import train_config
+from turbojax.train.config import FEW_STEPS, train_config
 
 
 def get_config(size: str = "1.3b"):
@@ -23,9 +23,7 @@ def get_config(size: str = "1.3b"):
         beta1=0.0,
         time_mean=0.7,
         sample_every=500,
-        sampler="rcm",
-        num_inference_steps=4,
-        sample_guidance=1.0,
+        **FEW_STEPS,
     )
     if size == "14b":
         config.weights = "Wan-AI/Wan2.1-T2V-14B"

@@ -8,15 +8,9 @@ noise levels around the middle. The state takes 23 GB (float32 weights, two mome
 --config.fsdp=N devices.
 """
 
-from turbojax.train.config import train_config
+from turbojax.config import load_config
 
 
 def get_config():
-    return train_config(
-        recipe="teacher",
-        workdir="outputs/train_teacher",
-        weights="Wan-AI/Wan2.1-T2V-1.3B",
-        time_mean=0.0,
-        time_std=1.0,
-        sample_every=500,
-    )
+    noise_levels = dict(time_mean=0.0, time_std=1.0)
+    return load_config("train_sla", recipe="teacher", workdir="outputs/train_teacher", **noise_levels)

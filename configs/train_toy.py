@@ -9,7 +9,7 @@ The first trains a teacher, which the other two start from and learn from. Expec
 outputs/train_toy/. Videos of what it makes come with --config.sample_every=100 --config.vae=demo.
 """
 
-from turbojax.train.config import train_config
+from turbojax.train.config import FEW_STEPS, train_config
 
 TEACHER = "outputs/train_toy/teacher/transformer.safetensors"
 
@@ -40,5 +40,5 @@ def get_config(recipe: str = "teacher"):
     if recipe == "rcm":
         config.update(learning_rate=2e-4, critic_learning_rate=1e-3, beta1=0.0, time_mean=0.7, guidance_scale=2.0)
         config.update(tangent_warmup=0, student_every=2, matching_scale=3.0)
-        config.update(sampler="rcm", num_inference_steps=4, sample_guidance=1.0)
+        config.update(FEW_STEPS)
     return config

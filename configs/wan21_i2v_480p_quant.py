@@ -13,12 +13,6 @@ from turbojax.config import base_config
 
 
 def get_config():
-    return base_config(
-        model="wan2.1-i2v-14b",
-        weights="Wan-AI/Wan2.1-I2V-14B-480P",
-        sampler="unipc",
-        num_inference_steps=40,
-        guidance_scale=5.0,
-        shift=3.0,
-        quant_linear=True,
-    )
+    config = base_config(model="wan2.1-i2v-14b", weights="Wan-AI/Wan2.1-I2V-14B-480P", quant_linear=True)
+    config.update(sampler="unipc", num_inference_steps=40, guidance_scale=5.0, shift=3.0)
+    return config

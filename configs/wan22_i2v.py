@@ -13,9 +13,5 @@ from turbojax.config import base_config
 
 
 def get_config():
-    return base_config(
-        model="wan2.2-i2v-a14b",
-        weights="TurboDiffusion/TurboWan2.2-I2V-A14B-720P",
-        resolution="720p",
-        sigma_max=200.0,
-    )
+    weights = "TurboDiffusion/TurboWan2.2-I2V-A14B-720P"
+    return base_config(model="wan2.2-i2v-a14b", weights=weights, resolution="720p", sigma_max=200.0)

@@ -66,10 +66,7 @@ def write_demo(folder: Path, *, image: bool = False) -> None:
 
 def write_encoders(folder: Path, vae: VAEConfig, t5: UMT5Config) -> None:
     """Writes what stands around a transformer, with generated values, under the published names."""
-    for name, layout in (
-        ("Wan2.1_VAE.pth", vae_layout(vae)),
-        ("models_t5_umt5-xxl-enc-bf16.pth", umt5_layout(t5)),
-    ):
+    for name, layout in (("Wan2.1_VAE.pth", vae_layout(vae)), ("models_t5_umt5-xxl-enc-bf16.pth", umt5_layout(t5))):
         write_pth(folder / name, generated(layout, jnp.bfloat16))
     (folder / "google" / "umt5-xxl").mkdir(parents=True)
     demo_tokenizer().save(str(folder / "google" / "umt5-xxl" / "tokenizer.json"))

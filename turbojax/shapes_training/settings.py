@@ -61,13 +61,6 @@ def shapes_config(recipe: str, size: str, **changes: Any) -> ConfigDict:
 
 def flow_matching(size: str, **changes: Any) -> ConfigDict:
     """Returns the settings of the two runs that learn from data."""
-    common: dict[str, Any] = dict(
-        optimizer="muon",
-        learning_rate=5e-3,
-        learning_rate_end=0.05,
-        warmup_steps=300,
-        beta2=0.99,
-        time_mean=0.4,
-        time_std=1.3,
-    )
+    optimizer = dict(optimizer="muon", learning_rate=5e-3, learning_rate_end=0.05, warmup_steps=300, beta2=0.99)
+    common: dict[str, Any] = dict(time_mean=0.4, time_std=1.3, **optimizer)
     return shapes_config("teacher", size, **(common | changes))

@@ -23,75 +23,52 @@ from turbojax.train.schedule import Phases, ema_exponent, learning_rate
 from turbojax.train.step import Optimizer, adamw, muon
 from turbojax.train.times import LogNormal, UniformShift
 
-RECIPES = ("teacher", "sla", "rcm", "vae")
 OPTIMIZERS = {"adamw": adamw, "muon": muon}
-TANGENTS = typing.get_args(Tangent)
 
+RECIPE, TANGENT = Enum("teacher", "sla", "rcm", "vae"), Enum(*typing.get_args(Tangent))
 MOST = 2**31 - 1  # steps are counted in int32
 SIZE = Integer(1, 2**20)
 STRENGTH = Number(0, 1e6)
-RATE = Number(0, 100, above=True)
+RATE, FRACTION = Number(0, 100, above=True), Number(0, 0.999999)
 COUNT, PERIOD, SCALE = Integer(0, MOST), Integer(1, MOST), Number(0, 1000)
+EULER, TIMES = Integer(0, 48), Enum("fixed", "drawn")
 TEXT, OPTIONAL = String(), Nullable(String())
 ATTENTION, FLOATS = Nullable(Enum("original", "sla")), Enum("bfloat16", "float32")
 CROPS = Array(Array(Integer(1, 2**14), 2, 2), 0, 1000)
 MESH = AnyOf("-1 or a whole number of devices", Enum(-1), SIZE)
 
+FEW_STEPS = dict(sampler="rcm", num_inference_steps=4, sample_guidance=1.0)  # how a distilled network samples
+
 TRAIN_SETTINGS: tuple[Setting, ...] = (
-    Setting(
-        "recipe",
-        "teacher",
-        "teacher (flow matching on data), sla (fine-tuning), rcm (distillation) or vae",
-        Enum(*RECIPES),
-    ),
+    Setting("recipe", "teacher", "teacher (flow matching on data), sla (fine-tuning), rcm (distillation), vae", RECIPE),
     Setting("workdir", str, "folder of the run: checkpoints, metrics, videos, and the network at the end", TEXT),
     Setting("data", str, "folder of shards from scripts/make_shards.py; toy makes one; shapes for vae", TEXT),
     Setting("weights", str, "network to start from: file, folder, Hugging Face repository, or random", TEXT),
-    Setting(
-        "teacher", str, "network that sla and rcm learn from, likewise; by default the one to start from", OPTIONAL
-    ),
+    Setting("teacher", str, "network that sla and rcm learn from, likewise; default: the one to start from", OPTIONAL),
     Setting("model", "wan2.1-t2v-1.3b", "network that weights=random builds, toy or shapes for small ones", TEXT),
-    Setting(
-        "attention_type", str, "original or sla; by default sla for the recipe sla, else as the weights are", ATTENTION
-    ),
+    Setting("attention_type", str, "original or sla; default: sla for recipe sla, else as the weights are", ATTENTION),
     Setting("sla_topk", 0.1, "fraction of key blocks that sla attends to", Number(0, 1, above=True)),
     Setting("sla_blocks", (64, 64), "rows of sla's query and key blocks, in training", Array(Integer(1, 2**16), 2, 2)),
     Setting("seed", 0, "of everything random; the same seed gives the same run", Integer(0, 2**32 - 1)),
     Setting("num_steps", 10_000, "optimizer steps, of student and critic together", COUNT),
-    Setting(
-        "max_minutes", 0.0, "stop after so long, with a checkpoint, to be gone on with; 0 for no limit", Number(0, 1e7)
-    ),
+    Setting("max_minutes", 0.0, "stop after so long, with a checkpoint to go on from; 0 for no limit", Number(0, 1e7)),
     Setting("batch_size", 64, "samples of a step, on all devices together", SIZE),
-    Setting(
-        "accumulation", int, "micro-batches of a batch; by default so many that a device has one sample", Nullable(SIZE)
-    ),
-    Setting(
-        "remat",
-        True,
-        "compute each block again for its gradients, to save memory; over several devices always",
-        Boolean(),
-    ),
+    Setting("accumulation", int, "micro-batches of a batch; default: a device has one sample of each", Nullable(SIZE)),
+    Setting("remat", True, "recompute blocks for gradients, to save memory; over several devices always", Boolean()),
     Setting("dtype", "bfloat16", "what the networks compute in; master weights are float32", FLOATS),
     Setting("optimizer", "adamw", "adamw, or muon, which takes matrices inside the network from it", Enum(*OPTIMIZERS)),
     Setting("learning_rate", 1e-5, "peak of the schedule", RATE),
     Setting("learning_rate_end", 1.0, "fraction of it that is left at num_steps; it falls in a line", RATE),
     Setting("critic_learning_rate", 4e-7, "of rcm's fake score", RATE),
     Setting("warmup_steps", 100, "steps in which the learning rate rises", COUNT),
-    Setting("beta1", 0.9, "of AdamW", Number(0, 0.999999)),
-    Setting("beta2", 0.999, "of AdamW", Number(0, 0.999999)),
+    Setting("beta1", 0.9, "of AdamW", FRACTION),
+    Setting("beta2", 0.999, "of AdamW", FRACTION),
     Setting("weight_decay", 0.01, "of all parameters", STRENGTH),
     Setting("clip_norm", 0.0, "largest norm of the gradients, 0 for any", STRENGTH),
-    Setting(
-        "ema_rate", 0.1, "width of the power-function average, as a fraction of the run", Number(0, 0.288, above=True)
-    ),
+    Setting("ema_rate", 0.1, "width of the power-function EMA, as a fraction of the run", Number(0, 0.288, above=True)),
     Setting("time_mean", 1.5, "mean of log(sigma) of the noise levels that the data get", Number(-100, 100)),
     Setting("time_std", 1.6, "its standard deviation", RATE),
-    Setting(
-        "text_dropout",
-        0.1,
-        "teacher: fraction of samples that see the negative prompt, for guidance",
-        Number(0, 0.999999),
-    ),
+    Setting("text_dropout", 0.1, "teacher: fraction of samples that see the negative prompt, for guidance", FRACTION),
     Setting("kl_scale", 2e-4, "vae: weight of the divergence from the normal distribution", STRENGTH),
     Setting("num_frames", 33, "vae: of the videos that it sees, 4 n + 1", Integer(1, 2**12)),
     Setting("height", 128, "vae: likewise, pixels, a multiple of 8", Integer(8, 2**14)),
@@ -99,31 +76,16 @@ TRAIN_SETTINGS: tuple[Setting, ...] = (
     Setting("crops", (), "vae: (frames, side) of what a batch is cut to, in turn; whole videos if none", CROPS),
     Setting("workers", 0, "vae: processes that draw videos; 0 draws in turn with the steps", Integer(0, 1000)),
     Setting("guidance_scale", 5.0, "rcm: of the teacher", SCALE),
-    Setting(
-        "tangent",
-        "exact",
-        "rcm: time derivative: exact, or in float32 difference_in_time or difference",
-        Enum(*TANGENTS),
-    ),
+    Setting("tangent", "exact", "rcm: time derivative: exact, or in float32 difference_in_time or difference", TANGENT),
     Setting("tangent_step", 1e-4, "rcm: step of the differences", Number(0, 1, above=True)),
     Setting("tangent_warmup", 1000, "rcm: steps of consistency alone, while its time derivative is faded in", COUNT),
-    Setting(
-        "discrete_steps",
-        0,
-        "rcm: the teacher's Euler steps in discrete-time consistency; 0 for continuous",
-        Integer(0, 48),
-    ),
+    Setting("discrete_steps", 0, "rcm: the teacher's Euler steps in discrete-time consistency; 0: continuous", EULER),
     Setting("student_every", 5, "rcm: afterwards every n-th step is the student's, the others the critic's", PERIOD),
     Setting("score_shift", 5.0, "rcm: shift of the uniform noise levels at which samples are judged", SCALE),
+    Setting("simulation_steps", 4, "rcm: the student's samples take 1 to this many steps in turn", Integer(1, 1000)),
+    Setting("simulation", "fixed", "rcm: their times: fixed as in sampling, or drawn like score_shift's", TIMES),
     Setting("loss_scale", 100.0, "rcm: of the consistency loss", STRENGTH),
     Setting("matching_scale", 1.0, "rcm: of distribution matching; 0 goes without it and the critic", STRENGTH),
-    Setting("simulation_steps", 4, "rcm: the student's samples take 1 to this many steps in turn", Integer(1, 1000)),
-    Setting(
-        "simulation",
-        "fixed",
-        "rcm: times of these steps: fixed as in sampling, or drawn like score_shift's",
-        Enum("fixed", "drawn"),
-    ),
     Setting("data_parallel", -1, "devices along the batch, each with all parameters; -1 for the rest", MESH),
     Setting("fsdp", 1, "devices along the batch that share the parameters", MESH),
     Setting("sequence", 1, "devices along the tokens", MESH),
@@ -165,26 +127,19 @@ def make_recipe(config: ConfigDict) -> Callable[[Any], Recipe]:
         return partial(SLA, times=times, ema_rate=config.ema_rate)
     if config.simulation == "fixed" and config.simulation_steps > 4:
         raise UserError(f"simulation_steps={config.simulation_steps}: fixed times are 4; take drawn ones for more")
-    score_times = UniformShift(config.score_shift)
-    return partial(
-        RCM,
-        times=times,
-        score_times=score_times,
-        simulation_times=score_times if config.simulation == "drawn" else None,
-        guidance=config.guidance_scale,
-        tangent=config.tangent,
-        tangent_step=config.tangent_step,
-        discrete_steps=config.discrete_steps,
-        ema_rate=config.ema_rate,
-        phases=Phases(
-            tangent_warmup=config.tangent_warmup,
-            student_freq=config.student_every,
-            fake=config.matching_scale > 0,
-            loss_scale=config.loss_scale,
-            loss_scale_dmd=config.matching_scale,
-            max_simulation_steps=config.simulation_steps,
-        ),
+    phases = Phases(
+        tangent_warmup=config.tangent_warmup,
+        student_freq=config.student_every,
+        fake=config.matching_scale > 0,
+        loss_scale=config.loss_scale,
+        loss_scale_dmd=config.matching_scale,
+        max_simulation_steps=config.simulation_steps,
     )
+    score_times = UniformShift(config.score_shift)
+    simulation_times = score_times if config.simulation == "drawn" else None
+    same: dict[str, Any] = {name: config[name] for name in ("tangent", "tangent_step", "discrete_steps", "ema_rate")}
+    noise_levels: dict[str, Any] = dict(times=times, score_times=score_times, simulation_times=simulation_times)
+    return partial(RCM, guidance=config.guidance_scale, phases=phases, **noise_levels, **same)
 
 
 def make_optimizers(config: ConfigDict, recipe: Recipe) -> dict[str, Optimizer]:
@@ -192,16 +147,13 @@ def make_optimizers(config: ConfigDict, recipe: Recipe) -> dict[str, Optimizer]:
     peaks = {"student": config.learning_rate}
     if recipe.phases.fake:
         peaks["critic"] = config.critic_learning_rate
-    settings = {
-        "betas": (config.beta1, config.beta2),
-        "weight_decay": config.weight_decay,
-        "clip_norm": config.clip_norm,
-    }
     course: dict[str, Any] = {"warm_up": config.warmup_steps, "end": config.learning_rate_end}
     if config.learning_rate_end != 1:
         course["cycle"] = max(config.num_steps, config.warmup_steps + 1)
-    make = OPTIMIZERS[config.optimizer]
-    return {name: make(learning_rate(peak, **course), **settings) for name, peak in peaks.items()}
+    settings = {name: config[name] for name in ("weight_decay", "clip_norm")}
+    betas = config.beta1, config.beta2
+    make: Callable[..., Optimizer] = partial(OPTIMIZERS[config.optimizer], betas=betas, **settings)
+    return {name: make(learning_rate(peak, **course)) for name, peak in peaks.items()}
 
 
 def check_settings(config: ConfigDict, *, drawn: Collection[str] = ()) -> None:

@@ -176,13 +176,7 @@ def discrete_consistency(
 
 
 def simulate(
-    student: Velocity,
-    frozen: Velocity,
-    noise: jax.Array,
-    times: jax.Array,
-    text: Any,
-    *,
-    num_steps: int | jax.Array,
+    student: Velocity, frozen: Velocity, noise: jax.Array, times: jax.Array, text: Any, *, num_steps: int | jax.Array
 ) -> jax.Array:
     """Backward simulation: the student's own sample G from noise, float32 `[B, ...]` (rCM, section 4.1).
 
