@@ -67,7 +67,7 @@ def trained(step, optimizers, params, teacher):
 
 def loss_of(recipe, params, teacher) -> float:
     """The loss on samples and noise that no training saw."""
-    data = batch(10**6) | {"key": sample_keys(1, jnp.int32(0), BATCH)}
+    data = jax.tree.map(jnp.asarray, batch(10**6)) | {"key": sample_keys(1, jnp.int32(0), BATCH)}
     run = jax.jit(lambda params: recipe.loss(params, data, StepSchedule()))
     return float(run(NetworkParams(params, {}, teacher, jnp.asarray(TEXTS[-1])))[0])
 
