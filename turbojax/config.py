@@ -6,6 +6,7 @@ Files in configs/ change a few of them. Those of training are in `turbojax.train
 import difflib
 import runpy
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -125,6 +126,11 @@ def changed(config: ConfigDict, **changes: Any) -> ConfigDict:
     copy = config.copy_and_resolve_references()
     copy.update(changes)
     return copy
+
+
+def fields_of(dataclass: type, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the values that have the name of one of the dataclass's fields."""
+    return {field.name: values[field.name] for field in fields(dataclass) if field.name in values}
 
 
 def check_ranges(values: Mapping[str, Any], ranges: Mapping[str, Schema] = RANGES) -> None:

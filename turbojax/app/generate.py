@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from absl import logging
 from ml_collections import ConfigDict
 
-from turbojax.config import check_ranges
+from turbojax.config import check_ranges, fields_of
 from turbojax.errors import UserError
 from turbojax.media.video import check_path, video_size
 from turbojax.memory.planner import Plan
@@ -115,28 +115,15 @@ def make_request(config: ConfigDict) -> Request:
     width, height = video_size(config.resolution, config.aspect_ratio)
     if config.last_image and not config.image:
         raise UserError("last_image needs an image to start from; give --config.image=FILE")
-    return Request(
-        config.prompt,
-        image=image_path(config.image),
-        last_image=image_path(config.last_image),
-        background=config.background,
-        adaptive_size=config.adaptive_size,
-        negative_prompt=config.negative_prompt,
-        num_frames=config.num_frames,
-        height=height if config.height is None else config.height,
-        width=width if config.width is None else config.width,
-        num_inference_steps=config.num_inference_steps,
-        guidance_scale=config.guidance_scale,
-        sampler=config.sampler,
-        sigma_max=config.sigma_max,
-        ode=config.ode,
-        shift=config.shift,
-        seed=config.seed,
-        num_samples=config.num_samples,
-        sample_index=config.sample_index,
-        fps=config.fps,
-        vae_tiling=config.vae_tiling,
-    )
+    own = {
+        "image": image_path(config.image),
+        "last_image": image_path(config.last_image),
+        "height": height if config.height is None else config.height,
+        "width": width if config.width is None else config.width,
+        "sla_topk": None,  # the network is loaded with it
+        "output": None,
+    }
+    return Request(**fields_of(Request, config) | own)
 
 
 def image_path(name: str | None) -> str | Path | None:
@@ -150,37 +137,15 @@ def load_options(config: ConfigDict) -> LoadOptions:
         raise UserError("no weights; give --config.weights= a file, a folder, a Hugging Face repository, or random")
     if config.dtype not in ("bfloat16", "float32"):
         raise UserError(f"dtype={config.dtype!r} is unknown; choose bfloat16 or float32")
-    return LoadOptions(
-        weights=config.weights,
-        model=config.model,
-        vae=config.vae,
-        text_encoder=config.text_encoder,
-        tokenizer=config.tokenizer,
-        image_encoder=config.image_encoder,
-        loras=loras(config),
-        boundary=config.boundary,
-        quant_linear=config.quant_linear,
-        quant_scheme=config.quant_scheme,
-        attention_type=config.attention_type,
-        sla_topk=config.sla_topk,
-        sage_values=config.sage_values,
-        dtype=jnp.dtype(config.dtype),
-        memory=config.memory,
-        cache_prompts=config.cache_prompts,
-    )
+    own = {"loras": loras(config), "dtype": jnp.dtype(config.dtype)}
+    return LoadOptions(**fields_of(LoadOptions, config) | own)
 
 
 def loras(config: ConfigDict) -> tuple[LoRA, ...]:
     """Returns the LoRAs of a configuration: of both experts, of the one for high and of the one for low noise."""
-    named: tuple[tuple[str | None, Expert | None], ...] = (
-        *((config.lora, None), (config.lora_high, "high"), (config.lora_low, "low")),
-    )
-    return tuple(
-        LoRA(path.strip(), config.lora_strength, expert)
-        for paths, expert in named
-        for path in (paths or "").split(",")
-        if path.strip()
-    )
+    named: dict[Expert | None, str | None] = {None: config.lora, "high": config.lora_high, "low": config.lora_low}
+    paths = [(path.strip(), expert) for expert, listed in named.items() for path in (listed or "").split(",")]
+    return tuple(LoRA(path, config.lora_strength, expert) for path, expert in paths if path)
 
 
 def with_demo_folder(options: LoadOptions) -> LoadOptions:

@@ -1,6 +1,7 @@
 """From checkpoints, or from generated weights, to what a pipeline is made of."""
 
 import functools
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
@@ -10,11 +11,11 @@ from turbojax.errors import UserError
 from turbojax.memory.experts import Experts
 from turbojax.memory.planner import loading_suggestion, out_of_memory
 from turbojax.models.clip import CLIPVision, clip_dtype
-from turbojax.models.offload import arrays_by_memory, to_device, to_host
+from turbojax.models.offload import Streamed, arrays_by_memory, to_device, to_host
 from turbojax.models.published import TWO_EXPERTS, ModelConfigs, known_network, published_configs
 from turbojax.models.tokenizer import Tokenizer
 from turbojax.models.vae import WanVAE
-from turbojax.models.wan import WanConfig
+from turbojax.models.wan import WanConfig, WanModel
 from turbojax.pipeline.compile import CompiledPrograms, compile_ahead
 from turbojax.pipeline.options import LoadOptions
 from turbojax.pipeline.plan import choose_placement, make_experts
@@ -30,24 +31,20 @@ from turbojax.weights.random import random_module, random_token_table
 from turbojax.weights.skeleton import clip_skeleton, umt5_skeleton, vae_skeleton, wan_skeleton
 
 
-class Loaded(NamedTuple):
-    """Networks of a pipeline. name: of what was loaded; the others as `TurboVideoPipeline` takes them."""
+class Source(NamedTuple):
+    """Place that the networks of a pipeline are loaded from; experts are loaded in the order of the names."""
 
     name: str
-    experts: Experts
-    vae: WanVAE
+    configs: ModelConfigs
     text: TextEncoder
-    clip: CLIPVision | None
-    programs: CompiledPrograms
+    experts: Mapping[Expert, Callable[..., WanModel | Streamed]]
+    vae: Callable[[], WanVAE]
+    clip: Callable[[], CLIPVision] | None
 
 
-def load_published(options: LoadOptions, request: Request, *, ahead: bool) -> Loaded:
-    """Loads checkpoints.
-
-    request: the first call. ahead: compile what it runs while the weights load.
-    """
+def open_published(options: LoadOptions) -> Source:
+    """Finds and checks the files of checkpoints; a bad one shows before anything is downloaded."""
     high, low = files.find_networks(options.weights, quantized=options.quant_linear)
-    # Names only: a bad file shows before anything is downloaded.
     config = options.apply(open_wan(high).config)
     warn_of_no_effect(config, options)
     dtype, loras = config.dtype, options.loras
@@ -60,59 +57,61 @@ def load_published(options: LoadOptions, request: Request, *, ahead: bool) -> Lo
     where = files.find_components(files.open_repository(options.weights), wanted)
     use_compilation_cache()
     text = TextEncoder.from_files(where["text_encoder"], where["tokenizer"], dtype=dtype, cache=options.cache_prompts)
-    vae_file, programs = open_vae(where["vae"], dtype=dtype), CompiledPrograms()
-    clip_file = open_clip(where["image_encoder"], dtype=clip_dtype(dtype)) if config.clip_dim else None
-    abstract_vae = vae_file.skeleton.abstract()
-    configs = ModelConfigs(
-        config,
-        abstract_vae.config,
-        text.config,
-        clip_file.skeleton.abstract().config if clip_file else None,
-        1 if low is None else 2,
-    )
-    residency = choose_placement(configs, request, options.memory)
-    text.streamed, streamed = residency.text_streamed, residency.transformer_streamed
-    place = to_host if residency.idle_offloaded else to_device
-    experts = make_experts(configs, residency, options.memory, boundary=options.boundary)
-    if ahead:
-        compile_ahead(programs, experts, text, request, configs, residency)
-    with programs.needed(), out_of_memory(lambda: loading_suggestion(configs)):
-        if low is not None:
-            experts.add("low", load_wan(low, options, loras=loras, expert="low", streamed=streamed))
-        expert: Expert | None = "high" if low else None
-        experts.add("high", load_wan(high, options, loras=loras, expert=expert, streamed=streamed))
-        clip = place(load_encoder(clip_file)) if clip_file else None
-        network = place(load_encoder(vae_file))
+    vae = open_vae(where["vae"], dtype=dtype)
+    clip = open_clip(where["image_encoder"], dtype=clip_dtype(dtype)) if config.clip_dim else None
+    vae_config, clip_config = vae.skeleton.abstract().config, clip.skeleton.abstract().config if clip else None
+    configs = ModelConfigs(config, vae_config, text.config, clip_config, 1 if low is None else 2)
     name = high.name if low is None else f"{high.name} and {low.name}"
-    return Loaded(name, experts, network, text, clip, programs)
+    load = functools.partial(load_wan, options=options, loras=loras)
+    experts: dict[Expert, Callable] = {"high": functools.partial(load, high, expert="high" if low else None)}
+    if low is not None:
+        experts = {"low": functools.partial(load, low, expert="low"), **experts}
+    load_clip = functools.partial(load_encoder, clip) if clip else None
+    return Source(name, configs, text, experts, functools.partial(load_encoder, vae), load_clip)
 
 
-def load_random(options: LoadOptions, tokenizer: Tokenizer, request: Request, *, ahead: bool, seed: int = 0) -> Loaded:
-    """Generates the weights of a network at full size; request and ahead as `load_published` takes them."""
+def open_random(options: LoadOptions, tokenizer: Tokenizer, *, seed: int = 0) -> Source:
+    """Takes generated weights of a network at full size."""
     model = options.model
     config = options.apply(known_network(model))
     warn_of_no_effect(config, options)
     logging.warning("Weights are random: %s at full size, for measuring. The video will be noise.", model)
     use_compilation_cache()
     configs = published_configs(config, two=model in TWO_EXPERTS)
-    transformer, vae, encoder = wan_skeleton(config), vae_skeleton(configs.vae), umt5_skeleton(configs.text)
-    programs = CompiledPrograms()
-    residency = choose_placement(configs, request, options.memory)
-    streamed, experts = residency.transformer_streamed, make_experts(configs, residency, options.memory)
-    place = to_host if residency.idle_offloaded else to_device
+    encoder = umt5_skeleton(configs.text)
     table = random_token_table(tokenizer.vocab_size, configs.text.dim, config.dtype, seed=seed)
-    generate = functools.partial(random_module, seed=seed)
-    load = functools.partial(generate, encoder, what="random umT5")
-    text = TextEncoder(tokenizer, encoder.abstract(), table, load, streamed=residency.text_streamed)
+    make = functools.partial(random_module, seed=seed)
+    text = TextEncoder(tokenizer, encoder.abstract(), table, functools.partial(make, encoder, what="random umT5"))
+    make_wan = functools.partial(random_module, wan_skeleton(config), what=f"random {model}")
+    names: tuple[Expert, ...] = ("low", "high") if configs.transformers > 1 else ("high",)
+    experts = {name: functools.partial(make_wan, seed=seed + i) for i, name in enumerate(names)}
+    vae = functools.partial(make, vae_skeleton(configs.vae), what="random VAE")
+    clip = functools.partial(make, clip_skeleton(configs.clip), what="random CLIP") if configs.clip else None
+    return Source(f"random {model}", configs, text, experts, vae, clip)
+
+
+def load(
+    source: Source, options: LoadOptions, request: Request, programs: CompiledPrograms, *, ahead: bool
+) -> tuple[Experts, WanVAE, CLIPVision | None]:
+    """Loads the networks to where they are kept.
+
+    request: the first call. ahead: compile what it runs while the weights load.
+    """
+    configs, text = source.configs, source.text
+    residency = choose_placement(configs, request, options.memory)
+    text.streamed = residency.text_streamed
+    place = to_host if residency.idle_offloaded else to_device
+    experts = make_experts(configs, residency, options.memory, boundary=options.boundary)
     if ahead:
         compile_ahead(programs, experts, text, request, configs, residency)
-    with programs.needed(), out_of_memory(lambda: loading_suggestion(configs)):
-        for i, name in enumerate(reversed(experts.names)):
-            experts.add(name, random_module(transformer, seed=seed + i, what=f"random {model}", streamed=streamed))
-        clip = place(generate(clip_skeleton(configs.clip), what="random CLIP")) if configs.clip else None
-        network = place(generate(vae, what="random VAE"))
-        jax.block_until_ready(arrays_by_memory(text.encoder))
-    return Loaded(f"random {model}", experts, network, text, clip, programs)
+    with out_of_memory(lambda: loading_suggestion(configs)):
+        for name, load_expert in source.experts.items():
+            experts.add(name, load_expert(streamed=residency.transformer_streamed))
+        clip = place(source.clip()) if source.clip else None
+        vae = place(source.vae())
+        if options.weights == "random":
+            jax.block_until_ready(arrays_by_memory(text.encoder))
+    return experts, vae, clip
 
 
 def warn_of_no_effect(config: WanConfig, options: LoadOptions) -> None:

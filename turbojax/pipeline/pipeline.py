@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import itertools
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -22,6 +23,7 @@ import numpy as np
 from absl import logging
 from flax import nnx
 
+from turbojax.config import fields_of
 from turbojax.diffusion import Sampler
 from turbojax.errors import UserError
 from turbojax.kernels.dispatch import compute_capability, slow_gpu
@@ -42,7 +44,7 @@ from turbojax.models.wan import WanConfig, WanModel
 from turbojax.pipeline.compile import CompiledPrograms
 from turbojax.pipeline.decode import decode, needs_tiling
 from turbojax.pipeline.denoise import denoise, sampler_arguments, sampler_program, streamed, with_topk
-from turbojax.pipeline.loading import load_published, load_random
+from turbojax.pipeline.loading import load, open_published, open_random
 from turbojax.pipeline.options import LoadOptions
 from turbojax.pipeline.plan import plan_call
 from turbojax.pipeline.request import Request, SamplerName, TilingName
@@ -74,17 +76,11 @@ def warn(lines: Iterable[str]) -> list[str]:
     return warnings
 
 
-def as_request(given: Request | Mapping[str, Any] | None) -> Request:
-    """Returns the request, or the one with these fields."""
-    return given if isinstance(given, Request) else Request(**(given or {}))
-
-
 def bytes_by_dtype(arrays: Any) -> dict[str, int]:
-    totals: dict[str, int] = {}
+    totals = Counter[str]()
     for array in jax.tree.leaves(arrays):
-        name = jnp.dtype(array.dtype).name
-        totals[name] = totals.get(name, 0) + size_of(array)
-    return totals
+        totals[jnp.dtype(array.dtype).name] += size_of(array)
+    return dict(totals)
 
 
 class TurboVideoPipeline:
@@ -154,24 +150,8 @@ class TurboVideoPipeline:
 
         Raises UserError or CheckpointError with one sentence for what cannot be found or does not fit.
         """
-        options = LoadOptions(
-            weights=path_or_repo,
-            vae=vae,
-            text_encoder=text_encoder,
-            tokenizer=tokenizer,
-            image_encoder=image_encoder,
-            loras=tuple(loras),
-            boundary=boundary,
-            quant_linear=quant_linear,
-            quant_scheme=quant_scheme,
-            attention_type=attention_type,
-            sla_topk=sla_topk,
-            sage_values=sage_values,
-            dtype=dtype,
-            cache_prompts=cache_prompts,
-            memory=memory,
-        )
-        return cls.load(options, prepare=prepare)
+        given = fields_of(LoadOptions, locals()) | {"weights": path_or_repo, "loras": tuple(loras)}
+        return cls.load(LoadOptions(**given), prepare=prepare)
 
     @classmethod
     def random(
@@ -193,18 +173,8 @@ class TurboVideoPipeline:
 
         model: a name of `turbojax.models.published.MODELS`. Other options as `from_pretrained` takes them.
         """
-        options = LoadOptions(
-            weights="random",
-            model=model,
-            quant_linear=quant_linear,
-            quant_scheme=quant_scheme,
-            attention_type=attention_type,
-            sla_topk=sla_topk,
-            sage_values=sage_values,
-            dtype=dtype,
-            memory=memory,
-        )
-        return cls.load(options, prepare=prepare, tokenizer=tokenizer, seed=seed)
+        given = fields_of(LoadOptions, locals()) | {"weights": "random", "tokenizer": None}
+        return cls.load(LoadOptions(**given), prepare=prepare, tokenizer=tokenizer, seed=seed)
 
     @classmethod
     def load(
@@ -216,15 +186,18 @@ class TurboVideoPipeline:
         seed: int = 0,
     ) -> "TurboVideoPipeline":
         """Loads what the options name; prepare and errors as `from_pretrained`; tokenizer, seed: of random weights."""
-        start, request, ahead = time.perf_counter(), as_request(prepare), prepare is not None
+        start = time.perf_counter()
+        request = prepare if isinstance(prepare, Request) else Request(**(prepare or {}))
         if options.weights != "random":
-            loaded = load_published(options, request, ahead=ahead)
+            source = open_published(options)
         elif tokenizer is None:
             raise UserError("random weights need a tokenizer; give one")
         else:
-            loaded = load_random(options, tokenizer, request, ahead=ahead, seed=seed)
-        with loaded.programs.needed():
-            pipe = cls(loaded.experts, loaded.vae, loaded.text, clip=loaded.clip, programs=loaded.programs)
+            source = open_random(options, tokenizer, seed=seed)
+        programs = CompiledPrograms()
+        with programs.needed():
+            experts, vae, clip = load(source, options, request, programs, ahead=prepare is not None)
+            pipe = cls(experts, vae, source.text, clip=clip, programs=programs)
         pipe.memory = options.memory
         jax.block_until_ready((pipe.experts.arrays_by_memory(), arrays_by_memory(pipe.vae)))
         pipe.load_seconds = time.perf_counter() - start
@@ -233,7 +206,7 @@ class TurboVideoPipeline:
         c = pipe.config
         logging.info(
             "Loaded %s in %.1f s: %d layers of width %d, %s linear layers, %s attention",
-            loaded.name,
+            source.name,
             pipe.load_seconds,
             c.num_layers,
             c.dim,
@@ -275,33 +248,7 @@ class TurboVideoPipeline:
 
         progress and errors: see `generate`.
         """
-        request = Request(
-            prompt,
-            image=image,
-            last_image=last_image,
-            background=background,
-            adaptive_size=adaptive_size,
-            negative_prompt=negative_prompt,
-            num_frames=num_frames,
-            height=height,
-            width=width,
-            num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale,
-            sampler=sampler,
-            sigma_max=sigma_max,
-            ode=ode,
-            shift=shift,
-            sla_topk=sla_topk,
-            seed=seed,
-            num_samples=num_samples,
-            sample_index=sample_index,
-            latents=latents,
-            noise=noise,
-            output=output,
-            fps=fps,
-            vae_tiling=vae_tiling,
-        )
-        return self.generate(request, progress=progress)
+        return self.generate(Request(**fields_of(Request, locals())), progress=progress)
 
     def generate(self, request: Request, *, progress: Progress = no_progress) -> VideoOutput:
         """Makes the videos of a request.
