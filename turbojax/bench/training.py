@@ -21,7 +21,7 @@ from turbojax.models.published import MODELS
 from turbojax.models.vae import VAEConfig
 from turbojax.models.wan import WanConfig
 from turbojax.pipeline.pipeline import bytes_by_dtype
-from turbojax.pipeline.request import latent_shape
+from turbojax.pipeline.request import Request
 from turbojax.train.losses import velocity_tangent
 from turbojax.train.recipes import RCM, SLA, Networks, Recipe
 from turbojax.train.schedule import Phases, learning_rate
@@ -35,9 +35,7 @@ from turbojax.weights.skeleton import wan_skeleton
 ROUNDS = 3
 
 
-def measure_tangent(
-    *, model: str, layers: int, num_frames: int, height: int, width: int, **options: Any
-) -> dict[str, dict[str, Any]]:
+def measure_tangent(model: str, request: Request, **settings: Any) -> dict[str, dict[str, Any]]:
     """Measures sCM's tangent beside a call of the network: seconds (the best of some rounds, in which the functions
     take turns), in units of that call, and temporary bytes.
 
@@ -46,8 +44,8 @@ def measure_tangent(
     float32 on a CPU, which has no fast bfloat16, else bfloat16.
     """
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    config: WanConfig = MODELS[model](num_layers=layers, dtype=dtype, **options)
-    shape = (1, *latent_shape(VAEConfig.wan2_1(), num_frames, height, width))
+    config: WanConfig = MODELS[model](dtype=dtype, **settings)
+    shape = request.shape(VAEConfig.wan2_1())
     keys = jax.random.split(jax.random.key(0), 3)
     x, F_teacher = (jax.random.normal(key, shape, jnp.float32) for key in keys[:2])
     text = jax.random.normal(keys[2], (1, config.text_len, config.text_dim), dtype)

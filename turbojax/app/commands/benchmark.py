@@ -30,6 +30,7 @@ import json
 import sys
 import tempfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,13 +44,14 @@ from turbojax.errors import UserError
 from turbojax.files import check_file, user_path
 from turbojax.kernels.int8 import QUANT_SCHEMES
 from turbojax.media.video import check_path, video_size
+from turbojax.models.image_condition import takes_images
 from turbojax.models.published import MODELS
 from turbojax.models.tokenizer import Tokenizer
 from turbojax.models.vae import VAEConfig
-from turbojax.pipeline.request import latent_shape
+from turbojax.pipeline.options import LoadOptions
+from turbojax.pipeline.request import Request, latent_shape
 from turbojax.shapes import WORDS
 from turbojax.shapes.demo import demo_picture
-from turbojax.weights.options import NetworkOptions
 
 FLAGS = flags.FlagValues()
 MODEL = flags.DEFINE_string("model", "wan2.1-t2v-1.3b", "network, with random weights", flag_values=FLAGS)
@@ -70,15 +72,33 @@ OUT = flags.DEFINE_string("out", None, "JSON file to write; printed only if not 
 WITHOUT_A_GPU = ("tangent", "file", "tiles")  # cases that measure something there
 
 
-def frame_size() -> dict[str, int]:
+def frame_size() -> dict[str, Any]:
     """Returns height and width in pixels."""
     width, height = video_size(RESOLUTION.value, "16:9")
     return {"height": height, "width": width}
 
 
-def size() -> dict[str, int]:
+def size() -> dict[str, Any]:
     """Returns frames, height and width in pixels."""
     return {"num_frames": FRAMES.value, **frame_size()}
+
+
+def request(image: Any = None) -> Request:
+    """Returns the call that is measured."""
+    return Request(num_inference_steps=STEPS.value, image=image, adaptive_size=False, **size())
+
+
+def options() -> LoadOptions:
+    """Returns what the networks are made with."""
+    return LoadOptions(
+        weights="random",
+        model=MODEL.value,
+        attention_type=ATTENTION.value,
+        sla_topk=TOPK.value,
+        quant_linear=QUANT.value is not None,
+        quant_scheme=QUANT.value,
+        memory=MEMORY.value,
+    )
 
 
 def tokens() -> tuple[int, int, int]:
@@ -86,39 +106,15 @@ def tokens() -> tuple[int, int, int]:
     return 1 + (FRAMES.value - 1) // 4, frame_size()["height"] // 16, frame_size()["width"] // 16
 
 
-def options() -> dict[str, Any]:
-    """Returns the settings of the network."""
-    return {
-        "attention_type": ATTENTION.value,
-        "sla_topk": TOPK.value,
-        "quant_linear": QUANT.value is not None,
-        "quant_scheme": QUANT.value,
-    }
-
-
 def measure_video(image: Any = None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        return video.measure_video(
-            Tokenizer.from_path(WORDS),
-            model=MODEL.value,
-            num_inference_steps=STEPS.value,
-            memory=MEMORY.value,
-            image=image,
-            output=check_path(Path(folder) / "video.mp4"),
-            **size(),
-            **options(),
-        )
+        file = check_path(Path(folder) / "video.mp4")
+        return video.measure_video(options(), Tokenizer.from_path(WORDS), replace(request(image), output=file))
 
 
 def measure_memory() -> dict[str, Any]:
-    return memory.measure_memory(
-        Tokenizer.from_path(WORDS),
-        model=MODEL.value,
-        memory=MEMORY.value,
-        num_inference_steps=STEPS.value,
-        options=options(),
-        **size(),
-    )
+    image = demo_picture() if takes_images(MODELS[MODEL.value]()) else None
+    return memory.measure_memory(options(), Tokenizer.from_path(WORDS), request(image))
 
 
 def measure_writing() -> dict[str, Any]:
@@ -127,26 +123,23 @@ def measure_writing() -> dict[str, Any]:
 
 
 def measure_layer() -> dict[str, Any]:
-    config = NetworkOptions(**options()).apply(MODELS[MODEL.value](num_layers=layer.LAYERS))
+    config = options().apply(MODELS[MODEL.value](num_layers=layer.LAYERS))
     return layer.measure_layer(config, tokens(), compiler_options=layer.NO_COMMAND_BUFFERS)
 
 
 def measure_train_step() -> dict[str, Any]:
     from turbojax.bench import training  # needs the extra `train`
 
-    return training.measure_train_step(
-        recipe=RECIPE.value,
-        config=MODELS[MODEL.value](sla_topk=TOPK.value, remat=True),
-        latents=latent_shape(VAEConfig.wan2_1(), FRAMES.value, **frame_size()),
-    )
+    config = MODELS[MODEL.value](sla_topk=TOPK.value, remat=True)
+    latents = latent_shape(VAEConfig.wan2_1(), **size())
+    return training.measure_train_step(recipe=RECIPE.value, config=config, latents=latents)
 
 
 def measure_tangent() -> dict[str, Any]:
     from turbojax.bench import training
 
-    return training.measure_tangent(
-        model=MODEL.value, layers=LAYERS.value, **size(), attention_type=ATTENTION.value, sla_topk=TOPK.value
-    )
+    settings = {"num_layers": LAYERS.value, "attention_type": ATTENTION.value, "sla_topk": TOPK.value}
+    return training.measure_tangent(MODEL.value, request(), **settings)
 
 
 def measure_compilation() -> dict[str, Any]:
@@ -163,9 +156,7 @@ CASES: dict[str, Callable[[], dict[str, Any]]] = {
     "attention": lambda: attention.measure_attention(save),
     "block": lambda: linear.measure_block(model=MODEL.value, tokens=tokens(), schemes=(None, "block128", "channel")),
     "layer": measure_layer,
-    "diffusion": lambda: video.measure_diffusion(
-        model=MODEL.value, num_inference_steps=STEPS.value, **size(), **options()
-    ),
+    "diffusion": lambda: video.measure_diffusion(options(), request()),
     "memory": measure_memory,
     "tangent": measure_tangent,
     "train_step": measure_train_step,
