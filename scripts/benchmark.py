@@ -1,6 +1,6 @@
 """turbojax benchmark, from the checkout: see --help and turbojax/app/commands/benchmark.py."""
 
-from turbojax.app.commands.benchmark import run
+from turbojax.app.commands import run
 
 if __name__ == "__main__":
-    run()
+    run("benchmark")

@@ -1,6 +1,6 @@
 """turbojax convert, from the checkout: see --help and turbojax/app/commands/convert.py."""
 
-from turbojax.app.commands.convert import run
+from turbojax.app.commands import run
 
 if __name__ == "__main__":
-    run()
+    run("convert")

@@ -1,6 +1,6 @@
 """turbojax generate, from the checkout: see --help and turbojax/app/commands/generate.py."""
 
-from turbojax.app.commands.generate import run
+from turbojax.app.commands import run
 
 if __name__ == "__main__":
-    run()
+    run("generate")

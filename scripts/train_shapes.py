@@ -1,6 +1,6 @@
 """turbojax train_shapes, from the checkout: see --help and turbojax/app/commands/train_shapes.py."""
 
-from turbojax.app.commands.train_shapes import run
+from turbojax.app.commands import run
 
 if __name__ == "__main__":
-    run()
+    run("train_shapes")

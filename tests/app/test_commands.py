@@ -25,13 +25,11 @@ BUILD = "from hatchling.build import build_wheel; build_wheel('dist')"
 
 def test_every_command_is_a_script_with_flags_of_its_own():
     assert {"generate", "convert", "benchmark", "train", "merge", "make_shards", "evaluate"} <= set(commands.NAMES)
-    modules = [
-        importlib.import_module(f"turbojax.app.commands.{name}") for name in commands.NAMES
-    ]  # all in one process
+    modules = [importlib.import_module(f"turbojax.app.commands.{name}") for name in commands.NAMES]  # in one process
     assert len({id(module.FLAGS) for module in modules}) == len(modules)
     for name, module in zip(commands.NAMES, modules, strict=True):
         script = (ROOT / "scripts" / f"{name}.py").read_text()
-        assert f"from turbojax.app.commands.{name} import run" in script
+        assert f'    run("{name}")' in script
         assert f"    python scripts/{name}.py " in module.__doc__
         assert f"  {name} " in commands.usage()
 

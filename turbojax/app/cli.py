@@ -12,7 +12,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from turbojax.app.signals import ending_in_order, exit_code
-from turbojax.config import CONFIGS, SETTINGS, Setting, check_names
+from turbojax.config import CONFIGS, SETTINGS, Setting, check_names, describe_settings
 from turbojax.errors import UserError
 from turbojax.files import user_path
 from turbojax.memory.planner import short_of_memory
@@ -37,7 +37,8 @@ def run(
     settings: the names that --config.NAME= may have. less_memory: which of them to set where memory is not enough.
     """
     if {"--help", "-h", "--helpfull", "--helpshort"} & set(sys.argv[1:]):
-        print(as_called(help_text.strip()))
+        listed = "\n" + describe_settings(settings) if "config" in flag_values else ""
+        print(as_called((help_text + listed).strip()))
         sys.exit(0)
 
     def guarded(arguments: Sequence[str]) -> None:

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from turbojax import __version__
-from turbojax.app.cli import fail
+from turbojax.app import cli
 from turbojax.config import did_you_mean
 from turbojax.errors import UserError
 
@@ -26,9 +26,15 @@ def main() -> None:
         print(__version__)
     elif name in NAMES:
         sys.argv = [f"turbojax {name}", *arguments]
-        importlib.import_module(f"{__name__}.{name}").run()
+        run(name)
     else:
-        fail(UserError(f"there is no command {name}{did_you_mean(name, NAMES)}; choose {', '.join(NAMES)}"))
+        cli.fail(UserError(f"there is no command {name}{did_you_mean(name, NAMES)}; choose {', '.join(NAMES)}"))
+
+
+def run(name: str) -> None:
+    """Runs main of a command's module by its FLAGS, its docstring as the help, and its OPTIONS of `cli.run`, if any."""
+    module = importlib.import_module(f"{__name__}.{name}")
+    cli.run(module.main, flag_values=module.FLAGS, help_text=module.__doc__ or "", **getattr(module, "OPTIONS", {}))
 
 
 def usage() -> str:

@@ -12,6 +12,8 @@ quant_linear, weights and so on) is loaded as often as its values change.
 --out=outputs/ablation is the folder of the results: index.html, plot.png, results.csv and results.jsonl. Run again
 after a stop, finished videos are not made again. --repeats=2 calls measure the second, a warm one; 1 saves its time.
 --num_frames=4 are shown of each video, and compared. Needs matplotlib: pip install 'turbojax[ablate]'.
+
+Settings:
 """
 
 from pathlib import Path
@@ -21,7 +23,6 @@ from absl import flags
 from turbojax.app import cli
 from turbojax.app.ablation import ablate, parse_settings
 from turbojax.app.ablation_report import require_matplotlib
-from turbojax.config import describe_settings
 from turbojax.errors import UserError
 
 FLAGS = flags.FlagValues()
@@ -31,6 +32,7 @@ REFERENCE = flags.DEFINE_multi_string("reference", [], "NAME=VALUE", flag_values
 OUT = flags.DEFINE_string("out", "outputs/ablation", "folder of the results", flag_values=FLAGS)
 REPEATS = flags.DEFINE_integer("repeats", 2, "calls for each video; the last one counts", flag_values=FLAGS)
 FRAMES = flags.DEFINE_integer("num_frames", 4, "shown of each video", flag_values=FLAGS)
+OPTIONS = {"lists": ("grid", "reference")}
 
 
 def main() -> None:
@@ -50,13 +52,4 @@ def main() -> None:
         reference=reference or None,
         repeats=REPEATS.value,
         num_frames=FRAMES.value,
-    )
-
-
-def run() -> None:
-    cli.run(
-        main,
-        flag_values=FLAGS,
-        lists=("grid", "reference"),
-        help_text=(__doc__ or "") + "\nSettings:\n\n" + describe_settings(),
     )

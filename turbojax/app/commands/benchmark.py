@@ -37,7 +37,6 @@ from typing import Any
 import jax
 from absl import flags
 
-from turbojax.app import cli
 from turbojax.bench import attention, layer, linear, measure, memory, vae, video, video_file
 from turbojax.bench.report import report
 from turbojax.errors import UserError
@@ -183,7 +182,3 @@ def save(result: dict[str, Any]) -> dict[str, Any]:
     if OUT.value:
         measure.save(whole, user_path(OUT.value))
     return whole
-
-
-def run() -> None:
-    cli.run(main, flag_values=FLAGS, help_text=__doc__ or "")

@@ -15,7 +15,7 @@ text_encoder.safetensors in one folder, with the tokenizer's folder, load as --c
 
 from absl import flags
 
-from turbojax.app import checkpoint_flags, cli
+from turbojax.app import checkpoint_flags
 from turbojax.errors import UserError
 from turbojax.weights.convert import convert
 
@@ -31,7 +31,3 @@ def main() -> None:
         raise UserError("give --input=CHECKPOINT and --output=FILE, see --help")
     summary = convert(INPUT.value, FLAGS.output, sla_topk=TOPK.value, sigma_max=SIGMA_MAX.value, **WRITTEN())
     checkpoint_flags.log_written(FLAGS, summary)
-
-
-def run() -> None:
-    cli.run(main, flag_values=FLAGS, help_text=__doc__ or "")

@@ -21,7 +21,6 @@ import jax
 import jax.numpy as jnp
 from absl import flags
 
-from turbojax.app import cli
 from turbojax.errors import UserError
 from turbojax.files import check_file, check_folder, user_path, whole_file
 from turbojax.pipeline.request import check_seed
@@ -100,7 +99,3 @@ def main() -> None:
             file = "".join(c if c.isalnum() or c == "." else "_" for c in row["variant"])
             contact_sheet(videos[:SHOWN], sheets / f"{file}.png")
     print(table(content["rows"]))
-
-
-def run() -> None:
-    cli.run(main, flag_values=FLAGS, help_text=__doc__ or "")

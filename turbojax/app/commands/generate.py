@@ -18,7 +18,6 @@ from absl import flags
 from turbojax.app import cli
 from turbojax.app.generate import generate, plan
 from turbojax.app.session import batch, interactive
-from turbojax.config import describe_settings
 from turbojax.errors import UserError
 
 FLAGS = flags.FlagValues()
@@ -40,7 +39,3 @@ def main() -> None:
         batch(config, PROMPTS_FILE.value)
     else:
         generate(config)
-
-
-def run() -> None:
-    cli.run(main, flag_values=FLAGS, help_text=(__doc__ or "") + "\n" + describe_settings())

@@ -19,7 +19,6 @@ import jax
 import jax.numpy as jnp
 from absl import flags, logging
 
-from turbojax.app import cli
 from turbojax.errors import UserError
 from turbojax.files import check_folder
 from turbojax.media.ffmpeg import check_decoder
@@ -83,7 +82,3 @@ def main() -> None:
     )
     summary = make_shards(clips, OUTPUT.value, vae, text, index)
     logging.info("%s: %d samples written, %d there before, %d clips left out", OUTPUT.value, *summary)
-
-
-def run() -> None:
-    cli.run(main, flag_values=FLAGS, help_text=__doc__ or "")

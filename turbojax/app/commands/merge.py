@@ -12,7 +12,7 @@ scripts/convert.py; int8 checkpoints cannot be merged. Further flags: --weight=1
 
 from absl import flags
 
-from turbojax.app import checkpoint_flags, cli
+from turbojax.app import checkpoint_flags
 from turbojax.errors import UserError
 from turbojax.weights.merge import merge
 
@@ -29,7 +29,3 @@ def main() -> None:
     if not all(paths):
         raise UserError("give --base=, --diff_base=, --diff_target= and --output=, see --help")
     checkpoint_flags.log_written(FLAGS, merge(*paths, weight=WEIGHT.value, **WRITTEN()))
-
-
-def run() -> None:
-    cli.run(main, flag_values=FLAGS, help_text=__doc__ or "")

@@ -18,7 +18,6 @@ import threading
 from absl import flags, logging
 
 from turbojax.app import cli
-from turbojax.config import describe_settings
 from turbojax.errors import UserError
 from turbojax.files import check_folder
 
@@ -57,7 +56,3 @@ def password() -> str:
     if not given:
         raise UserError("--user needs a password; set TURBOJAX_PASSWORD")
     return given
-
-
-def run() -> None:
-    cli.run(main, flag_values=FLAGS, help_text=(__doc__ or "") + "\n" + describe_settings())

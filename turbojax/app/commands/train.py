@@ -10,7 +10,6 @@ Started again with the same settings it goes on from its newest checkpoint. Ever
 from absl import flags
 
 from turbojax.app import cli
-from turbojax.config import describe_settings
 from turbojax.sharding import initialize_distributed
 
 try:
@@ -21,19 +20,13 @@ except ModuleNotFoundError as missing:
 
 FLAGS = flags.FlagValues()
 CONFIG = cli.define_config(FLAGS, "configs/train_*.py")
+OPTIONS = {
+    "settings": TRAIN_SETTINGS,
+    "less_memory": "remat=True, a higher accumulation, or fsdp or sequence to share it among devices",
+}
 
 
 def main() -> None:
     config = cli.read_config(CONFIG, example="configs/train_toy.py", settings=TRAIN_SETTINGS)
     initialize_distributed()
     train(config)
-
-
-def run() -> None:
-    cli.run(
-        main,
-        flag_values=FLAGS,
-        help_text=(__doc__ or "") + "\n" + describe_settings(TRAIN_SETTINGS),
-        settings=TRAIN_SETTINGS,
-        less_memory="remat=True, a higher accumulation, or fsdp or sequence to share it among devices",
-    )

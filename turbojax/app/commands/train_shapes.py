@@ -73,7 +73,3 @@ def main() -> None:
         else:
             STAGES[name].run(job)
         logging.info("%s took %.1f s", name, time.monotonic() - began)
-
-
-def run() -> None:
-    cli.run(main, flag_values=FLAGS, help_text=__doc__ or "")
