@@ -157,12 +157,8 @@ def linear_errors() -> list[str]:
 
 
 def attention() -> list[str]:
-    names = {
-        "dense_ms": "dense",
-        "sla_mosaic_ms": "sla, Hopper",
-        "sla_triton_ms": "sla, Triton",
-        "sagesla_ms": "sagesla",
-    }
+    sla = {"sla_mosaic_ms": "sla, Hopper", "sla_triton_ms": "sla, Triton"}
+    names = {"dense_ms": "dense", **sla, "sagesla_ms": "sagesla"}
     rows = []
     for shape, measured in read("h200/attention")["result"].items():
         if "dense_ms" in measured:

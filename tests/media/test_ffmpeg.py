@@ -19,19 +19,8 @@ from turbojax.media.image import read_image
 from turbojax.media.video import check_path, read_video, save_video
 from turbojax.train import videos
 
-COLOURS = np.array(
-    [
-        (200, 40, 60),
-        (40, 200, 60),
-        (60, 40, 200),
-        (250, 220, 30),
-        (255, 0, 0),
-        (0, 255, 255),
-        (128, 128, 128),
-        (9, 9, 9),
-    ],
-    np.uint8,
-)
+RGB = "c8283c 28c83c 3c28c8 fadc1e ff0000 00ffff 808080 090909"
+COLOURS = np.frombuffer(bytes.fromhex(RGB), np.uint8).reshape(-1, 3)
 SIZES = [(1280, 720), (832, 480), (128, 128)]
 
 

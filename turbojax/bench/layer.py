@@ -24,16 +24,8 @@ from turbojax.weights.skeleton import wan_skeleton
 # without block scales.
 BYTES, BFLOAT16, INT8 = 3.0e12, 791e12, 1450e12
 NO_COMMAND_BUFFERS = {"xla_gpu_enable_command_buffer": ""}  # in which a profile would not tell kernels apart
-NO_SCOPES = {
-    "triton_kernel_call",
-    "mpmd_map",
-    "anonymous",
-    "entry",
-    "eval_jaxpr",
-    "body",
-    "while",
-    "",
-}  # name no part of the model
+# Scopes that name no part of the model.
+NO_SCOPES = {"triton_kernel_call", "mpmd_map", "anonymous", "entry", "eval_jaxpr", "body", "while", ""}
 LAYERS = 3  # enough for the stacks of weights to be sliced as in the whole network
 
 

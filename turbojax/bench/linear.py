@@ -20,13 +20,10 @@ from turbojax.models.sizes import tree_bytes
 from turbojax.weights.options import NetworkOptions
 
 # Rows, out-features and in-features of the linear layers: 1.3B at 480p, 14B at 720p.
-LINEAR_SHAPES = (
-    (32768, 1536, 1536),
-    (32768, 8960, 1536),
-    (32768, 1536, 8960),
-    (75648, 5120, 5120),
-    (75648, 13824, 5120),
-    (75648, 5120, 13824),
+LINEAR_SHAPES = tuple(
+    (rows, *features)
+    for rows, dim, ffn_dim in ((32768, 1536, 8960), (75648, 5120, 13824))
+    for features in ((dim, dim), (ffn_dim, dim), (dim, ffn_dim))
 )
 CHECKED_ROWS = 1024  # rows compared with float32
 

@@ -50,13 +50,9 @@ def peers() -> list[Peer]:
     large = {"model": "wan2.1-t2v-14b", "resolution": "720p"}
     seconds = {"sla": (1.55, 23.3), "sagesla": (1.55, 22.5)}  # diffusion in 4 steps of 81 frames, bfloat16
     for case, place in (("diffusion", "seconds_warm"), ("text_to_video", "warm / seconds / diffusion")):
+        call = {"num_frames": 81, "num_inference_steps": 4, "quant_scheme": None}
         for attention_type, (of_small, of_large) in seconds.items():
-            common = {
-                "attention_type": attention_type,
-                "num_frames": 81,
-                "num_inference_steps": 4,
-                "quant_scheme": None,
-            }
+            common = {"attention_type": attention_type, **call}
             rows.append(Peer("TurboDiffusion", case, small | common, place, of_small))
             rows.append(Peer("TurboDiffusion", case, large | common, place, of_large))
         common |= {"quant_scheme": "block128"}

@@ -72,14 +72,11 @@ def measure_tangent(model: str, request: Request, **settings: Any) -> dict[str, 
     compiled = {name: jax.jit(function).lower(parameters).compile() for name, function in functions.items()}
     rounds = [{name: call_seconds(run, parameters) for name, run in compiled.items()} for _ in range(ROUNDS)]
     seconds = {name: min(each[name] for each in rounds) for name in compiled}
-    return {
-        name: {
-            "seconds": seconds[name],
-            "over_forward": seconds[name] / seconds["forward"],
-            "temporary_bytes": temporary_bytes(run),
-        }
-        for name, run in compiled.items()
-    }
+    result: dict[str, dict[str, Any]] = {}
+    for name, run in compiled.items():
+        result[name] = {"seconds": seconds[name], "over_forward": seconds[name] / seconds["forward"]}
+        result[name]["temporary_bytes"] = temporary_bytes(run)
+    return result
 
 
 def call_seconds(function: Callable, *arguments: Any) -> float:
@@ -90,13 +87,11 @@ def call_seconds(function: Callable, *arguments: Any) -> float:
     return clock() - start
 
 
+CONSISTENCY_ALONE = Phases(fake=False, loss_scale_dmd=0.0)
 # Calls of each network in a step, as forward passes: a gradient counts two more, a derivative along a direction one.
 RECIPES: dict[str, tuple[Callable[[Networks], Recipe], dict[str, int]]] = {
     "sla": (lambda networks: SLA(networks, LogNormal(1.5)), {"teacher": 1, "student": 3}),
-    "scm": (
-        lambda networks: RCM(networks, LogNormal(0.7), phases=Phases(fake=False, loss_scale_dmd=0.0)),
-        {"teacher": 2, "student": 5},
-    ),
+    "scm": (lambda networks: RCM(networks, LogNormal(0.7), phases=CONSISTENCY_ALONE), {"teacher": 2, "student": 5}),
 }
 # Multiplications and additions a second in bfloat16 with dense operands, as NVIDIA states them.
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
@@ -140,11 +135,8 @@ def measure_train_step(
         jax.profiler.stop_trace()
         largest = largest_items(Path(folder))
     median = statistics.median(seconds[1:-1])
-    forward = {
-        "teacher": forward_flops(config, latents, text_len),
-        "student": forward_flops(student, latents, text_len),
-    }
-    flops = sum(count * forward[name] for name, count in calls.items())
+    networks_by_name = {"teacher": config, "student": student}
+    flops = sum(count * forward_flops(networks_by_name[name], latents, text_len) for name, count in calls.items())
     kind = jax.devices()[0].device_kind
     peak = next((peak for name, peak in PEAK_FLOPS.items() if name in kind), None)
     return {
@@ -164,9 +156,7 @@ def forward_flops(config: WanConfig, latents: tuple[int, int, int, int], text_le
     """Returns the multiplications and additions of one forward pass of one sample, in its matrix products."""
     c, tokens = config, math.prod(latents[:3]) // config.patch_features
     share = 1.0 if c.attention_type == "original" else c.sla_topk
-    block: float = (
-        2 * tokens * (6 * c.dim**2 + 2 * c.dim * c.ffn_dim)
-    )  # q, k, v, o, and q and o of cross-attention; ffn
+    block: float = 2 * tokens * (6 * c.dim**2 + 2 * c.dim * c.ffn_dim)  # q, k, v, o; q and o of cross-attention; ffn
     block += 2 * text_len * 2 * c.dim**2  # k and v of cross-attention
     block += 4 * tokens * c.dim * (share * tokens + text_len)  # scores and sums of values
     if c.attention_type != "original":

@@ -367,12 +367,7 @@ class TurboVideoPipeline:
         return ModelConfigs(self.config, self.vae.config, self.text.config, clip, len(self.experts.names))
 
     def plan(
-        self,
-        request: Request | None = None,
-        *,
-        memory: str | float | None = None,
-        exact: bool = True,
-        **settings: Any,
+        self, request: Request | None = None, *, memory: str | float | None = None, exact: bool = True, **settings: Any
     ) -> Plan:
         """Plans what a call will need of the device, stage by stage; print it.
 

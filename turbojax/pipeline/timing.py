@@ -20,10 +20,7 @@ def no_progress(stage: str, share: float) -> None:
 class Stopwatch:
     """Seconds by stage; what inner stages and compilation (lowering and XLA) take is counted apart."""
 
-    COMPILING = (
-        "/jax/core/compile/jaxpr_to_mlir_module_duration",
-        "/jax/core/compile/backend_compile_duration",
-    )
+    COMPILING = ("/jax/core/compile/jaxpr_to_mlir_module_duration", "/jax/core/compile/backend_compile_duration")
 
     def __init__(self):
         self.seconds: dict[str, float] = {}

@@ -343,12 +343,7 @@ def connect(page: gr.Blocks, server: Server, form: dict[str, Any], controls: Con
 
 
 def launch(
-    page: gr.Blocks,
-    server: Server,
-    *,
-    host: str = "127.0.0.1",
-    port: int = 7860,
-    auth: tuple[str, str] | None = None,
+    page: gr.Blocks, server: Server, *, host: str = "127.0.0.1", port: int = 7860, auth: tuple[str, str] | None = None
 ) -> str:
     """Starts to serve in threads of its own and returns the address; port 0 takes a free one."""
     standard_logging.getLogger("httpx").setLevel(standard_logging.WARNING)  # Gradio looks whether it serves
