@@ -146,9 +146,7 @@ def part_of(cache: Cache, blocks: range) -> Cache:
 
 
 def in_chunks(
-    step: Callable[[jax.Array, Cache | None], tuple[jax.Array, Cache]],
-    x: jax.Array | np.ndarray,
-    sizes: Sequence[int],
+    step: Callable[[jax.Array, Cache | None], tuple[jax.Array, Cache]], x: jax.Array | np.ndarray, sizes: Sequence[int]
 ) -> np.ndarray:
     """Runs step on a clip's chunks, with the cache from one to the next; the results `[b, t, h, w, c]` on the host."""
     cache, start, results = None, 0, []

@@ -258,12 +258,7 @@ class Block(nnx.Module):
         self.ffn = FeedForward(c, rngs=rngs)
 
     def __call__(
-        self,
-        x: Float[Array, "B L D"],
-        e0: Float[Array, "B 6 D"],
-        text: Tokens,
-        image: Tokens | None,
-        table: Table,
+        self, x: Float[Array, "B L D"], e0: Float[Array, "B 6 D"], text: Tokens, image: Tokens | None, table: Table
     ) -> Float[Array, "B L D"]:
         """Runs the block; e0 is float32, text and image are as `CrossAttention` takes them."""
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation(self.modulation[...], e0)

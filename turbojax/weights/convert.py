@@ -89,9 +89,8 @@ def convert(
     output = user_path(output)
     check_output(output, format=format, names=names, overwrite=overwrite)
     component = "transformer" if is_converted(source) else component_of(read_tensors(source))
-    run_with = {
-        name: value for name, value in zip(INFERENCE_DEFAULTS, (sla_topk, sigma_max), strict=True) if value is not None
-    }
+    given = zip(INFERENCE_DEFAULTS, (sla_topk, sigma_max), strict=True)
+    run_with = {name: value for name, value in given if value is not None}
     if component == "transformer":
         checkpoint = with_inference_defaults(open_wan(source), run_with, format=format)
         tensors = CheckedTensors(checkpoint.tensors, checksums=True)
@@ -155,9 +154,8 @@ def write_transformer(
     names: str = "turbodiffusion",
 ) -> Summary:
     """Writes a checked transformer as `convert` does; dtype None keeps that of each tensor (Orbax: the config's)."""
-    config = NetworkOptions(quant_linear=True if quantize else None, quant_scheme=quantize, dtype=dtype).apply(
-        checkpoint.config
-    )
+    options = NetworkOptions(quant_linear=True if quantize else None, quant_scheme=quantize, dtype=dtype)
+    config = options.apply(checkpoint.config)
     if names != "turbodiffusion" and (config.quant or config.attention_type != "original"):
         raise UserError(f"names={names!r} have no place for int8 weights and SLA's proj_l; take names='turbodiffusion'")
     source = TensorSource(checkpoint, config)
@@ -192,18 +190,9 @@ def write_wan(
     if stacked:
         keys = dict(sorted(keys.items(), key=lambda item: item[1].target))
     dtypes = dtype if isinstance(dtype, Mapping) else dict.fromkeys(keys.values(), dtype)
-    specs = {
-        name: jax.ShapeDtypeStruct(layout[name], stored_dtype(name, dtypes.get(key, jnp.float32)))
-        for name, key in keys.items()
-    }
-
-    def tensors() -> Iterator[tuple[str, np.ndarray]]:
-        for name, spec in progress(specs, "Converting"):
-            value = np.asarray(tensor(keys[name]))
-            yield name, value.reshape(spec.shape).astype(spec.dtype)
-            release(value)
-
-    write_file(output, tensors(), specs, header)
+    types = {name: stored_dtype(name, dtypes.get(key, jnp.float32)) for name, key in keys.items()}
+    specs = {name: jax.ShapeDtypeStruct(layout[name], dtype) for name, dtype in types.items()}
+    write_file(output, lambda name: tensor(keys[name]), specs, header)
     return specs
 
 
@@ -224,14 +213,19 @@ def header_for(output: Path, config: WanConfig, layout: Layout, rules: tuple[Rul
     return {}
 
 
-def write_file(
-    output: Path, tensors: Iterator[tuple[str, np.ndarray]], specs: Mapping[str, Any], metadata: dict[str, str]
-) -> None:
-    """Writes named arrays as a .safetensors file, or a .pth file without the metadata."""
+def write_file(output: Path, tensor: Callable[[str], Any], specs: Mapping[str, Any], metadata: dict[str, str]) -> None:
+    """Writes tensors, reshaped and cast to their specs, as a .safetensors file, or a .pth file without the metadata."""
+
+    def tensors() -> Iterator[tuple[str, np.ndarray]]:
+        for name, spec in progress(specs, "Converting"):
+            value = np.asarray(tensor(name))
+            yield name, value.reshape(spec.shape).astype(spec.dtype)
+            release(value)
+
     if output.suffix == ".pth":
-        write_pth(output, tensors)
+        write_pth(output, tensors())
     else:
-        write_safetensors(output, tensors, specs, metadata=metadata)
+        write_safetensors(output, tensors(), specs, metadata=metadata)
 
 
 def stored_dtype(name: str, dtype: Any) -> np.dtype:
@@ -245,13 +239,6 @@ def convert_encoder(source: Any, output: Path, component: str, *, dtype: Any) ->
     open_vae(source) if component == "VAE" else open_umt5(source)
     tensors = CheckedTensors(read_tensors(source), checksums=True)
     specs = {name: jax.ShapeDtypeStruct(spec.shape, jnp.dtype(dtype)) for name, spec in tensors.specs.items()}
-
-    def cast() -> Iterator[tuple[str, np.ndarray]]:
-        for name, spec in progress(specs, "Converting"):
-            tensor = tensors[name]
-            yield name, tensor.astype(spec.dtype)
-            release(tensor)
-
-    write_file(output, cast(), specs, {"format": "turbojax"})
+    write_file(output, tensors.__getitem__, specs, {"format": "turbojax"})
     tensors.warn(Path(source).name)
     return Summary(component, len(specs), tree_bytes(specs))

@@ -45,11 +45,7 @@ PATTERNS: dict[str, tuple[str, ...]] = {
         r"transformer\.safetensors",
         r"(?!models_|Wan2\.\d_VAE|vae\.|text_encoder\.)[^/]+\.(pth|safetensors)",
     ),
-    "vae": (
-        r"Wan2\.1_VAE\.(pth|safetensors)",
-        r"vae\.safetensors",
-        r"vae/diffusion_pytorch_model\.safetensors",
-    ),
+    "vae": (r"Wan2\.1_VAE\.(pth|safetensors)", r"vae\.safetensors", r"vae/diffusion_pytorch_model\.safetensors"),
     "text_encoder": (
         r"models_t5_umt5-xxl-enc-bf16\.(pth|safetensors)",
         r"text_encoder\.safetensors",
@@ -60,10 +56,7 @@ PATTERNS: dict[str, tuple[str, ...]] = {
         r"models_clip_open-clip-xlm-roberta-large-vit-huge-14\.(pth|safetensors)",
         r"image_encoder/model\.safetensors",
     ),
-    "tokenizer": (
-        r"(google/umt5-xxl/|tokenizer/)?tokenizer\.json",
-        r"(google/umt5-xxl/|tokenizer/)?spiece\.model",
-    ),
+    "tokenizer": (r"(google/umt5-xxl/|tokenizer/)?tokenizer\.json", r"(google/umt5-xxl/|tokenizer/)?spiece\.model"),
 }
 
 

@@ -4,7 +4,7 @@ This is what `scripts/convert.py` writes, and what files with generated values a
 """
 
 import functools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 from flax import nnx
@@ -60,16 +60,30 @@ def wan_block_layout(block: str, config: WanConfig) -> Layout:
     c = config
     quantizable = functools.partial(int8_linear, scheme=c.quant.scheme) if c.quant else linear
     layout: Layout = {f"{block}.modulation": (1, 6, c.dim)}
-    for attention in ("self_attn", "cross_attn"):
-        image = attention == "cross_attn" and c.clip_dim is not None
-        for name in ("q", "k", "v", "o", *(("k_img", "v_img") if image else ())):
-            layout |= quantizable(f"{block}.{attention}.{name}", c.dim, c.dim)
-        for name in ("norm_q", "norm_k", *(("norm_k_img",) if image else ())):
-            layout |= {f"{block}.{attention}.{name}.weight": (c.dim,)}
+    names, norms = ("self_attn", "cross_attn"), ("norm_q", "norm_k", "norm_k_img")
+    layout |= attention_layout(block, names, ("q", "k", "v", "o", "k_img", "v_img"), norms, c, quantizable)
     if c.attention_type != "original":
         layout |= linear(f"{block}.self_attn.attn_op.local_attn.proj_l", c.head_dim, c.head_dim)
     layout |= affine(f"{block}.norm3", c.dim)
     return layout | quantizable(f"{block}.ffn.0", c.dim, c.ffn_dim) | quantizable(f"{block}.ffn.2", c.ffn_dim, c.dim)
+
+
+def attention_layout(
+    block: str,
+    names: tuple[str, str],
+    linears: Sequence[str],
+    norms: Sequence[str],
+    config: WanConfig,
+    linear: Callable[..., Layout],
+) -> Layout:
+    """Self- and cross-attention of a block; of its layers, only cross-attention has those past q, k, v and o."""
+    layout: Layout = {}
+    for name in names:
+        image = name == names[1] and config.clip_dim is not None
+        for own in linears if image else linears[:4]:
+            layout |= linear(f"{block}.{name}.{own}", config.dim, config.dim)
+        layout |= {f"{block}.{name}.{norm}.weight": (config.dim,) for norm in (norms if image else norms[:2])}
+    return layout
 
 
 def official_layout(config: WanConfig) -> Layout:
@@ -96,13 +110,9 @@ def diffusers_layout(config: WanConfig) -> Layout:
 
 def diffusers_block_layout(block: str, config: WanConfig) -> Layout:
     c = config
+    linears = ("to_q", "to_k", "to_v", "to_out.0", "add_k_proj", "add_v_proj")
     layout: Layout = {f"{block}.scale_shift_table": (1, 6, c.dim)}
-    for attention in ("attn1", "attn2"):
-        image = attention == "attn2" and c.clip_dim is not None
-        for name in ("to_q", "to_k", "to_v", "to_out.0", *(("add_k_proj", "add_v_proj") if image else ())):
-            layout |= linear(f"{block}.{attention}.{name}", c.dim, c.dim)
-        for name in ("norm_q", "norm_k", *(("norm_added_k",) if image else ())):
-            layout |= {f"{block}.{attention}.{name}.weight": (c.dim,)}
+    layout |= attention_layout(block, ("attn1", "attn2"), linears, ("norm_q", "norm_k", "norm_added_k"), c, linear)
     layout |= affine(f"{block}.norm2", c.dim)
     return layout | linear(f"{block}.ffn.net.0.proj", c.dim, c.ffn_dim) | linear(f"{block}.ffn.net.2", c.ffn_dim, c.dim)
 

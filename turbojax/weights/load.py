@@ -81,18 +81,12 @@ def detect_config(
 ) -> WanConfig:
     """Detects the configuration by names and shapes of tensors that `rules` rename."""
     quantized = any(name.endswith((".int8_weight", ".scale")) for name in tensors)
-    shapes = renamed_shapes(tensors, rules)
-    return detect_wan_config(shapes, quantized=quantized, num_heads=num_heads, what=what)
-
-
-def renamed_shapes(tensors: Mapping[str, np.ndarray], rules: Iterable[Rule]) -> dict[TensorKey, tuple[int, ...]]:
     rules = tuple(rules)
-    shapes = {}
+    shapes: dict[TensorKey, tuple[int, ...]] = {}
     for name, tensor in tensors.items():
         if tensor.size and (hit := rename(name, rules)) and hit[1].target:
-            key, rule = hit
-            shapes[key] = relaid(rule, tensor).shape
-    return shapes
+            shapes[hit[0]] = relaid(hit[1], tensor).shape
+    return detect_wan_config(shapes, quantized=quantized, num_heads=num_heads, what=what)
 
 
 def load_wan(

@@ -40,13 +40,7 @@ class NetworkOptions:
             if self.quant_linear is False:
                 reason = "with quant_linear=False; leave out one of them"
             raise UserError(f"quant_scheme={self.quant_scheme!r} has no effect {reason}")
-        changes = {
-            "attention_type": self.attention_type,
-            "sla_topk": self.sla_topk,
-            "sage_values": self.sage_values,
-            "dtype": self.dtype,
-        }
+        changes = {name: getattr(self, name) for name in ("attention_type", "sla_topk", "sage_values", "dtype")}
+        changes = {name: value for name, value in changes.items() if value is not None}
         quant = (scheme or config.quant or int8.QuantConfig()) if int8_layers else None
-        return dataclasses.replace(
-            config, quant=quant, **{name: value for name, value in changes.items() if value is not None}
-        )
+        return dataclasses.replace(config, quant=quant, **changes)

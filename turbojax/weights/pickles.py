@@ -125,20 +125,14 @@ def decode(where: Path, program: bytes) -> Any:
                 stack.append(tuple(pop_mark()))
             case "EMPTY_LIST":
                 stack.append([])
-            case "APPEND":
-                _extend(stack, pop(1))
-            case "APPENDS":
-                _extend(stack, pop_mark())
+            case "APPEND" | "APPENDS" as name:
+                _extend(stack, pop(1) if name == "APPEND" else pop_mark())
             case "EMPTY_DICT":
                 stack.append({})
-            case "SETITEM":
-                _update(stack, pop(2))
-            case "SETITEMS":
-                _update(stack, pop_mark())
-            case "GLOBAL":
-                stack.append(_global(where, *arg.split(" ", 1)))
-            case "STACK_GLOBAL":
-                stack.append(_global(where, *pop(2)))
+            case "SETITEM" | "SETITEMS" as name:
+                _update(stack, pop(2) if name == "SETITEM" else pop_mark())
+            case "GLOBAL" | "STACK_GLOBAL" as name:
+                stack.append(_global(where, *(arg.split(" ", 1) if name == "GLOBAL" else pop(2))))
             case "BINPERSID":
                 stack.append(_storage(where, *pop(1)))
             case "REDUCE":
@@ -209,10 +203,7 @@ def _call(where: Path, function: Any, args: Any) -> Any:
             return tensor
         case Global("torch._utils._rebuild_tensor_v2"), (Storage() as storage, offset, shape, strides, *_):
             return Tensor(storage, storage.dtype, offset, _axes(where, shape), _axes(where, strides))
-        case (
-            Global("torch._utils._rebuild_tensor_v3"),
-            (Storage() as storage, offset, shape, strides, _, _, dtype, *_),
-        ):
+        case Global("torch._utils._rebuild_tensor_v3"), (Storage() as storage, offset, shape, strides, _, _, dtype, *_):
             return Tensor(storage, _dtype(where, dtype), offset, _axes(where, shape), _axes(where, strides))
     called = function.name if isinstance(function, Global) else type(function).__name__
     raise _refusal(where, f"to call {called!r} with unexpected arguments")
@@ -220,10 +211,7 @@ def _call(where: Path, function: Any, args: Any) -> Any:
 
 def _axes(where: Path, sizes: Any) -> tuple[int, ...]:
     """A shape or strides; a copy of what may be shared, so its length is bounded."""
-    if (
-        not isinstance(sizes, tuple | list)
-        or len(sizes) > MAX_AXES
-        or not all(type(n) is int and n >= 0 for n in sizes)
-    ):
+    listed = isinstance(sizes, tuple | list) and len(sizes) <= MAX_AXES
+    if not listed or not all(type(n) is int and n >= 0 for n in sizes):
         raise CheckpointError(f"{where} is damaged: {quoted(sizes)} is no shape and no strides; download it again")
     return tuple(sizes)

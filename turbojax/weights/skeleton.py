@@ -50,20 +50,16 @@ class Skeleton(NamedTuple):
         for name, spec in self.specs.items():
             if is_stacked(name) and is_streamed(layer_of(spec)):
                 specs[name] = [layer_of(spec)] * spec.shape[0]
-        return self.fill_streamed(specs)
+        return self.fill(specs, streamed=True)
 
     def fill(self, arrays: Mapping[str, Any], *, streamed: bool = False) -> Any:
         """The module with these arrays as its parameters.
 
         streamed: its streamed form; what is streamed comes as a list, an array a layer.
         """
-        if streamed:
-            return self.fill_streamed(arrays)
-        flat = [(path, variable.replace(arrays[dotted(path)])) for path, variable in self.variables.items()]
-        return nnx.merge(self.graph, nnx.from_flat_state(flat))
-
-    def fill_streamed(self, arrays: Mapping[str, Any]) -> Streamed:
-        """`fill` for a streamed module."""
+        if not streamed:
+            flat = [(path, variable.replace(arrays[dotted(path)])) for path, variable in self.variables.items()]
+            return nnx.merge(self.graph, nnx.from_flat_state(flat))
         outer: list[tuple] = []
         resident: list[tuple] = []
         count = next(spec.shape[0] for name, spec in self.specs.items() if is_stacked(name))

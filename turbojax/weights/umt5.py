@@ -31,10 +31,7 @@ UMT5_TRANSFORMERS: tuple[Rule, ...] = (
     Rule(_TRANSFORMERS_TABLE, None),
     Rule(_TRANSFORMERS_BLOCK + r"0\.layer_norm\.weight", "blocks.norm1.weight"),
     Rule(_TRANSFORMERS_BLOCK + r"0\.SelfAttention\.([qkvo])\.weight", r"blocks.attn.\2.weight"),
-    Rule(
-        _TRANSFORMERS_BLOCK + r"0\.SelfAttention\.relative_attention_bias\.weight",
-        "blocks.attn.position_bias",
-    ),
+    Rule(_TRANSFORMERS_BLOCK + r"0\.SelfAttention\.relative_attention_bias\.weight", "blocks.attn.position_bias"),
     Rule(_TRANSFORMERS_BLOCK + r"1\.layer_norm\.weight", "blocks.norm2.weight"),
     Rule(_TRANSFORMERS_BLOCK + r"1\.DenseReluDense\.wi_0\.weight", "blocks.ffn.gate.weight"),
     Rule(_TRANSFORMERS_BLOCK + r"1\.DenseReluDense\.wi_1\.weight", "blocks.ffn.fc1.weight"),

@@ -71,6 +71,17 @@ VAE_OFFICIAL: tuple[Rule, ...] = (
 # Diffusers keeps the encoder's flat list of blocks, but sorts the decoder's into stages of three residual
 # blocks and an upsampler (none in the last stage). This is the released depth; no other is published.
 _UP_STAGES, _UP_BLOCKS = 4, 3
+
+
+def up_block(index: int) -> tuple[Rule, ...]:
+    """Rules of one of the decoder's blocks by its place in the official list."""
+    stage, block = divmod(index, _UP_BLOCKS + 1)
+    pattern, target = rf"decoder\.up_blocks\.{stage}", f"decoder.upsamples.{index}"
+    if block == _UP_BLOCKS:
+        return resampling(rf"{pattern}\.upsamplers\.0", target)
+    return residual(rf"{pattern}\.resnets\.{block}", target, _DIFFUSERS_RESIDUAL)
+
+
 MAX_BLOCKS = 64  # of an encoder; the released one has 11, and each takes time before the rest can be checked
 
 VAE_DIFFUSERS: tuple[Rule, ...] = (
@@ -84,24 +95,7 @@ VAE_DIFFUSERS: tuple[Rule, ...] = (
     *residual(r"(encoder|decoder)\.mid_block\.resnets\.1", r"\1.middle.2", _DIFFUSERS_RESIDUAL),
     *residual(r"encoder\.down_blocks\.(\d+)", r"encoder.downsamples.\1", _DIFFUSERS_RESIDUAL),
     *resampling(r"encoder\.down_blocks\.(\d+)", r"encoder.downsamples.\1"),
-    *(
-        rule
-        for stage in range(_UP_STAGES)
-        for block in range(_UP_BLOCKS)
-        for rule in residual(
-            rf"decoder\.up_blocks\.{stage}\.resnets\.{block}",
-            f"decoder.upsamples.{(_UP_BLOCKS + 1) * stage + block}",
-            _DIFFUSERS_RESIDUAL,
-        )
-    ),
-    *(
-        rule
-        for stage in range(_UP_STAGES - 1)
-        for rule in resampling(
-            rf"decoder\.up_blocks\.{stage}\.upsamplers\.0",
-            f"decoder.upsamples.{(_UP_BLOCKS + 1) * stage + _UP_BLOCKS}",
-        )
-    ),
+    *(rule for index in range(_UP_STAGES * (_UP_BLOCKS + 1) - 1) for rule in up_block(index)),
 )
 
 

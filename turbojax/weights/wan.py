@@ -33,19 +33,31 @@ BOOKKEEPING = Rule(r"(?:.*\.)?_extra_state|accum_\w+", None)  # left by training
 _BLOCK = r"blocks\.(?P<layer>\d+)\."
 _PART = r"(?P<part>weight|bias|scale)"
 
+# Linear layers and norms outside the blocks: our names, the official ones and diffusers'.
+_OUTER = (
+    ("text_embedding.fc1", "text_embedding.0", "condition_embedder.text_embedder.linear_1"),
+    ("text_embedding.fc2", "text_embedding.2", "condition_embedder.text_embedder.linear_2"),
+    ("time_embedding.fc1", "time_embedding.0", "condition_embedder.time_embedder.linear_1"),
+    ("time_embedding.fc2", "time_embedding.2", "condition_embedder.time_embedder.linear_2"),
+    ("time_projection", "time_projection.1", "condition_embedder.time_proj"),
+    ("image_embedding.norm_in", "img_emb.proj.0", "condition_embedder.image_embedder.norm1"),
+    ("image_embedding.mlp.fc1", "img_emb.proj.1", "condition_embedder.image_embedder.ff.net.0.proj"),
+    ("image_embedding.mlp.fc2", "img_emb.proj.3", "condition_embedder.image_embedder.ff.net.2"),
+    ("image_embedding.norm_out", "img_emb.proj.4", "condition_embedder.image_embedder.norm2"),
+    ("head.proj", "head.head", "proj_out"),
+)
+
+
+def outer_rules(column: int) -> tuple[Rule, ...]:
+    rules = (Rule(re.escape(row[column]) + r"\.(weight|bias)", rf"{row[0]}.\1") for row in _OUTER)
+    return Rule(r"patch_embedding\.(weight|bias)", r"patch_embedding.\1", patch_linear), *rules
+
+
 OFFICIAL: tuple[Rule, ...] = (
     BOOKKEEPING,
-    Rule(r"patch_embedding\.(weight|bias)", r"patch_embedding.\1", patch_linear),
-    Rule(r"(text|time)_embedding\.0\.(weight|bias)", r"\1_embedding.fc1.\2"),
-    Rule(r"(text|time)_embedding\.2\.(weight|bias)", r"\1_embedding.fc2.\2"),
-    Rule(r"time_projection\.1\.(weight|bias)", r"time_projection.\1"),
-    Rule(r"img_emb\.proj\.0\.(weight|bias)", r"image_embedding.norm_in.\1"),
-    Rule(r"img_emb\.proj\.1\.(weight|bias)", r"image_embedding.mlp.fc1.\1"),
-    Rule(r"img_emb\.proj\.3\.(weight|bias)", r"image_embedding.mlp.fc2.\1"),
-    Rule(r"img_emb\.proj\.4\.(weight|bias)", r"image_embedding.norm_out.\1"),
+    *outer_rules(1),
     Rule(r"img_emb\.emb_pos", "image_embedding.positions", without_batch),
     Rule(r"head\.modulation", "head.modulation", without_batch),
-    Rule(r"head\.head\.(weight|bias)", r"head.proj.\1"),
     Rule(_BLOCK + "modulation", "blocks.modulation", without_batch),
     Rule(_BLOCK + r"norm3\.(weight|bias)", r"blocks.norm3.\2"),
     Rule(_BLOCK + r"(self_attn|cross_attn)\.(norm_\w+)\.weight", r"blocks.\2.\3.weight"),
@@ -56,33 +68,21 @@ OFFICIAL: tuple[Rule, ...] = (
 )
 
 _DIFFUSERS_ATTENTION = {"attn1": "self_attn", "attn2": "cross_attn"}
-_DIFFUSERS_LINEAR = {
-    "to_q": "q",
-    "to_k": "k",
-    "to_v": "v",
-    r"to_out\.0": "o",
-    "add_k_proj": "k_img",
-    "add_v_proj": "v_img",
+_DIFFUSERS_LAYER = {
+    **{"to_q": "q", "to_k": "k", "to_v": "v", r"to_out\.0": "o", "add_k_proj": "k_img", "add_v_proj": "v_img"},
+    **{"norm_q": "norm_q", "norm_k": "norm_k", "norm_added_k": "norm_k_img"},
 }
-_DIFFUSERS_NORM = {"norm_q": "norm_q", "norm_k": "norm_k", "norm_added_k": "norm_k_img"}
 
 DIFFUSERS: tuple[Rule, ...] = (
-    Rule(r"patch_embedding\.(weight|bias)", r"patch_embedding.\1", patch_linear),
-    Rule(r"condition_embedder\.(text|time)_embedder\.linear_(1|2)\.(weight|bias)", r"\1_embedding.fc\2.\3"),
-    Rule(r"condition_embedder\.time_proj\.(weight|bias)", r"time_projection.\1"),
-    Rule(r"condition_embedder\.image_embedder\.norm1\.(weight|bias)", r"image_embedding.norm_in.\1"),
-    Rule(r"condition_embedder\.image_embedder\.ff\.net\.0\.proj\.(weight|bias)", r"image_embedding.mlp.fc1.\1"),
-    Rule(r"condition_embedder\.image_embedder\.ff\.net\.2\.(weight|bias)", r"image_embedding.mlp.fc2.\1"),
-    Rule(r"condition_embedder\.image_embedder\.norm2\.(weight|bias)", r"image_embedding.norm_out.\1"),
+    *outer_rules(2),
     Rule(r"condition_embedder\.image_embedder\.pos_embed", "image_embedding.positions", without_batch),
     Rule("scale_shift_table", "head.modulation", without_batch),
-    Rule(r"proj_out\.(weight|bias)", r"head.proj.\1"),
     Rule(_BLOCK + "scale_shift_table", "blocks.modulation", without_batch),
     Rule(_BLOCK + r"norm2\.(weight|bias)", r"blocks.norm3.\2"),
     *(
         Rule(_BLOCK + rf"{theirs}\.{layer}\.{_PART}", rf"blocks.{ours}.{name}.\g<part>")
         for theirs, ours in _DIFFUSERS_ATTENTION.items()
-        for layer, name in (_DIFFUSERS_LINEAR | _DIFFUSERS_NORM).items()
+        for layer, name in _DIFFUSERS_LAYER.items()
     ),
     Rule(_BLOCK + r"attn1\.(?:.*\.)?proj_l\." + _PART, r"blocks.self_attn.proj_l.\g<part>"),
     Rule(_BLOCK + r"ffn\.net\.0\.proj\." + _PART, r"blocks.ffn.fc1.\g<part>"),
