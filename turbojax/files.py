@@ -8,6 +8,7 @@ folder next can tell the parts of dead processes, and removes them, from those o
 import contextlib
 import errno
 import fcntl
+import json
 import os
 import re
 import shutil
@@ -15,6 +16,7 @@ import stat
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from turbojax.errors import UserError
 
@@ -100,6 +102,12 @@ def whole_file(path: Path, *, durable: bool = False) -> Iterator[Path]:
         if durable:
             os.fsync(lock)
         os.replace(part, path)
+
+
+def write_json(path: Path, content: Any, *, indent: int | None = 1) -> None:
+    """Writes content as JSON, whole or not at all."""
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=indent) + "\n")
 
 
 @contextlib.contextmanager

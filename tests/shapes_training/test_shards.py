@@ -30,7 +30,7 @@ def test_written_stopped_and_gone_on_with(tmp_path):
     encoder = tmp_path / "text"
     write_text_encoder(encoder, words, Reader(text_config(words, dim=32, num_layers=1), rngs=nnx.Rngs(0)))
     text = TextEncoder.from_files(encoder / ENCODER, encoder / "google" / "umt5-xxl", dtype=jnp.float32, cache=False)
-    index = make_index(vae, text, fps=16, vae_identity="a", text_identity="b", shard_size=2, **SIZE)
+    index = make_index(vae, text, ("a", "b"), fps=16, shard_size=2, **SIZE)
     settings = dict(seed=3, workers=0)
     stop = threading.Event()
     stop.set()

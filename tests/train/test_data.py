@@ -140,7 +140,7 @@ def test_resuming_is_exact(shards, done):
 
 def test_processes_share_each_batch(shards):
     whole = batches(shards, batch_size=4, seed=5)
-    parts = [batches(shards, batch_size=4, seed=5, process_index=i, process_count=2) for i in range(2)]
+    parts = [batches(shards, batch_size=4, seed=5, share=(i, 2)) for i in range(2)]
     for _ in range(8):
         shares = [numbers(next(part)) for part in parts]
         assert [len(share) for share in shares] == [2, 2]
@@ -150,8 +150,8 @@ def test_processes_share_each_batch(shards):
 def test_settings_that_cannot_be(shards):
     for options, message in (
         ({"batch_size": 0}, "batch_size=0 must be a multiple of the 1 processes"),
-        ({"batch_size": 3, "process_index": 0, "process_count": 2}, "batch_size=3 must be a multiple of the 2"),
-        ({"process_index": 2, "process_count": 2}, "process 2 is not one of 2"),
+        ({"batch_size": 3, "share": (0, 2)}, "batch_size=3 must be a multiple of the 2"),
+        ({"share": (2, 2)}, "process 2 is not one of 2"),
         ({"seed": -1}, r"seed=-1 must be in 0\.\.4294967295"),
     ):
         with pytest.raises(UserError, match=message):

@@ -35,14 +35,7 @@ def videos(tmp_path_factory):
 
 
 def index_of(pipe, **changes):
-    settings = {
-        **SIZE,
-        "fps": 16,
-        "vae_identity": "v",
-        "text_identity": "t",
-        "negative_prompt": "rain",
-        "shard_size": 2,
-    }
+    settings = {**SIZE, "identities": ("v", "t"), "fps": 16, "negative_prompt": "rain", "shard_size": 2}
     return make_index(pipe.vae, pipe.text, **(settings | changes))
 
 
@@ -123,7 +116,7 @@ def test_other_clips_make_a_shard_again(videos, demo_pipe, tmp_path):
 def test_data_of_other_settings_is_not_mixed(made, videos, demo_pipe):
     output, _ = made
     before = {path.name: path.read_bytes() for path in output.iterdir()}
-    for change in ({"height": 32}, {"fps": 8}, {"vae_identity": "another"}, {"shard_size": 3}):
+    for change in ({"height": 32}, {"fps": 8}, {"identities": ("another", "t")}, {"shard_size": 3}):
         with pytest.raises(UserError, match=r"holds data made with \w+=.*; choose another folder"):
             make_shards(find_clips(videos), output, demo_pipe.vae, demo_pipe.text, index_of(demo_pipe, **change))
     assert {path.name: path.read_bytes() for path in output.iterdir()} == before

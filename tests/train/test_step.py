@@ -35,11 +35,11 @@ TEXTS = RNG.standard_normal((5, 4, 32), np.float32)  # the last one is the negat
 PATTERNS = RNG.standard_normal((4, 1, 2, 2, 4), np.float32).repeat(2, 1).repeat(4, 2).repeat(4, 3)
 
 
-def batch(number: int) -> dict[str, np.ndarray]:
+def batch(number: int) -> dict[str, jax.Array]:
     rng = np.random.default_rng(number)
     which = rng.integers(len(PATTERNS), size=BATCH)
     strength = rng.uniform(0.5, 1.5, (BATCH, 1, 1, 1, 1)).astype(np.float32)
-    return {"latents": strength * PATTERNS[which], "text": TEXTS[which]}
+    return {"latents": jnp.asarray(strength * PATTERNS[which]), "text": jnp.asarray(TEXTS[which])}
 
 
 def optimizer(rate: float, b1: float = 0.9):
@@ -67,7 +67,7 @@ def trained(step, optimizers, params, teacher):
 
 def loss_of(recipe, params, teacher) -> float:
     """The loss on samples and noise that no training saw."""
-    data = jax.tree.map(jnp.asarray, batch(10**6)) | {"key": sample_keys(1, jnp.int32(0), BATCH)}
+    data = batch(10**6) | {"key": sample_keys(1, jnp.int32(0), BATCH)}
     run = jax.jit(lambda params: recipe.loss(params, data, StepSchedule()))
     return float(run(NetworkParams(params, {}, teacher, jnp.asarray(TEXTS[-1])))[0])
 

@@ -2,7 +2,6 @@
 
 import datetime
 import importlib.metadata
-import json
 import platform
 import statistics
 import sys
@@ -13,7 +12,7 @@ from typing import Any, TypeVar
 
 import jax
 
-from turbojax.files import whole_file
+from turbojax.files import write_json
 from turbojax.memory.planner import device_limit, memory_stats
 
 T = TypeVar("T")
@@ -89,5 +88,4 @@ def seconds_per_call(function: Callable, arguments: list[tuple], *, calls: int =
 
 def save(result: dict[str, Any], path: Path) -> None:
     """Writes a result as JSON, with its environment."""
-    with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(environment() | result, indent=1) + "\n")
+    write_json(path, environment() | result)

@@ -16,7 +16,7 @@ from absl import logging
 from tqdm import tqdm
 
 from turbojax.errors import UserError
-from turbojax.models.umt5 import encode_text
+from turbojax.files import sole_user
 from turbojax.models.vae import WanVAE, encode
 from turbojax.pipeline.text import TextEncoder
 from turbojax.shapes.examples import Sketch, sketches
@@ -25,7 +25,7 @@ from turbojax.shapes.scene import BACKGROUNDS
 from turbojax.shapes.text import LENGTH
 from turbojax.train.autoencoder import as_pixels
 from turbojax.train.data import DTYPES, Index, Sample, write_index, write_negative, write_shard
-from turbojax.train.make_shards import finished, own_folder
+from turbojax.train.make_shards import check_folder, embed, finished
 
 FRAMES = 1024  # that are encoded at once
 
@@ -48,8 +48,9 @@ def write_shapes_shards(
     """
     if count < 1 or count % index.shard_size:
         raise UserError(f"{count=} must be a multiple of {index.shard_size}, the samples of a shard")
-    with own_folder(folder, index):
-        write_negative(folder, next(embed(text, [index.negative_prompt], index)))
+    with sole_user(folder):
+        check_folder(folder, index)
+        write_negative(folder, embed(text, [index.negative_prompt], index, length=LENGTH)[0])
         names = {f"shard-{i:05}.safetensors": i for i in range(count // index.shard_size)}
         plans = {name: plan(index, seed, i) for name, i in names.items()}
         there = [name for name in names if finished(folder / name, index, plans[name])]
@@ -88,15 +89,7 @@ def encoded(own: list[Sketch], shard: int, vae: WanVAE, text: TextEncoder, index
         behind = jnp.array([BACKGROUNDS.index(one.scene.background) for one in part])
         videos = draw_many(stack([one.things for one in part]), behind, height=index.height, width=index.width)
         latents.append(encode(vae, as_pixels(videos), chunk=videos.shape[1]))
-    rows = embed(text, captions, index)
+    rows = embed(text, captions, index, length=LENGTH)
     for i, (z, row) in enumerate(zip(np.concatenate(jax.device_get(latents)), rows, strict=True)):
         number = shard * index.shard_size + i
         yield Sample(z.astype(DTYPES[index.dtype]), row, f"shapes {number}", captions[i])
-
-
-def embed(text: TextEncoder, prompts: list[str], index: Index) -> Iterator[np.ndarray]:
-    """Yields the prompts' rows [R, D], without the zero rows past their ends."""
-    ids, mask = text.tokenizer(prompts, LENGTH)
-    embeddings = encode_text(text.encoder, text.table, ids, mask, length=LENGTH)
-    for embedding, length in zip(np.asarray(embeddings.astype(jnp.float32)), mask.sum(axis=1), strict=True):
-        yield embedding[:length].astype(DTYPES[index.dtype])

@@ -8,16 +8,15 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax.numpy as jnp
 from absl import logging
 from ml_collections import ConfigDict
 
 from turbojax.errors import UserError
-from turbojax.files import make_folder, whole_file
+from turbojax.files import make_folder, whole_file, write_json
 from turbojax.json_reader import Array, Map, Number, Object, read_json
 from turbojax.shapes import MODEL, SHIPPED_SIGMA_MAX, SHIPPED_TOPK
 from turbojax.shapes.networks import TEXT_ENCODERS
@@ -179,11 +178,6 @@ def thinned(path: Path) -> list[dict[str, float]]:
     lines = read_curves(path)
     lines = lines[:: max(1, len(lines) // POINTS)]
     return [{name: float(f"{value:.4g}") for name, value in line.items()} for line in lines]
-
-
-def write_json(path: Path, content: Mapping[str, Any], *, indent: int | None = 1) -> None:
-    with whole_file(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=indent) + "\n")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -37,7 +37,7 @@ import numpy as np
 from absl import logging
 
 from turbojax.errors import CheckpointError, UserError
-from turbojax.files import user_path, whole_file
+from turbojax.files import user_path, write_json
 from turbojax.json_reader import Array, Enum, FileName, Integer, Object, String, parse_json, read_json
 from turbojax.kernels.sizes import cdiv
 from turbojax.models.umt5 import TEXT_LEN
@@ -57,15 +57,10 @@ SCHEMA = Object(
         "format": Enum(FORMAT),
         "version": Enum(VERSION),
         "latents": Array(Integer(1, 2**16), 4, 4),
-        "text_dim": Integer(1, 2**16),
+        **dict.fromkeys(("text_dim", "num_frames", "height", "width"), Integer(1, 2**16)),
         "dtype": Enum(*DTYPES),
-        "num_frames": Integer(1, 2**16),
-        "height": Integer(1, 2**16),
-        "width": Integer(1, 2**16),
         "fps": Integer(1, 2**31),
-        "vae": String(),
-        "text_encoder": String(),
-        "negative_prompt": String(),
+        **dict.fromkeys(("vae", "text_encoder", "negative_prompt"), String()),
         "shard_size": Integer(1, MOST_SAMPLES),
         "shards": Array(Object({"file": FileName(), "samples": Integer(1, MOST_SAMPLES)})),
     }
@@ -98,8 +93,8 @@ class Index:
     fps: int
     vae: str
     text_encoder: str
-    negative_prompt: str
-    shard_size: int
+    negative_prompt: str = ""
+    shard_size: int = 64
 
 
 class Sample(NamedTuple):
@@ -235,10 +230,8 @@ def open_shard(path: Path, index: Index) -> dict[str, np.ndarray]:
 
 
 def read(path: Path) -> dict[str, np.ndarray]:
-    if not path.exists():
-        raise CheckpointError(f"{path} is missing; {AGAIN}")
     if not path.is_file():
-        raise CheckpointError(f"{path} is not a regular file; {AGAIN}")
+        raise CheckpointError(f"{path} is {'not a regular file' if path.exists() else 'missing'}; {AGAIN}")
     try:
         return read_tensors(path)
     except CheckpointError as error:
@@ -301,8 +294,7 @@ def write_index(folder: Path, index: Index, files: Mapping[str, int]) -> None:
     """Writes the index: what the shards have in common, and the number of samples of each."""
     shards = [{"file": name, "samples": samples} for name, samples in files.items()]
     content = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(index), "shards": shards}
-    with whole_file(folder / INDEX) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n")
+    write_json(folder / INDEX, content)
 
 
 def read_index(folder: Path) -> tuple[Index, dict[str, int]]:
@@ -360,23 +352,21 @@ def batches(
     *,
     batch_size: int,
     seed: int,
-    process_index: int | None = None,
-    process_count: int | None = None,
+    share: tuple[int, int] | None = None,
     num_threads: int = 4,
     prefetch: int = 4,
 ) -> Batches:
     """Reads the samples in batches, shuffled anew for each epoch, without end.
 
-    batch_size: samples of all processes together; each process gets its share, [batch_size / process_count, ...]. The
-      samples of a batch do not depend on the number of processes, and one epoch follows another inside a batch.
-    process_index, process_count: JAX's own if not given.
+    batch_size: samples of all processes together. The samples of a batch do not depend on the number of processes, and
+      one epoch follows another inside a batch.
+    share: (i, n) for the i-th of n equal shares of each batch, [batch_size / n, ...]; that of the process if not given.
     num_threads, prefetch: threads that read, and the batches that they read ahead.
 
     Raises UserError for settings that cannot be, or if grain is not installed.
     """
     grain = import_grain()
-    index = jax.process_index() if process_index is None else process_index
-    count = jax.process_count() if process_count is None else process_count
+    index, count = share or (jax.process_index(), jax.process_count())
     if not 0 <= index < count:
         raise UserError(f"process {index} is not one of {count}")
     if batch_size < 1 or batch_size % count:

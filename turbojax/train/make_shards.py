@@ -4,13 +4,13 @@ Shard k holds what can be read of the k-th `shard_size` clips of the list, so th
 clips at the end of its list, goes on behind the shards that are finished.
 """
 
-import contextlib
 import csv
 import dataclasses
 import hashlib
 import io
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,11 +25,12 @@ from turbojax.files import sole_user, user_path
 from turbojax.json_reader import Object, String, parse_json
 from turbojax.media.video import check_fps, read_video
 from turbojax.models import vae as vae_model
-from turbojax.models.umt5 import encode_text
+from turbojax.models.umt5 import TEXT_LEN, encode_text
 from turbojax.models.vae import WanVAE
 from turbojax.pipeline.request import latent_shape
 from turbojax.pipeline.text import TextEncoder
 from turbojax.text_files import read_text, split_lines
+from turbojax.train.autoencoder import as_pixels
 from turbojax.train.data import (
     DTYPES,
     INDEX,
@@ -46,10 +47,7 @@ from turbojax.train.data import (
 from turbojax.weights.encoders import load_vae
 from turbojax.weights.io import file_metadata, read_tensors
 
-VIDEOS = (
-    *(".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".gif", ".mpg", ".mpeg", ".ts", ".mts", ".m2ts"),
-    *(".wmv", ".flv", ".3gp", ".ogv"),
-)
+VIDEOS = re.compile(r"\.(mp4|m4v|mov|mkv|webm|avi|gif|mpg|mpeg|ts|mts|m2ts|wmv|flv|3gp|ogv)", re.IGNORECASE)
 LISTS = ("captions.jsonl", "captions.csv")
 SEPARATORS = {";": "semicolons", "\t": "tabs", "|": "bars"}  # that spreadsheets write instead of commas
 ROW = Object({"file": String(), "caption": String()}, others="left out")
@@ -144,7 +142,7 @@ def rows_of_jsonl(text: str, path: Path) -> Iterator[tuple[int, dict[str, str]]]
 
 
 def captioned_clips(folder: Path) -> list[Clip]:
-    videos = sorted(path for path in folder.rglob("*") if path.suffix.lower() in VIDEOS)
+    videos = sorted(path for path in folder.rglob("*") if VIDEOS.fullmatch(path.suffix))
     with_text = [path for path in videos if path.with_suffix(".txt").is_file()]
     if len(with_text) < len(videos):
         logging.warning("%d of %d videos have no caption and are left out", len(videos) - len(with_text), len(videos))
@@ -169,41 +167,22 @@ def load_encoders(where: Mapping[str, Path], *, dtype: jnp.dtype, **settings: An
     """
     vae = load_vae(where["vae"], dtype=dtype)
     text = TextEncoder.from_files(where["text_encoder"], where["tokenizer"], dtype=dtype, cache=False)
-    vae_identity, text_identity = (identity(where[name]) for name in ("vae", "text_encoder"))
-    return vae, text, make_index(vae, text, vae_identity=vae_identity, text_identity=text_identity, **settings)
+    identities = identity(where["vae"]), identity(where["text_encoder"])
+    return vae, text, make_index(vae, text, identities, **settings)
 
 
-def make_index(
-    vae: WanVAE,
-    text: TextEncoder,
-    *,
-    num_frames: int,
-    height: int,
-    width: int,
-    fps: int,
-    vae_identity: str,
-    text_identity: str,
-    negative_prompt: str = "",
-    shard_size: int = 64,
-) -> Index:
-    """Makes the index of shards made by these models; raises UserError for sizes that no latents have."""
-    if not 1 <= shard_size <= MOST_SAMPLES:
-        raise UserError(f"{shard_size=} must be from 1 to {MOST_SAMPLES}")
-    check_fps(fps)
-    t, h, w, c = latent_shape(vae.config, num_frames, height, width)
-    return Index(
-        latents=(t, h, w, c),
-        text_dim=text.config.dim,
-        dtype=jnp.dtype(vae.config.dtype).name,
-        num_frames=num_frames,
-        height=height,
-        width=width,
-        fps=fps,
-        vae=vae_identity,
-        text_encoder=text_identity,
-        negative_prompt=negative_prompt,
-        shard_size=shard_size,
-    )
+def make_index(vae: WanVAE, text: TextEncoder, identities: tuple[str, str], **settings: Any) -> Index:
+    """Makes the index of shards made by these models; raises UserError for sizes that no latents have.
+
+    identities: which weights the two have. settings: num_frames, height, width, fps, negative_prompt and shard_size.
+    """
+    latents = latent_shape(vae.config, settings["num_frames"], settings["height"], settings["width"])
+    models: dict[str, Any] = {"text_dim": text.config.dim, "vae": identities[0], "text_encoder": identities[1]}
+    index = Index(latents=latents, dtype=jnp.dtype(vae.config.dtype).name, **models, **settings)
+    if not 1 <= index.shard_size <= MOST_SAMPLES:
+        raise UserError(f"shard_size={index.shard_size} must be from 1 to {MOST_SAMPLES}")
+    check_fps(index.fps)
+    return index
 
 
 def make_shards(
@@ -218,11 +197,12 @@ def make_shards(
     read, or a model gives NaN.
     """
     output = user_path(output)
-    with own_folder(output, index):
+    with sole_user(output):
+        check_folder(output, index)
         tell_cut(clips, text)
         for line in text.cut([index.negative_prompt]):
             logging.warning("negative_prompt: %s", line)
-        write_negative(output, embed(text, index.negative_prompt, index))
+        write_negative(output, embed(text, [index.negative_prompt], index)[0])
         summary, files = encode_shards(clips, output, vae, text, index)
         if not files:
             raise UserError(
@@ -265,16 +245,8 @@ def tell_cut(clips: Sequence[Clip], text: TextEncoder) -> None:
         )
 
 
-@contextlib.contextmanager
-def own_folder(output: Path, index: Index) -> Iterator[None]:
-    """Makes the folder and keeps other processes from writing to it; raises UserError if it is in use, or holds data of
-    other settings."""
-    with sole_user(output):
-        check_folder(output, index)
-        yield
-
-
 def check_folder(output: Path, index: Index) -> None:
+    """Raises UserError if a folder holds data of other settings."""
     try:
         before = read_index(output)[0] if (output / INDEX).exists() else index
     except CheckpointError as error:
@@ -307,11 +279,11 @@ def finished(path: Path, index: Index, plan: str) -> int:
 def encode_clips(clips: Sequence[Clip], vae: WanVAE, text: TextEncoder, index: Index, bar: tqdm) -> Iterator[Sample]:
     """Yields the samples of those clips that can be read; further ones are read while one is encoded."""
 
+    size = {name: getattr(index, name) for name in ("num_frames", "height", "width", "fps")}
+
     def read(clip: Clip) -> np.ndarray | UserError:
         try:
-            return read_video(
-                clip.path, num_frames=index.num_frames, height=index.height, width=index.width, fps=index.fps
-            )
+            return read_video(clip.path, **size)
         except UserError as error:
             return error
 
@@ -327,17 +299,15 @@ def encode_clips(clips: Sequence[Clip], vae: WanVAE, text: TextEncoder, index: I
 
 def encode_clip(clip: Clip, video: np.ndarray, vae: WanVAE, text: TextEncoder, index: Index) -> Sample:
     """Encodes a video, uint8 `[T, H, W, 3]`, and its caption."""
-    latents = vae_model.encode(vae, video[None].astype(np.float32) / 127.5 - 1)[0]
-    sample = Sample(
-        np.asarray(latents).astype(DTYPES[index.dtype]), embed(text, clip.caption, index), clip.source, clip.caption
-    )
+    latents = np.asarray(vae_model.encode(vae, as_pixels(video)[None])[0]).astype(DTYPES[index.dtype])
+    sample = Sample(latents, embed(text, [clip.caption], index)[0], clip.source, clip.caption)
     if not np.isfinite(sample.latents).all() or not np.isfinite(sample.text).all():
         raise UserError(f"the VAE or the text encoder gives NaN for {clip.path}; check the weights, or try float32")
     return sample
 
 
-def embed(text: TextEncoder, prompt: str, index: Index) -> np.ndarray:
-    """Returns a prompt's rows [R, D], without the zero rows past its end."""
-    ids, mask = text.tokenizer([prompt])
-    rows = encode_text(text.encoder, text.table, ids, mask)[0, : int(mask.sum())]
-    return np.asarray(rows).astype(DTYPES[index.dtype])
+def embed(text: TextEncoder, prompts: list[str], index: Index, *, length: int = TEXT_LEN) -> list[np.ndarray]:
+    """Returns each prompt's rows [R, D], without the zero rows past its end; length: tokens that the encoder sees."""
+    ids, mask = text.tokenizer(prompts, length)
+    embeddings = np.asarray(encode_text(text.encoder, text.table, ids, mask, length=length)).astype(DTYPES[index.dtype])
+    return [rows[:count] for rows, count in zip(embeddings, mask.sum(axis=1), strict=True)]

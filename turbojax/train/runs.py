@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import functools
-import json
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -17,7 +16,7 @@ from ml_collections import ConfigDict
 
 from turbojax import sharding
 from turbojax.errors import UserError
-from turbojax.files import whole_file
+from turbojax.files import write_json
 from turbojax.models.vae import WanVAE
 from turbojax.models.wan import WanConfig
 from turbojax.train.autoencoder import latent_statistics, normalized, quality, write_autoencoder
@@ -67,9 +66,8 @@ def open_transformer_run(config: ConfigDict, registry: Registry, workdir: Path, 
     networks = Networks.of(student.config, (teacher or student).config)
 
     def data() -> AbstractContextManager[Data]:
-        share, shares = sharding.batch_share()
-        settings: dict[str, int] = dict(batch_size=config.batch_size, seed=config.seed)
-        return contextlib.nullcontext(batches(shards, process_index=share, process_count=shares, **settings))
+        share = sharding.batch_share()
+        return contextlib.nullcontext(batches(shards, batch_size=config.batch_size, seed=config.seed, share=share))
 
     frozen = {}
     if teacher:
@@ -154,7 +152,6 @@ def export_autoencoder(
     path = workdir / VAE
     if jax.process_index() == 0:
         write_autoencoder(path, skeleton, final)
-        with whole_file(workdir / "quality.json") as temporary:
-            temporary.write_text(json.dumps(found._asdict(), indent=1) + "\n")
+        write_json(workdir / "quality.json", found._asdict())
         logging.info("Wrote the average of the weights to %s; reconstructions have %.1f dB", path, found.psnr)
     return path

@@ -14,7 +14,6 @@ float32), --sheets=FOLDER for a picture with frames of the first 20 videos of ea
 prompts and the same noise.
 """
 
-import json
 from typing import Any
 
 import jax
@@ -22,7 +21,7 @@ import jax.numpy as jnp
 from absl import flags
 
 from turbojax.errors import UserError
-from turbojax.files import check_file, check_folder, user_path, whole_file
+from turbojax.files import check_file, check_folder, user_path, write_json
 from turbojax.pipeline.request import check_seed
 from turbojax.shapes import MODEL
 from turbojax.shapes.judge import train_judge
@@ -93,8 +92,7 @@ def main() -> None:
         options["networks"] = NETWORKS | {"teacher": str(teacher)}
     for row, videos in evaluate(names, tasks, folder, judge, **options):
         content["rows"].append(row)
-        with whole_file(output) as temporary:  # after each, so that a stop loses little
-            temporary.write_text(json.dumps(content, indent=1) + "\n")
+        write_json(output, content)  # after each, so that a stop loses little
         if sheets:
             file = "".join(c if c.isalnum() or c == "." else "_" for c in row["variant"])
             contact_sheet(videos[:SHOWN], sheets / f"{file}.png")
