@@ -33,7 +33,7 @@ def test_emulated_residual(monkeypatch, scheme, samples, gated):
     expected = int8.matmul(x_q, *weight, bias, quant, add_to=add_to, implementation="reference")
     tiles = mosaic_matmul.Tiles(rows=64, columns=128, stages=2)
     arrays = x_q.q.reshape(m, k), x_q.scale, *weight, bias
-    (got,) = mosaic_matmul.matmul(*arrays, scheme=scheme, add_to=add_to, tiles=tiles, num_sms=1)
+    (got,) = mosaic_matmul.matmul(*arrays, quant, add_to=add_to, tiles=tiles, num_sms=1)
     got, expected = (np.asarray(a, np.float32).reshape(m, n) for a in (got, expected))
     np.testing.assert_allclose(got, expected, rtol=2**-7, atol=2**-7)
 
@@ -47,7 +47,7 @@ def test_lowers_for_a_gpu(form):
     def call(*arrays, x, gate):
         add_to = Residual(x, gate) if "residual" in form else None
         options = {"gelu": add_to is None, "requantize": form == "requantize", "add_to": add_to, "num_sms": 132}
-        return mosaic_matmul.matmul(*arrays, scheme="channel" if form == "channel" else "block128", **options)
+        return mosaic_matmul.matmul(*arrays, QUANT_SCHEMES["channel" if form == "channel" else "block128"], **options)
 
     spec = jax.ShapeDtypeStruct
     arrays = spec((m, k), jnp.int8), spec(scales[0], jnp.float32), spec((n, k), jnp.int8), spec(scales[1], jnp.float32)
@@ -59,4 +59,4 @@ def test_lowers_for_a_gpu(form):
 def test_rows_that_it_would_drop_are_refused():
     arrays = jnp.zeros((127, 256), jnp.int8), jnp.ones((1, 2)), jnp.zeros((128, 256), jnp.int8), jnp.ones((1, 2))
     with pytest.raises(UserError, match="rows in eights"):
-        mosaic_matmul.matmul(*arrays, None, scheme="block128", num_sms=132)
+        mosaic_matmul.matmul(*arrays, None, QUANT_SCHEMES["block128"], num_sms=132)

@@ -78,7 +78,7 @@ def sla_parts(inputs: list[jax.Array], topk: float) -> dict[str, Any]:
     bounds = fused.score_bounds(q_norms, k_norm, DIM)
     projected = fused.project_state(state, weight)
     operands = [SparseInputs(q, k, v, table, projected, normalizer, bias.astype(jnp.float32), bounds)]
-    triton = functools.partial(triton_forward.sparse_forward, block_q=128, block_k=64, tiles=settings.tiles)
+    triton = functools.partial(triton_forward.sparse_forward, settings=settings)
     mosaic = functools.partial(mosaic_forward.sparse_forward, block_k=64)
     pairs = table.size * 128 * 64
     parts = {
@@ -100,6 +100,7 @@ def sla_parts(inputs: list[jax.Array], topk: float) -> dict[str, Any]:
 def sage_parts(inputs: list[jax.Array], topk: float) -> dict[str, Any]:
     """Measures each kernel of SageSLA, with the blocks and float8 values of published checkpoints on Hopper."""
     from turbojax.kernels.sage import fused, triton_forward, triton_quantize
+    from turbojax.kernels.sage.triton_forward import SageInputs
     from turbojax.kernels.sla.fused import project_state, table_of_means
     from turbojax.kernels.sla.triton_summary import key_summary, mean_of_means
 
@@ -116,16 +117,15 @@ def sage_parts(inputs: list[jax.Array], topk: float) -> dict[str, Any]:
     block_map = functools.partial(table_of_means, count=settings.count)
     table = jax.jit(block_map)(q_means, k_means, k_mean)
     projected = project_state(state, weight)
-    operands = (q, q_code, q_scale, k_code, k_scale, v_code, v_scale, table, projected, normalizer)
-    sparse = functools.partial(
-        triton_forward.sage_forward, block_q=64, block_k=128, values="float8", tiles=settings.tiles
-    )
+    codes = q_code, q_scale, k_code, k_scale, v_code, v_scale
+    operands = SageInputs(*codes, table, q, projected, normalizer, bias.astype(jnp.float32))
+    sparse = functools.partial(triton_forward.sage_forward, settings=settings)
     return {
         "quantize_q_ms": milliseconds(quantize_q, (q,)),
         "quantize_k_ms": milliseconds(lambda k, mean: quantize_k(k, mean=mean), (k, k_mean)),
         "quantize_v_ms": milliseconds(triton_quantize.quantize_values, (v,)),
         "block_map_ms": milliseconds(block_map, (q_means, k_means, k_mean)),
-        "sparse_ms": milliseconds(sparse, (*operands, bias.astype(jnp.float32))),
+        "sparse_ms": milliseconds(sparse, (operands,)),
         "bytes_of_sparse": 2 * q.nbytes + q.nbytes // 2 + 2 * table.size * 128 * DIM,
     }
 

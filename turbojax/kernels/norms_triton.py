@@ -45,7 +45,6 @@ def rms_norm_rotate(x: jax.Array, weight: jax.Array, cos: jax.Array, sin: jax.Ar
         in_place={0: 0},
         grid=(batch * length,),
         num_warps=warps(width),
-        num_stages=1,
         L=length,
         D=width,
         H=dim,

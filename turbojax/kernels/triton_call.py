@@ -18,7 +18,7 @@ def triton_call(
     out_shape: Sequence[jax.ShapeDtypeStruct],
     grid: tuple[int, ...],
     num_warps: int,
-    num_stages: int,
+    num_stages: int = 1,
     in_place: Mapping[int, int] | None = None,
     **constants: Any,
 ) -> Any:

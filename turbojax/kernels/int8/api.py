@@ -4,6 +4,7 @@
 None chooses; a named one runs or raises.
 """
 
+from collections.abc import Callable
 from typing import Literal
 
 import jax.numpy as jnp
@@ -135,15 +136,20 @@ def matmul(
         else:
             sums = matmul_rows(x_q, x.scale, w_q, w_scale)
         y = epilogue(sums, bias, gelu=gelu, dtype=dtype)
-    elif chosen == "mosaic":
+    else:
+        y, *_ = kernel(chosen)(x_q, x.scale, w_q, w_scale, bias, quant, gelu=gelu, add_to=add_to)
+    return y.reshape(*x.q.shape[:-1], n)
+
+
+def kernel(chosen: Implementation) -> Callable:
+    """Returns the matmul of the chosen kernels, which gives the result and, of an int8 one, its scales."""
+    if chosen == "mosaic":
         from turbojax.kernels.int8 import mosaic_matmul
 
-        (y,) = mosaic_matmul.matmul(x_q, x.scale, w_q, w_scale, bias, scheme=quant.scheme, gelu=gelu, add_to=add_to)
-    else:
-        from turbojax.kernels.int8 import triton_matmul
+        return mosaic_matmul.matmul
+    from turbojax.kernels.int8 import triton_matmul
 
-        y, _ = triton_matmul.matmul(x_q, x.scale, w_q, w_scale, bias, quant, gelu=gelu, add_to=add_to)
-    return y.reshape(*x.q.shape[:-1], n)
+    return triton_matmul.matmul
 
 
 def adds_in_kernel(residual: Residual, quant: QuantConfig) -> bool:
@@ -176,14 +182,7 @@ def matmul_requantize(
     if chosen == "reference" or quant.scheme == "channel" or quant.group == 1 or n % BLOCK:
         y = matmul(x, w_q, w_scale, bias, quant, gelu=gelu, dtype=dtype, implementation=implementation)
         return quantize(y, quant, implementation="reference" if chosen == "reference" else "triton")
-    if chosen == "mosaic":
-        from turbojax.kernels.int8 import mosaic_matmul
-
-        q, scale = mosaic_matmul.matmul(x_q, x.scale, w_q, w_scale, bias, scheme="block128", gelu=gelu, requantize=True)
-    else:
-        from turbojax.kernels.int8 import triton_matmul
-
-        q, scale = triton_matmul.matmul(x_q, x.scale, w_q, w_scale, bias, quant, gelu=gelu, requantize=True)
+    q, scale = kernel(chosen)(x_q, x.scale, w_q, w_scale, bias, quant, gelu=gelu, requantize=True)
     return Quantized(q.reshape(*x.q.shape[:-1], n), scale)
 
 

@@ -18,7 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from turbojax.errors import UserError
 from turbojax.kernels import mosaic
-from turbojax.kernels.int8.reference import BLOCK, HOPPER_STAGES
+from turbojax.kernels.int8.reference import BLOCK, HOPPER_STAGES, QuantConfig
 from turbojax.kernels.norms import Residual
 
 CONSUMERS = 2  # warp groups that compute
@@ -46,8 +46,8 @@ def matmul(
     w_q: jax.Array,
     w_scale: jax.Array,
     bias: jax.Array | None,
+    quant: QuantConfig,
     *,
-    scheme: str,
     gelu: bool = False,
     requantize: bool = False,
     add_to: Residual | None = None,
@@ -63,6 +63,7 @@ def matmul(
     (m, k), n = x_q.shape, w_q.shape[0]
     if m % 8 or n % BLOCK or k % BLOCK:
         raise UserError(f"the Hopper int8 kernel takes rows in eights and features in {BLOCK}s, not {m} x {n} x {k}")
+    scheme = quant.scheme
     if scheme == "block128" and len(x_scale) != pl.cdiv(m, BLOCK):
         raise UserError(f"the Hopper int8 kernel takes one scale per {BLOCK} rows, not {len(x_scale)} for {m} rows")
     num_sms = num_sms or jax.devices()[0].core_count

@@ -76,30 +76,11 @@ def epilogue(y, bias, columns, N: tl.constexpr, HAS_BIAS: tl.constexpr, GELU: tl
 
 
 @triton.jit
-def int8_matmul_kernel(
-    x,
-    x_scale,
-    w,
-    w_scale,
-    bias,
-    residual,
-    gate,
-    y,
-    y_scale,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    SCHEME: tl.constexpr,
-    GROUP: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    GELU: tl.constexpr,
-    BATCH: tl.constexpr,
-    RESIDUAL: tl.constexpr,
-    REQUANTIZE: tl.constexpr,
-    TILE_M: tl.constexpr,
-    TILE_N: tl.constexpr,
-    BAND: tl.constexpr,
-):
+def int8_matmul_kernel(x, x_scale, w, w_scale, bias, residual, gate, y, y_scale,
+                       M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, SCHEME: tl.constexpr, GROUP: tl.constexpr,
+                       HAS_BIAS: tl.constexpr, GELU: tl.constexpr, BATCH: tl.constexpr, RESIDUAL: tl.constexpr,
+                       REQUANTIZE: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
+                       BAND: tl.constexpr):  # fmt: skip
     """y = x w^T: x int8 [M, K], w int8 [N, K], y bfloat16 [M, N], or int8 with a scale per 128 x 128 block.
 
     With RESIDUAL y = residual + gate (x w^T), residual bfloat16 [M, N], gate float32 [BATCH, N].
@@ -152,22 +133,10 @@ def int8_matmul_kernel(
 
 
 @triton.jit
-def dequantizing_matmul_kernel(
-    x,
-    w,
-    w_scale,
-    bias,
-    y,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    K: tl.constexpr,
-    SCHEME: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    GELU: tl.constexpr,
-    TILE_M: tl.constexpr,
-    TILE_N: tl.constexpr,
-    BAND: tl.constexpr,
-):
+def dequantizing_matmul_kernel(x, w, w_scale, bias, y,
+                               M: tl.constexpr, N: tl.constexpr, K: tl.constexpr, SCHEME: tl.constexpr,
+                               HAS_BIAS: tl.constexpr, GELU: tl.constexpr, TILE_M: tl.constexpr, TILE_N: tl.constexpr,
+                               BAND: tl.constexpr):  # fmt: skip
     """y = x w^T with x bfloat16 [M, K] and w int8 [N, K], whose values are exact in bfloat16.
 
     Computed as (w x^T)^T: tensor cores take the converted operand from registers only on the left. The scale of a

@@ -4,6 +4,8 @@ M rows, K in-features, a multiple of 128. A scale covers 128 in-features and `GR
 scheme, a whole row in the channel scheme.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import triton
@@ -109,18 +111,8 @@ def row_statistics_kernel(x, statistics, D: tl.constexpr, EPS: tl.constexpr, WID
 
 
 @triton.jit
-def norm_quantize_kernel(
-    x,
-    statistics,
-    gain,
-    shift,
-    q,
-    q_scale,
-    M: tl.constexpr,
-    L: tl.constexpr,
-    D: tl.constexpr,
-    GROUP: tl.constexpr,
-):
+def norm_quantize_kernel(x, statistics, gain, shift, q, q_scale,
+                         M: tl.constexpr, L: tl.constexpr, D: tl.constexpr, GROUP: tl.constexpr):  # fmt: skip
     """layer_norm(x) gain + shift, rounded to bfloat16 and quantized; x [B, L, D], gain and shift [B, D].
 
     One program a 128 x 128 block.
@@ -143,28 +135,10 @@ def norm_quantize_kernel(
 def quantize(x: jax.Array, quant: QuantConfig) -> tuple[jax.Array, jax.Array]:
     """x bfloat16 `[M, K]` to int8 and its float32 scales."""
     m, k = x.shape
-    if quant.scheme == "channel":
-        return triton_call(
-            quantize_rows_kernel,
-            x,
-            out_shape=(jax.ShapeDtypeStruct((m, k), jnp.int8), jax.ShapeDtypeStruct((m,), jnp.float32)),
-            grid=(m,),
-            num_warps=4,
-            num_stages=1,
-            K=k,
-            CHUNK=1024,
-        )
-    return triton_call(
-        quantize_blocks_kernel,
-        x,
-        out_shape=block_shapes(m, k, quant.group),
-        grid=(k // BLOCK, cdiv(m, BLOCK)),
-        num_warps=16,
-        num_stages=1,
-        M=m,
-        K=k,
-        GROUP=quant.group,
-    )
+    if quant.scheme == "block128":
+        return launch_blocks(quantize_blocks_kernel, x, sizes=(m, k), group=quant.group, num_warps=16, K=k)
+    out_shape = jax.ShapeDtypeStruct((m, k), jnp.int8), jax.ShapeDtypeStruct((m,), jnp.float32)
+    return triton_call(quantize_rows_kernel, x, out_shape=out_shape, grid=(m,), num_warps=4, K=k, CHUNK=1024)
 
 
 def norm_quantize(
@@ -182,25 +156,22 @@ def norm_quantize(
         out_shape=(jax.ShapeDtypeStruct((m, 2), jnp.float32),),
         grid=(m,),
         num_warps=4,
-        num_stages=1,
         D=width,
         EPS=eps,
         WIDTH=next_power_of_2(width),
     )
-    return triton_call(
-        norm_quantize_kernel,
-        x,
-        statistics,
-        *(jnp.broadcast_to(a, (batch, 1, width)) for a in (gain, shift)),
-        out_shape=block_shapes(m, width, quant.group),
-        grid=(width // BLOCK, cdiv(m, BLOCK)),
-        num_warps=8,
-        num_stages=1,
-        M=m,
-        L=length,
-        D=width,
-        GROUP=quant.group,
-    )
+    gain, shift = (jnp.broadcast_to(a, (batch, 1, width)) for a in (gain, shift))
+    arrays, sizes = (x, statistics, gain, shift), (m, width)
+    return launch_blocks(norm_quantize_kernel, *arrays, sizes=sizes, group=quant.group, num_warps=8, L=length, D=width)
+
+
+def launch_blocks(
+    kernel: Any, *arrays: jax.Array, sizes: tuple[int, int], group: int, **constants: Any
+) -> tuple[jax.Array, jax.Array]:
+    """Launches a kernel of the block scheme, one program a 128 x 128 block of an `[M, K]` matrix; sizes: M and K."""
+    m, k = sizes
+    grid = k // BLOCK, cdiv(m, BLOCK)
+    return triton_call(kernel, *arrays, out_shape=block_shapes(m, k, group), grid=grid, M=m, GROUP=group, **constants)
 
 
 def block_shapes(m: int, k: int, group: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:

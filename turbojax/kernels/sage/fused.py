@@ -7,7 +7,6 @@ scores, and the block map from them                      small
 sparse softmax + linear branch + projection + bias       reads q, its codes and the chosen blocks, writes the result
 """
 
-import dataclasses
 import functools
 
 import jax
@@ -18,24 +17,9 @@ from turbojax.errors import UserError
 from turbojax.kernels.dispatch import compute_capability
 from turbojax.kernels.sage import triton_forward, triton_quantize
 from turbojax.kernels.sage.reference import Values, quantize_values
+from turbojax.kernels.sage.triton_forward import SageInputs, Settings
 from turbojax.kernels.sla.fused import project_state, table_of_means
 from turbojax.kernels.sla.triton_summary import key_summary, mean_of_means
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """Constants that the kernels are compiled with.
-
-    count: key blocks a query block attends to. tiles: how the sparse kernel runs. overwrite_q: the result takes q's
-    memory.
-    """
-
-    count: int
-    block_q: int
-    block_k: int
-    values: Values
-    tiles: triton_forward.Tiles
-    overwrite_q: bool = False
 
 
 def settings(count: int, *, block_q: int, block_k: int, values: Values, overwrite_q: bool = False) -> Settings:
@@ -56,25 +40,10 @@ def attention(
     k_code, k_scale, _ = triton_quantize.quantize_rows(k, s.block_k, mean=k_mean)
     q, k_code = lax.optimization_barrier((q, k_code))  # k's memory is free before q's codes take some
     q_code, q_scale, q_means = triton_quantize.quantize_rows(q, s.block_q, means=True)
-    v_code, v_scale = prepare_values(v, s.values)
-    return triton_forward.sage_forward(
-        q,
-        q_code,
-        q_scale,
-        k_code,
-        k_scale,
-        v_code,
-        v_scale,
-        table_of_means(q_means, k_means, k_mean, s.count),
-        project_state(state, proj_weight),
-        normalizer,
-        proj_bias.astype(jnp.float32),
-        block_q=s.block_q,
-        block_k=s.block_k,
-        values=s.values,
-        tiles=s.tiles,
-        overwrite_q=s.overwrite_q,
-    )
+    codes = q_code, q_scale, k_code, k_scale, *prepare_values(v, s.values)
+    table, projected = table_of_means(q_means, k_means, k_mean, s.count), project_state(state, proj_weight)
+    inputs = SageInputs(*codes, table, q, projected, normalizer, proj_bias.astype(jnp.float32))
+    return triton_forward.sage_forward(inputs, settings)
 
 
 def prepare_values(v: jax.Array, values: Values) -> tuple[jax.Array, jax.Array]:

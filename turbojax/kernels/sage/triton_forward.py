@@ -3,12 +3,14 @@
 B batch, L tokens, N heads, H head dim. q, k and v come quantized and padded from `triton_quantize`.
 """
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import triton
 import triton.language as tl
+from jaxtyping import Array, Float, Float32, Int8, Int32
 
 from turbojax.kernels.sage.reference import P_OFFSET, Values
 from turbojax.kernels.sage.triton_quantize import operand_order
@@ -24,6 +26,42 @@ class Tiles(NamedTuple):
 
     warps: int
     stages: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Constants that the kernels are compiled with.
+
+    count: key blocks a query block attends to. tiles: how the sparse kernel runs. overwrite_q: the result takes q's
+    memory.
+    """
+
+    count: int
+    block_q: int
+    block_k: int
+    values: Values
+    tiles: Tiles
+    overwrite_q: bool = False
+
+
+class SageInputs(NamedTuple):
+    """Arrays that the kernel takes: codes, padded to whole blocks, with their scales, and for the linear branch q.
+
+    v for values "float8": e4m3 `[B, N, H, L padded to 128]` in `operand_order`, else bfloat16 `[B, L, N, H]`.
+    projected: (phi(k)^T v) W_l^T, bfloat16. normalizer: sum phi(k).
+    """
+
+    q_code: Int8[Array, "B q_rows N H"]
+    q_scale: Float32[Array, "B N q_blocks"]
+    k_code: Int8[Array, "B k_rows N H"]
+    k_scale: Float32[Array, "B N k_blocks"]
+    v: Float[Array, "..."]
+    v_scale: Float32[Array, "B N H"]
+    table: Int32[Array, "B N q_blocks chosen"]
+    q: Float[Array, "B L N H"]
+    projected: Float[Array, "B N H H"]
+    normalizer: Float32[Array, "B N H"]
+    bias: Float32[Array, "H"]
 
 
 def forward_tiles(capability: tuple[int, int], *, block_q: int, block_k: int, values: Values) -> Tiles:
@@ -90,34 +128,12 @@ def add_linear(acc, q, inside, normalizer, projected, bias, N: tl.constexpr, H: 
 
 
 @triton.jit
-def sage_forward_kernel(
-    q_code,
-    q_scale,
-    k_code,
-    k_scale,
-    v,
-    v_scale,
-    table,
-    q,
-    projected,
-    normalizer,
-    bias,
-    out,
-    L: tl.constexpr,
-    N: tl.constexpr,
-    H: tl.constexpr,
-    COUNT: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    VALUES: tl.constexpr,
-    SCALE: tl.constexpr,
-):
+def sage_forward_kernel(q_code, q_scale, k_code, k_scale, v, v_scale, table, q, projected, normalizer, bias, out,
+                        L: tl.constexpr, N: tl.constexpr, H: tl.constexpr, COUNT: tl.constexpr, BLOCK_Q: tl.constexpr,
+                        BLOCK_K: tl.constexpr, VALUES: tl.constexpr, SCALE: tl.constexpr):  # fmt: skip
     """One program a query block of a head; grid (query blocks, B * N). SCALE is log2(e) / sqrt(H).
 
-    q_code, k_code int8 [B, blocks * block, N, H] with scales float32 [B, N, blocks]; table int32
-    [B, N, query blocks, COUNT]. v e4m3 [B, N, H, L padded to 128] in `operand_order` for VALUES "float8", else
-    bfloat16 [B, L, N, H]; v_scale float32 [B, N, H]. The linear branch: q bfloat16 [B, L, N, H], projected bfloat16
-    [B, N, H, H], normalizer float32 [B, N, H], bias float32 [H]. out bfloat16 [B, L, N, H].
+    The pointers are those of `SageInputs`, and out bfloat16 [B, L, N, H].
     """
     i, head = tl.program_id(0), tl.program_id(1)
     b, n = (head // N).to(tl.int64), head % N
@@ -166,48 +182,24 @@ def sage_forward_kernel(
     tl.store(out + here + q_offsets, acc.to(tl.bfloat16), mask=inside)
 
 
-def sage_forward(
-    q: jax.Array,
-    q_code: jax.Array,
-    q_scale: jax.Array,
-    k_code: jax.Array,
-    k_scale: jax.Array,
-    v: jax.Array,
-    v_scale: jax.Array,
-    table: jax.Array,
-    projected: jax.Array,
-    normalizer: jax.Array,
-    bias: jax.Array,
-    *,
-    block_q: int,
-    block_k: int,
-    values: Values,
-    tiles: Tiles,
-    overwrite_q: bool = False,
-) -> jax.Array:
-    """The sparse branch over the chosen key blocks plus the linear branch, bfloat16 `[B, L, N, H]`.
-
-    q bfloat16 `[B, L, N, H]` and its codes and scales from `quantize_rows`, as k's; v e4m3 from `quantize_values` for
-    values "float8", else bfloat16 `[B, L, N, H]`; v_scale float32 `[B, N, H]`; table int32
-    `[B, N, query blocks, chosen]`; projected = phi(k)^T v W^T bfloat16 `[B, N, H, H]`; normalizer =
-    sum phi(k) float32 `[B, N, H]`; bias float32 `[H]`.
-    """
-    batch, length, heads, dim = q.shape
+def sage_forward(inputs: SageInputs, settings: Settings) -> jax.Array:
+    """The sparse branch over the chosen key blocks plus the linear branch, bfloat16 `[B, L, N, H]`."""
+    batch, length, heads, dim = inputs.q.shape
     (out,) = triton_call(
         sage_forward_kernel,
-        *(q_code, q_scale, k_code, k_scale, v, v_scale, table, q, projected, normalizer, bias),
-        out_shape=(jax.ShapeDtypeStruct(q.shape, jnp.bfloat16),),
-        in_place={7: 0} if overwrite_q else {},  # a program reads the rows of q that it writes
-        grid=(table.shape[2], batch * heads),
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
+        *inputs,
+        out_shape=(jax.ShapeDtypeStruct(inputs.q.shape, jnp.bfloat16),),
+        in_place={7: 0} if settings.overwrite_q else {},  # a program reads the rows of q that it writes
+        grid=(inputs.table.shape[2], batch * heads),
+        num_warps=settings.tiles.warps,
+        num_stages=settings.tiles.stages,
         L=length,
         N=heads,
         H=dim,
-        COUNT=table.shape[3],
-        BLOCK_Q=block_q,
-        BLOCK_K=block_k,
-        VALUES=values,
+        COUNT=inputs.table.shape[3],
+        BLOCK_Q=settings.block_q,
+        BLOCK_K=settings.block_k,
+        VALUES=settings.values,
         SCALE=LOG2_E.value * dim**-0.5,
     )
     return out

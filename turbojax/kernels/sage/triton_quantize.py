@@ -27,19 +27,9 @@ def float_of_bits(bits):
 
 
 @triton.jit
-def quantize_rows_kernel(
-    x,
-    mean,
-    code,
-    scale,
-    means,
-    L: tl.constexpr,
-    N: tl.constexpr,
-    H: tl.constexpr,
-    BLOCK: tl.constexpr,
-    CENTRED: tl.constexpr,
-    MEANS: tl.constexpr,
-):
+def quantize_rows_kernel(x, mean, code, scale, means,
+                         L: tl.constexpr, N: tl.constexpr, H: tl.constexpr, BLOCK: tl.constexpr,
+                         CENTRED: tl.constexpr, MEANS: tl.constexpr):  # fmt: skip
     """One program a block of rows of a head; grid (N, blocks, B).
 
     x bfloat16 [B, L, N, H], less mean float32 [B, N, H] if CENTRED, to code int8 [B, blocks * BLOCK, N, H] and scale
@@ -138,7 +128,6 @@ def quantize_rows(
         ),
         grid=(heads, blocks, batch),
         num_warps=block * dim // 1024,
-        num_stages=1,
         L=length,
         N=heads,
         H=dim,
@@ -157,7 +146,7 @@ def quantize_values(v: jax.Array) -> tuple[jax.Array, jax.Array]:
     """
     batch, length, heads, dim = v.shape
     chunks, blocks = cdiv(length, AMAX_ROWS), cdiv(length, VALUE_ROWS)
-    shape: dict[str, Any] = dict(num_stages=1, L=length, N=heads, H=dim)
+    shape: dict[str, Any] = dict(L=length, N=heads, H=dim)
     (parts,) = triton_call(
         channel_amax_kernel,
         v,

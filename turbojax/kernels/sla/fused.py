@@ -6,9 +6,7 @@ scores, and the block map from them                  small
 sparse softmax + linear branch + projection + bias   reads q and the chosen blocks of k and v, writes the result
 """
 
-import dataclasses
 import functools
-from typing import Literal
 
 import jax
 import jax.numpy as jnp
@@ -17,24 +15,7 @@ from jax import lax
 from turbojax.kernels.dispatch import compute_capability
 from turbojax.kernels.sla import mosaic_forward, triton_backward, triton_forward, triton_linear, triton_summary
 from turbojax.kernels.sla.reference import SparseInputs
-
-SparseKernel = Literal["mosaic", "triton"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Settings:
-    """Constants that the kernels are compiled with.
-
-    count: key blocks a query block attends to. sparse_kernel, tiles: kernel of the sparse forward pass, and its tiles;
-    backward_tiles: those of dq, and of dk and dv.
-    """
-
-    count: int
-    block_q: int
-    block_k: int
-    sparse_kernel: SparseKernel
-    tiles: triton_forward.Tiles
-    backward_tiles: tuple[triton_forward.Tiles, triton_forward.Tiles]
+from turbojax.kernels.sla.triton_forward import Settings, SparseKernel
 
 
 def settings(sparse_kernel: SparseKernel, count: int, *, block_q: int, block_k: int, dim: int) -> Settings:
@@ -48,12 +29,9 @@ def sparse_forward(
     inputs: SparseInputs, settings: Settings, *, residuals: bool
 ) -> tuple[jax.Array, jax.Array | None, jax.Array | None]:
     """`triton_forward.sparse_forward`, or the Hopper kernel in its place, which has no residuals."""
-    s = settings
-    if s.sparse_kernel == "mosaic" and not residuals:
-        return mosaic_forward.sparse_forward(inputs, block_k=s.block_k), None, None
-    return triton_forward.sparse_forward(
-        inputs, block_q=s.block_q, block_k=s.block_k, tiles=s.tiles, residuals=residuals
-    )
+    if settings.sparse_kernel == "mosaic" and not residuals:
+        return mosaic_forward.sparse_forward(inputs, block_k=settings.block_k), None, None
+    return triton_forward.sparse_forward(inputs, settings, residuals=residuals)
 
 
 def exact_einsum(equation: str, *arrays: jax.Array) -> jax.Array:
@@ -113,19 +91,7 @@ def backward(settings: Settings, kept, d_out: jax.Array) -> tuple[jax.Array, ...
     dq, d_projected, d_normalizer, d_bias = triton_linear.linear_queries(q, d_out, projected, normalizer)
     d_state = exact_einsum("bnhd,de->bnhe", d_projected, proj_weight.astype(jnp.float32)).astype(q.dtype)
     dk, dv = triton_linear.linear_keys(k, v, d_state, d_normalizer)
-    dq, dk, dv = triton_backward.sparse_backward(
-        q,
-        k,
-        v,
-        table,
-        sparse,
-        lse,
-        d_out,
-        (dq, dk, dv),
-        block_q=settings.block_q,
-        block_k=settings.block_k,
-        tiles=settings.backward_tiles,
-    )
+    dq, dk, dv = triton_backward.sparse_backward(q, k, v, table, sparse, lse, d_out, (dq, dk, dv), settings)
     d_weight = exact_einsum("bnhd,bnhe->de", d_projected, state).astype(proj_weight.dtype)
     return dq, dk, dv, d_weight, d_bias.sum(axis=(0, 1)).astype(proj_bias.dtype)
 

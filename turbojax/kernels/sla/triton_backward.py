@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 
 from turbojax.kernels.sizes import cdiv
-from turbojax.kernels.sla.triton_forward import Tiles
+from turbojax.kernels.sla.triton_forward import Settings, Tiles
 from turbojax.kernels.sla.triton_summary import LOG2_E
 from turbojax.kernels.triton_call import triton_call
 
@@ -61,26 +61,10 @@ def query_gradient_step(queries, d_out, k, v, left, lse, delta, dq, KEYS: tl.con
 
 
 @triton.jit
-def query_gradient_kernel(
-    q,
-    k,
-    v,
-    table,
-    sparse,
-    lse,
-    d_out,
-    linear,
-    dq,
-    delta,
-    L: tl.constexpr,
-    N: tl.constexpr,
-    H: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    KEYS: tl.constexpr,
-    COUNT: tl.constexpr,
-    SCALE: tl.constexpr,
-):
+def query_gradient_kernel(q, k, v, table, sparse, lse, d_out, linear, dq, delta,
+                          L: tl.constexpr, N: tl.constexpr, H: tl.constexpr, BLOCK_Q: tl.constexpr,
+                          BLOCK_K: tl.constexpr, KEYS: tl.constexpr, COUNT: tl.constexpr,
+                          SCALE: tl.constexpr):  # fmt: skip
     """One program a query block of a head: dq, added to `linear`, and delta = sum(do o) for the other kernel."""
     i, head = tl.program_id(0), tl.program_id(1)
     sample = (head // N).to(tl.int64) * L * N * H + (head % N) * H
@@ -123,28 +107,10 @@ def query_gradient_kernel(
 
 
 @triton.jit
-def key_gradients_kernel(
-    q,
-    k,
-    v,
-    queries,
-    begins,
-    lse,
-    delta,
-    d_out,
-    linear_k,
-    linear_v,
-    dk,
-    dv,
-    L: tl.constexpr,
-    N: tl.constexpr,
-    H: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    ROWS: tl.constexpr,
-    ENTRIES: tl.constexpr,
-    SCALE: tl.constexpr,
-):
+def key_gradients_kernel(q, k, v, queries, begins, lse, delta, d_out, linear_k, linear_v, dk, dv,
+                         L: tl.constexpr, N: tl.constexpr, H: tl.constexpr, BLOCK_Q: tl.constexpr,
+                         BLOCK_K: tl.constexpr, ROWS: tl.constexpr, ENTRIES: tl.constexpr,
+                         SCALE: tl.constexpr):  # fmt: skip
     """One program a key block of a head: dk and dv from the query blocks that chose it, ROWS queries at a time.
 
     They are added to linear_k and linear_v.
@@ -188,29 +154,18 @@ def key_gradients_kernel(
 
 
 def sparse_backward(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    table: jax.Array,
-    sparse: jax.Array,
-    lse: jax.Array,
-    d_out: jax.Array,
-    linear: tuple[jax.Array, jax.Array, jax.Array],
-    *,
-    block_q: int,
-    block_k: int,
-    tiles: tuple[Tiles, Tiles],
+    q, k, v, table, sparse, lse, d_out, linear: tuple[jax.Array, jax.Array, jax.Array], settings: Settings
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of q, k and v through the sparse softmax plus `linear`, those of another branch; bfloat16.
 
     q, k, v, d_out and all gradients `[B, L, N, H]`; table, sparse and lse as `triton_forward.sparse_forward` has them.
     """
     batch, length, heads, dim = q.shape
-    key_blocks = cdiv(length, block_k)
-    constants: dict[str, Any] = {"L": length, "N": heads, "H": dim, "BLOCK_Q": block_q, "BLOCK_K": block_k}
-    constants["SCALE"] = dim**-0.5 * LOG2_E.value
+    key_blocks = cdiv(length, settings.block_k)
+    constants: dict[str, Any] = {"L": length, "N": heads, "H": dim, "SCALE": dim**-0.5 * LOG2_E.value}
+    constants |= {"BLOCK_Q": settings.block_q, "BLOCK_K": settings.block_k}
     gradient = jax.ShapeDtypeStruct(q.shape, jnp.bfloat16)
-    for_queries, for_keys = tiles
+    for_queries, for_keys = settings.backward_tiles
     dq, delta = triton_call(
         query_gradient_kernel,
         *(q, k, v, table, sparse, lse, d_out, linear[0]),

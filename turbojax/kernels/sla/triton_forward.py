@@ -3,7 +3,8 @@
 B batch, L tokens, N heads, H head dim (64 or 128); q, k, v bfloat16 `[B, L, N, H]`, read in place.
 """
 
-from typing import NamedTuple
+import dataclasses
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,8 @@ import triton.language as tl
 from turbojax.kernels.sla import reference
 from turbojax.kernels.sla.triton_summary import LOG2_E
 from turbojax.kernels.triton_call import triton_call
+
+SparseKernel = Literal["mosaic", "triton"]
 
 BOUND = tl.constexpr(reference.BOUND)
 
@@ -24,6 +27,22 @@ class Tiles(NamedTuple):
     warps: int
     stages: int
     deferred_pv: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """Constants that the kernels are compiled with.
+
+    count: key blocks a query block attends to. sparse_kernel, tiles: kernel of the sparse forward pass, and its tiles;
+    backward_tiles: those of dq, and of dk and dv.
+    """
+
+    count: int
+    block_q: int
+    block_k: int
+    sparse_kernel: SparseKernel
+    tiles: Tiles
+    backward_tiles: tuple[Tiles, Tiles]
 
 
 def tiles(capability: tuple[int, int] | None, *, block_q: int, block_k: int, dim: int) -> Tiles:
@@ -108,29 +127,10 @@ def attend(queries, k, v, table, row_max, row_sum, acc, COUNT: tl.constexpr, BLO
 
 
 @triton.jit
-def sparse_forward_kernel(
-    q,
-    k,
-    v,
-    table,
-    projected,
-    normalizer,
-    bias,
-    bounds,
-    out,
-    sparse,
-    lse,
-    L: tl.constexpr,
-    N: tl.constexpr,
-    H: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    KEYS: tl.constexpr,
-    COUNT: tl.constexpr,
-    SCALE: tl.constexpr,
-    RESIDUALS: tl.constexpr,
-    DEFERRED_PV: tl.constexpr,
-):
+def sparse_forward_kernel(q, k, v, table, projected, normalizer, bias, bounds, out, sparse, lse,
+                          L: tl.constexpr, N: tl.constexpr, H: tl.constexpr, BLOCK_Q: tl.constexpr,
+                          BLOCK_K: tl.constexpr, KEYS: tl.constexpr, COUNT: tl.constexpr, SCALE: tl.constexpr,
+                          RESIDUALS: tl.constexpr, DEFERRED_PV: tl.constexpr):  # fmt: skip
     """One program a query block of a head: softmax over its COUNT key blocks, KEYS at a time, plus the linear branch.
 
     RESIDUALS: also stores the softmax's own result and log2 of its denominators.
@@ -204,14 +204,14 @@ def sparse_forward_kernel(
 
 
 def sparse_forward(
-    inputs: reference.SparseInputs, *, block_q: int, block_k: int, tiles: Tiles, residuals: bool = False
+    inputs: reference.SparseInputs, settings: Settings, *, residuals: bool = False
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Softmax over the chosen key blocks plus the linear branch, bfloat16 `[B, L, N, H]`.
 
     With residuals also the softmax branch alone, bfloat16 `[B, L, N, H]`, and its log2-sum-exp2, float32 `[B, N, L]`;
     without, both `[1]` and undefined.
     """
-    q, table = inputs.q, inputs.table
+    q, table, tiles = inputs.q, inputs.table, settings.tiles
     batch, length, heads, dim = q.shape
     out, sparse, lse = triton_call(
         sparse_forward_kernel,
@@ -227,8 +227,8 @@ def sparse_forward(
         L=length,
         N=heads,
         H=dim,
-        BLOCK_Q=block_q,
-        BLOCK_K=block_k,
+        BLOCK_Q=settings.block_q,
+        BLOCK_K=settings.block_k,
         KEYS=tiles.step,
         COUNT=table.shape[3],
         SCALE=dim**-0.5 * LOG2_E.value,

@@ -133,7 +133,6 @@ def block_means(x: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
         ),
         grid=(heads, blocks, batch),
         num_warps=4,
-        num_stages=1,
         L=length,
         N=heads,
         H=dim,
@@ -250,7 +249,6 @@ def choose_blocks(scores: jax.Array, count: int) -> jax.Array:
         out_shape=(jax.ShapeDtypeStruct((*leading, count), jnp.int32),),
         grid=(math.prod(leading),),
         num_warps=max(1, width // 2048),  # one warp needs no barriers; more scores than that spill
-        num_stages=1,
         BLOCKS=blocks,
         COUNT=count,
         WIDTH=width,
