@@ -9,9 +9,9 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float
 
 from turbojax.kernels import dispatch
+from turbojax.kernels.arrays import Keys, Tokens
 from turbojax.kernels.sizes import cdiv
 
 Implementation = Literal["cudnn", "reference"]
@@ -22,13 +22,8 @@ CUDNN_HEAD_DIM = 128  # the largest that cuDNN takes on every generation with bf
 
 
 def dot_product_attention(
-    q: Float[Array, "B L N H"],
-    k: Float[Array, "B S N H"],
-    v: Float[Array, "B S N H"],
-    *,
-    last: int = 1,
-    implementation: Implementation | None = None,
-) -> Float[Array, "B L N H"]:
+    q: Tokens, k: Keys, v: Keys, *, last: int = 1, implementation: Implementation | None = None
+) -> Tokens:
     """q `[B, L, N, H]`, k and v `[B, S, N, H]` to `[B, L, N, H]` in q's dtype; softmax in float32.
 
     last: how many keys the last one stands for, which are all equal to it.
@@ -53,9 +48,7 @@ def cudnn_unsupported(q: dispatch.Shaped, *, last: int = 1) -> str | None:
     return None
 
 
-def attention_reference(
-    q: Float[Array, "B L N H"], k: Float[Array, "B S N H"], v: Float[Array, "B S N H"], *, last: int = 1
-) -> Float[Array, "B L N H"]:
+def attention_reference(q: Tokens, k: Keys, v: Keys, *, last: int = 1) -> Tokens:
     """Computes the definition, one block of queries at a time; last as `dot_product_attention` takes it."""
     batch, length, heads, dim = q.shape
     block = max(1, min(length, SCORES_IN_MEMORY // (batch * heads * k.shape[1])))

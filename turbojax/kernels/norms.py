@@ -20,6 +20,7 @@ from jax import lax
 from jaxtyping import Array, Float, Float32
 
 from turbojax.kernels import dispatch
+from turbojax.kernels.arrays import Rows, Tokens, Vector
 
 Implementation = Literal["triton", "reference"]
 Table = tuple[Float[Array, "L pairs"], Float[Array, "L pairs"]]
@@ -43,20 +44,14 @@ def along_last(vector: jax.Array, like: jax.Array) -> jax.Array:
     return vector.astype(like.dtype).reshape((1,) * (like.ndim - 1) + vector.shape)
 
 
-def rms_norm(x: Float[Array, "*rows D"], weight: Float[Array, "D"], *, eps: float) -> Float[Array, "*rows D"]:
+def rms_norm(x: Rows, weight: Vector, *, eps: float) -> Rows:
     """x / sqrt(mean(x^2) + eps) * weight; x `[..., D]`, weight `[D]`, in float32, cast back at exit."""
     f = x.astype(jnp.float32)
     f = f * lax.rsqrt(jnp.mean(f * f, axis=-1, keepdims=True) + eps)
     return (f * along_last(weight, f)).astype(x.dtype)
 
 
-def layer_norm(
-    x: Float[Array, "*rows D"],
-    weight: Float[Array, "D"] | None = None,
-    bias: Float[Array, "D"] | None = None,
-    *,
-    eps: float,
-) -> Float[Array, "*rows D"]:
+def layer_norm(x: Rows, weight: Vector | None = None, bias: Vector | None = None, *, eps: float) -> Rows:
     """(x - mean) / sqrt(var + eps) * weight + bias; x `[..., D]`, in float32, cast back at exit.
 
     This is the true layer norm. TurboDiffusion's fast kernel counts its padding in the variance, see docs/numerics.md.
@@ -78,7 +73,7 @@ def modulated_norm(
     return (layer_norm(x.astype(jnp.float32), eps=eps) * gain + shift).astype(x.dtype)
 
 
-def rotate(x: Float[Array, "B L N H"], table: Table) -> Float[Array, "B L N H"]:
+def rotate(x: Tokens, table: Table) -> Tokens:
     """Rotates interleaved pairs (0, 1), (2, 3), ... in float32; x `[B, L, N, H]`, table cos and sin `[L, H / 2]`."""
     cos, sin = (a[None, :, None, :] for a in table)
     pairs = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, 2)
@@ -87,13 +82,8 @@ def rotate(x: Float[Array, "B L N H"], table: Table) -> Float[Array, "B L N H"]:
 
 
 def rms_norm_rotate(
-    x: Float[Array, "B L D"],
-    weight: Float[Array, "D"],
-    table: Table,
-    *,
-    eps: float,
-    implementation: Implementation | None = None,
-) -> Float[Array, "B L N H"]:
+    x: Float[Array, "B L D"], weight: Vector, table: Table, *, eps: float, implementation: Implementation | None = None
+) -> Tokens:
     """rotate(rms_norm(x)) by heads, the norm rounded to x's dtype before; one read and one write of x.
 
     x `[B, L, D]`, weight `[D]`, table cos and sin float32 `[L, H / 2]`, to `[B, L, N, H]`. Gradients are the

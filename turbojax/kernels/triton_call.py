@@ -35,3 +35,14 @@ def triton_call(
 
     with jax.named_scope(kernel.__name__):  # compiled programs and profiles name it
         return jax_triton.triton_call(*arrays, kernel=kernel, name=kernel.__name__, **settings)
+
+
+def sizes_of(x: jax.Array) -> dict[str, Any]:
+    """Constants of kernels over x `[B, L, N, H]`: its sizes but the batch."""
+    _, length, heads, dim = x.shape
+    return {"L": length, "N": heads, "H": dim}
+
+
+def output(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+    """Shape and dtype of an output, for `triton_call`."""
+    return jax.ShapeDtypeStruct(shape, dtype)

@@ -151,7 +151,7 @@ def scratch_shapes(sizes: Sizes, arrays: Arrays) -> Scratch:
     """Shapes of the shared memory, and barriers."""
     y = arrays.y.dtype
     return Scratch(
-        pipeline=pipeline(sizes, ignore, ignore).get_allocations(arrays.x, arrays.w),
+        pipeline=pipeline(sizes, lambda *_: None, lambda *_: None).get_allocations(arrays.x, arrays.w),
         both=plgpu.Barrier(num_arrivals=CONSUMERS),
         out=plgpu.SMEM((CONSUMERS, *sizes.tile), y, transforms=mosaic.in_tiles(y)),
         residual_ready=plgpu.Barrier(num_barriers=CONSUMERS),
@@ -159,27 +159,17 @@ def scratch_shapes(sizes: Sizes, arrays: Arrays) -> Scratch:
     )
 
 
-def ignore(*_, **__) -> None:
-    """Takes the place of a pipeline's functions where it is asked for its allocations alone."""
-
-
 def pipeline(sizes: Sizes, body: Any, context: Any) -> Any:
     """One warp group copies blocks of x and w, the others call context(run), whose run() calls body for each block."""
     operand = functools.partial(
-        plgpu.BlockSpec,
-        index_map=lambda i: (0, i),
-        transforms=mosaic.in_tiles(jnp.int8),
-        memory_space=plgpu.SMEM,
+        plgpu.BlockSpec, index_map=lambda i: (0, i), transforms=mosaic.in_tiles(jnp.int8), memory_space=plgpu.SMEM
     )
     shared = ("cluster",) if sizes.tiles.cluster > 1 else ()
     return plgpu.emit_pipeline_warp_specialized(
         body,
         grid=(sizes.k // BLOCK,),
         memory_registers=40,
-        in_specs=[
-            operand((sizes.block_rows, BLOCK)),
-            operand((sizes.tiles.columns, BLOCK), collective_axes=shared),
-        ],
+        in_specs=[operand((sizes.block_rows, BLOCK)), operand((sizes.tiles.columns, BLOCK), collective_axes=shared)],
         wg_axis="wg",
         num_compute_wgs=CONSUMERS,
         max_concurrent_steps=sizes.tiles.stages,
@@ -203,7 +193,8 @@ def compute_tiles(sizes: Sizes, arrays: Arrays, scratch: Scratch) -> None:
         w = arrays.w.at[pl.ds(j * tiles.columns, tiles.columns), :]
         own_rows = pl.ds(wg * tiles.rows, tiles.rows)
         first_row, first_column = i * sizes.block_rows + wg * tiles.rows, j * tiles.columns
-        group = Consumer(sizes, arrays, scratch, wg, i, j, own_rows, first_row, first_column)
+        rows, columns = pl.ds(first_row, tiles.rows), pl.ds(first_column, tiles.columns)
+        group = Consumer(sizes, arrays, scratch, wg, i, j, own_rows, rows, columns)
         pipeline(sizes, group.multiply, group.compute_tile)(x, w, allocations=scratch.pipeline)
 
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -211,7 +202,7 @@ def compute_tiles(sizes: Sizes, arrays: Arrays, scratch: Scratch) -> None:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Consumer:
-    """Warp group `wg` in block (i, j) of the result; own_rows: its rows of the block."""
+    """Warp group `wg` in block (i, j) of the result; own_rows are its own of the block, rows of the result."""
 
     sizes: Sizes
     arrays: Arrays
@@ -220,16 +211,8 @@ class Consumer:
     i: Any
     j: Any
     own_rows: Any
-    first_row: Any
-    first_column: Any
-
-    @property
-    def rows(self) -> Any:
-        return pl.ds(self.first_row, self.sizes.tiles.rows)
-
-    @property
-    def columns(self) -> Any:
-        return pl.ds(self.first_column, self.sizes.tiles.columns)
+    rows: Any
+    columns: Any
 
     def compute_tile(self, run: Any) -> None:
         """Computes products of all blocks, and what follows them."""
@@ -298,9 +281,7 @@ class Consumer:
         different values would race. Neither overwrites rows that the other has yet to read: a tile's products lie
         between, whose operands come only after both have used the ones before.
         """
-        self.scratch.row_amax[pl.ds(self.wg * self.sizes.tiles.rows, self.sizes.tiles.rows)] = jnp.max(
-            jnp.abs(f), axis=1
-        )
+        self.scratch.row_amax[pl.ds(self.wg * self.sizes.tiles.rows, self.sizes.tiles.rows)] = jnp.abs(f).max(axis=1)
         plgpu.barrier_arrive(self.scratch.both)
         plgpu.barrier_wait(self.scratch.both)
         return jnp.maximum(jnp.max(self.scratch.row_amax[...]), 1e-8)
@@ -328,10 +309,10 @@ class Consumer:
 
         batch = gate.shape[0]
         length = self.sizes.m // batch
-        sample = self.first_row // length
+        sample = self.rows.start // length
         if batch == 1:
             return of_sample(0)
         sample = jnp.minimum(sample, batch - 1)  # tiles past the last row, too, read gates
         row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
-        here = row < (sample + 1) * length - self.first_row
+        here = row < (sample + 1) * length - self.rows.start
         return jnp.where(here, of_sample(sample), of_sample(jnp.minimum(sample + 1, batch - 1)))

@@ -230,6 +230,7 @@ def launch_tiles(
 ) -> Any:
     """Launches a matmul's kernel, one program a tile of the result; sizes: M, N and K."""
     m, n, k = sizes
+    constants |= {"M": m, "N": n, "K": k, "TILE_M": tiles.rows, "TILE_N": tiles.columns, "BAND": tiles.band}
     return triton_call(
         kernel,
         *arrays,
@@ -237,12 +238,6 @@ def launch_tiles(
         grid=(cdiv(m, tiles.rows) * cdiv(n, tiles.columns),),
         num_warps=tiles.warps,
         num_stages=tiles.stages,
-        M=m,
-        N=n,
-        K=k,
-        TILE_M=tiles.rows,
-        TILE_N=tiles.columns,
-        BAND=tiles.band,
         **constants,
     )
 

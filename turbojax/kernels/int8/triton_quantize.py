@@ -13,7 +13,7 @@ import triton.language as tl
 
 from turbojax.kernels.int8.reference import BLOCK, QuantConfig
 from turbojax.kernels.sizes import cdiv, next_power_of_2
-from turbojax.kernels.triton_call import triton_call
+from turbojax.kernels.triton_call import output, triton_call
 
 
 @triton.jit
@@ -137,7 +137,7 @@ def quantize(x: jax.Array, quant: QuantConfig) -> tuple[jax.Array, jax.Array]:
     m, k = x.shape
     if quant.scheme == "block128":
         return launch_blocks(quantize_blocks_kernel, x, sizes=(m, k), group=quant.group, num_warps=16, K=k)
-    out_shape = jax.ShapeDtypeStruct((m, k), jnp.int8), jax.ShapeDtypeStruct((m,), jnp.float32)
+    out_shape = output(jnp.int8, m, k), output(jnp.float32, m)
     return triton_call(quantize_rows_kernel, x, out_shape=out_shape, grid=(m,), num_warps=4, K=k, CHUNK=1024)
 
 
@@ -150,16 +150,9 @@ def norm_quantize(
     """
     batch, length, width = x.shape
     m = batch * length
-    (statistics,) = triton_call(
-        row_statistics_kernel,
-        x,
-        out_shape=(jax.ShapeDtypeStruct((m, 2), jnp.float32),),
-        grid=(m,),
-        num_warps=4,
-        D=width,
-        EPS=eps,
-        WIDTH=next_power_of_2(width),
-    )
+    norm: dict[str, Any] = {"D": width, "EPS": eps, "WIDTH": next_power_of_2(width)}
+    out_shape = (output(jnp.float32, m, 2),)
+    (statistics,) = triton_call(row_statistics_kernel, x, out_shape=out_shape, grid=(m,), num_warps=4, **norm)
     gain, shift = (jnp.broadcast_to(a, (batch, 1, width)) for a in (gain, shift))
     arrays, sizes = (x, statistics, gain, shift), (m, width)
     return launch_blocks(norm_quantize_kernel, *arrays, sizes=sizes, group=quant.group, num_warps=8, L=length, D=width)
@@ -176,5 +169,4 @@ def launch_blocks(
 
 def block_shapes(m: int, k: int, group: int) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
     """An int8 matrix `[m, k]` and its scales, `group` rows and 128 columns to one."""
-    scales = (cdiv(m, group), cdiv(k, BLOCK))
-    return jax.ShapeDtypeStruct((m, k), jnp.int8), jax.ShapeDtypeStruct(scales, jnp.float32)
+    return output(jnp.int8, m, k), output(jnp.float32, cdiv(m, group), cdiv(k, BLOCK))

@@ -8,6 +8,7 @@ from jaxtyping import Array, Float
 
 from turbojax.errors import UserError
 from turbojax.kernels import dispatch
+from turbojax.kernels.arrays import Tokens
 from turbojax.kernels.sage.reference import VALUES, Values, sage_sparse
 from turbojax.kernels.sizes import cdiv
 from turbojax.kernels.sla.api import Implementation, triton_unsupported
@@ -28,9 +29,9 @@ def choose(
 
 
 def sage_sparse_linear_attention(
-    q: Float[Array, "B L N H"],
-    k: Float[Array, "B L N H"],
-    v: Float[Array, "B L N H"],
+    q: Tokens,
+    k: Tokens,
+    v: Tokens,
     proj_weight: Float[Array, "H H"],
     proj_bias: Float[Array, "H"],
     *,
@@ -40,7 +41,7 @@ def sage_sparse_linear_attention(
     values: Values = "float8",
     implementation: Implementation | None = None,
     overwrite_q: bool = False,
-) -> Float[Array, "B L N H"]:
+) -> Tokens:
     """Attends as `reference` defines it, plus SLA's linear branch, from unquantized q, k, v.
 
     q, k (rotated) and v `[B, L, N, H]`, proj_weight `[H, H]` (out, in). The default blocks are those that the published

@@ -23,9 +23,10 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Float32, Int8, Int32
+from jaxtyping import Array, Float32, Int8
 
-from turbojax.kernels.sla.reference import LOG2_E
+from turbojax.kernels.arrays import BlockTable, Tokens
+from turbojax.kernels.sla.reference import LOG2_E, blocks_to_rows, rows_to_blocks, take_blocks
 
 Values = Literal["exact", "float8", "float8_values"]
 VALUES: tuple[Values, ...] = get_args(Values)
@@ -35,16 +36,7 @@ LARGEST_E4M3 = 448.0
 P_OFFSET = 8.807
 
 
-def rows_to_blocks(x: Float[Array, "B L N H"], block: int) -> Float[Array, "B N blocks {block} H"]:
-    """`[B, L, N, H]` to `[B, N, blocks, block, H]`, the last block filled with zeros."""
-    batch, length, heads, dim = x.shape
-    x = jnp.pad(x, ((0, 0), (0, -length % block), (0, 0), (0, 0)))
-    return x.reshape(batch, -1, block, heads, dim).transpose(0, 3, 1, 2, 4)
-
-
-def quantize_rows(
-    x: Float[Array, "B L N H"], block: int
-) -> tuple[Int8[Array, "B N blocks {block} H"], Float32[Array, "B N blocks"]]:
+def quantize_rows(x: Tokens, block: int) -> tuple[Int8[Array, "B N blocks {block} H"], Float32[Array, "B N blocks"]]:
     """x `[B, L, N, H]` to int8 `[B, N, blocks, block, H]` and float32 scales `[B, N, blocks]`."""
     blocks = rows_to_blocks(x.astype(jnp.float32), block)
     scale = jnp.max(jnp.abs(blocks), axis=(3, 4)) / 127.0 + 1e-7
@@ -53,9 +45,7 @@ def quantize_rows(
     return code.astype(jnp.int8), scale
 
 
-def quantize_values(
-    v: Float[Array, "B L N H"], *, largest: float = E4M3_OF_V
-) -> tuple[Float[Array, "B L N H"], Float32[Array, "B N H"]]:
+def quantize_values(v: Tokens, *, largest: float = E4M3_OF_V) -> tuple[Tokens, Float32[Array, "B N H"]]:
     """v `[B, L, N, H]` to e4m3 and float32 scales `[B, N, H]`, one a channel."""
     f = v.astype(jnp.float32)
     amax = jnp.maximum(jnp.max(jnp.abs(f), axis=1), 1e-20)  # a channel of zeros stays one
@@ -72,15 +62,8 @@ def to_e4m3(x: jax.Array) -> jax.Array:
 
 
 def sage_sparse(
-    q: Float[Array, "B L N H"],
-    k: Float[Array, "B L N H"],
-    v: Float[Array, "B L N H"],
-    table: Int32[Array, "B N q_blocks chosen"],
-    *,
-    block_q: int,
-    block_k: int,
-    values: Values,
-) -> Float[Array, "B L N H"]:
+    q: Tokens, k: Tokens, v: Tokens, table: BlockTable, *, block_q: int, block_k: int, values: Values
+) -> Tokens:
     """The sparse branch; q, k, v `[B, L, N, H]`, table from `sla.block_table`; `[B, L, N, H]` in q's dtype."""
     batch, length, heads, dim = q.shape
     q_code, q_scale = quantize_rows(q, block_q)
@@ -91,21 +74,20 @@ def sage_sparse(
     else:
         v_code, v_scale = quantize_values(v)
     v_blocks = rows_to_blocks(v_code.astype(jnp.float32), block_k)
-    take = jax.vmap(jax.vmap(lambda blocks, index: blocks[index]))
 
     def attend(block: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         code, scale, chosen = block
         rows = chosen[..., None] * block_k + jnp.arange(block_k)[None, None, None]
-        integers = jnp.einsum("bnqh,bnckh->bnqck", code, take(k_code, chosen), preferred_element_type=jnp.int32)
-        factor = scale[..., None] * take(k_scale, chosen) * (LOG2_E * dim**-0.5)
+        integers = jnp.einsum("bnqh,bnckh->bnqck", code, take_blocks(k_code, chosen), preferred_element_type=jnp.int32)
+        factor = scale[..., None] * take_blocks(k_scale, chosen) * (LOG2_E * dim**-0.5)
         scores = integers.astype(jnp.float32) * factor[:, :, None, :, None]
         scores = jnp.where((rows < length)[:, :, None], scores, -jnp.inf)
         product = float8_product if values == "float8" else exact_product
-        return product(scores, take(v_blocks, chosen))
+        return product(scores, take_blocks(v_blocks, chosen))
 
     per_block = tuple(jnp.moveaxis(a, 2, 0) for a in (q_code, q_scale, table))
     out = lax.map(attend, per_block) * v_scale[None, :, :, None]
-    return out.transpose(1, 0, 3, 2, 4).reshape(batch, -1, heads, dim)[:, :length].astype(q.dtype)
+    return blocks_to_rows(out, length).astype(q.dtype)
 
 
 def exact_product(scores: jax.Array, v: jax.Array) -> jax.Array:

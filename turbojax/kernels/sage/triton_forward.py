@@ -10,12 +10,13 @@ import jax
 import jax.numpy as jnp
 import triton
 import triton.language as tl
-from jaxtyping import Array, Float, Float32, Int8, Int32
+from jaxtyping import Array, Float, Float32, Int8
 
+from turbojax.kernels.arrays import BlockTable, Tokens
 from turbojax.kernels.sage.reference import P_OFFSET, Values
 from turbojax.kernels.sage.triton_quantize import operand_order
 from turbojax.kernels.sla.triton_summary import LOG2_E
-from turbojax.kernels.triton_call import triton_call
+from turbojax.kernels.triton_call import output, sizes_of, triton_call
 
 OFFSET = tl.constexpr(P_OFFSET)
 LEAST = tl.constexpr(-(2**30))  # below every product of codes
@@ -57,8 +58,8 @@ class SageInputs(NamedTuple):
     k_scale: Float32[Array, "B N k_blocks"]
     v: Float[Array, "..."]
     v_scale: Float32[Array, "B N H"]
-    table: Int32[Array, "B N q_blocks chosen"]
-    q: Float[Array, "B L N H"]
+    table: BlockTable
+    q: Tokens
     projected: Float[Array, "B N H H"]
     normalizer: Float32[Array, "B N H"]
     bias: Float32[Array, "H"]
@@ -184,18 +185,16 @@ def sage_forward_kernel(q_code, q_scale, k_code, k_scale, v, v_scale, table, q, 
 
 def sage_forward(inputs: SageInputs, settings: Settings) -> jax.Array:
     """The sparse branch over the chosen key blocks plus the linear branch, bfloat16 `[B, L, N, H]`."""
-    batch, length, heads, dim = inputs.q.shape
+    batch, _, heads, dim = inputs.q.shape
     (out,) = triton_call(
         sage_forward_kernel,
         *inputs,
-        out_shape=(jax.ShapeDtypeStruct(inputs.q.shape, jnp.bfloat16),),
+        out_shape=(output(jnp.bfloat16, *inputs.q.shape),),
         in_place={7: 0} if settings.overwrite_q else {},  # a program reads the rows of q that it writes
         grid=(inputs.table.shape[2], batch * heads),
         num_warps=settings.tiles.warps,
         num_stages=settings.tiles.stages,
-        L=length,
-        N=heads,
-        H=dim,
+        **sizes_of(inputs.q),
         COUNT=inputs.table.shape[3],
         BLOCK_Q=settings.block_q,
         BLOCK_K=settings.block_k,

@@ -4,8 +4,6 @@ B batch, L tokens, N heads, H head dim. int8 codes of q and k are padded to whol
 with zeros: inside the loop over key blocks their loads need no mask, and only the partial block masks its scores.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import triton
@@ -14,7 +12,7 @@ import triton.language as tl
 from turbojax.kernels.sage.reference import E4M3_OF_V
 from turbojax.kernels.sizes import cdiv
 from turbojax.kernels.sla.triton_summary import sum_rows
-from turbojax.kernels.triton_call import triton_call
+from turbojax.kernels.triton_call import output, sizes_of, triton_call
 
 VALUE_ROWS = 128  # rows of v that one program converts
 AMAX_ROWS = 512  # rows of v that one program takes the largest magnitude of
@@ -119,18 +117,15 @@ def quantize_rows(
     blocks = cdiv(length, block)
     code, scale, block_means = triton_call(
         quantize_rows_kernel,
-        x,
-        jnp.zeros(1, jnp.float32) if mean is None else mean,
+        *(x, jnp.zeros(1, jnp.float32) if mean is None else mean),
         out_shape=(
-            jax.ShapeDtypeStruct((batch, blocks * block, heads, dim), jnp.int8),
-            jax.ShapeDtypeStruct((batch, heads, blocks), jnp.float32),
-            jax.ShapeDtypeStruct((batch, heads, blocks, dim) if means else (1,), jnp.float32),
+            output(jnp.int8, batch, blocks * block, heads, dim),
+            output(jnp.float32, batch, heads, blocks),
+            output(jnp.float32, *((batch, heads, blocks, dim) if means else (1,))),
         ),
         grid=(heads, blocks, batch),
         num_warps=block * dim // 1024,
-        L=length,
-        N=heads,
-        H=dim,
+        **sizes_of(x),
         BLOCK=block,
         CENTRED=mean is not None,
         MEANS=means,
@@ -146,27 +141,25 @@ def quantize_values(v: jax.Array) -> tuple[jax.Array, jax.Array]:
     """
     batch, length, heads, dim = v.shape
     chunks, blocks = cdiv(length, AMAX_ROWS), cdiv(length, VALUE_ROWS)
-    shape: dict[str, Any] = dict(L=length, N=heads, H=dim)
     (parts,) = triton_call(
         channel_amax_kernel,
         v,
-        out_shape=(jax.ShapeDtypeStruct((batch, chunks, heads, dim), jnp.float32),),
+        out_shape=(output(jnp.float32, batch, chunks, heads, dim),),
         grid=(heads, chunks, batch),
         num_warps=8,
         CHUNK=AMAX_ROWS,
         ROWS=8192 // dim,
-        **shape,
+        **sizes_of(v),
     )
     amax = jnp.maximum(jnp.max(parts, axis=1), 1e-20)  # a channel of zeros stays one
     (code,) = triton_call(
         quantize_values_kernel,
-        v,
-        amax,
-        out_shape=(jax.ShapeDtypeStruct((batch, heads, dim, blocks * VALUE_ROWS), jnp.float8_e4m3fn),),
+        *(v, amax),
+        out_shape=(output(jnp.float8_e4m3fn, batch, heads, dim, blocks * VALUE_ROWS),),
         grid=(heads, blocks, batch),
         num_warps=8,
         ROWS=VALUE_ROWS,
         LARGEST=E4M3_OF_V,
-        **shape,
+        **sizes_of(v),
     )
     return code, amax / E4M3_OF_V

@@ -9,6 +9,7 @@ from typing import Literal
 from jaxtyping import Array, Float
 
 from turbojax.kernels import dispatch
+from turbojax.kernels.arrays import Tokens
 from turbojax.kernels.sizes import cdiv
 from turbojax.kernels.sla.reference import block_table, linear_branch, num_selected, sparse_softmax
 
@@ -50,9 +51,9 @@ def mosaic_unsupported(q: dispatch.Shaped, *, block_q: int) -> str | None:
 
 
 def sparse_linear_attention(
-    q: Float[Array, "B L N H"],
-    k: Float[Array, "B L N H"],
-    v: Float[Array, "B L N H"],
+    q: Tokens,
+    k: Tokens,
+    v: Tokens,
     proj_weight: Float[Array, "H H"],
     proj_bias: Float[Array, "H"],
     *,
@@ -60,7 +61,7 @@ def sparse_linear_attention(
     block_q: int = 128,
     block_k: int = 64,
     implementation: Implementation | None = None,
-) -> Float[Array, "B L N H"]:
+) -> Tokens:
     """Attends as `reference` defines it; q, k (rotated) and v `[B, L, N, H]`, proj_weight `[H, H]` (out, in).
 
     The default blocks are those that TurboDiffusion's published checkpoints run with. Kernels have gradients by

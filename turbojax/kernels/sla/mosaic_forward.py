@@ -178,7 +178,7 @@ class WarpGroup:
     tile: Any
 
     def rows(self, group: Any) -> Any:
-        """Queries of a consumer."""
+        """Tokens of a consumer."""
         return pl.ds(self.tile * BLOCK_Q + group * ROWS, ROWS)
 
     def key_entry(self, step: Any) -> Any:

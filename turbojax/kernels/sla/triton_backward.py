@@ -18,7 +18,7 @@ import triton.language as tl
 from turbojax.kernels.sizes import cdiv
 from turbojax.kernels.sla.triton_forward import Settings, Tiles
 from turbojax.kernels.sla.triton_summary import LOG2_E
-from turbojax.kernels.triton_call import triton_call
+from turbojax.kernels.triton_call import output, sizes_of, triton_call
 
 
 def tiles(capability: tuple[int, int] | None, *, block_q: int, block_k: int, dim: int) -> tuple[Tiles, Tiles]:
@@ -162,14 +162,14 @@ def sparse_backward(
     """
     batch, length, heads, dim = q.shape
     key_blocks = cdiv(length, settings.block_k)
-    constants: dict[str, Any] = {"L": length, "N": heads, "H": dim, "SCALE": dim**-0.5 * LOG2_E.value}
-    constants |= {"BLOCK_Q": settings.block_q, "BLOCK_K": settings.block_k}
-    gradient = jax.ShapeDtypeStruct(q.shape, jnp.bfloat16)
+    blocks = {"BLOCK_Q": settings.block_q, "BLOCK_K": settings.block_k}
+    constants: dict[str, Any] = sizes_of(q) | blocks | {"SCALE": dim**-0.5 * LOG2_E.value}
+    gradient = output(jnp.bfloat16, *q.shape)
     for_queries, for_keys = settings.backward_tiles
     dq, delta = triton_call(
         query_gradient_kernel,
         *(q, k, v, table, sparse, lse, d_out, linear[0]),
-        out_shape=(gradient, jax.ShapeDtypeStruct(lse.shape, jnp.float32)),
+        out_shape=(gradient, output(jnp.float32, *lse.shape)),
         grid=(table.shape[2], batch * heads),
         num_warps=for_queries.warps,
         num_stages=for_queries.stages,

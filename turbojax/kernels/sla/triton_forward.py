@@ -13,7 +13,7 @@ import triton.language as tl
 
 from turbojax.kernels.sla import reference
 from turbojax.kernels.sla.triton_summary import LOG2_E
-from turbojax.kernels.triton_call import triton_call
+from turbojax.kernels.triton_call import output, sizes_of, triton_call
 
 SparseKernel = Literal["mosaic", "triton"]
 
@@ -217,16 +217,14 @@ def sparse_forward(
         sparse_forward_kernel,
         *inputs,
         out_shape=(
-            jax.ShapeDtypeStruct(q.shape, jnp.bfloat16),
-            jax.ShapeDtypeStruct(q.shape if residuals else (1,), jnp.bfloat16),
-            jax.ShapeDtypeStruct((batch, heads, length) if residuals else (1,), jnp.float32),
+            output(jnp.bfloat16, *q.shape),
+            output(jnp.bfloat16, *(q.shape if residuals else (1,))),
+            output(jnp.float32, *((batch, heads, length) if residuals else (1,))),
         ),
         grid=(table.shape[2], batch * heads),
         num_warps=tiles.warps,
         num_stages=tiles.stages,
-        L=length,
-        N=heads,
-        H=dim,
+        **sizes_of(q),
         BLOCK_Q=settings.block_q,
         BLOCK_K=settings.block_k,
         KEYS=tiles.step,

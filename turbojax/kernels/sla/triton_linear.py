@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from turbojax.kernels.sla.triton_summary import launch_split, split_groups
+from turbojax.kernels.triton_call import output
 
 ROWS = 64  # of a step
 launch = functools.partial(launch_split, rows=ROWS, stages=2)
@@ -113,26 +114,17 @@ def linear_queries(
     q and d_out bfloat16 `[B, L, N, H]`, projected (P) bfloat16 `[B, N, H, H]`, normalizer (z) float32 `[B, N, H]`.
     """
     batch, length, heads, dim = q.shape
-    part = jax.ShapeDtypeStruct((batch, heads, split_groups(length, batch * heads, ROWS)[1], dim), jnp.float32)
-    square = jax.ShapeDtypeStruct((*part.shape, dim), jnp.float32)
+    part = batch, heads, split_groups(length, batch * heads, ROWS)[1], dim
+    out_shape = output(jnp.bfloat16, *q.shape), output(jnp.float32, *part), output(jnp.float32, *part)
     dq, d_normalizer, d_bias = launch(
-        linear_queries_kernel,
-        q,
-        d_out,
-        projected,
-        normalizer,
-        out_shape=(gradient_of(q), part, part),
-        partial_sums=True,
+        linear_queries_kernel, q, d_out, projected, normalizer, out_shape=out_shape, partial_sums=True
     )
+    square = output(jnp.float32, *part, dim)
     (d_projected,) = launch(linear_state_kernel, q, d_out, normalizer, out_shape=(square,), partial_sums=True)
     return dq, d_projected.sum(axis=2), d_normalizer.sum(axis=2), d_bias.sum(axis=2)
 
 
 def linear_keys(k: jax.Array, v: jax.Array, d_state: jax.Array, d_normalizer: jax.Array) -> tuple[jax.Array, jax.Array]:
     """dk and dv, bfloat16 `[B, L, N, H]`; d_state bfloat16 `[B, N, H, H]`, d_normalizer (dz) float32 `[B, N, H]`."""
-    dk, dv = launch(linear_keys_kernel, k, v, d_state, d_normalizer, out_shape=(gradient_of(k),) * 2)
+    dk, dv = launch(linear_keys_kernel, k, v, d_state, d_normalizer, out_shape=(output(jnp.bfloat16, *k.shape),) * 2)
     return dk, dv
-
-
-def gradient_of(x: jax.Array) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(x.shape, jnp.bfloat16)

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from turbojax.kernels.sizes import cdiv, next_power_of_2
 from turbojax.kernels.sla import reference
-from turbojax.kernels.triton_call import triton_call
+from turbojax.kernels.triton_call import output, sizes_of, triton_call
 
 LOG2_E = tl.constexpr(reference.LOG2_E)
 SUMMARY_PROGRAMS = 528  # about: four for each multiprocessor of an H100
@@ -124,19 +124,10 @@ def block_means(x: jax.Array, block: int) -> tuple[jax.Array, jax.Array]:
     """
     batch, length, heads, dim = x.shape
     blocks = cdiv(length, block)
+    out_shape = output(jnp.float32, batch, heads, blocks, dim), output(jnp.float32, batch, heads, blocks)
+    grid = heads, blocks, batch
     means, largest = triton_call(
-        block_means_kernel,
-        x,
-        out_shape=(
-            jax.ShapeDtypeStruct((batch, heads, blocks, dim), jnp.float32),
-            jax.ShapeDtypeStruct((batch, heads, blocks), jnp.float32),
-        ),
-        grid=(heads, blocks, batch),
-        num_warps=4,
-        L=length,
-        N=heads,
-        H=dim,
-        BLOCK=block,
+        block_means_kernel, x, out_shape=out_shape, grid=grid, num_warps=4, BLOCK=block, **sizes_of(x)
     )
     return means, largest
 
@@ -159,7 +150,7 @@ def launch_split(
     **constants: Any,
 ) -> tuple[jax.Array, ...]:
     """Launches a kernel over groups of `rows` rows of x `[B, L, N, H]`; partial_sums: each program has its own sums."""
-    batch, length, heads, dim = x.shape
+    batch, length, heads, _ = x.shape
     a_program, splits = split_groups(length, batch * heads, rows)
     if partial_sums:
         constants["SPLITS"] = splits
@@ -171,11 +162,9 @@ def launch_split(
         grid=(heads, splits, batch),
         num_warps=8,
         num_stages=stages,
-        L=length,
-        N=heads,
-        H=dim,
         ROWS=rows,
         GROUPS=a_program,
+        **sizes_of(x),
         **constants,
     )
 
@@ -200,13 +189,12 @@ def key_summary(k: jax.Array, v: jax.Array, block: int, *, norms: bool = False) 
     _, splits = split_groups(length, batch * heads, KEY_ROWS)
     means, states, normalizers, largest = launch_split(
         key_summary_kernel,
-        k,
-        v,
+        *(k, v),
         out_shape=(
-            jax.ShapeDtypeStruct((batch, heads, groups, dim), jnp.float32),
-            jax.ShapeDtypeStruct((batch, heads, splits, dim, dim), jnp.float32),
-            jax.ShapeDtypeStruct((batch, heads, splits, dim), jnp.float32),
-            jax.ShapeDtypeStruct((batch, heads, splits) if norms else (1, 1, 1), jnp.float32),
+            output(jnp.float32, batch, heads, groups, dim),
+            output(jnp.float32, batch, heads, splits, dim, dim),
+            output(jnp.float32, batch, heads, splits, dim),
+            output(jnp.float32, *((batch, heads, splits) if norms else (1, 1, 1))),
         ),
         rows=KEY_ROWS,
         stages=3,
@@ -246,7 +234,7 @@ def choose_blocks(scores: jax.Array, count: int) -> jax.Array:
     (table,) = triton_call(
         choose_blocks_kernel,
         scores,
-        out_shape=(jax.ShapeDtypeStruct((*leading, count), jnp.int32),),
+        out_shape=(output(jnp.int32, *leading, count),),
         grid=(math.prod(leading),),
         num_warps=max(1, width // 2048),  # one warp needs no barriers; more scores than that spill
         BLOCKS=blocks,
