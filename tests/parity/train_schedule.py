@@ -71,14 +71,15 @@ def phase_values(config: dict, iterations: np.ndarray) -> Values:
 
 def phase(phases: schedule.Phases, iteration: int) -> Values:
     student, effective = phases.is_student(iteration), phases.effective_iteration(iteration)
+    plan = phases.at(int(iteration), ema_rate=0.1)
     return {
         "is_student": student,
-        "emit_cm": phases.has_consistency(iteration),
-        "emit_dmd": phases.has_distribution_matching(iteration),
+        "emit_cm": plan.consistency,
+        "emit_dmd": plan.matching,
         "emit_critic": not student,
         "effective_iteration": effective,
         "effective_iteration_fake": phases.effective_iteration_fake(iteration),
-        "n_steps_student": phases.steps_in_turn(effective),  # recorded for the critic's iterations, too
+        "n_steps_student": effective % phases.max_simulation_steps + 1,  # recorded for the critic's iterations, too
         "n_steps_critic": 0 if student else phases.simulation_steps(iteration),
         "warmup_ratio": phases.warmup_ratio(iteration),
     }

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from PIL import Image
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from turbojax.errors import UserError
 from turbojax.files import user_cache, whole_folder
@@ -20,6 +19,7 @@ from turbojax.models.umt5 import UMT5Config
 from turbojax.models.vae import VAEConfig
 from turbojax.models.wan import WanConfig
 from turbojax.shapes import MODEL
+from turbojax.shapes.words import unigram_tokenizer
 from turbojax.weights.io import write_pth
 from turbojax.weights.layouts import generated, umt5_layout, vae_layout, wan_layout
 
@@ -69,32 +69,18 @@ def write_encoders(folder: Path, vae: VAEConfig, t5: UMT5Config) -> None:
     for name, layout in (("Wan2.1_VAE.pth", vae_layout(vae)), ("models_t5_umt5-xxl-enc-bf16.pth", umt5_layout(t5))):
         write_pth(folder / name, generated(layout, jnp.bfloat16))
     (folder / "google" / "umt5-xxl").mkdir(parents=True)
-    demo_tokenizer().save(str(folder / "google" / "umt5-xxl" / "tokenizer.json"))
+    unigram_tokenizer(VOCABULARY.split()).save(str(folder / "google" / "umt5-xxl" / "tokenizer.json"))
 
 
 # Names of weights, and where their files are.
 DEMOS: dict[str, Callable[[], Path]] = {"demo": lambda: MODEL, "demo-i2v": demo_folder}
 
 
-def demo_tokenizer() -> Tokenizer:
-    """Makes a Unigram tokenizer of a few words and single letters, laid out as umT5's: <pad> 0, </s> 1, <unk> 2."""
-    words = [f"\u2581{word}" for word in VOCABULARY.split()]
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -4.0)]
-    pieces += [(word, -2.0) for word in words]
-    pieces += [(chr(code), -6.0) for code in range(33, 127)]
-    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2, byte_fallback=False))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Metaspace()
-    return tokenizer
-
-
 def demo_picture() -> np.ndarray:
     """Draws a sun over the sea, uint8 `[120, 200, 3]`."""
     y, x = np.mgrid[:120, :200]
-    sky, sea = (
-        np.array([120, 170, 230]) + y[..., None] // 2,
-        np.array([20, 60, 120]) + (np.sin(x / 5 + y) * 12)[..., None],
-    )
+    sky = np.array([120, 170, 230]) + y[..., None] // 2
+    sea = np.array([20, 60, 120]) + (np.sin(x / 5 + y) * 12)[..., None]
     picture = np.where((y < 80)[..., None], sky, sea)
     picture[np.hypot(y - 50, x - 140) < 18] = (250, 210, 90)
     return picture.astype(np.uint8)

@@ -54,11 +54,6 @@ def background(video: np.ndarray) -> str | None:
     return nearest if off[nearest] < OFF else None
 
 
-def present(mask: np.ndarray) -> bool:
-    """Returns True if a colour makes a thing: enough pixels in nine frames of ten."""
-    return bool(((mask.mean(axis=(1, 2)) > SMALLEST).mean()) >= 0.9)
-
-
 def centres(mask: np.ndarray) -> np.ndarray:
     """Returns centres (x, y) of each frame's pixels, in units of the shorter side, `[T, 2]`; NaN if it has none."""
     total = mask.sum(axis=(1, 2)).astype(np.float64)
@@ -81,9 +76,8 @@ def motion(mask: np.ndarray) -> str | None:
     if np.hypot(*moved) > 2 * STILL:
         straight = np.linalg.norm(steps, axis=1).sum() < 1.3 * np.hypot(*moved)
         angles = {name: np.arctan2(d[1], d[0]) for name, d in DIRECTIONS.items()}
-        off = {
-            name: abs((np.arctan2(moved[1], moved[0]) - a + np.pi) % (2 * np.pi) - np.pi) for name, a in angles.items()
-        }
+        heading = np.arctan2(moved[1], moved[0])
+        off = {name: abs((heading - angle + np.pi) % (2 * np.pi) - np.pi) for name, angle in angles.items()}
         nearest = min(off, key=lambda name: off[name])
         return nearest if straight and off[nearest] < np.pi / 8 else None
     if np.ptp(centre, axis=0).max() > STILL:
@@ -101,11 +95,6 @@ def crop(frame: np.ndarray, centre: np.ndarray) -> np.ndarray:
     padded = np.pad(frame, reach)
     x, y = (round(float(c)) for c in centre)
     return padded[y : y + 2 * reach, x : x + 2 * reach]
-
-
-def clearest(mask: np.ndarray, moving: str | None) -> np.ndarray:
-    """Finds the frame `[H, W]` to read a shape from: the first, for it may turn, or the last of what grows."""
-    return mask[np.flatnonzero(mask.any(axis=(1, 2)))[-1 if moving == "growing" else 0]]
 
 
 def features(frame: np.ndarray) -> np.ndarray:
@@ -140,9 +129,11 @@ class Judge:
         """Finds the things that a video, uint8 `[T, H, W, 3]`, shows, in the order of COLOURS."""
         seen = []
         for colour, mask in colour_masks(video).items():
-            if present(mask):
+            if (mask.mean(axis=(1, 2)) > SMALLEST).mean() >= 0.9:  # enough pixels in nine frames of ten
                 moving = motion(mask)
-                shape = str(self.classifier.predict(features(clearest(mask, moving))[None])[0])
+                # The shape is read from the first frame, for it may turn, or the last of what grows.
+                frame = mask[np.flatnonzero(mask.any(axis=(1, 2)))[-1 if moving == "growing" else 0]]
+                shape = str(self.classifier.predict(features(frame)[None])[0])
                 seen.append(Seen(shape, colour, moving))
         return tuple(seen)
 
@@ -172,15 +163,11 @@ def train_judge(*, seed: int = 0, examples: int = 3000, tests: int = 500, size: 
         for _ in range(count):
             thing = random_scene(rng, two=0).things[0]
             shape = SHAPES[rng.integers(len(SHAPES))]
-            video = render_still(Thing(shape, thing.colour, "left"), rng, size, writers)
+            scene = Scene((Thing(shape, thing.colour, "left"),), "black")
+            video = render(scene, rng, num_frames=1, height=size, width=size, writers=writers)
             x.append(features(colour_masks(video)[thing.colour][0]))
             y.append(shape)
         return np.stack(x), y
 
     classifier = SVC(C=10.0).fit(*drawn(examples, known))
     return Judge(classifier, float(classifier.score(*drawn(tests, unseen))), tests)
-
-
-def render_still(thing: Thing, rng: np.random.Generator, size: int, writers: np.ndarray) -> np.ndarray:
-    """Draws one frame of a thing on black, digits by some of the writers."""
-    return render(Scene((thing,), "black"), rng, num_frames=1, height=size, width=size, writers=writers)

@@ -175,14 +175,6 @@ def square(x: Array, y: Array) -> Array:
     return xp.maximum(xp.abs(x), xp.abs(y)) - 0.88
 
 
-def triangle(x: Array, y: Array) -> Array:
-    return polygon(x, y, corners=3, inner=None, radius=1.3)
-
-
-def star(x: Array, y: Array) -> Array:
-    return polygon(x, y, corners=5, inner=0.45, radius=1.3)
-
-
 def polygon(x: Array, y: Array, *, corners: int, inner: float | None, radius: float) -> Array:
     """Returns the signed distance to the edges of a regular polygon, or of a star with inner corners at `inner`."""
     xp, half = x.__array_namespace__(), np.pi / corners
@@ -214,6 +206,8 @@ def inked(ink: Array, x: Array, y: Array) -> Array:
 
 def outlines(ink: Array) -> tuple[Outline, ...]:
     """Returns those of the first of SHAPES, and the digit that the ink shows."""
+    triangle = functools.partial(polygon, corners=3, inner=None, radius=1.3)
+    star = functools.partial(polygon, corners=5, inner=0.45, radius=1.3)
     return circle, square, triangle, star, functools.partial(inked, ink)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from flax import nnx
 from tokenizers import Tokenizer as Words
-from tokenizers import decoders, models, normalizers, pre_tokenizers
+from tokenizers import normalizers
 from tqdm import tqdm
 
 from turbojax.files import whole_file
@@ -24,6 +24,7 @@ from turbojax.models.layers import Dense
 from turbojax.models.tokenizer import Tokenizer, build
 from turbojax.models.umt5 import UMT5Config, UMT5Encoder
 from turbojax.shapes.scene import BACKGROUNDS, COLOURS, MOTIONS, SHAPES, Scene, caption, random_scene
+from turbojax.shapes.words import unigram_tokenizer
 from turbojax.weights.io import write_safetensors
 from turbojax.weights.layouts import layout_tensors, umt5_layout
 from turbojax.weights.umt5 import UMT5_OFFICIAL
@@ -31,23 +32,13 @@ from turbojax.weights.umt5 import UMT5_OFFICIAL
 ENCODER = "models_t5_umt5-xxl-enc-bf16.safetensors"
 TOKENIZER = "google/umt5-xxl/tokenizer.json"
 LENGTH = 32  # tokens; the longest caption has 26
-ANSWERS: dict[str, tuple[str, ...]] = {
-    "shape": SHAPES,
-    "colour": tuple(COLOURS),
-    "motion": MOTIONS,
-    "background": BACKGROUNDS,
-}
+ANSWERS = {"shape": SHAPES, "colour": tuple(COLOURS), "motion": MOTIONS, "background": BACKGROUNDS}
 
 
 def word_tokenizer(words: list[str]) -> Words:
-    """Makes a Unigram tokenizer of whole words and single characters, laid out as umT5's: <pad> 0, </s> 1, <unk> 2."""
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -4.0)]
-    pieces += [(f"\u2581{word}", -2.0) for word in words]
-    pieces += [(chr(code), -6.0) for code in range(33, 127)]
-    tokenizer = Words(models.Unigram(pieces, unk_id=2, byte_fallback=False))
+    """Makes the tokenizer of these words, which reads capitals as small letters."""
+    tokenizer = unigram_tokenizer(words)
     tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
-    tokenizer.decoder = decoders.Metaspace()
     return tokenizer
 
 
@@ -83,14 +74,13 @@ def examples(tokenizer: Words, count: int, *, seed: int) -> Examples:
     for row, places in enumerate(of_nouns):
         found = np.flatnonzero(places)
         nouns[row, : len(found)] = found
-    answers = {
-        name: np.array([things(scene, name) for scene in scenes], np.int32) for name in ("shape", "colour", "motion")
-    }
+    questions = "shape", "colour", "motion"
+    answers = {name: np.array([both_answers(scene, name) for scene in scenes], np.int32) for name in questions}
     answers["background"] = np.array([BACKGROUNDS.index(scene.background) for scene in scenes], np.int32)
     return Examples(ids, mask, nouns, answers)
 
 
-def things(scene: Scene, name: str) -> list[int]:
+def both_answers(scene: Scene, name: str) -> list[int]:
     """Returns the answers for both things, -1 where there is no second."""
     found = [ANSWERS[name].index(getattr(thing, name)) for thing in scene.things]
     return [*found, -1][:2]

@@ -1,7 +1,9 @@
-"""The words of the world of shapes."""
+"""The words of the world of shapes, and a tokenizer of words."""
 
 import re
 from collections.abc import Iterable
+
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from turbojax.shapes.scene import BACKGROUNDS, BEFORE, COLOURS, SHAPES, SYNONYMS, VERBS, noun
 
@@ -21,3 +23,13 @@ def vocabulary() -> list[str]:
 
 def words_of(sentences: Iterable[str]) -> set[str]:
     return set(re.findall(r"[a-z0-9]+", " ".join(sentences).replace("{things}", "").replace("{background}", "")))
+
+
+def unigram_tokenizer(words: Iterable[str]) -> Tokenizer:
+    """Makes a Unigram tokenizer of whole words and single characters, laid out as umT5's: <pad> 0, </s> 1, <unk> 2."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -4.0)]
+    pieces += [(f"\u2581{word}", -2.0) for word in words]
+    pieces += [(chr(code), -6.0) for code in range(33, 127)]
+    tokenizer = Tokenizer(models.Unigram(pieces, unk_id=2, byte_fallback=False))
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
+    return tokenizer

@@ -22,14 +22,7 @@ from tqdm import tqdm
 
 from turbojax import sharding
 from turbojax.files import check_folder, sole_user, user_path
-from turbojax.train.checkpoints import (
-    Manager,
-    any_process,
-    check_written,
-    open_checkpoints,
-    restore_newest,
-    save_checkpoint,
-)
+from turbojax.train import checkpoints
 from turbojax.train.config import check_settings, make_optimizers
 from turbojax.train.metrics import Write, metrics_writer
 from turbojax.train.networks import HostParams, place, to_host
@@ -59,34 +52,30 @@ def train(config: ConfigDict, registry: Registry = PUBLISHED) -> Path:
         optimizers = make_optimizers(config, run.recipe)
         accumulation = config.accumulation or run.accumulation
         step = make_step(run.recipe, optimizers, accumulation=accumulation, seed=config.seed)
-        signature = run_signature(config, optimizers) | run.signature
+        # What a run must have in common with the one it goes on from.
+        own = {"recipe": config.recipe, "learners": sorted(optimizers), "optimizer": config.optimizer}
+        signature = own | run.signature
         with (
             jax.set_mesh(mesh),
             stop_requests(config.max_minutes) as stop,
-            open_checkpoints(workdir / "checkpoints", keep=config.keep) as checkpoints,
+            checkpoints.open_checkpoints(workdir / "checkpoints", keep=config.keep) as manager,
             run.data() as data,
         ):
-            state = restore_or_init(checkpoints, run.params, optimizers, data, signature=signature)
+            state = restore_or_init(manager, run.params, optimizers, data, signature=signature)
             negative = None
             if run.negative is not None:
                 negative = jax.device_put(run.negative, NamedSharding(mesh, PartitionSpec()))
             frozen = Frozen(place(run.teacher, run.teacher), negative)
             run = dataclasses.replace(run, params={}, teacher={})  # frees the host's copies
             make_videos = run.prepare_videos() if run.prepare_videos else None
-            state = run_steps(
-                config, step, state, frozen, data, checkpoints, stop, signature=signature, make_videos=make_videos
-            )
+            how: dict[str, Any] = dict(signature=signature, make_videos=make_videos)
+            state = run_steps(config, step, state, frozen, data, manager, stop, **how)
             trained = to_host(state.ema)
         return run.export(trained)
 
 
-def run_signature(config: ConfigDict, optimizers: Mapping[str, Optimizer]) -> dict[str, Any]:
-    """Returns what a run must have in common with the one it goes on from, besides the network."""
-    return {"recipe": config.recipe, "learners": sorted(optimizers), "optimizer": config.optimizer}
-
-
 def restore_or_init(
-    checkpoints: Manager,
+    manager: checkpoints.Manager,
     params: HostParams,
     optimizers: Mapping[str, Optimizer],
     data: Data,
@@ -101,14 +90,15 @@ def restore_or_init(
     def initial(params: Params) -> TrainState:
         return initial_state(params, **{name: own.transform for name, own in optimizers.items()})
 
-    like = with_shardings(jax.eval_shape(initial, params))
-    if restored := restore_newest(checkpoints, like, run=signature):
+    shapes = jax.eval_shape(initial, params)
+    shardings = sharding.state_shardings(shapes)
+    place_of = lambda spec, where: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=where)  # noqa: E731
+    like = jax.tree.map(place_of, shapes, shardings)
+    if restored := checkpoints.restore_newest(manager, like, run=signature):
         state, position = restored
         data.set_state(position)
         return state
-    return jax.jit(initial, out_shardings=jax.tree.map(lambda spec: spec.sharding, like))(
-        place(params, like.student.params)
-    )
+    return jax.jit(initial, out_shardings=shardings)(place(params, like.student.params))
 
 
 def run_steps(
@@ -117,7 +107,7 @@ def run_steps(
     state: TrainState,
     frozen: Frozen,
     data: Data,
-    checkpoints: Manager,
+    manager: checkpoints.Manager,
     stop: threading.Event,
     *,
     signature: Mapping[str, Any],
@@ -128,33 +118,28 @@ def run_steps(
     Raises KeyboardInterrupt where it was asked to stop, when a last checkpoint has been written.
     """
     start, workdir = int(state.step), user_path(config.workdir)
-    with metrics_writer(workdir, start) as write, progress(start, config.num_steps) as bar:
+    look: dict[str, Any] = dict(unit="step", desc="Training", disable=None, smoothing=0.05)  # None: in a terminal alone
+    with metrics_writer(workdir, start) as write, tqdm(initial=start, total=config.num_steps, **look) as bar:
         recent: list[Metrics] = []
         for i in range(start, config.num_steps):
             state, metrics = step(i, state, frozen, sharding.put_batch(next(data)))
             recent.append(metrics)
-            done, stopping = i + 1, any_process(stop.is_set())
+            done, stopping = i + 1, checkpoints.any_process(stop.is_set())
             bar.update()
             if done % config.log_every == 0 or done == config.num_steps:
-                check_written(checkpoints)
+                checkpoints.check_written(manager)
                 report(bar, write, done, recent)
                 recent.clear()
             if done % config.checkpoint_every == 0 or done == config.num_steps or stopping:
-                save_checkpoint(checkpoints, state, position=data.get_state(), run=signature)
+                checkpoints.save_checkpoint(manager, state, position=data.get_state(), run=signature)
             if stopping:
-                check_written(checkpoints, wait=True)
+                checkpoints.check_written(manager, wait=True)
                 logging.info("Stopped after step %d; the same command goes on from there", done)
                 raise KeyboardInterrupt
             if make_videos and done % config.sample_every == 0:
                 make_videos(done, state.ema)
-    check_written(checkpoints, wait=True)
+    checkpoints.check_written(manager, wait=True)
     return state
-
-
-def with_shardings(state: TrainState) -> TrainState:
-    """Adds to shapes where each array belongs on the mesh in force."""
-    place = lambda spec, where: jax.ShapeDtypeStruct(spec.shape, spec.dtype, sharding=where)  # noqa: E731
-    return jax.tree.map(place, state, sharding.state_shardings(state))
 
 
 @contextlib.contextmanager
@@ -182,11 +167,6 @@ def stop_requests(max_minutes: float = 0.0) -> Iterator[threading.Event]:
                 if signal.getsignal(number) is not signal.SIG_IGN:  # as nohup has it
                     undo.callback(signal.signal, number, signal.signal(number, request))
         yield stop
-
-
-def progress(start: int, num_steps: int) -> tqdm:
-    """Makes a bar with loss and steps a second, where someone is watching."""
-    return tqdm(initial=start, total=num_steps, unit="step", desc="Training", disable=None, smoothing=0.05)
 
 
 def report(bar: tqdm, write: Write, step: int, recent: Sequence[Metrics]) -> None:

@@ -9,7 +9,6 @@ velocity of (x, timesteps, text). Whatever is random comes in as an argument.
     teacher   a constant, under guidance by `trigflow.guided`.
 
 What comes from any but the first takes no gradient, whatever the networks themselves do.
-
 Every loss returns `(value, aux)`, for `jax.value_and_grad(..., has_aux=True)`. value: float32 [], reduced as the
 reference does: a mean for fine-tuning, a sum over elements and samples for distillation. aux["loss"]: the same for
 each sample, `[B]`; the rest of aux is what it was made of. Under jit, what is not used costs nothing.
@@ -102,14 +101,7 @@ def consistency(
 
 
 def velocity_tangent(
-    network: Velocity,
-    x: jax.Array,
-    t: jax.Array,
-    text: Any,
-    F_teacher: jax.Array,
-    *,
-    tangent: Tangent = "exact",
-    step: float = 1e-4,
+    network: Velocity, x: jax.Array, t: jax.Array, text: Any, F_teacher: jax.Array, *, tangent: Tangent, step: float
 ) -> jax.Array:
     """cos t sin t dF/dt along dx/dt = F_teacher, like x (rCM, section 4.2).
 

@@ -88,10 +88,11 @@ class Phases:
 
     def at(self, iteration: int, *, ema_rate: float) -> StepSchedule:
         """Returns what an iteration does, the scalars as arrays."""
+        student = self.is_student(iteration)
         return StepSchedule(
-            learner="student" if self.is_student(iteration) else "critic",
-            consistency=self.has_consistency(iteration),
-            matching=self.has_distribution_matching(iteration),
+            learner="student" if student else "critic",
+            consistency=student and self.loss_scale > 0,
+            matching=student and self.fake and self.loss_scale_dmd > 0 and iteration >= self.tangent_warmup,
             warmup=jnp.float32(self.warmup_ratio(iteration)),
             simulation_steps=jnp.int32(self.simulation_steps(iteration)),
             ema_beta=jnp.float32(ema_beta(self.effective_iteration(iteration), rate=ema_rate)),
@@ -101,15 +102,6 @@ class Phases:
         """Returns True if the student learns; else the fake score does."""
         past = iteration - self.tangent_warmup
         return not self.fake or self.loss_scale_dmd == 0 or past < 0 or past % self.student_freq == 0
-
-    def has_consistency(self, iteration: int) -> bool:
-        """Returns True if the consistency loss is part of the iteration."""
-        return self.is_student(iteration) and self.loss_scale > 0
-
-    def has_distribution_matching(self, iteration: int) -> bool:
-        """Returns True if the DMD loss is part of the iteration."""
-        wanted = self.fake and self.loss_scale_dmd > 0 and iteration >= self.tangent_warmup
-        return self.is_student(iteration) and wanted
 
     def effective_iteration(self, iteration: int) -> int:
         """Counts the student's iterations so far."""
@@ -124,11 +116,7 @@ class Phases:
     def simulation_steps(self, iteration: int) -> int:
         """Returns the backward simulation's steps: 1 to max_simulation_steps in turn, for both networks apart."""
         own = self.effective_iteration if self.is_student(iteration) else self.effective_iteration_fake
-        return self.steps_in_turn(own(iteration))
-
-    def steps_in_turn(self, effective_iteration: int) -> int:
-        """Returns 1 to max_simulation_steps, and again from 1."""
-        return effective_iteration % self.max_simulation_steps + 1
+        return own(iteration) % self.max_simulation_steps + 1
 
     def warmup_ratio(self, iteration: int) -> float:
         """Returns r of `losses.consistency`: from 0 to 1 over tangent_warmup iterations, 1 without."""
