@@ -127,16 +127,12 @@ def page(config: ConfigDict, rows: Sequence[Row], reference: Mapping[str, Any]) 
     for row in rows:
         images = "".join(f'<img src="{html.escape(name)}" alt="">' for name in row.frames)
         difference = "" if row.psnr is None else f"PSNR {row.psnr:.1f} dB, "
-        text = html.escape(label(row.cell))
-        figures.append(
-            FIGURE.format(
-                video=html.escape(row.video),
-                images=images,
-                label=text,
-                difference=difference,
-                seconds=row.seconds.get("diffusion", math.nan),
-            )
+        video, text, seconds = (
+            html.escape(row.video),
+            html.escape(label(row.cell)),
+            row.seconds.get("diffusion", math.nan),
         )
+        figures.append(FIGURE.format(video=video, images=images, label=text, difference=difference, seconds=seconds))
     return PAGE.format(
         title=html.escape(" and ".join(rows[0].cell)),
         columns=columns,

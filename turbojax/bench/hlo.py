@@ -109,7 +109,7 @@ def parse(text: str) -> dict[str, Computation]:
 def parse_instruction(line: str) -> Instruction:
     """Reads one line of a computation."""
     left, right = line.split(" = ", 1)
-    shape, right = split_shape(right)
+    shape, right = split_parenthesis(right) if right.startswith("(") else right.split(" ", 1)
     opcode, right = right.split("(", 1)
     operands, attributes = split_parenthesis("(" + right)
     return Instruction(
@@ -120,14 +120,6 @@ def parse_instruction(line: str) -> Instruction:
         attributes=attributes,
         root=left.startswith("ROOT "),
     )
-
-
-def split_shape(text: str) -> tuple[str, str]:
-    """Splits a text after the shape that it starts with."""
-    if text.startswith("("):
-        return split_parenthesis(text)
-    shape, rest = text.split(" ", 1)
-    return shape, rest
 
 
 def split_parenthesis(text: str) -> tuple[str, str]:

@@ -8,8 +8,8 @@ import jax
 from absl import logging
 
 from turbojax.errors import UserError
-from turbojax.memory.experts import Experts
-from turbojax.memory.planner import loading_suggestion, out_of_memory
+from turbojax.memory.experts import NAMES, Experts
+from turbojax.memory.planner import device_limit, loading_suggestion, out_of_memory, parse
 from turbojax.models.clip import CLIPVision, clip_dtype
 from turbojax.models.offload import Streamed, arrays_by_memory, to_device, to_host
 from turbojax.models.published import TWO_EXPERTS, ModelConfigs, known_network, published_configs
@@ -18,7 +18,7 @@ from turbojax.models.vae import WanVAE
 from turbojax.models.wan import WanConfig, WanModel
 from turbojax.pipeline.compile import CompiledPrograms, compile_ahead
 from turbojax.pipeline.options import LoadOptions
-from turbojax.pipeline.plan import choose_placement, make_experts
+from turbojax.pipeline.plan import choose_placement
 from turbojax.pipeline.program_cache import use_compilation_cache
 from turbojax.pipeline.request import Request
 from turbojax.pipeline.text import TextEncoder
@@ -83,7 +83,7 @@ def open_random(options: LoadOptions, tokenizer: Tokenizer, *, seed: int = 0) ->
     make = functools.partial(random_module, seed=seed)
     text = TextEncoder(tokenizer, encoder.abstract(), table, functools.partial(make, encoder, what="random umT5"))
     make_wan = functools.partial(random_module, wan_skeleton(config), what=f"random {model}")
-    names: tuple[Expert, ...] = ("low", "high") if configs.transformers > 1 else ("high",)
+    names = reversed(NAMES[: configs.transformers])
     experts = {name: functools.partial(make_wan, seed=seed + i) for i, name in enumerate(names)}
     vae = functools.partial(make, vae_skeleton(configs.vae), what="random VAE")
     clip = functools.partial(make, clip_skeleton(configs.clip), what="random CLIP") if configs.clip else None
@@ -101,7 +101,13 @@ def load(
     residency = choose_placement(configs, request, options.memory)
     text.streamed = residency.text_streamed
     place = to_host if residency.idle_offloaded else to_device
-    experts = make_experts(configs, residency, options.memory, boundary=options.boundary)
+    experts = Experts(
+        names=NAMES[: configs.transformers],
+        boundary=options.boundary,
+        swap_experts=residency.swap_experts and not residency.transformer_streamed,
+        embeddings_offloaded=residency.embeddings_offloaded,
+        limit=parse(options.memory, device_limit())[1],
+    )
     if ahead:
         compile_ahead(programs, experts, text, request, configs, residency)
     with out_of_memory(lambda: loading_suggestion(configs)):

@@ -10,7 +10,6 @@ from absl import logging
 from turbojax.errors import UserError
 from turbojax.files import user_path
 from turbojax.memory.estimates import Residency
-from turbojax.memory.experts import BOUNDARY, NAMES, Experts
 from turbojax.memory.planner import Plan, device_limit, parse, plan
 from turbojax.models.offload import offload_embeddings
 from turbojax.models.published import MODELS, TWO_EXPERTS, ModelConfigs, known_network, published_configs
@@ -66,19 +65,6 @@ def choose_placement(configs: ModelConfigs, request: Request, memory: str | floa
     if found.residency != Residency():
         logging.info(" ".join(found.reasons))
     return found.residency
-
-
-def make_experts(
-    configs: ModelConfigs, residency: Residency, memory: str | float, *, boundary: float = BOUNDARY
-) -> Experts:
-    """Makes the place for one or two transformers, which are still to be added, as the plan wants them."""
-    return Experts(
-        names=NAMES if configs.transformers > 1 else NAMES[:1],
-        boundary=boundary,
-        swap_experts=residency.swap_experts and not residency.transformer_streamed,
-        embeddings_offloaded=residency.embeddings_offloaded,
-        limit=parse(memory, device_limit())[1],
-    )
 
 
 def plan_unloaded(options: LoadOptions, request: Request, *, exact: bool | None = True) -> Plan:

@@ -104,7 +104,10 @@ class Request:
         check_colour(self.background)
         object.__setattr__(self, "image", self._read(self.image))
         object.__setattr__(self, "last_image", self._read(self.last_image))
-        check_sample_index(self.sample_index, self.shape(VAEConfig.wan2_1()))  # sizes are the same for all networks
+        batch, *place = self.shape(VAEConfig.wan2_1())  # sizes are the same for all networks
+        most = 2**32 // math.prod(place) - batch  # the places of the seed's noise are numbered in 32 bits
+        if not isinstance(self.sample_index, int | np.integer) or not 0 <= self.sample_index <= most:
+            raise UserError(f"sample_index={self.sample_index} must be in 0..{most} for videos of this size")
         check_fps(self.fps)
         if self.output is not None:
             check_path(self.output)
@@ -174,10 +177,9 @@ class Request:
 
     def remarks(self) -> list[str]:
         """Returns lines on what may not be as it was meant."""
-        lines = [beyond_training(self.num_frames)]
-        if self.negative_prompt and not self.guided:
-            lines.append("negative_prompt has no effect with guidance_scale=1")
-        return [line for line in lines if line]
+        no_effect = self.negative_prompt and not self.guided
+        ineffective = "negative_prompt has no effect with guidance_scale=1" if no_effect else None
+        return [line for line in (beyond_training(self.num_frames), ineffective) if line]
 
 
 def latent_shape(config: VAEConfig, num_frames: int, height: int, width: int) -> tuple[int, int, int, int]:
@@ -204,16 +206,6 @@ def check_seed(seed: int) -> None:
     """Raises UserError for a seed that is not in 0..2**64 - 1."""
     if not isinstance(seed, int | np.integer) or not 0 <= seed < 2**64:
         raise UserError(f"{seed=} must be in 0..{2**64 - 1}")
-
-
-def check_sample_index(index: int, shape: Sequence[int]) -> None:
-    """Raises UserError for a sample past the seed's noise, whose places are numbered in 32 bits.
-
-    shape: of the latents, `[B, t, h, w, c]`.
-    """
-    most = 2**32 // math.prod(shape[1:]) - shape[0]
-    if not isinstance(index, int | np.integer) or not 0 <= index <= most:
-        raise UserError(f"sample_index={index} must be in 0..{most} for videos of this size")
 
 
 def check_shape(name: str, value: jax.Array | np.ndarray | None, expected: tuple[int, ...]) -> None:

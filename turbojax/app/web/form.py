@@ -1,7 +1,6 @@
 """Values of the form as settings, checked before anything waits for the GPU."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -9,9 +8,7 @@ from ml_collections import ConfigDict
 from turbojax.app.generate import read_settings
 from turbojax.config import changed, parse_value
 from turbojax.errors import UserError
-from turbojax.files import user_path
 from turbojax.media.video import SIZES
-from turbojax.shapes.demo import demo_folder
 
 NAMES = (
     *("prompt", "negative_prompt", "image", "resolution", "aspect_ratio", "num_frames", "num_inference_steps", "seed"),
@@ -75,10 +72,3 @@ def parse(name: str, value: Any) -> Any:
     if value == AS_STARTED:
         return None
     return parse_value(name, f"{value:.0f}" if isinstance(value, float) and value.is_integer() else str(value))
-
-
-def image_of(config: ConfigDict) -> Path | None:
-    """Returns the picture that the form shows at first."""
-    if config.image == "demo":
-        return demo_folder() / "image.png"
-    return user_path(config.image) if config.image else None

@@ -16,12 +16,13 @@ from absl import logging
 from gradio.utils import get_upload_folder, is_in_or_equal
 from ml_collections import ConfigDict
 
-from turbojax.app.generate import PipelineCache, limits, makes_from_images, plan
+from turbojax.app.generate import PipelineCache, image_path, limits, makes_from_images, plan
 from turbojax.app.web.album import Album, Entry
-from turbojax.app.web.form import AS_STARTED, MOST_FRAMES, NAMES, first_values, image_of, read_form, resolutions
+from turbojax.app.web.form import AS_STARTED, MOST_FRAMES, NAMES, first_values, read_form, resolutions
 from turbojax.app.web.jobs import MOST, Job, Jobs
 from turbojax.config import changed
 from turbojax.errors import UserError
+from turbojax.files import user_path
 from turbojax.media.video import SIZES
 from turbojax.memory.planner import gigabytes, short_of_memory
 from turbojax.pipeline.timing import Progress
@@ -223,7 +224,7 @@ def build(server: Server) -> gr.Blocks:
 def build_form(config: ConfigDict) -> tuple[dict[str, Any], Controls]:
     """Builds the fields by their names, and what goes with them."""
     first, with_image = first_values(config), makes_from_images(config)
-    picture = str(image_of(config) or "") or None if with_image else None
+    picture = str(user_path(path)) if with_image and (path := image_path(config.image)) else None
     form: dict[str, Any] = {}
     form["prompt"] = gr.Textbox(first["prompt"], label="Prompt", lines=4, max_lines=12, elem_id="prompt")
     form["negative_prompt"] = gr.Textbox(
