@@ -127,11 +127,8 @@ def page(config: ConfigDict, rows: Sequence[Row], reference: Mapping[str, Any]) 
     for row in rows:
         images = "".join(f'<img src="{html.escape(name)}" alt="">' for name in row.frames)
         difference = "" if row.psnr is None else f"PSNR {row.psnr:.1f} dB, "
-        video, text, seconds = (
-            html.escape(row.video),
-            html.escape(label(row.cell)),
-            row.seconds.get("diffusion", math.nan),
-        )
+        video, text = html.escape(row.video), html.escape(label(row.cell))
+        seconds = row.seconds.get("diffusion", math.nan)
         figures.append(FIGURE.format(video=video, images=images, label=text, difference=difference, seconds=seconds))
     return PAGE.format(
         title=html.escape(" and ".join(rows[0].cell)),

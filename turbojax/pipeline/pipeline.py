@@ -260,28 +260,25 @@ class TurboVideoPipeline:
         and where the network returns NaN.
         """
         with out_of_memory(lambda: suggestion(self.plan(request, exact=False), self.configs)):
-            return self._generate(request, progress)
-
-    def _generate(self, request: Request, progress: Progress) -> VideoOutput:
-        request.check(self.configs)
-        warnings = warn(request.remarks())
-        prompts = [*request.prompts, request.negative_prompt or ""] if request.guided else request.prompts
-        warnings += self.text.cut(prompts)  # logged when they are read
-        self._clock.take()  # what a call that failed has left
-        self._clock.progress = progress
-        text, negative = self._embed_prompts(request)
-        images = self._encode_images(request)
-        with self._clock.stage("compile"):
-            self._programs.wait("noise")
-            arguments = sampler_arguments(request, self.configs, text, negative=negative, images=images)
-        clean = self._sample(request, arguments)
-        latents = np.asarray(clean)
-        if not np.isfinite(latents).all():
-            raise UserError("the network returned NaN or infinity; check the checkpoint, or try dtype float32")
-        videos = self._decode(request, latents)
-        warnings += warn(video_checks.warnings(videos))
-        written = [file for path in request.outputs for file in files_of(path, request.num_frames)]
-        return VideoOutput(videos, clean, self._clock.take(), written, warnings)
+            request.check(self.configs)
+            warnings = warn(request.remarks())
+            prompts = [*request.prompts, request.negative_prompt or ""] if request.guided else request.prompts
+            warnings += self.text.cut(prompts)  # logged when they are read
+            self._clock.take()  # what a call that failed has left
+            self._clock.progress = progress
+            text, negative = self._embed_prompts(request)
+            images = self._encode_images(request)
+            with self._clock.stage("compile"):
+                self._programs.wait("noise")
+                arguments = sampler_arguments(request, self.configs, text, negative=negative, images=images)
+            clean = self._sample(request, arguments)
+            latents = np.asarray(clean)
+            if not np.isfinite(latents).all():
+                raise UserError("the network returned NaN or infinity; check the checkpoint, or try dtype float32")
+            videos = self._decode(request, latents)
+            warnings += warn(video_checks.warnings(videos))
+            written = [file for path in request.outputs for file in files_of(path, request.num_frames)]
+            return VideoOutput(videos, clean, self._clock.take(), written, warnings)
 
     def _embed_prompts(self, request: Request) -> tuple[jax.Array, jax.Array | None]:
         """Returns embeddings `[B, 512, D]` of the prompts and, with guidance, of the negative prompt."""

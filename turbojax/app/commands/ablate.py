@@ -45,11 +45,5 @@ def main() -> None:
         if len(values) > 1:
             raise UserError(f"the reference has {len(values)} values of {name}; give one")
         reference[name] = values[0]
-    ablate(
-        config,
-        parse_settings(GRID.value),
-        Path(OUT.value),
-        reference=reference or None,
-        repeats=REPEATS.value,
-        num_frames=FRAMES.value,
-    )
+    grid, calls = parse_settings(GRID.value), {"repeats": REPEATS.value, "num_frames": FRAMES.value}
+    ablate(config, grid, Path(OUT.value), reference=reference or None, **calls)

@@ -21,7 +21,7 @@ from turbojax.weights.convert import convert
 
 FLAGS = flags.FlagValues()
 INPUT = flags.DEFINE_string("input", None, "checkpoint to read", flag_values=FLAGS)
-WRITTEN = checkpoint_flags.define(FLAGS, dtype="bfloat16", dtype_help="of all other tensors")
+checkpoint_flags.define(FLAGS, dtype="bfloat16", dtype_help="of all other tensors")
 TOPK = flags.DEFINE_float("sla_topk", None, "fraction of key blocks to run it with", flag_values=FLAGS)
 SIGMA_MAX = flags.DEFINE_float("sigma_max", None, "first noise level of rcm to run it with", flag_values=FLAGS)
 
@@ -29,5 +29,7 @@ SIGMA_MAX = flags.DEFINE_float("sigma_max", None, "first noise level of rcm to r
 def main() -> None:
     if not INPUT.value or not FLAGS.output:
         raise UserError("give --input=CHECKPOINT and --output=FILE, see --help")
-    summary = convert(INPUT.value, FLAGS.output, sla_topk=TOPK.value, sigma_max=SIGMA_MAX.value, **WRITTEN())
+    summary = convert(
+        INPUT.value, FLAGS.output, sla_topk=TOPK.value, sigma_max=SIGMA_MAX.value, **checkpoint_flags.written(FLAGS)
+    )
     checkpoint_flags.log_written(FLAGS, summary)

@@ -25,16 +25,7 @@ from turbojax.files import check_file, check_folder, user_path, write_json
 from turbojax.pipeline.request import check_seed
 from turbojax.shapes import MODEL
 from turbojax.shapes.judge import train_judge
-from turbojax.shapes_training.evaluate import (
-    GUIDED,
-    NETWORKS,
-    QUICK,
-    VARIANTS,
-    contact_sheet,
-    evaluate,
-    held_out_tasks,
-    table,
-)
+from turbojax.shapes_training import evaluate
 
 FLAGS = flags.FlagValues()
 FOLDER = flags.DEFINE_string("folder", None, "of scripts/train_shapes.py; the package if not given", flag_values=FLAGS)
@@ -47,8 +38,8 @@ NAMES = flags.DEFINE_string(
 LIST = flags.DEFINE_bool("list", False, "print the variants, and stop", flag_values=FLAGS)
 SEED = flags.DEFINE_integer("seed", 0, "of prompts and noise", flag_values=FLAGS)
 BATCH = flags.DEFINE_integer("batch", 20, "videos at once", flag_values=FLAGS)
-GUIDANCE = flags.DEFINE_float("guidance", GUIDED["guidance_scale"], "the teacher's", flag_values=FLAGS)
-SHIFT = flags.DEFINE_float("shift", GUIDED["shift"], "of the teacher's times", flag_values=FLAGS)
+GUIDANCE = flags.DEFINE_float("guidance", evaluate.GUIDED["guidance_scale"], "the teacher's", flag_values=FLAGS)
+SHIFT = flags.DEFINE_float("shift", evaluate.GUIDED["shift"], "of the teacher's times", flag_values=FLAGS)
 FRAMES = flags.DEFINE_integer("num_frames", 33, "4 n + 1", flag_values=FLAGS)
 HEIGHT = flags.DEFINE_integer("height", 128, "pixels", flag_values=FLAGS)
 WIDTH = flags.DEFINE_integer("width", 128, "pixels", flag_values=FLAGS)
@@ -59,7 +50,7 @@ SHOWN = 20  # videos of a picture
 
 def main() -> None:
     if LIST.value:
-        print("\n".join(VARIANTS))
+        print("\n".join(evaluate.VARIANTS))
         return
     for name, value in (("prompts", PROMPTS.value), ("batch", BATCH.value)):
         if value < 1:
@@ -67,13 +58,13 @@ def main() -> None:
     teacher = user_path(TEACHER.value).absolute() if TEACHER.value else None
     if teacher and not teacher.is_file():
         raise UserError(f"--teacher={teacher} is no file; scripts/train_shapes.py makes one")
-    named = {"all": list(VARIANTS), "quick": list(QUICK)}
+    named = {"all": list(evaluate.VARIANTS), "quick": list(evaluate.QUICK)}
     chosen = NAMES.value or ("all" if FOLDER.value else "quick")
     names = named.get(chosen) or [name.strip() for name in chosen.split(";")]
     check_seed(SEED.value)
     output, sheets = check_file(OUTPUT.value), check_folder(SHEETS.value) if SHEETS.value else None
     size = {"num_frames": FRAMES.value, "height": HEIGHT.value, "width": WIDTH.value}
-    tasks = held_out_tasks(PROMPTS.value, seed=SEED.value)
+    tasks = evaluate.held_out_tasks(PROMPTS.value, seed=SEED.value)
     judge = train_judge(size=min(HEIGHT.value, WIDTH.value))
     content: dict[str, Any] = {
         "device": jax.devices()[0].device_kind,
@@ -89,11 +80,11 @@ def main() -> None:
     options: dict[str, Any] = {"size": size, "dtype": dtype, "seed": SEED.value, "batch": BATCH.value}
     options["guided"] = content["teacher"]
     if teacher:
-        options["networks"] = NETWORKS | {"teacher": str(teacher)}
-    for row, videos in evaluate(names, tasks, folder, judge, **options):
+        options["networks"] = evaluate.NETWORKS | {"teacher": str(teacher)}
+    for row, videos in evaluate.evaluate(names, tasks, folder, judge, **options):
         content["rows"].append(row)
         write_json(output, content)  # after each, so that a stop loses little
         if sheets:
             file = "".join(c if c.isalnum() or c == "." else "_" for c in row["variant"])
-            contact_sheet(videos[:SHOWN], sheets / f"{file}.png")
-    print(table(content["rows"]))
+            evaluate.contact_sheet(videos[:SHOWN], sheets / f"{file}.png")
+    print(evaluate.table(content["rows"]))

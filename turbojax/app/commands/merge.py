@@ -21,11 +21,11 @@ flags.DEFINE_string("base", None, "checkpoint that the difference is added to", 
 flags.DEFINE_string("diff_base", None, "checkpoint that is subtracted", flag_values=FLAGS)
 flags.DEFINE_string("diff_target", None, "checkpoint that is added", flag_values=FLAGS)
 WEIGHT = flags.DEFINE_float("weight", 1.0, "how much of the difference is added", flag_values=FLAGS)
-WRITTEN = checkpoint_flags.define(FLAGS, dtype=None, dtype_help="of all other tensors; base's if not given")
+checkpoint_flags.define(FLAGS, dtype=None, dtype_help="of all other tensors; base's if not given")
 
 
 def main() -> None:
     paths = FLAGS.base, FLAGS.diff_base, FLAGS.diff_target, FLAGS.output
     if not all(paths):
         raise UserError("give --base=, --diff_base=, --diff_target= and --output=, see --help")
-    checkpoint_flags.log_written(FLAGS, merge(*paths, weight=WEIGHT.value, **WRITTEN()))
+    checkpoint_flags.log_written(FLAGS, merge(*paths, weight=WEIGHT.value, **checkpoint_flags.written(FLAGS)))

@@ -298,12 +298,9 @@ def connect(page: gr.Blocks, server: Server, form: dict[str, Any], controls: Con
         quant_linear, attention_type, sla_topk, sigma_max, ode, guidance_scale, request: gr.Request,
     ):  # fmt: skip
         """Makes a video; the first output tells how far it is, the second is the video's file."""
-        values = (
-            *(prompt, negative_prompt, image, resolution, aspect_ratio, num_frames, num_inference_steps, seed),
-            *(quant_linear, attention_type, sla_topk, sigma_max, ode, guidance_scale),
-        )
-        owner = str(request.session_hash)
-        for text, entry in server.generate(dict(zip(NAMES, values, strict=True)), owner):
+        given = locals()
+        values = {name: given[name] for name in NAMES}
+        for text, entry in server.generate(values, str(request.session_hash)):
             yield {views.status: text} | (views.of(entry) if entry else {})
 
     def cancel(request: gr.Request):
