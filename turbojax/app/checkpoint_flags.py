@@ -23,9 +23,8 @@ def written(values: flags.FlagValues) -> dict[str, Any]:
     """Returns the flags' values as `convert` and `merge` take them, but for the output."""
     quantize = None if values.quantize == "none" else values.quantize
     dtype = jnp.dtype(values.dtype) if values.dtype else None
-    return {"quantize": quantize, "dtype": dtype} | {
-        name: values[name].value for name in ("format", "names", "overwrite")
-    }
+    others = {name: values[name].value for name in ("format", "names", "overwrite")}
+    return {"quantize": quantize, "dtype": dtype, **others}
 
 
 def log_written(values: flags.FlagValues, summary: Summary) -> None:

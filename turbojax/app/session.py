@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import jax
 from absl import logging
@@ -40,9 +41,7 @@ HELP = f"""A line is a prompt. A line that starts with / changes a setting for t
   /quit                ends the session, as Ctrl-D does; Ctrl-C stops a video"""
 
 
-def interactive(
-    config: ConfigDict, *, read: Callable[[str], str] = input, write: Callable[[str], None] = print
-) -> None:
+def interactive(config: ConfigDict, *, read: Callable[[str], str] = input, write: Callable[[str], Any] = print) -> None:
     """Makes a video of each line read until /quit or the end; the pipeline is loaded at the first and stays.
 
     Videos are numbered after those that are there: none is overwritten. What goes wrong is a line, and the next prompt

@@ -8,7 +8,6 @@ anything runs.
 
 import math
 import re
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -165,19 +164,18 @@ def kernel(instruction: Instruction, computation: Computation, computations: dic
 
 def read_inside(parameter: Instruction, computation: Computation) -> tuple[Array, ...]:
     """Returns what a fusion reads of a parameter: slices alone, and nothing of what it only overwrites."""
-    users = list(users_of(parameter.name, computation))
-    if users and all(user.opcode == "dynamic-slice" and user.operands[0] == name for user, name in users):
+    users = users_of(parameter.name, computation)
+    opcodes = {user.opcode if user.operands[0] == name else "" for user, name in users}
+    if opcodes == {"dynamic-slice"}:
         return tuple(array for user, _ in users for array in user.outputs)
-    if users and all(user.opcode == "dynamic-update-slice" and user.operands[0] == name for user, name in users):
-        return ()
-    return parameter.outputs
+    return () if opcodes == {"dynamic-update-slice"} else parameter.outputs
 
 
-def users_of(name: str, computation: Computation) -> Iterator[tuple[Instruction, str]]:
-    """Yields the instructions that use a value, through bitcasts, with the name that they use it by."""
+def users_of(name: str, computation: Computation) -> list[tuple[Instruction, str]]:
+    """Returns the instructions that use a value, through bitcasts, with the name that they use it by."""
+    users = []
     for instruction in computation.values():
         if name in instruction.operands:
-            if instruction.opcode == "bitcast":
-                yield from users_of(instruction.name, computation)
-            else:
-                yield instruction, name
+            bitcast = instruction.opcode == "bitcast"
+            users += users_of(instruction.name, computation) if bitcast else [(instruction, name)]
+    return users

@@ -48,16 +48,17 @@ def peers() -> list[Peer]:
         rows.append(Peer("cuBLAS", "linear", {}, f"{shape} / bfloat16 / tops", bfloat16))
     small = {"model": "wan2.1-t2v-1.3b", "resolution": "480p"}
     large = {"model": "wan2.1-t2v-14b", "resolution": "720p"}
-    seconds = {"sla": (1.55, 23.3), "sagesla": (1.55, 22.5)}  # diffusion in 4 steps of 81 frames, bfloat16
+    seconds = {("sla", None): (1.55, 23.3), ("sagesla", None): (1.55, 22.5), ("sagesla", "block128"): (2.09, 28.1)}
     for case, place in (("diffusion", "seconds_warm"), ("text_to_video", "warm / seconds / diffusion")):
-        call = {"num_frames": 81, "num_inference_steps": 4, "quant_scheme": None}
-        for attention_type, (of_small, of_large) in seconds.items():
-            common = {"attention_type": attention_type, **call}
-            rows.append(Peer("TurboDiffusion", case, small | common, place, of_small))
-            rows.append(Peer("TurboDiffusion", case, large | common, place, of_large))
-        common |= {"quant_scheme": "block128"}
-        rows.append(Peer("TurboDiffusion", case, small | common, place, 2.09))
-        rows.append(Peer("TurboDiffusion", case, large | common, place, 28.1))
+        for (attention_type, scheme), values in seconds.items():  # diffusion in 4 steps of 81 frames
+            call = {
+                "attention_type": attention_type,
+                "quant_scheme": scheme,
+                "num_frames": 81,
+                "num_inference_steps": 4,
+            }
+            for network, value in zip((small, large), values, strict=True):
+                rows.append(Peer("TurboDiffusion", case, network | call, place, value))
     for resolution, decoding in (("480p", 1.86), ("720p", 4.22)):
         size = {"resolution": resolution, "num_frames": 81}
         rows.append(Peer("PyTorch", "text_to_video", size, "warm / seconds / vae", decoding))

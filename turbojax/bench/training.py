@@ -176,9 +176,6 @@ def largest_items(folder: Path, count: int = 3) -> list[dict[str, Any]]:
         if event.line.startswith("Stream") if gpu else "XLA" in event.line:
             seconds[event.name] += event.seconds
             calls[event.name] += 1
-    everything = sum(seconds.values())
-    most = sorted(seconds, key=seconds.__getitem__, reverse=True)[:count]
-    return [
-        {"name": name, "ms": 1e3 * seconds[name], "calls": calls[name], "share": seconds[name] / everything}
-        for name in most
-    ]
+    total = sum(seconds.values())
+    most = sorted(seconds.items(), key=lambda item: -item[1])[:count]
+    return [{"name": name, "ms": 1e3 * took, "calls": calls[name], "share": took / total} for name, took in most]

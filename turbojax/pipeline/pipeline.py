@@ -389,9 +389,8 @@ class TurboVideoPipeline:
         encoder = self.text.encoder if self.text.loaded else None
         modules = {"vae": self.vae, "text_encoder": encoder, "image_encoder": self.clip}
         where = {"transformer": self.experts.arrays_by_memory()}
-        where |= {
-            name: arrays_by_memory(module) if module else ArraysByMemory([], []) for name, module in modules.items()
-        }
+        none = ArraysByMemory([], [])
+        where |= {name: arrays_by_memory(part) if part else none for name, part in modules.items()}
         report = {name: bytes_by_dtype(arrays.device) for name, arrays in where.items()}
         return report | {"host": bytes_by_dtype((self.text.table, *(arrays.host for arrays in where.values())))}
 

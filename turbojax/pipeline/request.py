@@ -102,8 +102,9 @@ class Request:
         self._make_sampler(sigma_max)
         RCM(num_steps=1, sigma_max=sigma_max)  # other samplers do not look at it
         check_colour(self.background)
-        object.__setattr__(self, "image", self._read(self.image))
-        object.__setattr__(self, "last_image", self._read(self.last_image))
+        for name in ("image", "last_image"):
+            if (source := getattr(self, name)) is not None:
+                object.__setattr__(self, name, read_image(source, background=self.background))
         batch, *place = self.shape(VAEConfig.wan2_1())  # sizes are the same for all networks
         most = 2**32 // math.prod(place) - batch  # the places of the seed's noise are numbered in 32 bits
         if not isinstance(self.sample_index, int | np.integer) or not 0 <= self.sample_index <= most:
@@ -111,9 +112,6 @@ class Request:
         check_fps(self.fps)
         if self.output is not None:
             check_path(self.output)
-
-    def _read(self, source: ImageSource | None) -> np.ndarray | None:
-        return None if source is None else read_image(source, background=self.background)
 
     @property
     def prompts(self) -> list[str]:

@@ -29,7 +29,5 @@ SIGMA_MAX = flags.DEFINE_float("sigma_max", None, "first noise level of rcm to r
 def main() -> None:
     if not INPUT.value or not FLAGS.output:
         raise UserError("give --input=CHECKPOINT and --output=FILE, see --help")
-    summary = convert(
-        INPUT.value, FLAGS.output, sla_topk=TOPK.value, sigma_max=SIGMA_MAX.value, **checkpoint_flags.written(FLAGS)
-    )
-    checkpoint_flags.log_written(FLAGS, summary)
+    changes = {"sla_topk": TOPK.value, "sigma_max": SIGMA_MAX.value} | checkpoint_flags.written(FLAGS)
+    checkpoint_flags.log_written(FLAGS, convert(INPUT.value, FLAGS.output, **changes))

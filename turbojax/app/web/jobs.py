@@ -77,17 +77,14 @@ class Jobs:
             jobs = list(self._jobs)
         return sum(not other.done for other in jobs[: jobs.index(job)]) if job in jobs else 0
 
-    def cancel(self, owner: str) -> None:
-        """Cancels all that an owner has queued."""
+    def cancel(self, owner: str | None = None) -> None:
+        """Cancels all that an owner has queued, or that anybody has."""
         with self._lock:
-            own = [job for job in self._jobs if job.owner == owner]
+            own = [job for job in self._jobs if owner in (None, job.owner)]
         for job in own:
             job.cancel()
 
     def close(self) -> None:
         """Cancels everything and waits for the running call to end."""
-        with self._lock:
-            jobs = list(self._jobs)
-        for job in jobs:
-            job.cancel()
+        self.cancel()
         self._pool.shutdown()
