@@ -1,5 +1,6 @@
 """From prompts to embeddings: a text encoder that is loaded when it is needed, and a cache of its embeddings."""
 
+import dataclasses
 import functools
 import hashlib
 import os
@@ -26,6 +27,7 @@ CACHE_VERSION = 1  # raise it when embeddings change
 SAMPLE = 1024  # numbers in each of the places where `fingerprint` looks
 
 
+@dataclasses.dataclass(eq=False)
 class TextEncoder:
     """Everything between a prompt and its embedding; the token table `[vocab, D]` stays on the host.
 
@@ -33,20 +35,14 @@ class TextEncoder:
     that the cache does not hold, and again after `drop`. streamed: leave its blocks in host memory.
     """
 
-    def __init__(
-        self,
-        tokenizer: Tokenizer,
-        abstract: UMT5Encoder,
-        table: np.ndarray,
-        load: Callable[..., UMT5Encoder | Streamed],
-        *,
-        streamed: bool = False,
-        cache: "PromptCache | None" = None,
-    ):
-        self.streamed = streamed
-        self.tokenizer, self.abstract, self.table, self.cache = tokenizer, abstract, table, cache
-        self._load = load
-        self._encoder: UMT5Encoder | Streamed | None = None
+    tokenizer: Tokenizer
+    abstract: UMT5Encoder
+    table: np.ndarray
+    load: Callable[..., UMT5Encoder | Streamed]
+    _: dataclasses.KW_ONLY
+    streamed: bool = False
+    cache: "PromptCache | None" = None
+    _encoder: UMT5Encoder | Streamed | None = dataclasses.field(default=None, init=False)
 
     @classmethod
     def from_files(
@@ -73,7 +69,7 @@ class TextEncoder:
     def encoder(self) -> UMT5Encoder | Streamed:
         """Returns the network, loaded now if it was not."""
         if self._encoder is None:
-            self._encoder = self._load(streamed=self.streamed)
+            self._encoder = self.load(streamed=self.streamed)
         return self._encoder
 
     @property
