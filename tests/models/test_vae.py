@@ -134,15 +134,15 @@ def test_cache_keeps_its_size():
         def run(state):
             vae = nnx.merge(graph, state)
             if coder == "decode":
-                return vae.decode_chunk(jnp.zeros((1, n, 4, 4, 16)), vae.init_decode_cache(1, 4, 4), first=first)
+                return vae.decode_chunk(jnp.zeros((1, n, 4, 4, 16)), vae.decoder.init_cache(1, 4, 4), first=first)
             video = jnp.zeros((1, 4 * n - 3 if first else 4 * n, 32, 32, 3))
-            return vae.encode_chunk(video, vae.init_encode_cache(1, 32, 32), first=first)
+            return vae.encode_chunk(video, vae.encoder.init_cache(1, 32, 32), first=first)
 
         x, cache = jax.eval_shape(run, state)
         return x.shape[1], jax.tree.map(lambda a: (a.shape, a.dtype), cache)
 
     for coder, frames in (("decode", 4), ("encode", 1)):
-        start = vae.init_decode_cache(1, 4, 4) if coder == "decode" else vae.init_encode_cache(1, 32, 32)
+        start = vae.decoder.init_cache(1, 4, 4) if coder == "decode" else vae.encoder.init_cache(1, 32, 32)
         start = jax.tree.map(lambda a: (a.shape, a.dtype), start)
         assert after(coder, 1, True) == (1, start)
         assert after(coder, 3, True) == (1 + 2 * frames, start)
@@ -152,9 +152,9 @@ def test_cache_keeps_its_size():
 
 def test_second_clip_compiles_nothing(vae, latents):
     decode(vae, latents, chunk=2)
-    compiled = vae_module._decode_chunk._cache_size()
+    compiled = vae_module.run_decoder._cache_size()
     decode(nnx.merge(*nnx.split(vae)), latents + 1, chunk=2)
-    assert vae_module._decode_chunk._cache_size() == compiled
+    assert vae_module.run_decoder._cache_size() == compiled
 
 
 @pytest.mark.parametrize(("n", "chunk", "sizes"), [(20, 4, (4,) * 5), (6, 4, (3, 3)), (7, 4, (4, 3)), (0, 4, ())])
@@ -304,7 +304,7 @@ def test_full_size_shapes():
 
     def run(state):
         vae = nnx.merge(graph, state)
-        return vae.decode_chunk(jnp.zeros((1, 4, 60, 104, 16)), vae.init_decode_cache(1, 60, 104), first=False)
+        return vae.decode_chunk(jnp.zeros((1, 4, 60, 104, 16)), vae.decoder.init_cache(1, 60, 104), first=False)
 
     frames, cache = jax.eval_shape(run, state)
     assert frames.shape == (1, 16, 480, 832, 3)

@@ -10,7 +10,7 @@ from turbojax import TurboVideoPipeline, UserError
 from turbojax.pipeline.compile import CompiledPrograms
 
 FIRST_CALL = dict(prompt="a red bird", num_frames=5, height=16, width=32, num_inference_steps=1)
-BIG = ("jit(sample)", "jit(_decode_chunk)", "jit(run_encoder)", "jit(zero_past_end)")
+BIG = ("jit(sample)", "jit(run_decoder)", "jit(run_encoder)", "jit(zero_past_end)")
 
 
 def fail():
@@ -66,7 +66,7 @@ def test_the_first_call_finds_its_programs(demo):
     big = sorted(entry for entry in compiled if entry[0] in BIG)
     assert all(ahead for _, ahead in big)
     # One chunk of one frame, one of four; the text encoder's may have been compiled by another test.
-    assert [name for name, _ in big if name in BIG[:2]] == ["jit(_decode_chunk)"] * 2 + ["jit(sample)"]
+    assert [name for name, _ in big if name in BIG[:2]] == ["jit(run_decoder)"] * 2 + ["jit(sample)"]
 
 
 def test_settings_of_the_first_call_are_checked_before_loading(demo):

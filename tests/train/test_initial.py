@@ -33,7 +33,7 @@ def singular_values(vae):
     @jax.jacobian
     def way(z):
         latents = jnp.broadcast_to(z, (1, 3, 4, 4, CONFIG.z_dim))
-        features, _ = vae.decoder(latents, vae.init_decode_cache(1, 4, 4), first=True, part=blocks)
+        features, _ = vae.decoder(latents, vae.decoder.init_cache(1, 4, 4), first=True, part=blocks)
         return features[0, -1, 8, 8]
 
     return np.linalg.svd(way(jnp.ones(CONFIG.z_dim, jnp.float32)), compute_uv=False)

@@ -21,15 +21,7 @@ from turbojax.models import offload
 from turbojax.models.published import ModelConfigs
 from turbojax.models.sizes import size_of, tree_bytes
 from turbojax.models.wan import EMBEDDINGS
-from turbojax.weights.skeleton import (
-    Skeleton,
-    clip_skeleton,
-    is_stacked,
-    layer_of,
-    umt5_skeleton,
-    vae_skeleton,
-    wan_skeleton,
-)
+from turbojax.weights.skeleton import Skeleton, clip_skeleton, umt5_skeleton, vae_skeleton, wan_skeleton
 
 GB = 1e9
 MODES = ("auto", "resident", "stream")
@@ -138,11 +130,8 @@ def plan(
     share = USABLE_SHARE_OF_NAMED if compile_sampler and memory not in MODES else USABLE_SHARE
     usable = None if limit is None else int(share * limit)
     weights = WeightBytes(configs)
-    temporary = (
-        analyze(configs, workload, compile_sampler)
-        if compile_sampler
-        else functools.partial(estimate, configs, workload)
-    )
+    analyzed = analyze(configs, workload, compile_sampler) if compile_sampler else None
+    temporary = analyzed or functools.partial(estimate, configs, workload)
 
     def stages(residency: Residency) -> tuple[StageMemory, ...]:
         return weights.stages(residency, temporary(residency))
@@ -250,9 +239,8 @@ class StreamableBytes(NamedTuple):
 
     @classmethod
     def of(cls, skeleton: Skeleton) -> "StreamableBytes":
-        stacked = [spec for name, spec in skeleton.specs.items() if is_stacked(name)]
-        layer = sum(size_of(spec) for spec in map(layer_of, stacked) if offload.is_streamed(spec))
-        layers = stacked[0].shape[0]
+        layer = sum(size_of(spec) for spec in skeleton.layer_specs.values() if offload.is_streamed(spec))
+        layers = skeleton.num_layers
         return cls(tree_bytes(skeleton.specs) - layer * layers, layer, layers)
 
     def kept(self, streamed: bool) -> int:
@@ -274,8 +262,7 @@ class WeightBytes:
         self.transformers, self.int8 = configs.transformers, configs.transformer.quant is not None
         self.vae = tree_bytes(vae_skeleton(configs.vae).specs)
         self.clip = tree_bytes(clip_skeleton(configs.clip).specs) if configs.clip else 0
-        stacked = [spec for skeleton in (wan, umt5) for name, spec in skeleton.specs.items() if is_stacked(name)]
-        self.largest_matrix = max(layer_of(spec).size for spec in stacked)
+        self.largest_matrix = max(spec.size for network in (wan, umt5) for spec in network.layer_specs.values())
 
     def stages(self, residency: Residency, temporary: TemporaryMemory) -> tuple[StageMemory, ...]:
         """Returns what the stages of a call need, in their order."""

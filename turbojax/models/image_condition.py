@@ -97,13 +97,13 @@ def encode_stage(
 ) -> tuple[Frame, Cache]:
     """Runs a stage of the encoder on as many frames as it makes one of; cache None at first."""
     vae, x = nnx.merge(graph, state), jnp.concatenate(frames, axis=1)
-    cache = vae.init_encode_cache(x.shape[0], *x.shape[2:4]) if cache is None else cache
+    cache = vae.encoder.init_cache(x.shape[0], *x.shape[2:4]) if cache is None else cache
     return vae.encode_chunk(x, cache, first=first, stage=stage)
 
 
 def encoding_bytes(vae: WanVAE, height: int, width: int) -> int:
     """Returns the bytes that `encode_still` takes besides the weights, for an image of this size in pixels."""
-    cache = jax.eval_shape(lambda: vae.init_encode_cache(1, height, width))
+    cache = jax.eval_shape(lambda: vae.encoder.init_cache(1, height, width))
     return int(WORKING_SET * tree_bytes(cache))
 
 

@@ -20,7 +20,7 @@ from jaxtyping import Float, Float32, Num
 
 from turbojax.errors import UserError
 from turbojax.kernels.sizes import cdiv
-from turbojax.models.vae import CHUNK, WanVAE, check_latents, check_video, chunk_sizes, to_uint8
+from turbojax.models.vae import CHUNK, WanVAE, check_latents, check_video, chunk_sizes, part_of, run_decoder
 from turbojax.models.vae_layers import Cache
 
 
@@ -73,8 +73,8 @@ def decode_tiled(
     graph, state = nnx.split(vae)
     sizes = (1, *chunk_sizes(latents.shape[1] - 1, chunk))
     rows, columns = (cut(length, tiling) for length in latents.shape[2:4])
-    features = in_chunks(functools.partial(_decode_half, graph, state, half=0), latents, sizes)
-    second = functools.partial(_decode_half, graph, state, half=1, as_uint8=as_uint8)
+    features = in_chunks(functools.partial(run_decoder, graph, state, half=0), latents, sizes)
+    second = functools.partial(run_decoder, graph, state, half=1, as_uint8=as_uint8)
     return in_tiles(
         lambda x: in_chunks(second, x, sizes), features, rows, columns, units=(1, vae.config.spatial_factor)
     )
@@ -88,11 +88,9 @@ def compile_tiles(
     graph, state = nnx.split(vae)
     x, programs = jax.ShapeDtypeStruct((shape[0], CHUNK, *shape[2:]), jnp.float32), []
     for half in (0, 1):
-        decode = functools.partial(_decode_half, graph, half=half, as_uint8=as_uint8 and half == 1)
-        y, cache = jax.eval_shape(decode, state, x, None)
-        for past in (None, cache):
-            lowered = _decode_half.lower(graph, state, x, past, half=half, as_uint8=as_uint8 and half == 1)
-            programs.append(lowered.compile())
+        options = {"half": half, "as_uint8": as_uint8 and half == 1}
+        y, cache = jax.eval_shape(functools.partial(run_decoder, graph, **options), state, x, None)
+        programs += [run_decoder.lower(graph, state, x, past, **options).compile() for past in (None, cache)]
         x = jax.ShapeDtypeStruct((*y.shape[:2], *tile_sides(shape[2:4], tiling), y.shape[-1]), y.dtype)
     return programs
 
@@ -112,17 +110,6 @@ def encode_tiled(
     return in_chunks(functools.partial(_encode_half, graph, state, half=1), features, (1, *sizes))
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "half", "as_uint8"), donate_argnames="cache")
-def _decode_half(
-    graph, state, x: jax.Array, cache: Cache | None, *, half: int, as_uint8: bool = False
-) -> tuple[jax.Array, Cache]:
-    vae, first = nnx.merge(graph, state), cache is None
-    if first:
-        cache = part_of(vae.init_decode_cache(x.shape[0], *x.shape[2:4]), vae.decoder.halves[half])
-    y, cache = vae.decode_chunk(x, cache, first=first, half=half)
-    return to_uint8(y) if as_uint8 else y, cache
-
-
 @functools.partial(jax.jit, static_argnames=("graph", "half"), donate_argnames="cache")
 def _encode_half(graph, state, x: jax.Array, cache: Cache | None, *, half: int) -> tuple[jax.Array, Cache]:
     """Half 0 ends with the last change of resolution, half 1 is what follows at the latents' resolution."""
@@ -132,17 +119,10 @@ def _encode_half(graph, state, x: jax.Array, cache: Cache | None, *, half: int) 
     if first:
         height, width = (size * (1, vae.config.spatial_factor)[half] for size in x.shape[2:4])
         blocks = range(vae.encoder.stages[stages[0]].start, vae.encoder.stages[stages[-1]].stop)
-        cache = part_of(vae.init_encode_cache(x.shape[0], height, width), blocks)
+        cache = part_of(vae.encoder.init_cache(x.shape[0], height, width), blocks)
     for stage in stages:
         x, cache = vae.encode_chunk(x, cache, first=first, stage=stage)
     return x, cache
-
-
-def part_of(cache: Cache, blocks: range) -> Cache:
-    """Returns a coder's cache without what only its other blocks need."""
-    past_in, pasts, past_out = cache
-    kept = [past if i in blocks else () for i, past in enumerate(pasts)]
-    return past_in if blocks.start == 0 else (), kept, past_out if blocks.stop == len(pasts) else ()
 
 
 def in_chunks(

@@ -105,7 +105,7 @@ class Coder(nnx.Module):
         raise NotImplementedError
 
     def init_cache(self, batch: int, height: int, width: int) -> Cache:
-        """Returns zeros, as before the first frame; height and width are those of the input."""
+        """Returns zeros, as before the first frame; height and width of the input, in pixels or latents."""
         conv_in, blocks = self.conv_in.init_cache(batch, height, width), []
         for block in self.blocks:
             blocks.append(block.init_cache(batch, height, width))
@@ -201,20 +201,12 @@ class WanVAE(nnx.Module):
         self.post_quant = Dense(config.z_dim, config.z_dim, dtype=config.dtype, rngs=rngs)
         self.decoder = Decoder(config, rngs=rngs)
 
-    def init_encode_cache(self, batch: int, height: int, width: int) -> Cache:
-        """Returns the cache before the first frame: zeros. height and width in pixels."""
-        return self.encoder.init_cache(batch, height, width)
-
-    def init_decode_cache(self, batch: int, height: int, width: int) -> Cache:
-        """Returns the cache before the first latent: zeros. height and width in latents, an eighth of the pixels."""
-        return self.decoder.init_cache(batch, height, width)
-
     def encode_chunk(
         self, video: Frames, cache: Cache, *, first: bool, stage: int | None = None
     ) -> tuple[Frames, Cache]:
         """Encodes video `[b, 4n, h, w, 3]` in [-1, 1] to latents, float32 `[b, n, h/8, w/8, z_dim]`, and cache.
 
-        stage (static): go through this one of the encoder's stages only, from what the one before it gave.
+        stage (static): run only this one of the encoder's stages, on the result of the one before it.
         """
         stages = self.encoder.stages
         part = None if stage is None else stages[stage]
@@ -251,16 +243,27 @@ class WanVAE(nnx.Module):
 @functools.partial(jax.jit, static_argnames="graph", donate_argnames="cache")
 def _encode_chunk(graph, state, video: jax.Array, cache: Cache | None) -> tuple[jax.Array, Cache]:
     vae, first = nnx.merge(graph, state), cache is None
-    cache = vae.init_encode_cache(video.shape[0], *video.shape[2:4]) if first else cache
+    cache = vae.encoder.init_cache(video.shape[0], *video.shape[2:4]) if first else cache
     return vae.encode_chunk(video, cache, first=first)
 
 
-@functools.partial(jax.jit, static_argnames=("graph", "as_uint8"), donate_argnames="cache")
-def _decode_chunk(graph, state, latents: jax.Array, cache: Cache | None, *, as_uint8: bool) -> tuple[jax.Array, Cache]:
+@functools.partial(jax.jit, static_argnames=("graph", "half", "as_uint8"), donate_argnames="cache")
+def run_decoder(
+    graph, state, latents: jax.Array, cache: Cache | None, *, half: int | None = None, as_uint8: bool = False
+) -> tuple[jax.Array, Cache]:
     vae, first = nnx.merge(graph, state), cache is None
-    cache = vae.init_decode_cache(latents.shape[0], *latents.shape[2:4]) if first else cache
-    frames, cache = vae.decode_chunk(latents, cache, first=first)
+    if first:
+        cache = vae.decoder.init_cache(latents.shape[0], *latents.shape[2:4])
+        cache = cache if half is None else part_of(cache, vae.decoder.halves[half])
+    frames, cache = vae.decode_chunk(latents, cache, first=first, half=half)
     return to_uint8(frames) if as_uint8 else frames, cache
+
+
+def part_of(cache: Cache, blocks: range) -> Cache:
+    """Returns a coder's cache without what only its other blocks need."""
+    past_in, pasts, past_out = cache
+    kept = [past if i in blocks else () for i, past in enumerate(pasts)]
+    return past_in if blocks.start == 0 else (), kept, past_out if blocks.stop == len(pasts) else ()
 
 
 def to_uint8(frames: Float[Array, "*video"]) -> UInt8[Array, "*video"]:
@@ -270,9 +273,7 @@ def to_uint8(frames: Float[Array, "*video"]) -> UInt8[Array, "*video"]:
 
 
 def encode(vae: WanVAE, video: jax.Array | np.ndarray, *, chunk: int = CHUNK) -> Float32[Array, "b t h w z"]:
-    """Encodes video `[b, 1 + 4n, h, w, 3]` in [-1, 1] to latents `[b, 1 + n, h/8, w/8, z_dim]`.
-
-    The latents are (mu - mean) / std, without sampling.
+    """Encodes video `[b, 1 + 4n, h, w, 3]` in [-1, 1] to latents `[b, 1 + n, h/8, w/8, z_dim]`: (mu - mean) / std, not sampled.
 
     video: any float dtype; may lie on the host, one chunk at a time goes to the device.
     chunk: latents computed at once. It decides memory, not the result.
@@ -317,7 +318,7 @@ def decode_chunks(
         cache, start = None, 0
         for size in sizes:
             z = jnp.asarray(latents[:, start : start + size], jnp.float32)
-            frames, cache = _decode_chunk(graph, state, z, cache, as_uint8=as_uint8)
+            frames, cache = run_decoder(graph, state, z, cache, as_uint8=as_uint8)
             yield from waiting
             waiting = [frames]
             start += size
@@ -328,7 +329,7 @@ def decode_chunks(
 
 def decoding_bytes(vae: WanVAE, height: int, width: int) -> int:
     """Returns the bytes that decoding takes besides the weights, for latents of this size and a chunk of one."""
-    cache = jax.eval_shape(lambda: vae.init_decode_cache(1, height, width))
+    cache = jax.eval_shape(lambda: vae.decoder.init_cache(1, height, width))
     return int(WORKING_SET * tree_bytes(cache))
 
 
@@ -338,12 +339,12 @@ def compile_decoding(
     """Compiles what `decode_chunks` runs for latents of a shape `[b, 1 + n, h, w, z_dim]`; vae may be abstract."""
     check_latents(shape, vae.config)
     graph, state = nnx.split(vae)
-    cache = jax.eval_shape(lambda: vae.init_decode_cache(shape[0], *shape[2:4]))
+    cache = jax.eval_shape(lambda: vae.decoder.init_cache(shape[0], *shape[2:4]))
     sizes = chunk_sizes(shape[1] - 1, chunk)
     programs = []
     for size, past in ((1, None), *((size, cache) for size in dict.fromkeys(sizes))):
         z = jax.ShapeDtypeStruct((shape[0], size, *shape[2:]), jnp.float32)
-        programs.append(_decode_chunk.lower(graph, state, z, past, as_uint8=as_uint8).compile())
+        programs.append(run_decoder.lower(graph, state, z, past, as_uint8=as_uint8).compile())
     return programs
 
 

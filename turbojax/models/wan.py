@@ -179,12 +179,9 @@ class SelfAttention(nnx.Module):
         if c.attention_type == "original":
             return dot_product_attention(q, k, v, implementation=c.attention_implementation)
         projection = self.proj_l.weight[...], self.proj_l.bias[...]
-        settings: dict[str, Any] = {
-            "topk": c.sla_topk,
-            "block_q": c.blocks[0],
-            "block_k": c.blocks[1],
-            "implementation": c.attention_implementation,
-        }
+        block_q, block_k = c.blocks
+        settings: dict[str, Any] = dict(topk=c.sla_topk, block_q=block_q, block_k=block_k)
+        settings["implementation"] = c.attention_implementation
         if c.attention_type == "sla":
             return sparse_linear_attention(q, k, v, *projection, **settings)
         return sage_sparse_linear_attention(q, k, v, *projection, values=c.sage_values, overwrite_q=True, **settings)

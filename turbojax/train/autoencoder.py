@@ -60,7 +60,7 @@ def as_pixels(video: Any) -> Any:
 
 def encode(vae: WanVAE, video: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns mean and log variance of the latents, float32, of pixels in [-1, 1]; differentiable, in one chunk."""
-    cache = vae.init_encode_cache(video.shape[0], *video.shape[2:4])
+    cache = vae.encoder.init_cache(video.shape[0], *video.shape[2:4])
     features, _ = vae.encoder(video.astype(vae.config.dtype), cache, first=True)
     both = vae.quant(features).astype(jnp.float32)
     mu, log_variance = jnp.split(both, 2, axis=-1)
@@ -70,7 +70,7 @@ def encode(vae: WanVAE, video: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 def decode(vae: WanVAE, latents: jax.Array) -> jax.Array:
     """Decodes frames about [-1, 1] in the model's dtype; differentiable, in one chunk."""
-    cache = vae.init_decode_cache(latents.shape[0], *latents.shape[2:4])
+    cache = vae.decoder.init_cache(latents.shape[0], *latents.shape[2:4])
     return vae.decode_chunk(latents, cache, first=True)[0]
 
 

@@ -102,10 +102,8 @@ def open_hub(name: str) -> Repository:
     try:
         files = huggingface_hub.list_repo_files(name)
     except Exception as error:
-        cached = cached_files(name)
-        if not cached:
+        if not (files := cached_files(name)):
             raise UserError(unreachable(name, error)) from error
-        files = cached
     return Repository(name, sorted(files), download)
 
 

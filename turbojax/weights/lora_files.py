@@ -20,6 +20,7 @@ from turbojax.models.wan import WanConfig
 from turbojax.weights.io import file_metadata
 from turbojax.weights.layouts import diffusers_layout, wan_layout
 from turbojax.weights.rules import Rule, TensorKey, relaid, rename, same_kind, shorten
+from turbojax.weights.skeleton import wan_skeleton
 from turbojax.weights.wan import DIFFUSERS, OFFICIAL, clean_name
 
 
@@ -96,7 +97,7 @@ def changes_of(
             "cannot be merged; give a plain LoRA"
         )
     alpha = stored_alpha(path, network)
-    shapes = parameter_shapes(config)
+    shapes = {key: spec.shape for key, spec in wan_skeleton(config).tensor_specs().items()}  # of one layer
     changes: dict[TensorKey, Change] = {}
     for name, given in parts.items():
         hit = rename(name, OFFICIAL) or rename(name, DIFFUSERS)
@@ -204,16 +205,6 @@ def check_dtypes(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
 
 def modules_of(layout: Mapping[str, tuple[int, ...]]) -> set[str]:
     return {name.rpartition(".")[0] for name in layout if not name.endswith(("modulation", "scale_shift_table"))}
-
-
-def parameter_shapes(config: WanConfig) -> dict[TensorKey, tuple[int, ...]]:
-    """The shape of each parameter, of one layer where they are stacked."""
-    shapes = {}
-    for name, shape in wan_layout(config).items():
-        hit = rename(name, OFFICIAL)
-        assert hit is not None, name
-        shapes[hit[0]] = relaid(hit[1], np.broadcast_to(np.int8(0), shape)).shape
-    return shapes
 
 
 def stored_alpha(path: Path, network: str) -> float | None:

@@ -55,6 +55,7 @@ SET_BY_READER = ("dtype", "quant", "remat", "attention_implementation")  # or by
 # Settings of HEADER that a call or `--config.NAME=` can be given, where a file does not say them.
 GIVEN_BY_USER = ("attention_type", "sla_topk", "sage_values", "sigma_max", "quant_scheme")
 
+QUANT = Object({"scheme": Enum("block128", "channel"), "group": Enum(1, 128), "weight_only": Boolean()})
 CONFIGURATION = Object(
     {
         "dim": WIDTH,
@@ -63,16 +64,11 @@ CONFIGURATION = Object(
         "num_layers": Integer(1, 1024),
         "patch": Array(Integer(1, 64), 3, 3),
         "sla_blocks": HEADER["sla_blocks"],
-        "quant": Nullable(
-            Object({"scheme": Enum("block128", "channel"), "group": Enum(1, 128), "weight_only": Boolean()})
-        ),
+        "quant": Nullable(QUANT),
         "dtype": Enum("bfloat16", "float16", "float32"),
     },
     optional={
-        "in_channels": WIDTH,
-        "out_channels": WIDTH,
-        "freq_dim": WIDTH,
-        "text_dim": WIDTH,
+        **dict.fromkeys(("in_channels", "out_channels", "freq_dim", "text_dim"), WIDTH),
         "clip_dim": Nullable(WIDTH),
         "clip_images": Integer(1, 2),
         "attention_implementation": Enum(None, "reference"),

@@ -40,17 +40,23 @@ class Skeleton(NamedTuple):
                 out[TensorKey(name, None)] = spec
         return out
 
+    @property
+    def layer_specs(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """One layer of each stacked parameter, by the parameter's name."""
+        return {name: layer_of(spec) for name, spec in self.specs.items() if is_stacked(name)}
+
+    @property
+    def num_layers(self) -> int:
+        return next(spec.shape[0] for name, spec in self.specs.items() if is_stacked(name))
+
     def abstract(self) -> Any:
         """The module with shapes and dtypes in place of its parameters, to trace and compile with."""
         return nnx.merge(self.graph, nnx.from_flat_state(list(self.variables.items())))
 
     def abstract_streamed(self) -> Streamed:
         """The streamed form of `abstract`."""
-        specs: dict[str, Any] = dict(self.specs)
-        for name, spec in self.specs.items():
-            if is_stacked(name) and is_streamed(layer_of(spec)):
-                specs[name] = [layer_of(spec)] * spec.shape[0]
-        return self.fill(specs, streamed=True)
+        layers = {name: [spec] * self.num_layers for name, spec in self.layer_specs.items() if is_streamed(spec)}
+        return self.fill({**self.specs, **layers}, streamed=True)
 
     def fill(self, arrays: Mapping[str, Any], *, streamed: bool = False) -> Any:
         """The module with these arrays as its parameters.
@@ -62,8 +68,7 @@ class Skeleton(NamedTuple):
             return nnx.merge(self.graph, nnx.from_flat_state(flat))
         outer: list[tuple] = []
         resident: list[tuple] = []
-        count = next(spec.shape[0] for name, spec in self.specs.items() if is_stacked(name))
-        layers: list[list[tuple]] = [[] for _ in range(count)]
+        layers: list[list[tuple]] = [[] for _ in range(self.num_layers)]
         for path, variable in self.variables.items():
             array = arrays[dotted(path)]
             if path[0] != "blocks":
