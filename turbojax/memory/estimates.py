@@ -107,9 +107,8 @@ def estimate(configs: ModelConfigs, workload: Workload, residency: Residency) ->
     table = tokens * c.head_dim * jnp.dtype(jnp.float32).itemsize
     diffusion = max(int(max(arrays * array + keys, ffn)) + table + workload.latent_bytes, autotuning_bytes(c, workload))
     text = 6 * 4 * configs.text.num_heads * TEXT_LEN**2
-    return TemporaryMemory(
-        text, diffusion, vae_bytes(configs.vae, workload, residency.vae_tiled), image_bytes(configs, workload)
-    )
+    vae = vae_bytes(configs.vae, workload, residency.vae_tiled)
+    return TemporaryMemory(text, diffusion, vae, image_bytes(configs, workload))
 
 
 @functools.lru_cache

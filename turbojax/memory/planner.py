@@ -181,9 +181,8 @@ def suggestion(plan: Plan, configs: ModelConfigs) -> str:
         missing = f"the GPU is out of memory, though {stage.name} should need {sizes} (does another program use it?)"
     else:
         usable = f"the {gigabytes(plan.usable)} GB that can be planned with of the GPU's {gigabytes(plan.limit)}"
-        missing = (
-            f"{stage.name} needs {gigabytes(stage.total)} GB, {gigabytes(stage.total - plan.usable)} more than {usable}"
-        )
+        more = gigabytes(stage.total - plan.usable)
+        missing = f"{stage.name} needs {gigabytes(stage.total)} GB, {more} more than {usable}"
     settings = ["vae_tiling=on"] if stage.name == "vae" and not plan.residency.vae_tiled else []
     if not (plan.residency.transformer_streamed and plan.residency.text_streamed):
         settings.append("memory=stream")

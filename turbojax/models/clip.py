@@ -65,10 +65,8 @@ class Attention(nnx.Module):
     """o(attention(q, k, v)) over all tokens."""
 
     def __init__(self, config: CLIPConfig, *, rngs: nnx.Rngs):
-        self.num_heads = config.num_heads
-        self.q, self.k, self.v, self.o = (
-            Dense(config.dim, config.dim, dtype=config.dtype, rngs=rngs) for _ in range(4)
-        )
+        self.num_heads, dim, dtype = config.num_heads, config.dim, config.dtype
+        self.q, self.k, self.v, self.o = (Dense(dim, dim, dtype=dtype, rngs=rngs) for _ in range(4))
 
     def __call__(self, x: Float[Array, "B L D"]) -> Float[Array, "B L D"]:
         q, k, v = (split_heads(linear(x), self.num_heads) for linear in (self.q, self.k, self.v))

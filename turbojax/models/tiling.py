@@ -75,9 +75,8 @@ def decode_tiled(
     rows, columns = (cut(length, tiling) for length in latents.shape[2:4])
     features = in_chunks(functools.partial(run_decoder, graph, state, half=0), latents, sizes)
     second = functools.partial(run_decoder, graph, state, half=1, as_uint8=as_uint8)
-    return in_tiles(
-        lambda x: in_chunks(second, x, sizes), features, rows, columns, units=(1, vae.config.spatial_factor)
-    )
+    units = 1, vae.config.spatial_factor
+    return in_tiles(lambda x: in_chunks(second, x, sizes), features, rows, columns, units=units)
 
 
 def compile_tiles(
@@ -148,12 +147,11 @@ def in_tiles(
 ) -> np.ndarray:
     """Joins the results of run on tiles of x `[b, t, h, w, c]`; units: of x and of the result, in a latent."""
     unit_in, unit_out = units
+    width = columns.side * unit_in
 
     def strip(y: int) -> np.ndarray:
         row = x[:, :, y * unit_in : (y + rows.side) * unit_in]
-        return joined(
-            lambda x: run(row[:, :, :, x * unit_in : (x + columns.side) * unit_in]), columns, unit_out, axis=3
-        )
+        return joined(lambda x: run(row[:, :, :, x * unit_in :][:, :, :, :width]), columns, unit_out, axis=3)
 
     return joined(strip, rows, unit_out, axis=2)
 

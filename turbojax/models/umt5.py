@@ -20,6 +20,7 @@ from turbojax.errors import UserError
 from turbojax.models.layers import Dense, RMSNorm, scan_blocks, split_heads, stack_blocks
 
 TEXT_LEN = 512  # rows of text that the video transformers attend to
+Mask = Bool[Array, "B L"] | Int[Array, "B L"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +121,7 @@ class UMT5Encoder(nnx.Module):
         self.blocks = stack_blocks(Block, config, rngs)
         self.norm = RMSNorm(config.dim, eps=config.eps)
 
-    def __call__(self, x: Float[Array, "B L D"], mask: Bool[Array, "B L"] | Int[Array, "B L"]) -> Float[Array, "B L D"]:
+    def __call__(self, x: Float[Array, "B L D"], mask: Mask) -> Float[Array, "B L D"]:
         """Returns text features in the config's dtype.
 
         x: rows of the embedding table, from `embed_tokens`.
@@ -129,9 +130,7 @@ class UMT5Encoder(nnx.Module):
         x, context, rest = self.embed(x, mask)
         return self.unembed(scan_blocks(self.blocks, x, context), rest)
 
-    def embed(
-        self, x: Float[Array, "B L D"], mask: Bool[Array, "B L"] | Int[Array, "B L"]
-    ) -> tuple[jax.Array, tuple, tuple]:
+    def embed(self, x: Float[Array, "B L D"], mask: Mask) -> tuple[jax.Array, tuple, tuple]:
         """Returns x in the config's dtype, what else each block takes, and nothing for `unembed`."""
         buckets = jnp.asarray(position_buckets(x.shape[1], self.config))
         return x.astype(self.config.dtype), (mask.astype(jnp.bool_), buckets), ()

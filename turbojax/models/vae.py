@@ -273,8 +273,9 @@ def to_uint8(frames: Float[Array, "*video"]) -> UInt8[Array, "*video"]:
 
 
 def encode(vae: WanVAE, video: jax.Array | np.ndarray, *, chunk: int = CHUNK) -> Float32[Array, "b t h w z"]:
-    """Encodes video `[b, 1 + 4n, h, w, 3]` in [-1, 1] to latents `[b, 1 + n, h/8, w/8, z_dim]`: (mu - mean) / std, not sampled.
+    """Encodes video `[b, 1 + 4n, h, w, 3]` in [-1, 1] to latents `[b, 1 + n, h/8, w/8, z_dim]`.
 
+    The latents are (mu - mean) / std, without sampling.
     video: any float dtype; may lie on the host, one chunk at a time goes to the device.
     chunk: latents computed at once. It decides memory, not the result.
 

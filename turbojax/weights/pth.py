@@ -50,9 +50,8 @@ def _entries(where: Path, data: np.ndarray) -> tuple[bytes, dict[str, Stored]]:
     if len(pickles) != 1:
         raise CheckpointError(f"{where} is a zip file but not a PyTorch checkpoint: {len(pickles)} data.pkl in it")
     prefix = pickles[0].removesuffix("data.pkl")
-    byteorder = (
-        _read(where, data, "byteorder", entries[f"{prefix}byteorder"]) if f"{prefix}byteorder" in entries else b"little"
-    )
+    entry = entries.get(f"{prefix}byteorder")
+    byteorder = _read(where, data, "byteorder", entry) if entry else b"little"
     if byteorder != b"little":
         raise CheckpointError(f"{where} has byte order {quoted(byteorder)}; save it on a little-endian machine")
     folder = f"{prefix}data/"

@@ -168,7 +168,5 @@ def describe(key: TensorKey) -> str:
 
 def shorten(names: list[str]) -> str:
     rest = len(names) - MAX_LISTED
-    listed = (
-        name if name.isprintable() and 0 < len(name) <= MAX_LENGTH else quoted(name) for name in names[:MAX_LISTED]
-    )
+    listed = (n if n.isprintable() and 0 < len(n) <= MAX_LENGTH else quoted(n) for n in names[:MAX_LISTED])
     return ", ".join(listed) + (f" and {rest} more" if rest > 0 else "")

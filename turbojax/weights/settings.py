@@ -73,9 +73,7 @@ CONFIGURATION = Object(
         "clip_images": Integer(1, 2),
         "attention_implementation": Enum(None, "reference"),
         "remat": Boolean(),
-        **{
-            name: HEADER[name] for name in ("text_len", "eps", "attention_type", "sla_topk", "sage_values", "sigma_max")
-        },
+        **{n: HEADER[n] for n in ("text_len", "eps", "attention_type", "sla_topk", "sage_values", "sigma_max")},
     },
 )
 PUBLISHED = Object({}, {"num_heads": Nullable(HEADS), "num_attention_heads": Nullable(HEADS)}, others="left out")

@@ -31,31 +31,30 @@ def without_batch(weight: np.ndarray) -> np.ndarray:
 BOOKKEEPING = Rule(r"(?:.*\.)?_extra_state|accum_\w+", None)  # left by training, no weights of the network
 
 _BLOCK = r"blocks\.(?P<layer>\d+)\."
-_PART = r"(?P<part>weight|bias|scale)"
+_PART, _AFFINE = r"(?P<part>weight|bias|scale)", r"(?P<part>weight|bias)"
 
-# Linear layers and norms outside the blocks: our names, the official ones and diffusers'.
-_OUTER = (
-    ("text_embedding.fc1", "text_embedding.0", "condition_embedder.text_embedder.linear_1"),
-    ("text_embedding.fc2", "text_embedding.2", "condition_embedder.text_embedder.linear_2"),
-    ("time_embedding.fc1", "time_embedding.0", "condition_embedder.time_embedder.linear_1"),
-    ("time_embedding.fc2", "time_embedding.2", "condition_embedder.time_embedder.linear_2"),
-    ("time_projection", "time_projection.1", "condition_embedder.time_proj"),
-    ("image_embedding.norm_in", "img_emb.proj.0", "condition_embedder.image_embedder.norm1"),
-    ("image_embedding.mlp.fc1", "img_emb.proj.1", "condition_embedder.image_embedder.ff.net.0.proj"),
-    ("image_embedding.mlp.fc2", "img_emb.proj.3", "condition_embedder.image_embedder.ff.net.2"),
-    ("image_embedding.norm_out", "img_emb.proj.4", "condition_embedder.image_embedder.norm2"),
-    ("head.proj", "head.head", "proj_out"),
-)
+# Linear layers and norms outside the blocks: our names, and those of the official files and of diffusers' files.
+_EMBEDDER, _IMAGE = r"condition_embedder\.", r"condition_embedder\.image_embedder\."
+_OUTER = {
+    r"\1_embedding.fc1": (r"(text|time)_embedding\.0", _EMBEDDER + r"(text|time)_embedder\.linear_1"),
+    r"\1_embedding.fc2": (r"(text|time)_embedding\.2", _EMBEDDER + r"(text|time)_embedder\.linear_2"),
+    "time_projection": (r"time_projection\.1", _EMBEDDER + "time_proj"),
+    "head.proj": (r"head\.head", "proj_out"),
+    "image_embedding.norm_in": (r"img_emb\.proj\.0", _IMAGE + "norm1"),
+    "image_embedding.mlp.fc1": (r"img_emb\.proj\.1", _IMAGE + r"ff\.net\.0\.proj"),
+    "image_embedding.mlp.fc2": (r"img_emb\.proj\.3", _IMAGE + r"ff\.net\.2"),
+    "image_embedding.norm_out": (r"img_emb\.proj\.4", _IMAGE + "norm2"),
+}
 
 
 def outer_rules(column: int) -> tuple[Rule, ...]:
-    rules = (Rule(re.escape(row[column]) + r"\.(weight|bias)", rf"{row[0]}.\1") for row in _OUTER)
+    rules = (Rule(names[column] + r"\." + _AFFINE, rf"{ours}.\g<part>") for ours, names in _OUTER.items())
     return Rule(r"patch_embedding\.(weight|bias)", r"patch_embedding.\1", patch_linear), *rules
 
 
 OFFICIAL: tuple[Rule, ...] = (
     BOOKKEEPING,
-    *outer_rules(1),
+    *outer_rules(0),
     Rule(r"img_emb\.emb_pos", "image_embedding.positions", without_batch),
     Rule(r"head\.modulation", "head.modulation", without_batch),
     Rule(_BLOCK + "modulation", "blocks.modulation", without_batch),
@@ -74,7 +73,7 @@ _DIFFUSERS_LAYER = {
 }
 
 DIFFUSERS: tuple[Rule, ...] = (
-    *outer_rules(2),
+    *outer_rules(1),
     Rule(r"condition_embedder\.image_embedder\.pos_embed", "image_embedding.positions", without_batch),
     Rule("scale_shift_table", "head.modulation", without_batch),
     Rule(_BLOCK + "scale_shift_table", "blocks.modulation", without_batch),

@@ -128,9 +128,8 @@ def _zip64(extra: bytes) -> tuple[int, ...]:
 
 def _stored(where: Path, data: np.ndarray, entry: _Listed, following: int) -> Stored:
     """Checks an entry's own header against the directory; returns its bytes. following: where the next one begins."""
-    sign, _, flags, method, _, _, crc, packed, size, name_length, extra_length = LOCAL.unpack_from(
-        data.data, entry.offset
-    )
+    fields = LOCAL.unpack_from(data.data, entry.offset)
+    sign, _, flags, method, _, _, crc, packed, size, name_length, extra_length = fields
     name_at = entry.offset + LOCAL.size
     start = name_at + name_length + extra_length
     name = data[name_at : name_at + name_length].tobytes()
