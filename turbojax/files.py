@@ -52,7 +52,7 @@ def user_cache() -> Path:
 
 
 def make_folder(folder: Path) -> None:
-    """Makes a folder with those above it; raises UserError where it cannot be made."""
+    """Creates a folder with those above it; raises UserError where it cannot be created."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -69,7 +69,7 @@ def check_file(path: str | os.PathLike) -> Path:
 
 
 def check_folder(folder: str | os.PathLike) -> Path:
-    """Makes a folder that is to be written to after some work. Raises UserError where it cannot be written to."""
+    """Creates a folder that is to be written to after some work. Raises UserError where it cannot be written to."""
     folder = user_path(folder)
     make_folder(folder)
     check_parent(folder / "file")
@@ -92,8 +92,8 @@ def check_parent(path: Path) -> None:
 def whole_file(path: Path, *, durable: bool = False) -> Iterator[Path]:
     """Yields a path to write to, which takes the name `path` when the block ends well and is removed otherwise.
 
-    There is an empty file, to be written and not to be replaced. Folders above are made. durable: its contents are on
-    the disk before it takes the name. Raises UserError where it cannot be written, also for the block's OSErrors.
+    There is an empty file, to be written and not to be replaced. Folders above are created. durable: its contents are
+    on the disk before it takes the name. Raises UserError where it cannot be written, also for the block's OSErrors.
     """
     path = _behind_links(path)
     with _part_of(path, folder=False) as (part, lock):
@@ -114,8 +114,8 @@ def write_json(path: Path, content: Any, *, indent: int | None = 1) -> None:
 def whole_files(paths: Sequence[Path]) -> Iterator[list[Path]]:
     """Yields paths to write to, which take the names `paths` together when the block ends well; else none does.
 
-    paths: files of one folder; that and those above are made. Raises UserError where they cannot be written, also for
-    the block's OSErrors.
+    paths: files of one folder; that and those above are created. Raises UserError where they cannot be written, also
+    for the block's OSErrors.
     """
     paths = [_behind_links(path) for path in paths]
     with _part_of(paths[0], folder=True) as (folder, _):
@@ -133,7 +133,7 @@ def whole_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
     overwrite: a folder that is there is replaced: it is renamed, the new one takes its name, and then it is removed, so
     that one of them is whole at any moment. Where the process dies between the renames, whoever writes here next gives
-    the old one its name again (`remove_stale`). Folders above are made. Raises UserError where the folder cannot be
+    the old one its name again (`remove_stale`). Folders above are created. Raises UserError where the folder cannot be
     written, or is there and not to be replaced, also for the block's OSErrors.
     """
     path = _behind_links(path)
@@ -148,7 +148,7 @@ def whole_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def sole_user(folder: Path) -> Iterator[None]:
-    """Makes a folder, and keeps other processes out that use it by this function while the block runs.
+    """Creates a folder, and keeps other processes out that use it by this function while the block runs.
 
     The lock is on its file .lock, and ends however the process ends. Raises UserError where another process has it. A
     file system without locks keeps nobody out.
@@ -170,7 +170,7 @@ def sole_user(folder: Path) -> Iterator[None]:
 
 
 def _open_locked(path: Path) -> int | None:
-    """A descriptor of the file, made if need be, with the lock on it; None where another process has that."""
+    """A descriptor of the file, created if need be, with the lock on it; None where another process has that."""
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
         if _lock(descriptor) is False:

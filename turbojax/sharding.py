@@ -1,7 +1,7 @@
 """Parameters, optimizer state, samples and tokens over many devices and hosts.
 
 A mesh has three axes: "data" (samples), "fsdp" (samples, too, and parameters with all that belongs to them) and
-"sequence" (tokens). It is made by `make_mesh` and put in force by `jax.set_mesh`:
+"sequence" (tokens). It is created by `make_mesh` and put in force by `jax.set_mesh`:
 
     with jax.set_mesh(make_mesh(data=2, fsdp=2, sequence=2)):
         state = jax.jit(init, out_shardings=state_shardings(jax.eval_shape(init, key)))(key)

@@ -34,10 +34,6 @@ class Workload(NamedTuple):
     guided: bool = False
     vae_tiling: str = "auto"
 
-    @property
-    def latent_bytes(self) -> int:
-        return 4 * self.batch * math.prod(self.latents)
-
     def pixels(self, config: VAEConfig) -> tuple[int, int]:
         """Returns height and width."""
         return config.spatial_factor * self.latents[1], config.spatial_factor * self.latents[2]
@@ -104,8 +100,8 @@ def estimate(configs: ModelConfigs, workload: Workload, residency: Residency) ->
         arrays, ffn = ATTENTION_ARRAYS[c.attention_type], hidden + 3 * array + keys
     else:
         arrays, ffn = ATTENTION_ARRAYS[c.attention_type], (1 + item) * hidden + array + max(array, keys)
-    table = tokens * c.head_dim * jnp.dtype(jnp.float32).itemsize
-    diffusion = max(int(max(arrays * array + keys, ffn)) + table + workload.latent_bytes, autotuning_bytes(c, workload))
+    table, latents = 4 * tokens * c.head_dim, 4 * workload.batch * math.prod(workload.latents)  # float32
+    diffusion = max(int(max(arrays * array + keys, ffn)) + table + latents, autotuning_bytes(c, workload))
     text = 6 * 4 * configs.text.num_heads * TEXT_LEN**2
     vae = vae_bytes(configs.vae, workload, residency.vae_tiled)
     return TemporaryMemory(text, diffusion, vae, image_bytes(configs, workload))

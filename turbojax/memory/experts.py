@@ -4,6 +4,7 @@ Where both fit, or are streamed, they stay. Otherwise they are swapped, and the 
 what fits beside the active one is prefetched while that computes, the rest is copied at the swap.
 """
 
+import dataclasses
 import itertools
 import time
 from typing import Any
@@ -97,6 +98,7 @@ class SwappableNetwork:
             self.device[i] = None
 
 
+@dataclasses.dataclass(kw_only=True, eq=False, repr=False)
 class Experts:
     """The network of all steps, or Wan 2.2's two: "high" for the noise levels from `boundary` on, "low" below it.
 
@@ -105,20 +107,14 @@ class Experts:
     `turbojax.models.offload`. limit: bytes of the device that may be taken, None for all.
     """
 
-    def __init__(
-        self,
-        *,
-        names: tuple[Expert, ...] = NAMES,
-        boundary: float = BOUNDARY,
-        swap_experts: bool = False,
-        embeddings_offloaded: bool = False,
-        limit: int | None = None,
-    ):
-        self.names, self.boundary, self.swap_experts, self.limit = names, boundary, swap_experts, limit
-        self.embeddings_offloaded = embeddings_offloaded
-        self._models: dict[Expert, Model] = {}  # where all stay
-        self._networks: dict[Expert, SwappableNetwork] = {}  # where they are swapped
-        self._active: SwappableNetwork | None = None
+    names: tuple[Expert, ...] = NAMES
+    boundary: float = BOUNDARY
+    swap_experts: bool = False
+    embeddings_offloaded: bool = False
+    limit: int | None = None
+    _models: dict[Expert, Model] = dataclasses.field(default_factory=dict, init=False)  # where all stay
+    _networks: dict[Expert, SwappableNetwork] = dataclasses.field(default_factory=dict, init=False)  # where swapped
+    _active: SwappableNetwork | None = dataclasses.field(default=None, init=False)
 
     @classmethod
     def of(cls, model: Model) -> "Experts":
@@ -202,7 +198,7 @@ class Experts:
         return ArraysByMemory(*(list(itertools.chain(*arrays)) for arrays in zip(*found, strict=True)))
 
     def free_beside(self, program: jax.stages.Compiled) -> int:
-        """Returns the bytes of the device that are free while the program runs; 0 where nothing tells."""
+        """Returns the bytes of the device that are free while the program runs; 0 where the device does not say."""
         stats, needs = memory_stats(), program.memory_analysis()
         if "bytes_limit" not in stats or needs is None:
             return 0

@@ -131,22 +131,22 @@ def encode_still(
     """
     check_video((1, num_frames, *image.shape), vae.config)
     first, grey = (jnp.asarray(a, vae.config.dtype)[None, None] for a in (image, np.zeros_like(image)))
-    made = [first, *[grey] * (num_frames - 1)]
+    frames = [first, *[grey] * (num_frames - 1)]
     if last_image is not None:
         if image.shape != last_image.shape or num_frames == 1:
             raise UserError("a last image needs the size of the first, and more than one frame")
-        made[-1] = jnp.asarray(last_image, vae.config.dtype)[None, None]
+        frames[-1] = jnp.asarray(last_image, vae.config.dtype)[None, None]
     graph, state = nnx.split(vae)
     cache = None
     for stage, (stride, constant) in enumerate(stages_of(vae)):
-        groups = [made[:1], *(made[i : i + stride] for i in range(1, len(made), stride))]
-        made = []
+        groups = [frames[:1], *(frames[i : i + stride] for i in range(1, len(frames), stride))]
+        frames = []
         for i, group in enumerate(groups):
             ends = last_image is not None and i == len(groups) - 1
             if i <= constant or ends:
                 frame, cache = encode_stage(graph, state, group, cache, first=i == 0, stage=stage)
-            made.append(frame)
-    return jnp.concatenate(made, axis=1)
+            frames.append(frame)
+    return jnp.concatenate(frames, axis=1)
 
 
 def stages_of(vae: WanVAE) -> list[tuple[int, int]]:

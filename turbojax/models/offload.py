@@ -117,7 +117,7 @@ def unembed(graph: nnx.GraphDef, state: nnx.State, x: jax.Array, rest: tuple) ->
 def run_block(
     graph: nnx.GraphDef, resident: nnx.State, layer: nnx.State, index: jax.Array, x: jax.Array, context: tuple
 ) -> tuple[jax.Array, jax.Array]:
-    """Runs one block; the second result is there to be waited for, when the first has been given away."""
+    """Runs one block; the second result can be waited for when the first has been donated."""
     own = jax.tree.map(lambda a: lax.dynamic_index_in_dim(a, index, keepdims=False), resident)
     x = nnx.merge(graph, own, layer)(x, *context)
     return x, x[(0,) * x.ndim]

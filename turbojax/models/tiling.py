@@ -54,24 +54,19 @@ def cut(length: int, tiling: Tiling) -> Cut:
     return Cut(side, tuple(i * (length - side) // (count - 1) for i in range(count)))
 
 
-def tile_sides(shape: tuple[int, ...], tiling: Tiling = Tiling()) -> tuple[int, int]:
+def tile_sides(shape: tuple[int, ...]) -> tuple[int, int]:
     """Returns height and width of the tiles of latents `[h, w]`."""
-    rows, columns = (cut(length, tiling) for length in shape)
+    rows, columns = (cut(length, Tiling()) for length in shape)
     return rows.side, columns.side
 
 
 def decode_tiled(
-    vae: WanVAE,
-    latents: jax.Array | np.ndarray,
-    *,
-    tiling: Tiling = Tiling(),
-    chunk: int = CHUNK,
-    as_uint8: bool = False,
+    vae: WanVAE, latents: jax.Array | np.ndarray, *, tiling: Tiling = Tiling(), as_uint8: bool = False
 ) -> Num[np.ndarray, "b t h w 3"]:
     """Decodes in tiles, as `turbojax.models.vae.decode`; the video `[b, 1 + 4n, 8h, 8w, 3]` is joined on the host."""
     check_latents(latents.shape, vae.config)
     graph, state = nnx.split(vae)
-    sizes = (1, *chunk_sizes(latents.shape[1] - 1, chunk))
+    sizes = (1, *chunk_sizes(latents.shape[1] - 1, CHUNK))
     rows, columns = (cut(length, tiling) for length in latents.shape[2:4])
     features = in_chunks(functools.partial(run_decoder, graph, state, half=0), latents, sizes)
     second = functools.partial(run_decoder, graph, state, half=1, as_uint8=as_uint8)
@@ -79,9 +74,7 @@ def decode_tiled(
     return in_tiles(lambda x: in_chunks(second, x, sizes), features, rows, columns, units=units)
 
 
-def compile_tiles(
-    vae: WanVAE, shape: tuple[int, ...], *, tiling: Tiling = Tiling(), as_uint8: bool = False
-) -> list[jax.stages.Compiled]:
+def compile_tiles(vae: WanVAE, shape: tuple[int, ...], *, as_uint8: bool = False) -> list[jax.stages.Compiled]:
     """Compiles what `decode_tiled` runs for latents of a shape `[b, 1 + n, h, w, z_dim]`; vae may be abstract."""
     check_latents(shape, vae.config)
     graph, state = nnx.split(vae)
@@ -90,18 +83,18 @@ def compile_tiles(
         options = {"half": half, "as_uint8": as_uint8 and half == 1}
         y, cache = jax.eval_shape(functools.partial(run_decoder, graph, **options), state, x, None)
         programs += [run_decoder.lower(graph, state, x, past, **options).compile() for past in (None, cache)]
-        x = jax.ShapeDtypeStruct((*y.shape[:2], *tile_sides(shape[2:4], tiling), y.shape[-1]), y.dtype)
+        x = jax.ShapeDtypeStruct((*y.shape[:2], *tile_sides(shape[2:4]), y.shape[-1]), y.dtype)
     return programs
 
 
 def encode_tiled(
-    vae: WanVAE, video: jax.Array | np.ndarray, *, tiling: Tiling = Tiling(), chunk: int = CHUNK
+    vae: WanVAE, video: jax.Array | np.ndarray, *, tiling: Tiling = Tiling()
 ) -> Float[np.ndarray, "b t h w z"]:
     """Encodes in tiles, as `turbojax.models.vae.encode`; the latents `[b, 1 + n, h/8, w/8, z_dim]` lie on the host."""
     check_video(video.shape, vae.config)
     graph, state = nnx.split(vae)
     factor, unit = vae.config.temporal_factor, vae.config.spatial_factor
-    sizes = chunk_sizes((video.shape[1] - 1) // factor, chunk)
+    sizes = chunk_sizes((video.shape[1] - 1) // factor, CHUNK)
     frames = (1, *(factor * size for size in sizes))
     rows, columns = (cut(length // unit, tiling) for length in video.shape[2:4])
     first = functools.partial(_encode_half, graph, state, half=0)

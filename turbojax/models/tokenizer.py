@@ -29,7 +29,7 @@ LONG_WORD, LONG_REST = 40, 80  # characters that a warning shows of a word, and 
 
 @dataclasses.dataclass(frozen=True)
 class Tokenizer:
-    """Callable as `tokenizer(texts, length)`; made by `Tokenizer.from_path`.
+    """Callable as `tokenizer(texts, length)`; created by `Tokenizer.from_path`.
 
     encode: a cleaned prompt to its ids, without end and padding.
     vocab_size: number of ids; the embedding table may have more rows.
@@ -79,7 +79,7 @@ class Tokenizer:
         count = len(self.encode(text))
         if count <= most:
             return None
-        # The first character that makes it too long: both formats tell it in ways that change with their versions.
+        # The first character that makes it too long: both formats report it in ways that change with their versions.
         end = bisect_right(range(len(text)), most, key=lambda characters: len(self.encode(text[:characters]))) - 1
         word = text.rfind(" ", 0, end + 1) + 1
         rest = text[word if end - word < LONG_WORD else end :][: 2 * LONG_REST]  # some languages have no spaces

@@ -239,7 +239,7 @@ class WanVAE(nnx.Module):
 
 
 # Module-level, so that a second clip of a size compiles nothing; the donated cache is updated in place. The first chunk
-# has no cache yet: its zeros are made inside.
+# has no cache yet: its zeros are created inside.
 @functools.partial(jax.jit, static_argnames="graph", donate_argnames="cache")
 def _encode_chunk(graph, state, video: jax.Array, cache: Cache | None) -> tuple[jax.Array, Cache]:
     vae, first = nnx.merge(graph, state), cache is None
@@ -334,19 +334,14 @@ def decoding_bytes(vae: WanVAE, height: int, width: int) -> int:
     return int(WORKING_SET * tree_bytes(cache))
 
 
-def compile_decoding(
-    vae: WanVAE, shape: tuple[int, ...], *, chunk: int = CHUNK, as_uint8: bool = False
-) -> list[jax.stages.Compiled]:
+def compile_decoding(vae: WanVAE, shape: tuple[int, ...], *, as_uint8: bool = False) -> list[jax.stages.Compiled]:
     """Compiles what `decode_chunks` runs for latents of a shape `[b, 1 + n, h, w, z_dim]`; vae may be abstract."""
     check_latents(shape, vae.config)
     graph, state = nnx.split(vae)
     cache = jax.eval_shape(lambda: vae.decoder.init_cache(shape[0], *shape[2:4]))
-    sizes = chunk_sizes(shape[1] - 1, chunk)
-    programs = []
-    for size, past in ((1, None), *((size, cache) for size in dict.fromkeys(sizes))):
-        z = jax.ShapeDtypeStruct((shape[0], size, *shape[2:]), jnp.float32)
-        programs.append(run_decoder.lower(graph, state, z, past, as_uint8=as_uint8).compile())
-    return programs
+    chunks = ((1, None), *((size, cache) for size in dict.fromkeys(chunk_sizes(shape[1] - 1, CHUNK))))
+    latents = [(jax.ShapeDtypeStruct((shape[0], size, *shape[2:]), jnp.float32), past) for size, past in chunks]
+    return [run_decoder.lower(graph, state, z, past, as_uint8=as_uint8).compile() for z, past in latents]
 
 
 def chunk_sizes(n: int, chunk: int) -> tuple[int, ...]:

@@ -432,7 +432,7 @@ class WanModel(nnx.Module):
 
 
 def kept_keys(config: WanConfig, tokens: int) -> int:
-    """Returns the bytes of keys and values of so many tokens in all layers; 0 where each step makes them."""
+    """Returns the bytes of keys and values of this many tokens in all layers; 0 where each step computes them."""
     size = 2 * config.num_layers * tokens * config.dim * jnp.dtype(config.dtype).itemsize
     return size if size <= KEYS_BYTES else 0
 

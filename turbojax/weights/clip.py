@@ -13,7 +13,7 @@ from turbojax.errors import CheckpointError
 from turbojax.models.clip import CLIPConfig
 from turbojax.weights.rules import LAYER_NUMBER, Rule, count_layers, patch_linear, shorten
 
-HEAD_DIM = 80  # of ViT-H; shapes do not tell it
+HEAD_DIM = 80  # of ViT-H; shapes do not show it
 
 
 _LAYER = r"visual\.transformer\.(?P<layer>\d+)\."

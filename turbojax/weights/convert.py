@@ -79,7 +79,7 @@ def convert(
     names: of a transformer in a file: "turbodiffusion", "official" or "diffusers"; the latter two have neither SLA nor
       int8 weights.
     sla_topk, sigma_max: what a transformer is run with where a call names nothing else, for the header; None keeps what
-      the source says. A .pth file has no place for them: what the source says is told in a warning, to be given with
+      the source says. A .pth file has no place for them: what the source says is logged as a warning, to be given with
       the file from then on, or refused where nothing can say it.
 
     Raises CheckpointError for files that do not fit and for bytes of a .pth file that do not have their CRC-32,

@@ -1,6 +1,6 @@
 """The published layouts: every name and shape of a checkpoint, in PyTorch's order of axes.
 
-This is what `scripts/convert.py` writes, and what files with generated values are made of (the demo, tests).
+This is what `scripts/convert.py` writes, and the layout of files with generated values (the demo, tests).
 """
 
 import functools

@@ -1,4 +1,4 @@
-"""Tensors that are made, or checked, when they are asked for."""
+"""Tensors that are computed, or checked, on access."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
@@ -15,7 +15,7 @@ K = TypeVar("K")
 
 
 class LazyTensors(Mapping[K, np.ndarray]):
-    """Tensors that are made when they are asked for; `specs` has the shapes and dtypes of all."""
+    """Tensors that are computed on access; `specs` has the shapes and dtypes of all."""
 
     specs: Mapping[K, ShapeDtype]
 

@@ -34,16 +34,13 @@ def map_file(path: Path) -> MappedFile:
             raise CheckpointError(f"{path} is not a regular file; give the path of the checkpoint itself")
         head = file.read(512)
         start = head.lstrip().lower()
-        if not head:
-            raise CheckpointError(f"{path} is empty; {AGAIN}")
+        problem = "" if head else "is empty; "
         if start.startswith((b"<!doctype", b"<html", b"<head", b"<?xml")):
-            raise CheckpointError(
-                f"{path} looks like an HTML page, not a checkpoint: the download was probably refused; {AGAIN}"
-            )
-        if start.startswith(b"version https://git-lfs"):
-            raise CheckpointError(
-                f"{path} is a git-lfs pointer, not the checkpoint itself; run `git lfs pull` or {AGAIN}"
-            )
+            problem = "looks like an HTML page, not a checkpoint: the download was probably refused; "
+        elif start.startswith(b"version https://git-lfs"):
+            problem = "is a git-lfs pointer, not the checkpoint itself; run `git lfs pull` or "
+        if problem:
+            raise CheckpointError(f"{path} {problem}{AGAIN}")
         data = MappedFile(file, np.uint8, mode="r")
     data.stored, data.checked = [], set()
     return data

@@ -112,51 +112,39 @@ def assign(
     expected: shape and dtype of each parameter (of one layer of it, where it is stacked). A tensor must have the shape,
       and a dtype of the same kind, see `same_kind`.
     what: names the checkpoint in the error, for instance "transformer.safetensors".
-    layout: the names that the whole checkpoint should hold, to tell what is missing in its own words.
+    layout: the names that the whole checkpoint should hold, to name what is missing as the file would.
 
     Raises CheckpointError with all missing, unknown, misshapen, mistyped and doubled names.
     """
     rules = tuple(rules)
     found: dict[TensorKey, np.ndarray] = {}
     origin: dict[TensorKey, str] = {}
-    unknown, misshapen, mistyped, doubled = [], [], [], []
+    kinds = ("missing", "unknown", "misshapen", "of the wrong type", "given twice")
+    problems: dict[str, list[str]] = {kind: [] for kind in kinds}
     for name, tensor in tensors.items():
         hit = rename(name, rules)
-        if hit is None:
-            unknown.append(name)
+        key, rule = hit or (None, None)
+        if rule and rule.target is None:
             continue
-        key, rule = hit
-        if rule.target is None:
-            continue
-        if key not in expected:
-            unknown.append(name)
+        if key is None or rule is None or key not in expected:
+            problems["unknown"].append(name)
         elif key in found:
-            doubled.append(f"{name} and {origin[key]}")
+            problems["given twice"].append(f"{name} and {origin[key]}")
         else:
             value = relaid(rule, tensor)
             found[key], origin[key] = value, name
             spec = expected[key]
             if value.shape != spec.shape:
-                misshapen.append(f"{name} {list(value.shape)} instead of {list(spec.shape)}")
+                problems["misshapen"].append(f"{name} {list(value.shape)} instead of {list(spec.shape)}")
             elif not same_kind(value.dtype, spec.dtype):
                 wanted = "int8" if spec.dtype == np.int8 else "floating point"
-                mistyped.append(f"{name} {value.dtype} instead of {wanted}")
+                problems["of the wrong type"].append(f"{name} {value.dtype} instead of {wanted}")
     missing = [key for key in expected if key not in found]
     names = {hit[0]: name for name in layout if missing and (hit := rename(name, rules))}
-    problems = [
-        f"{len(listed)} {kind}: {shorten(listed)}"
-        for kind, listed in (
-            ("missing", [names.get(key) or describe(key) for key in missing]),
-            ("unknown", unknown),
-            ("misshapen", misshapen),
-            ("of the wrong type", mistyped),
-            ("given twice", doubled),
-        )
-        if listed
-    ]
-    if problems:
+    problems["missing"] = [names.get(key) or describe(key) for key in missing]
+    if texts := [f"{len(listed)} {kind}: {shorten(listed)}" for kind, listed in problems.items() if listed]:
         raise CheckpointError(
-            f"{what} does not fit this model; {'; '.join(problems)}. "
+            f"{what} does not fit this model; {'; '.join(texts)}. "
             "Check that the file and the model (size, text or image to video) belong together."
         )
     return found

@@ -38,7 +38,7 @@ WIDTH = Integer(1, 2**20)
 BLOCK_ROWS = Array(Integer(1, 2**12), 2, 2)
 AGAIN = "convert the checkpoint again"
 
-# Of a file, what neither the names nor the shapes of its tensors tell; each entry of the header is JSON.
+# Settings of a file that neither the names nor the shapes of its tensors show; each entry of the header is JSON.
 HEADER: dict[str, Schema] = {
     "num_heads": HEADS,
     "text_len": Integer(1, 2**16),
@@ -99,7 +99,7 @@ def write_configuration(folder: Path, config: WanConfig) -> None:
 
 
 def config_num_heads(path: Path) -> int | None:
-    """Reads the number of heads, which shapes do not tell, from the config.json beside the weights."""
+    """Reads the number of heads, which shapes do not show, from the config.json beside the weights."""
     file = (path if path.is_dir() else path.parent) / "config.json"
     if not file.exists():
         return None
