@@ -33,6 +33,7 @@ from turbojax.weights.random import random_module
 from turbojax.weights.skeleton import wan_skeleton
 
 ROUNDS = 3
+TANGENT_STEP = 1e-4  # of the differences, as training has it by default
 
 
 def measure_tangent(model: str, request: Request, **settings: Any) -> dict[str, dict[str, Any]]:
@@ -59,14 +60,15 @@ def measure_tangent(model: str, request: Request, **settings: Any) -> dict[str, 
     def F(parameters, implementation=None):
         return velocity(network(parameters, implementation), x, t, text)
 
-    def t_F(parameters, implementation=None, **how):
-        return velocity_tangent(network(parameters, implementation), x, t, text, F_teacher, **how)
+    def t_F(parameters, tangent, implementation=None):
+        module = network(parameters, implementation)
+        return velocity_tangent(module, x, t, text, F_teacher, tangent=tangent, step=TANGENT_STEP)
 
     functions = {
         "forward": F,
         "reference": lambda parameters: F(parameters, "reference"),
-        "exact": lambda parameters: t_F(parameters, "reference"),
-        "difference": lambda parameters: t_F(parameters, tangent="difference"),
+        "exact": lambda parameters: t_F(parameters, "exact", "reference"),
+        "difference": lambda parameters: t_F(parameters, "difference"),
         "gradient": jax.grad(lambda parameters: F(parameters).sum()),
     }
     compiled = {name: jax.jit(function).lower(parameters).compile() for name, function in functions.items()}

@@ -81,7 +81,7 @@ def measure_tiling() -> dict[str, dict[str, float]]:
         tiles = Tiling(48, overlap)
         result[f"decoding, {overlap}"] = difference(tiling.decode_tiled(vae, latents, tiling=tiles), frames)
         result[f"encoding, {overlap}"] = difference(tiling.encode_tiled(vae, video, tiling=tiles), encoded)
-        with mock.patch.object(tiling, "passing", lambda n: (np.arange(n, dtype=np.float32) + 0.5) / n):
+        with mock.patch.object(tiling, "blend_weights", lambda n: (np.arange(n, dtype=np.float32) + 0.5) / n):
             whole = tiling.decode_tiled(vae, latents, tiling=tiles)
         result[f"decoding, {overlap}, whole"] = difference(whole, frames)
     return result
