@@ -30,6 +30,8 @@ def test_the_call_has_the_fields_of_a_request():
     call = parameters(TurboVideoPipeline.__call__)
     del call["progress"]
     assert call | {"prompt": ""} == parameters(Request)
+    types, fields = inspect.get_annotations(TurboVideoPipeline.__call__), inspect.get_annotations(Request)
+    assert {name: types[name] for name in call} == {name: fields[name] for name in call}
 
 
 def test_loading_has_the_fields_of_the_options():
