@@ -31,6 +31,7 @@ def test_noise_does_not_depend_on_batches_or_steps():
 
 def test_distances():
     assert evaluating.psnr(VIDEOS, VIDEOS) == np.inf
+    assert evaluating.psnr(VIDEOS, VIDEOS, most=99.0) == 99
     assert evaluating.ssim(VIDEOS, VIDEOS) == pytest.approx(1)
     off = VIDEOS + 10
     assert evaluating.psnr(off, VIDEOS) == pytest.approx(20 * np.log10(25.5))

@@ -167,7 +167,7 @@ def evaluate(
         if name == DENSE:
             reference = videos
         elif reference is not None:
-            row |= {"psnr": min(99.0, psnr(videos, reference)), "ssim": ssim(videos, reference)}
+            row |= {"psnr": psnr(videos, reference, most=99.0), "ssim": ssim(videos, reference)}
         row["seconds"] = seconds / len(tasks)
         logging.info("%s", row)
         yield row, videos

@@ -5,6 +5,7 @@ pipeline sees, (mu - mean) / std with the released constants, so that a released
 """
 
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from turbojax.media.quality import psnr
 from turbojax.models import vae as vae_model
 from turbojax.models.vae import VAEConfig, WanVAE
 from turbojax.train.recipes import STUDENT_ALONE, Batch, Loss, NetworkParams, normal, summary
@@ -97,6 +99,9 @@ def normalized(
     return out | {name: value.astype(np.float32) for name, value in changes.items()}
 
 
+LOSSLESS = 10 * math.log10(255**2 / 1e-9)  # dB that equal videos count as: JSON has no infinity
+
+
 class Quality(NamedTuple):
     """Quality of an autoencoder on some videos.
 
@@ -119,14 +124,14 @@ def latent_statistics(vae: WanVAE, videos: Iterable[np.ndarray]) -> tuple[np.nda
 
 def quality(vae: WanVAE, videos: list[np.ndarray]) -> Quality:
     """Measures videos uint8 `[T, H, W, 3]` that go through the autoencoder as the pipeline runs it."""
-    errors = []
-    for video in videos:
+
+    def reconstruct(video: np.ndarray) -> np.ndarray:
         latents = vae_model.encode(vae, as_pixels(video)[None], chunk=2**10)
-        frames = np.asarray(vae_model.decode(vae, latents, chunk=2**10, as_uint8=True))[0]
-        errors.append(np.mean((frames.astype(np.float64) - video) ** 2))
+        return np.asarray(vae_model.decode(vae, latents, chunk=2**10, as_uint8=True))[0]
+
     mean, std = latent_statistics(vae, videos)
-    psnr = 10 * np.log10(255**2 / max(np.mean(errors), 1e-9))
-    return Quality(float(psnr), float(np.abs(mean).max()), float(np.abs(std - 1).max()))
+    found = psnr(map(reconstruct, videos), videos, most=LOSSLESS)
+    return Quality(found, float(np.abs(mean).max()), float(np.abs(std - 1).max()))
 
 
 def write_autoencoder(path: Path, skeleton: Skeleton, params: Mapping[str, np.ndarray]) -> None:

@@ -8,7 +8,6 @@
 The settings are written last: a video that has none is not finished.
 """
 
-import json
 import time
 import uuid
 from collections.abc import Mapping
@@ -20,7 +19,7 @@ from absl import logging
 from PIL import Image
 
 from turbojax.errors import UserError
-from turbojax.files import check_folder, whole_file
+from turbojax.files import check_folder, whole_file, write_json
 from turbojax.json_reader import AnyOf, Boolean, FileName, Integer, Map, Nullable, Number, Object, String, read_json
 from turbojax.media.image import read_image
 from turbojax.media.video import check_path
@@ -78,8 +77,7 @@ class Album:
         with whole_file(video.with_suffix(".jpg")) as temporary:
             Image.fromarray(frames[len(frames) // 2]).save(temporary, quality=90)
         record = {"settings": settings, "weights": weights, "seconds": dict(seconds)}
-        with whole_file(video.with_suffix(".json")) as temporary:
-            temporary.write_text(json.dumps(record, indent=1))
+        write_json(video.with_suffix(".json"), record)
         return self.get(video.stem)
 
     def get(self, name: str) -> Entry:
